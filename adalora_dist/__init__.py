@@ -1,0 +1,1 @@
+"""Adaptive-rank fine-tuning (AdaLoRA) with sharded models."""

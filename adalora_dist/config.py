@@ -1,0 +1,243 @@
+"""The one schema: what a run is, as validated data. Importing this file never imports torch.
+
+Sections are nested in YAML (``adapter: {target_rank: 8}``) and flat on the command line (``--target-rank 8``),
+so field names are unique over all sections. Rules that data or model decide (the number of optimizer steps, the
+number of adapted matrices) are checked by ``schedule.py`` once those are known; every other rule is checked here.
+A validator's message is one line: the settings with their values, the rule, the remedy.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal, get_args
+
+import tyro
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class Section(BaseModel):
+    """A group of settings; an unknown key, an infinite or nan number, or a list with a repetition is an error."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _no_repetition(self) -> Section:
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(set(value)) < len(value):
+                repeated = next(item for item in value if value.count(item) > 1)
+                raise ValueError(f"{name} lists {repeated} more than once: remove the repetition")
+        return self
+
+
+class ModelConfig(Section):
+    name: Annotated[str, tyro.conf.arg(name="model")] = ""
+    """Hub id or local folder of the backbone; empty: the recipe's built-in demonstration model."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit) of the backbone; default: its main branch."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Storage type of the frozen backbone; auto: as its files say. Adapters are always float32."""
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """Attention kernel; auto: transformers decides."""
+    trust_remote_code: bool = False
+    """Run Python code from the model's repository. Needs revision to be a full commit hash."""
+
+    @model_validator(mode="after")
+    def _pinned_code(self) -> ModelConfig:
+        # A branch or a tag can be moved to other code after someone has read it; a commit cannot.
+        if self.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
+            raise ValueError(
+                f"trust_remote_code true with revision {self.revision}: code is run from a pinned commit only; "
+                "set revision to the 40 hexadecimal digits of the commit that you have read"
+            )
+        return self
+
+
+class AdapterConfig(Section):
+    method: Literal["adalora", "lora"] = "adalora"
+    """adalora: ranks adapt to the budget; lora: plain LoRA of rank init_rank through the same loop."""
+    init_rank: int = Field(12, ge=1)
+    """Rank r of every adapted matrix at the start."""
+    target_rank: float = Field(8.0, ge=0)
+    """Average final rank, at most init_rank; the final budget is round(target_rank x number of adapted matrices)."""
+    target_budget: int | None = Field(None, ge=0)
+    """Final budget b(T) in triplets over all matrices; overrides target_rank."""
+    alpha: float = Field(16.0, gt=0)
+    """The branch is scaled by alpha / init_rank for the whole run."""
+    targets: tuple[str, ...] = Field(("all-linear",), min_length=1)
+    """Matrices to adapt: module names (q_proj), dotted names, regular expressions, or all-linear."""
+    train_modules: tuple[str, ...] = ()
+    """Modules trained in full besides the adapters, a new classifier for instance."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the input of the adapter branch (the paper uses 0)."""
+    init: Literal["gaussian", "orthonormal"] = "gaussian"
+    """P and Q at the start: N(0, 0.02^2) as the authors, or std 1/sqrt(d); lambda is 0 either way."""
+    initial_warmup_steps: int | None = Field(None, ge=0)
+    """t_i: optimizer steps before the first pruning; default: 10 % of the run."""
+    final_steps: int | None = Field(None, ge=0)
+    """t_f: optimizer steps at the end with a frozen pattern; default: 30 % of the run."""
+    mask_interval_steps: int | None = Field(None, ge=1)
+    """Delta T: optimizer steps between allocations; default: 1 % of the run, at least 1."""
+    budget_schedule: Literal["cubic", "linear"] = "cubic"
+    """How the budget falls between t_i and T - t_f."""
+    budget_scope: Literal["global", "local"] = "global"
+    """global: matrices compete for one budget; local: every matrix gets an equal share (ablation)."""
+    importance: Literal["sensitivity_uncertainty", "sensitivity", "magnitude"] = "sensitivity_uncertainty"
+    """Triplet score: smoothed sensitivity x uncertainty (the paper), sensitivity alone, or |lambda|."""
+    beta1: float = Field(0.85, ge=0, lt=1)
+    """Smoothing of the sensitivity; 0 uses each step's raw |w g|."""
+    beta2: float = Field(0.85, ge=0, lt=1)
+    """Smoothing of the uncertainty."""
+    importance_order: Literal["before", "after"] = "before"
+    """Weights in |w g|: before the optimizer step (Algorithm 1) or after it (the authors' code)."""
+    orthogonality: float = Field(0.1, ge=0)
+    """gamma: coefficient of the orthogonality regulariser; 0 turns it off."""
+    orthogonality_form: Literal["norm", "squared"] = "norm"
+    """norm: mean of Frobenius norms (authors' code; published gammas); squared: eq. 4 as printed."""
+
+    @field_validator("targets", "train_modules")
+    @classmethod
+    def _regular_expressions(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"'{pattern}' is not a regular expression ({error}): correct or escape it") from None
+        return patterns
+
+
+class TrainConfig(Section):
+    output_dir: str = Field("runs/latest", min_length=1)
+    """Run folder: resolved configuration, metrics.jsonl, exports. A folder that holds a run is refused."""
+    overwrite: bool = False
+    """Replace the run that output_dir holds."""
+    epochs: float = Field(3.0, gt=0)
+    """Passes over the training data; ignored when max_steps is set."""
+    max_steps: int | None = Field(None, ge=1)
+    """Number of optimizer steps."""
+    batch_size: int = Field(16, ge=1)
+    """Sequences per optimizer step over ALL processes, so that 1 and N processes train alike."""
+    micro_batch_size: int = Field(16, ge=1)
+    """Largest number of sequences per process in one forward; accumulation steps follow from it.
+
+    Must divide batch_size unless it is larger."""
+    learning_rate: float = Field(5e-4, gt=0)
+    """Peak learning rate of AdamW."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW weight decay."""
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay after the learning-rate warm-up."""
+    lr_warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises from 0."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Clip the task gradient to this global norm (0: off). The orthogonality gradient is added after it."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Compute type of forward and backward (autocast, or the engine's own mixed precision)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    group_by_length: bool = True
+    """Put sequences of similar length into the same batch."""
+    seed: int = Field(6, ge=0, lt=2**32)
+    """Seed of initialisation and data order."""
+    log_every: int = Field(10, ge=1)
+    """Optimizer steps between console log lines; metrics.jsonl has every step."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Experiment trackers to report to besides metrics.jsonl."""
+
+    @model_validator(mode="after")
+    def _whole_micro_batches(self) -> TrainConfig:
+        batch, micro = self.batch_size, self.micro_batch_size
+        if batch > micro and batch % micro:
+            divisor = next(size for size in range(micro, 0, -1) if batch % size == 0)
+            raise ValueError(
+                f"batch_size {batch} with micro_batch_size {micro}: a batch must be a whole number of micro-batches; "
+                f"set micro_batch_size to {divisor} or batch_size to {batch - batch % micro}"
+            )
+        return self
+
+
+class EvaluationConfig(Section):
+    evaluate_by: tuple[Literal["likelihood", "generation"], ...] = ("likelihood", "generation")
+    """likelihood: the choice with the highest log-likelihood; generation: greedy decoding, then parsing."""
+    evaluate_before: bool = True
+    """Also evaluate the model as it is before training."""
+    eval_batch_size: int = Field(16, ge=1)
+    """Sequences per process in one evaluation forward."""
+    max_new_tokens: int = Field(12, ge=1)
+    """Length of the generated answers."""
+
+
+class ExportConfig(Section):
+    export_merged: bool = True
+    """Write a merged model that loads in plain transformers."""
+    export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the merged weights; auto: as the backbone's files."""
+
+
+class RunConfig(Section):
+    """What every recipe has; a recipe adds its ``data`` section in a subclass."""
+
+    model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    export: ExportConfig = ExportConfig()
+
+    @model_validator(mode="after")
+    def _reachable_budget(self) -> RunConfig:
+        adapter = self.adapter
+        if adapter.method == "lora":  # plain LoRA has no budget: the target_* settings are not read
+            return self
+        if adapter.target_budget is None and adapter.target_rank > adapter.init_rank:
+            raise ValueError(
+                f"target_rank {adapter.target_rank:g} with init_rank {adapter.init_rank}: ranks only shrink, so "
+                "target_rank must be <= init_rank; lower target_rank or raise init_rank (the paper starts at 1.5 x the "
+                "target)"
+            )
+        name = "target_rank" if adapter.target_budget is None else "target_budget"
+        if getattr(adapter, name) == 0 and not adapter.train_modules:
+            raise ValueError(
+                f"{name} 0 with no train_modules: the run would end with no trained parameter left, must be > 0; "
+                f"set {name} to at least 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _steps_left_to_prune(self) -> RunConfig:
+        adapter, total = self.adapter, self.train.max_steps
+        if adapter.method == "lora" or total is None:
+            return self
+        given = {"initial_warmup_steps": adapter.initial_warmup_steps, "final_steps": adapter.final_steps}
+        known = {name: steps for name, steps in given.items() if steps is not None}
+        if sum(known.values()) >= total:
+            names = " + ".join(f"{name} {steps}" for name, steps in known.items())
+            raise ValueError(
+                f"{names} with max_steps {total}: no step is left in which to prune; the sum must be < max_steps, "
+                f"so lower {' or '.join(known)}, or raise max_steps"
+            )
+        return self
+
+
+CommonsenseTask = Literal[
+    "boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"
+]
+COMMONSENSE_TASKS: tuple[str, ...] = get_args(CommonsenseTask)
+
+
+class CommonsenseDataConfig(Section):
+    source: Annotated[str, tyro.conf.arg(name="data")] = ""
+    """Folder with TASK/train and TASK/test files (.jsonl or .parquet), or the word hub; empty: built-in questions."""
+    tasks: tuple[CommonsenseTask, ...] = ()
+    """Which of the eight tasks; default: all that the source has."""
+    max_length: int = Field(256, ge=8)
+    """Longest training sequence in tokens; a longer prompt is cut on its left, the answer never."""
+    train_on: Literal["output", "all"] = "output"
+    """Tokens that count in the loss: the answer alone, or prompt and answer."""
+    max_train_rows: int | None = Field(None, ge=1)
+    """Use at most this many training rows per task."""
+    max_eval_rows: int | None = Field(None, ge=1)
+    """Use at most this many evaluation rows per task."""
+
+
+class CommonsenseConfig(RunConfig):
+    data: CommonsenseDataConfig = CommonsenseDataConfig()

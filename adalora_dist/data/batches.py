@@ -1,0 +1,139 @@
+"""Which rows train in which step, as pure functions of the step: the same on 1 and N processes, resumable anywhere.
+
+The loss of a step is the mean over the target tokens of its whole global batch. Every process knows all lengths, so
+it knows that number of tokens without communication: each scales the *sum* of its token losses by it, and neither
+the number of processes nor of accumulation steps changes the gradient. (An engine that averages gradients over N
+processes needs a factor N.)
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+
+from .encoding import IGNORED, EncodedRow
+
+# Rows are sorted by length inside random pools of this many batches: long enough for little padding, short enough
+# that batches differ from epoch to epoch.
+POOL_BATCHES = 50
+
+
+class BatchPlan:
+    """Rows of every step of a run.
+
+    Each epoch is a new random order of all rows, cut into global batches. Rows that do not fill a last batch sit out
+    this epoch (others do the next time); fewer rows than ``batch_size`` make one smaller batch per epoch. With
+    ``group_by_length``, batches hold rows of similar length and come in random order.
+
+    Args:
+        lengths: tokens of each row.
+        target_counts: target tokens of each row (``count_targets``); for a classifier, 1 each.
+        batch_size: rows per step over all processes.
+        seed: of the order; the order depends on nothing but it, the lengths and the epoch.
+
+    Raises:
+        ValueError: no rows, or as many target counts as lengths were not given.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        target_counts: Sequence[int],
+        batch_size: int,
+        seed: int,
+        group_by_length: bool = True,
+    ) -> None:
+        if not lengths or len(lengths) != len(target_counts) or batch_size < 1:
+            raise ValueError(f"{len(lengths)} lengths, {len(target_counts)} target counts, batch size {batch_size}")
+        self.lengths = list(lengths)
+        self.target_counts = list(target_counts)
+        self.batch_size = min(batch_size, len(lengths))
+        self.seed = seed
+        self.group_by_length = group_by_length
+        self.num_batches_per_epoch = len(lengths) // self.batch_size
+        self._epoch = -1
+        self._batches: list[list[int]] = []
+
+    @classmethod
+    def of_rows(
+        cls, rows: Sequence[EncodedRow], batch_size: int, seed: int, group_by_length: bool = True
+    ) -> BatchPlan:
+        """The plan for token sequences with labels."""
+        lengths = [len(row["input_ids"]) for row in rows]
+        return cls(lengths, [count_targets(row["labels"]) for row in rows], batch_size, seed, group_by_length)
+
+    def num_steps(self, epochs: float) -> int:
+        """Optimizer steps in ``epochs`` passes, rounded, at least 1."""
+        return max(1, round(epochs * self.num_batches_per_epoch))
+
+    def batch(self, step: int) -> list[int]:
+        """Row indices of global step ``step`` (0 first), all processes together."""
+        epoch, position = divmod(step, self.num_batches_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._batches = epoch, self._shuffled(epoch)
+        return self._batches[position]
+
+    def num_target_tokens(self, step: int) -> int:
+        """Target tokens of the whole global batch: what the loss of ``step`` is divided by."""
+        return sum(self.target_counts[row] for row in self.batch(step))
+
+    def micro_batches(self, step: int, rank: int, world_size: int, micro_batch_size: int) -> list[list[int]]:
+        """Row indices of one process in each micro-step of ``step``.
+
+        All processes get the same number of micro-steps, the fewest possible, and at most ``micro_batch_size`` rows
+        in each. Where rows do not divide evenly, sizes differ by one and a list can be empty (``collate`` then makes
+        a row without targets, because a forward may be collective).
+        """
+        rows = self.batch(step)
+        num_micro_steps = -(-len(rows) // (micro_batch_size * world_size))
+        return [
+            _part(_part(rows, micro_step, num_micro_steps), rank, world_size) for micro_step in range(num_micro_steps)
+        ]
+
+    def _shuffled(self, epoch: int) -> list[list[int]]:
+        generator = random.Random(f"{self.seed} {epoch}")  # seeded by the text: the same on every machine
+        order = list(range(len(self.lengths)))
+        generator.shuffle(order)
+        del order[self.num_batches_per_epoch * self.batch_size :]
+        if self.group_by_length:
+            pool = POOL_BATCHES * self.batch_size
+            order = [
+                row
+                for start in range(0, len(order), pool)
+                for row in sorted(order[start : start + pool], key=lambda row: self.lengths[row])
+            ]
+        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        if self.group_by_length:
+            generator.shuffle(batches)
+        return batches
+
+
+def count_targets(labels: Sequence[int]) -> int:
+    """Target tokens of one row. The first label does not count: a causal model predicts from the second on."""
+    return sum(label != IGNORED for label in labels[1:])
+
+
+def collate(rows: Sequence[EncodedRow], padding_token: int) -> dict[str, torch.Tensor]:
+    """Right-padded tensors [rows, longest]: ``input_ids``, ``attention_mask`` (1: real token), ``labels``.
+
+    Without rows, one row of two real tokens (one would leave nothing after the causal shift) and no target: its loss
+    sum and gradients are zero.
+    """
+    rows = rows or [{"input_ids": [padding_token] * 2, "labels": [IGNORED] * 2}]
+    shape = (len(rows), max(len(row["input_ids"]) for row in rows))
+    input_ids = torch.full(shape, padding_token, dtype=torch.long)
+    attention_mask = torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, IGNORED, dtype=torch.long)
+    for index, row in enumerate(rows):
+        length = len(row["input_ids"])
+        input_ids[index, :length] = torch.tensor(row["input_ids"])
+        attention_mask[index, :length] = 1
+        labels[index, :length] = torch.tensor(row["labels"])
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def _part(items: list[int], index: int, num_parts: int) -> list[int]:
+    """Contiguous part ``index`` of ``num_parts``; sizes differ by at most one."""
+    return items[index * len(items) // num_parts : (index + 1) * len(items) // num_parts]

@@ -1,0 +1,98 @@
+"""What the evaluations share: the result of a task, batches that do not depend on the number of processes, gathering.
+
+Batches are formed from the whole data set and dealt out: batch k goes to rank k modulo world size. So a batch has the
+same rows and the same padding on 1 and N processes, and so have its scores, to the last bit on equal hardware. Every
+rank runs the same number of forwards, since forwards of sharded models are collective: a rank that has run out of
+batches repeats the first one and drops the outcome.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import distributed, nn
+from tqdm import tqdm
+
+from ..data.commonsense import Example
+
+Gather = Callable[[list[Any]], list[Any]]
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """Score of one task by one method.
+
+    ``majority`` is the accuracy of always giving the most frequent answer. ``num_parse_failures`` counts generated
+    texts without an answer (they are wrong answers, too); scoring by likelihood has none.
+    """
+
+    task: str
+    method: Literal["likelihood", "generation"]
+    num_rows: int
+    num_correct: int
+    majority: float
+    num_parse_failures: int = 0
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers, 0 to 1."""
+        return self.num_correct / self.num_rows
+
+
+def task_result(
+    examples: Sequence[Example],
+    method: Literal["likelihood", "generation"],
+    answers: Sequence[str | None],
+) -> TaskResult:
+    """Compare the answers (None: no answer found) with those of the examples, which are all of one task."""
+    [(_, most_frequent)] = Counter(example.answer for example in examples).most_common(1)
+    return TaskResult(
+        task=examples[0].task,
+        method=method,
+        num_rows=len(examples),
+        num_correct=sum(answer == example.answer for answer, example in zip(answers, examples, strict=True)),
+        majority=most_frequent / len(examples),
+        num_parse_failures=sum(answer is None for answer in answers),
+    )
+
+
+def gather_lists(items: list[Any]) -> list[Any]:
+    """The lists of all ranks, joined in rank order, on every rank; without a process group, ``items`` itself."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return items
+    parts: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def dealt_batches(
+    items: Sequence[Any], batch_size: int, rank: int, world_size: int, description: str
+) -> Iterator[tuple[list[Any], bool]]:
+    """Yield this rank's batches as (items, counts): ``counts`` is False for a repeated batch, to be run and dropped.
+
+    Every rank gets the same number. Rank 0 shows a progress bar with the time left.
+    """
+    batches = [list(items[start : start + batch_size]) for start in range(0, len(items), batch_size)]
+    for index in tqdm(range(rank, -(-len(batches) // world_size) * world_size, world_size),
+                      desc=description, unit="batch", disable=rank != 0):  # fmt: skip
+        yield (batches[index], True) if index < len(batches) else (batches[0], False)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[torch.device]:
+    """Evaluation mode without gradients; yields the model's device and restores the mode afterwards.
+
+    ``no_grad`` and not ``inference_mode``, whose tensors sharded modules cannot reuse in training.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield next(model.parameters()).device
+    finally:
+        model.train(was_training)

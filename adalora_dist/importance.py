@@ -1,0 +1,82 @@
+"""Importance of triplets and the selection of the b best. Pure functions on plain tensors.
+
+Source: AdaLoRA (arXiv 2303.10512), eqs. 7-10 for the scores, eq. 5 for the selection. Nothing here knows about
+ranks or process groups: averages are element-wise, and scores are sums over elements, so the partial scores of
+any partition of the elements add up to the scores of the whole.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+ImportanceKind = Literal["sensitivity_uncertainty", "sensitivity", "magnitude"]
+
+
+def update_averages(
+    sensitivity: torch.Tensor,  # (num_elements,) float32, I-bar, updated in place
+    uncertainty: torch.Tensor,  # (num_elements,) float32, U-bar, updated in place
+    values: torch.Tensor,  # (num_elements,) w
+    gradients: torch.Tensor,  # (num_elements,) dL/dw of this optimizer step; overwritten (scratch)
+    beta1: float,
+    beta2: float,
+) -> None:
+    """Advance the smoothed sensitivity and uncertainty by one step (eqs. 8-10), without bias correction.
+
+    I = |w g|;  I-bar <- beta1 I-bar + (1 - beta1) I;  U-bar <- beta2 U-bar + (1 - beta2) |I - I-bar|, with the
+    updated I-bar.
+    """
+    instant = gradients.mul_(values).abs_()
+    sensitivity.lerp_(instant, 1 - beta1)
+    uncertainty.lerp_(instant.sub_(sensitivity).abs_(), 1 - beta2)
+
+
+def element_scores(kind: ImportanceKind, sensitivity: torch.Tensor, uncertainty: torch.Tensor) -> torch.Tensor:
+    """s(w) per element (eq. 9, or the sensitivity alone), the shape of the inputs."""
+    if kind == "sensitivity_uncertainty":
+        return sensitivity * uncertainty
+    if kind == "sensitivity":
+        return sensitivity
+    raise ValueError(f"importance {kind!r} is not a sum over elements")
+
+
+def select(scores: torch.Tensor, budget: int) -> torch.Tensor:
+    """Keep exactly ``budget`` of the triplets, those with the largest scores (eq. 5).
+
+    Args:
+        scores: (num_triplets,) in the canonical order, matrix by matrix. A nan counts as the lowest score.
+        budget: in 0..num_triplets.
+
+    Returns:
+        (num_triplets,) bool. Equal scores are kept in canonical order, so the result is deterministic.
+    """
+    scores = torch.where(scores.isnan(), -torch.inf, scores)
+    order = torch.sort(scores, descending=True, stable=True).indices
+    keep = torch.zeros_like(scores, dtype=torch.bool)
+    keep[order[:budget]] = True
+    return keep
+
+
+def local_budgets(ranks: list[int], budget: int) -> list[int]:
+    """Split ``budget`` over matrices in equal shares (the paper's local ablation).
+
+    A share never exceeds a matrix's rank; what is left over goes one by one to the first matrices with room. The
+    shares add up to ``budget``, which must lie in 0..sum(ranks).
+    """
+    shares = [0] * len(ranks)
+    left = budget
+    while left > 0:
+        open_matrices = [k for k, rank in enumerate(ranks) if shares[k] < rank]
+        equal = max(1, left // len(open_matrices))
+        for k in open_matrices:
+            taken = min(equal, ranks[k] - shares[k], left)
+            shares[k] += taken
+            left -= taken
+    return shares
+
+
+def select_local(scores: torch.Tensor, ranks: list[int], budget: int) -> torch.Tensor:
+    """Keep ``budget`` triplets with an equal share for every matrix. Arguments and result as in :func:`select`."""
+    shares = local_budgets(ranks, budget)
+    return torch.cat([select(part, share) for part, share in zip(scores.split(ranks), shares, strict=True)])

@@ -1,0 +1,137 @@
+"""Put adapters into a model: find the target modules, wrap them, freeze the rest."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from adalora_dist.config import AdapterConfig
+from adalora_dist.errors import UserError
+from adalora_dist.layers import SVDLinear
+
+
+@dataclass(frozen=True)
+class AdaptedMatrix:
+    """One adapted matrix: the name its module had in the model, and the module that replaced it."""
+
+    name: str
+    layer: SVDLinear
+
+
+def inject_adapters(model: nn.Module, config: AdapterConfig, seed: int = 0) -> list[AdaptedMatrix]:
+    """Wrap every target in an :class:`SVDLinear` and leave only adapters and ``train_modules`` trainable.
+
+    Returns the matrices in the order of ``model.named_modules()``, which fixes the order of triplets everywhere.
+
+    Raises:
+        UserError: a target or train module that matches nothing, is not a linear map, is shared between two places,
+            or has a weight tied to another module's.
+    """
+    names = _find_targets(model, config.targets)
+    trained = _match(model, config.train_modules, "train_modules") if config.train_modules else []
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for name in trained:
+        model.get_submodule(name).requires_grad_(True)
+
+    generator = torch.Generator().manual_seed(seed)
+    matrices = []
+    for name in names:
+        base = model.get_submodule(name)
+        base.requires_grad_(False)
+        d_in, d_out = _linear_shape(base) or (0, 0)
+        layer = SVDLinear(base, d_in, d_out, config.init_rank, config.alpha / config.init_rank, config.dropout)
+        layer.reset(generator, std=0.02 if config.init == "gaussian" else None)
+        layer.train(base.training)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+        matrices.append(AdaptedMatrix(name, layer))
+    return matrices
+
+
+def adapted_matrices(model: nn.Module) -> list[AdaptedMatrix]:
+    """The adapted matrices of a model that already has adapters, in order."""
+    return [AdaptedMatrix(name, module) for name, module in model.named_modules() if isinstance(module, SVDLinear)]
+
+
+def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(d_in, d_out) of a linear map, or None. Quantised linears derive from nn.Linear or carry its attributes."""
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return int(module.in_features), int(module.out_features)
+    if hasattr(module, "nf") and hasattr(module, "nx"):  # transformers' Conv1D, weight (d_in, d_out)
+        return int(module.nx), int(module.nf)
+    return None
+
+
+def _find_targets(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
+    if any(isinstance(module, SVDLinear) for module in model.modules()):
+        raise UserError("the model already has adapters: inject into the plain backbone")
+    if not targets:
+        raise UserError("targets is empty: name modules such as q_proj, give a regular expression, or use all-linear")
+    matched = set()
+    if "all-linear" in targets:
+        matched |= set(_all_linear(model))
+    if explicit := tuple(t for t in targets if t != "all-linear"):
+        matched |= set(_match(model, explicit, "targets"))
+    names = [name for name, _ in model.named_modules() if name in matched]
+
+    first_name: dict[int, str] = {}
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name in matched and first_name.setdefault(id(module), name) != name:
+            raise UserError(
+                f"targets: {name} and {first_name[id(module)]} are one shared module; an adapter there would count "
+                "twice: leave both out of targets"
+            )
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            other = owners.setdefault(id(parameter), name)
+            if other != name and (name in matched or other in matched):
+                raise UserError(
+                    f"targets: the weight of {name} is tied to {other}; merging an adapter would change both: "
+                    f"leave {name if name in matched else other} out of targets"
+                )
+    for name in names:
+        if _linear_shape(model.get_submodule(name)) is None:
+            kind = type(model.get_submodule(name)).__name__
+            raise UserError(f"targets: {name} is a {kind}, not a linear map (nn.Linear, Conv1D or a quantised linear)")
+    return names
+
+
+def _all_linear(model: nn.Module) -> list[str]:
+    """Every linear map of the backbone; output heads (lm_head, classifiers) are outside it and are left alone."""
+    backbone = getattr(model, "base_model", model)
+    prefix = next((name for name, module in model.named_modules() if module is backbone), "")
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    names = [
+        f"{prefix}.{name}" if prefix else name
+        for name, module in backbone.named_modules()
+        if _linear_shape(module) is not None and module is not head and not list(module.children())
+    ]
+    if not names:
+        raise UserError(f"targets='all-linear': {type(backbone).__name__} has no linear maps")
+    return names
+
+
+def _match(model: nn.Module, patterns: tuple[str, ...], field: str) -> list[str]:
+    """Module names that equal a pattern, end with '.pattern', or match it as a regular expression in full."""
+    matched: list[str] = []
+    all_names = [name for name, _ in model.named_modules() if name]
+    for pattern in patterns:
+        hits = [n for n in all_names if n == pattern or n.endswith(f".{pattern}")]
+        if not hits:
+            try:
+                hits = [n for n in all_names if re.fullmatch(pattern, n)]
+            except re.error as error:
+                raise UserError(f"{field}: {pattern!r} is not a valid regular expression ({error})") from error
+        if not hits:
+            leaves = sorted({n.rpartition(".")[2] for n in all_names if _linear_shape(model.get_submodule(n))})
+            raise UserError(
+                f"{field}: {pattern!r} matches no module of {type(model).__name__}; "
+                f"its linear modules are named {', '.join(leaves[:20])}"
+            )
+        matched += hits
+    return matched

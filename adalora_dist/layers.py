@@ -1,0 +1,61 @@
+"""``SVDLinear``: a frozen linear map plus the adapter P diag(lambda) Q."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class SVDLinear(nn.Module):
+    """``y = base(x) + scale * P (lam * (Q x))`` over any base module that maps (..., d_in) to (..., d_out).
+
+    The base is called, never opened: ``nn.Linear``, transformers' ``Conv1D`` and quantised linears are alike.
+
+    Parameters (float32, trainable; the paper's names):
+        P: (d_out, r).
+        lam: (r,), the paper's diagonal Lambda; starts at 0, so the module starts as its base.
+        Qt: (d_in, r), Q transposed. Engines shard dimension 0; with the long axis there, both Gram matrices P^T P
+            and Q Q^T are sums over the rows that a rank holds.
+
+    The branch computes in the type of the base's output. With r = 0 there is no branch and no parameter.
+    """
+
+    def __init__(
+        self, base: nn.Module, d_in: int, d_out: int, rank: int, scale: float, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.d_in, self.d_out, self.rank, self.scale = d_in, d_out, rank, scale
+        self.dropout = nn.Dropout(dropout) if dropout else None
+        if rank:
+            device = next((p.device for p in base.parameters()), torch.device("cpu"))
+            self.P = nn.Parameter(torch.empty(d_out, rank, dtype=torch.float32, device=device))
+            self.lam = nn.Parameter(torch.zeros(rank, dtype=torch.float32, device=device))
+            self.Qt = nn.Parameter(torch.empty(d_in, rank, dtype=torch.float32, device=device))
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator, std: float | None = 0.02) -> None:
+        """lam = 0; P, Q ~ N(0, std^2), std None: 1/sqrt(d), so that columns have unit length on average.
+
+        Drawn on the CPU, so that every device, rank and engine starts from the same numbers.
+        """
+        if not self.rank:
+            return
+        self.lam.zero_()
+        for x in (self.P, self.Qt):
+            x.copy_(torch.randn(x.shape, generator=generator) * (std if std is not None else x.shape[0] ** -0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Two dimensions from here on, so that the add below is in place on the base's own output: no extra pass over
+        # [tokens, d_out], and no view whose in-place backward would copy.
+        tokens = x.reshape(-1, self.d_in)
+        y = self.base(tokens)
+        if self.rank:
+            branch_in = tokens if self.dropout is None else self.dropout(tokens)
+            hidden = branch_in.to(y.dtype) @ self.Qt.to(y.dtype)  # (tokens, r)
+            hidden = hidden * (self.lam * self.scale).to(y.dtype)
+            y = y.addmm_(hidden, self.P.to(y.dtype).T)
+        return y.view(*x.shape[:-1], self.d_out)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, scale={self.scale:g}"
