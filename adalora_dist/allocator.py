@@ -5,8 +5,9 @@ every engine:
 
 1. before: the orthogonality gradient is added to the local gradients, then the importance averages of the local
    elements advance;
-2. after: on the schedule's steps the b best triplets of the whole model are selected; lambda of all others is zeroed,
-   at every step from the first selection on.
+2. after: on the schedule's steps the b best triplets of the whole model are selected and lambda of all others is
+   zeroed; once the pattern is frozen, at every step. Between selections a zeroed lambda may grow again, so that its
+   triplet can come back, as in the authors' code.
 
 Communication beyond plain LoRA's own, in whole:
 
@@ -70,7 +71,7 @@ class RankAllocator:
         """Steps left out because a gradient somewhere was not finite."""
         self.allocations: list[Allocation] = []
         self.keep: torch.Tensor | None = None
-        """(num_triplets,) bool: the active triplets; None before the first selection."""
+        """(num_triplets,) bool: the triplets of the last selection; None before the first."""
         self.frozen = False
         self._pending = False  # a selection is due and could not be made yet
         self._engine: ShardEngine | None = None
@@ -169,7 +170,8 @@ class RankAllocator:
                 self._update_importance(self._collect_values())
             if self._pending:
                 self._allocate()
-            if self.keep is not None:
+                self._mask()
+            elif self.frozen:
                 self._mask()
         self.step += 1
 
@@ -220,7 +222,7 @@ class RankAllocator:
         self.frozen = self.step >= self.schedule.freeze_step
 
     def _mask(self) -> None:
-        """lambda_i <- 0 for every triplet that is not active (eq. 6). P, Q and the moments stay."""
+        """lambda_i <- 0 for every triplet that was not selected (eq. 6). P, Q and the moments stay."""
         assert self._engine is not None and self.keep is not None
         values = self._engine.values()
         for k, (factor, span) in enumerate(zip(self._factors, self._spans, strict=True)):

@@ -18,15 +18,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin
 
-import annotated_types
 import tyro
-import yaml
 from pydantic import Field, ValidationError, create_model
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from adalora_dist.config import RunConfig
 from adalora_dist.errors import UserError
+from adalora_dist.yaml_file import read_yaml
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
@@ -56,9 +55,10 @@ def parse_config(schema: type[ConfigT], argv: list[str] | None = None, descripti
     arguments = sys.argv[1:] if argv is None else list(argv)
     if "--help" in arguments or "-h" in arguments:
         _print_help(schema, description)
-    with user_errors():
+    try:
         return _parse(schema, arguments)
-    raise AssertionError("unreachable: user_errors never swallows an exception")
+    except UserError as error:
+        fail(error)
 
 
 def fail(error: object) -> NoReturn:
@@ -86,7 +86,7 @@ def user_errors() -> Iterator[None]:
 
 
 def _print_help(schema: type[RunConfig], description: str) -> NoReturn:
-    config_flag = (
+    config_flag: Any = (
         Annotated[str, tyro.conf.arg(metavar="FILE.yaml")],
         Field("", description="YAML file with nested sections; flags override what it sets."),
     )
@@ -134,7 +134,8 @@ def _settings(schema: type[RunConfig]) -> dict[str, Setting]:
 
 
 def _split(arguments: Sequence[str], settings: Mapping[str, Setting]) -> dict[str, list[str]]:
-    """Flags as typed, ``{"epochs": ["3"], "tasks": ["boolq", "piqa"], ...}``; ``--no-x`` becomes ``{"x": ["false"]}``."""
+    """Flags as typed, ``{"epochs": ["3"], "tasks": ["boolq", "piqa"]}``; ``--no-x`` becomes ``{"x": ["false"]}``."""
+    switches = {f"no-{flag}": flag for flag, setting in settings.items() if setting.info.annotation is bool}
     given: dict[str, list[str]] = {}
     words: list[str] | None = None
     for argument in arguments:
@@ -146,30 +147,33 @@ def _split(arguments: Sequence[str], settings: Mapping[str, Setting]) -> dict[st
         typed, equals, value = argument.partition("=")
         flag = typed.removeprefix("--").replace("_", "-")
         words = [value] if equals else []
-        if not typed.startswith("--") or flag not in (*settings, "config", "local-rank"):
-            positive = flag.removeprefix("no-")
-            if not typed.startswith("--no") or positive not in settings or settings[positive].info.annotation != bool:
-                raise UserError(f"{typed} is not a flag: {_nearest_flags(flag, settings)}")
+        if typed.startswith("--") and flag in switches:
             if equals:
-                raise UserError(f"{typed} takes no value: write {typed} or --{positive}")
-            flag, words = positive, ["false"]
+                raise UserError(f"{typed} takes no value: write {typed} or --{switches[flag]}")
+            flag, words = switches[flag], ["false"]
+        elif not typed.startswith("--") or flag not in (*settings, "config", "local-rank"):
+            near = _near(flag.rpartition(".")[2].lstrip("-"), [*settings, *switches, "config"])
+            hint = f"did you mean --{' or --'.join(near)}?" if near else "see --help for all of them"
+            raise UserError(f"{typed} is not a flag: {hint}")
         if flag == "config" and flag in given:
             raise UserError("--config is given twice: give one file, and flags for what differs")
         given[flag] = words
-    given.pop("local-rank", None)  # appended by launchers; the rank is read from the environment
-
     for flag, words in given.items():
-        info = settings[flag].info if flag in settings else None
-        takes_list = info is not None and get_origin(info.annotation) is tuple
-        if info is not None and info.annotation == bool and not words:
-            words.append("true")
-        if not words or "" in words:
-            legal = _legal(info) if info else "the path of a YAML file"
-            hint = ", or the word none for an empty list" if takes_list else ""
-            raise UserError(f"--{flag} has no value: give it {legal}{hint}")
-        if len(words) > 1 and not takes_list:
-            raise UserError(f"--{flag} takes one value and got {len(words)}: {' '.join(words)}; keep one of them")
+        _check_arity(flag, words, settings[flag].info if flag in settings else None)
+    given.pop("local-rank", None)  # appended by launchers; the rank is read from the environment
     return given
+
+
+def _check_arity(flag: str, words: list[str], info: FieldInfo | None) -> None:
+    takes_list = info is not None and get_origin(info.annotation) is tuple
+    if info is not None and info.annotation is bool and not words:
+        words.append("true")
+    if not words or "" in words:  # an empty word is mostly a shell variable that was never set
+        legal = _legal(info) if info else "the path of a YAML file" if flag == "config" else "an integer"
+        hint = ", or the word none for an empty list" if takes_list else ""
+        raise UserError(f"--{flag} has no value: give it {legal}{hint}")
+    if len(words) > 1 and not takes_list:
+        raise UserError(f"--{flag} takes one value and got {len(words)}: {' '.join(words)}; keep one of them")
 
 
 def _flag_value(info: FieldInfo, words: list[str]) -> Any:
@@ -177,13 +181,6 @@ def _flag_value(info: FieldInfo, words: list[str]) -> Any:
     if get_origin(info.annotation) is tuple:
         return [] if is_none else words
     return None if is_none and type(None) in get_args(info.annotation) else words[0]
-
-
-def _nearest_flags(flag: str, settings: Mapping[str, Setting]) -> str:
-    known = {name: f"--{name}" for name in (*settings, "config")}
-    known |= {f"no-{name}": f"--no-{name}" for name, setting in settings.items() if setting.info.annotation == bool}
-    near = _near(flag.rpartition(".")[2].lstrip("-"), list(known))
-    return f"did you mean {' or '.join(known[name] for name in near)}?" if near else "see --help for all of them"
 
 
 def _near(word: str, candidates: Sequence[str]) -> list[str]:
@@ -195,30 +192,16 @@ def _near(word: str, candidates: Sequence[str]) -> list[str]:
 # -------------------------------------------------------------------------------------------------- the YAML file
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a repeated key, of which YAML libraries silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key.value} is set twice; keep one", problem_mark=key.start_mark)
-            if isinstance(key, yaml.ScalarNode):
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def _merge_yaml(
     schema: type[RunConfig], path: Path, values: dict[str, dict[str, Any]], origins: dict[tuple[str, str], str]
 ) -> None:
     """Put the file's settings into ``values``, and ``file:line: section.key: value`` of each into ``origins``."""
-    sections, lines = _read_yaml(path)
+    sections, lines = read_yaml(path)
     settings = _settings(schema)
     for section, content in sections.items():
         where = f"{path}:{lines[section,]}"
         if section not in schema.model_fields:
-            owners = [f"{s.section}.{s.name}" for flag, s in settings.items() if section in (s.name, flag)]
-            near = owners or _near(str(section), list(schema.model_fields))
+            near = _owners(section, settings) or _near(str(section), list(schema.model_fields))
             hint = f"did you mean {' or '.join(near)}? " if near else ""
             raise UserError(f"{where}: {section} is not a section: {hint}Sections are {', '.join(schema.model_fields)}")
         names = {setting.name: setting.info for setting in settings.values() if setting.section == section}
@@ -227,47 +210,24 @@ def _merge_yaml(
         if not isinstance(content, dict):
             raise UserError(
                 f"{where}: section {section} must be a mapping, not {content!r}: indent its settings below it, such as "
-                f"{next(iter(names))}"
+                f"{next(iter(names))}: ..."
             )
         for name, value in content.items():
             where = f"{path}:{lines[section, name]}"
             if name not in names:
-                owners = [f"{s.section}.{s.name}" for s in settings.values() if s.name == name]
-                near = owners or [f"{section}.{n}" for n in _near(str(name), list(names))]
+                near = _owners(name, settings) or [f"{section}.{near}" for near in _near(str(name), list(names))]
                 hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(names)}"
                 raise UserError(f"{where}: {name} is not a setting of {section}: {hint}")
-            shown = str(value).lower() if value is None or isinstance(value, bool) else value
+            shown = str(value).lower() if isinstance(value, bool) else "null" if value is None else value
             origins[section, name] = f"{where}: {section}.{name}: {shown}"
-            if isinstance(value, bool) and names[name].annotation != bool:  # pydantic would read true as 1
+            if isinstance(value, bool) and names[name].annotation is not bool:  # pydantic would read true as 1
                 raise UserError(f"{origins[section, name]}: must be {_legal(names[name])}; {_remedy(names[name])}")
             values[section][name] = value
 
 
-def _read_yaml(path: Path) -> tuple[dict[Any, Any], dict[tuple[Any, ...], int]]:
-    """The file's mapping, and the line (from 1) of each ``(section,)`` and ``(section, key)``."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"--config {path}: cannot be read ({reason}): give the path of a YAML file") from None
-    try:
-        loader = _Loader(text)
-        root = loader.get_single_node()
-        if not isinstance(root, yaml.MappingNode):
-            raise UserError(f"--config {path}: must be a mapping of sections, such as 'adapter: {{target_rank: 8}}'")
-        content: dict[Any, Any] = loader.construct_document(root)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"{path}:{line}: not valid YAML ({error.problem}): correct that line") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {path}: not valid YAML ({error}): correct the file") from None
-    lines: dict[tuple[Any, ...], int] = {}
-    for section, body in root.value:
-        name = loader.construct_object(section)
-        lines[name,] = section.start_mark.line + 1
-        if isinstance(body, yaml.MappingNode):
-            lines |= {(name, loader.construct_object(key)): key.start_mark.line + 1 for key, _ in body.value}
-    return content, lines
+def _owners(key: Any, settings: Mapping[str, Setting]) -> list[str]:
+    """Where a key belongs that was put into the wrong section or spelt as its flag: ``adapter.alpha``."""
+    return [f"{setting.section}.{setting.name}" for flag, setting in settings.items() if key in (setting.name, flag)]
 
 
 # ------------------------------------------------------------------------------------------- what to tell the user
@@ -292,9 +252,11 @@ def _explain_one(detail: ErrorDetails, schema: type[RunConfig], origins: Mapping
     section_type = schema.model_fields[section].annotation
     assert section_type is not None
     info = section_type.model_fields[name]
-    element = f"{detail['input']!r} is not legal here, " if len(location) > 2 else ""
+    element = f"{detail['input']} is wrong, " if len(location) > 2 else ""
+    finite = "finite, " if detail["type"] == "finite_number" else ""
     near = difflib.get_close_matches(str(detail["input"]), _choices(info), n=1)
-    return f"{origin}: {element}must be {_legal(info)}; {f'did you mean {near[0]}?' if near else _remedy(info)}"
+    remedy = f"did you mean {near[0]}?" if near else _remedy(info)
+    return f"{origin}: {element}must be {finite}{_legal(info)}; {remedy}"
 
 
 def _remedy(info: FieldInfo) -> str:
@@ -306,9 +268,15 @@ def _remedy(info: FieldInfo) -> str:
     return f"leave it out for the default, {default}" if default not in (None, "") else "or leave it out"
 
 
+def _kind(info: FieldInfo) -> Any:
+    """The type of a setting without the ``None`` that it may also take."""
+    union = get_origin(info.annotation) in (Union, types.UnionType)
+    return next(kind for kind in get_args(info.annotation) if kind is not type(None)) if union else info.annotation
+
+
 def _choices(info: FieldInfo) -> list[str]:
     """The words of a setting (or of each element of a list) that takes one of a few."""
-    kind = get_args(info.annotation)[0] if get_origin(info.annotation) is tuple else info.annotation
+    kind = get_args(info.annotation)[0] if get_origin(info.annotation) is tuple else _kind(info)
     return [str(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []
 
 
@@ -316,20 +284,10 @@ def _legal(info: FieldInfo) -> str:
     """The legal values of a setting, in words: ``a number > 0``, ``one of fp32, bf16, fp16``."""
     choices = ", ".join(_choices(info))
     if get_origin(info.annotation) is tuple:
-        return f"a list of {choices or 'words'} (separated by spaces; in YAML [a, b])"
-    if choices:
-        return f"one of {choices}"
-    union = get_origin(info.annotation) in (Union, types.UnionType)
-    kinds = get_args(info.annotation) if union else (info.annotation,)
-    words = {bool: "true or false", int: "an integer", float: "a number", str: "a text (quoted in YAML)"}
-    bounds = []
-    for limit in info.metadata:
-        for symbol, kind, attribute in (
-            (">", annotated_types.Gt, "gt"),
-            (">=", annotated_types.Ge, "ge"),
-            ("<", annotated_types.Lt, "lt"),
-        ):
-            if isinstance(limit, kind):
-                bounds.append(f"{symbol} {getattr(limit, attribute)}")
-    legal = " ".join([words[next(kind for kind in kinds if kind is not type(None))], " and ".join(bounds)]).strip()
-    return f"{legal}, or none" if type(None) in kinds else legal
+        return f"one or more of {choices}" if choices else "a list of words (in YAML: [a, b])"
+    words = {bool: "true or false", int: "an integer", float: "a number", str: "text (in YAML: in quotes)"}
+    symbols = {"gt": ">", "ge": ">=", "lt": "<"}  # annotated_types.Gt has an attribute gt, and so on
+    bounds = [f"{symbols[n]} {getattr(limit, n)}" for limit in info.metadata for n in symbols if hasattr(limit, n)]
+    legal = f"one of {choices}" if choices else words[_kind(info)]
+    optional = ", or none" if type(None) in get_args(info.annotation) else ""
+    return " ".join([legal, " and ".join(bounds)]).strip() + optional

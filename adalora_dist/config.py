@@ -218,9 +218,7 @@ class RunConfig(Section):
         return self
 
 
-CommonsenseTask = Literal[
-    "boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"
-]
+CommonsenseTask = Literal["boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
 COMMONSENSE_TASKS: tuple[str, ...] = get_args(CommonsenseTask)
 
 

@@ -69,8 +69,6 @@ def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
 def _find_targets(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
     if any(isinstance(module, SVDLinear) for module in model.modules()):
         raise UserError("the model already has adapters: inject into the plain backbone")
-    if not targets:
-        raise UserError("targets is empty: name modules such as q_proj, give a regular expression, or use all-linear")
     matched = set()
     if "all-linear" in targets:
         matched |= set(_all_linear(model))
@@ -78,12 +76,12 @@ def _find_targets(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
         matched |= set(_match(model, explicit, "targets"))
     names = [name for name, _ in model.named_modules() if name in matched]
 
-    first_name: dict[int, str] = {}
     owners: dict[int, str] = {}
+    targeted = {id(model.get_submodule(name)): name for name in names}
     for name, module in model.named_modules(remove_duplicate=False):
-        if name in matched and first_name.setdefault(id(module), name) != name:
+        if targeted.get(id(module), name) != name:
             raise UserError(
-                f"targets: {name} and {first_name[id(module)]} are one shared module; an adapter there would count "
+                f"targets: {name} and {targeted[id(module)]} are one shared module; an adapter there would count "
                 "twice: leave both out of targets"
             )
     for name, module in model.named_modules():
@@ -123,10 +121,7 @@ def _match(model: nn.Module, patterns: tuple[str, ...], field: str) -> list[str]
     for pattern in patterns:
         hits = [n for n in all_names if n == pattern or n.endswith(f".{pattern}")]
         if not hits:
-            try:
-                hits = [n for n in all_names if re.fullmatch(pattern, n)]
-            except re.error as error:
-                raise UserError(f"{field}: {pattern!r} is not a valid regular expression ({error})") from error
+            hits = [n for n in all_names if re.fullmatch(pattern, n)]
         if not hits:
             leaves = sorted({n.rpartition(".")[2] for n in all_names if _linear_shape(model.get_submodule(n))})
             raise UserError(

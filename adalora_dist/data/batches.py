@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .encoding import IGNORED, EncodedRow
+from adalora_dist.data.encoding import IGNORED, EncodedRow
 
 # Rows are sorted by length inside random pools of this many batches: long enough for little padding, short enough
 # that batches differ from epoch to epoch.
@@ -57,9 +57,7 @@ class BatchPlan:
         self._batches: list[list[int]] = []
 
     @classmethod
-    def of_rows(
-        cls, rows: Sequence[EncodedRow], batch_size: int, seed: int, group_by_length: bool = True
-    ) -> BatchPlan:
+    def of_rows(cls, rows: Sequence[EncodedRow], batch_size: int, seed: int, group_by_length: bool = True) -> BatchPlan:
         """The plan for token sequences with labels."""
         lengths = [len(row["input_ids"]) for row in rows]
         return cls(lengths, [count_targets(row["labels"]) for row in rows], batch_size, seed, group_by_length)

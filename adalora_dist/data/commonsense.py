@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..config import COMMONSENSE_TASKS, CommonsenseDataConfig
-from ..errors import UserError
-from .hub import hub_rows
+from adalora_dist.config import COMMONSENSE_TASKS, CommonsenseDataConfig
+from adalora_dist.data.hub import hub_rows
+from adalora_dist.errors import UserError
 
 Split = Literal["train", "test"]
 
@@ -57,8 +57,8 @@ class Example:
 
     def output_for(self, choice: str) -> str:
         """The reply that gives ``choice``: ``output`` with the last whole-word ``answer`` in it replaced."""
-        start, end = _last_whole_word(self.answer, self.output)
-        return self.output[:start] + choice + self.output[end:]
+        *_, last = _whole_words(self.answer, self.output)
+        return self.output[: last.start()] + choice + self.output[last.end() :]
 
 
 def resolve_tasks(data: CommonsenseDataConfig) -> tuple[str, ...]:
@@ -74,7 +74,9 @@ def resolve_tasks(data: CommonsenseDataConfig) -> tuple[str, ...]:
     existing = _tasks_in(data.source)
     tasks = tuple(task for task in COMMONSENSE_TASKS if task in (data.tasks or existing))
     if not tasks:
-        raise UserError(f"data={data.source!r}: no task folder found; expected one or more of {_join(COMMONSENSE_TASKS)}")
+        raise UserError(
+            f"data={data.source!r}: no task folder found; expected one or more of {_join(COMMONSENSE_TASKS)}"
+        )
     for task in tasks:
         find_file(data.source, task, "train")
         find_file(data.source, task, "test")
@@ -185,9 +187,9 @@ def _example(row: object, task: str, origin: str) -> Example:
     choices = _choices(instruction, task, origin)
     if answer not in choices:
         raise UserError(f"{origin}: field answer is {answer!r}; legal: {_join(choices)}; correct the row or remove it")
-    if _last_whole_word(answer, output) is None:
+    if next(_whole_words(answer, output), None) is None:
         raise UserError(
-            f"{origin}: field output is {output!r}, without the answer {answer!r}; write 'the correct answer is {answer}'"
+            f"{origin}: field output is {output!r}, without the answer; write 'the correct answer is {answer}'"
         )
     return Example(instruction, row["input"], output, answer, choices, task, origin)
 
@@ -197,13 +199,14 @@ def _choices(instruction: str, task: str, origin: str) -> tuple[str, ...]:
     choices = tuple(lines[-1].split("/")) if lines else FIXED_CHOICES.get(task, ())
     if len(choices) < 2 or "" in choices or len(set(choices)) < len(choices):
         found = f"has the line 'Answer format: {lines[-1]}'" if lines else "has no line 'Answer format: ...'"
-        raise UserError(f"{origin}: field instruction {found}; end it with two or more names: 'Answer format: answer1/answer2'")
+        raise UserError(
+            f"{origin}: field instruction {found}; end it with two or more names: 'Answer format: answer1/answer2'"
+        )
     return choices
 
 
-def _last_whole_word(word: str, text: str) -> tuple[int, int] | None:
-    spans = [match.span() for match in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", text)]
-    return spans[-1] if spans else None
+def _whole_words(word: str, text: str) -> Iterator[re.Match[str]]:
+    return re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", text)
 
 
 def _join(names: Sequence[str]) -> str:

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, TypedDict
 
-from ..errors import UserError
-from .commonsense import Example
+from adalora_dist.data.commonsense import Example
+from adalora_dist.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,7 +87,9 @@ def encode_example(
     prompt = prompt_tokens(example, tokenizer, max_length)
     reply = [*reply_tokens(tokenizer, example.output), *eos_tokens(tokenizer)]
     if not reply:
-        raise UserError(f"{example.origin}: field output {example.output!r} has no tokens; use the model's own tokenizer")
+        raise UserError(
+            f"{example.origin}: field output {example.output!r} has no tokens; use the model's own tokenizer"
+        )
     masked = len(prompt) if train_on == "output" else 1
     tokens = prompt + reply
     return {"input_ids": tokens, "labels": [IGNORED] * masked + tokens[masked:]}

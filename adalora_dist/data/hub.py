@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import UserError
+from adalora_dist.errors import UserError
 
 Row = dict[str, str]
 
@@ -125,7 +125,7 @@ def _choice_row(lead: str, word: str, texts: Sequence[str], correct: int) -> Row
     if not 0 <= correct < len(texts):
         raise ValueError(f"label {correct} of {len(texts)} choices")
     choices = [f"{word}{number}" for number in range(1, len(texts) + 1)]
-    listed = " ".join(f"{choice.capitalize()}: {text.strip()}" for choice, text in zip(choices, texts))
+    listed = " ".join(f"{choice.capitalize()}: {text.strip()}" for choice, text in zip(choices, texts, strict=True))
     return _row(f"{lead}\n\n{listed}", choices, choices[correct])
 
 

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..data.batches import collate
-from ..data.commonsense import Example
-from ..data.encoding import IGNORED, EncodedRow, padding_token, prompt_text, prompt_tokens, reply_tokens
-from ..errors import UserError
-from .results import Gather, TaskResult, dealt_batches, evaluating, gather_lists, task_result
+from adalora_dist.data.batches import collate
+from adalora_dist.data.commonsense import Example
+from adalora_dist.data.encoding import IGNORED, EncodedRow, padding_token, prompt_text, prompt_tokens, reply_tokens
+from adalora_dist.errors import UserError
+from adalora_dist.evaluation.results import Gather, TaskResult, dealt_batches, evaluating, gather_lists, task_result
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,7 +47,6 @@ def evaluate_choices(
     Raises:
         UserError: a reply does not fit, or two choices of an example have the same tokens.
     """
-    scores: dict[tuple[int, int], float] = {}
     # Longest first: what does not fit into memory fails at once. Characters will do for sorting, and save every rank
     # from tokenising the prompts of the others.
     order = sorted(range(len(examples)), key=lambda index: -len(prompt_text(examples[index])))
@@ -55,44 +54,50 @@ def evaluate_choices(
     local: list[tuple[int, int, float]] = []
     with evaluating(model) as device:
         for batch, counts in dealt_batches(requests, batch_size, rank, world_size, f"{examples[0].task} likelihood"):
-            rows = [_request_row(examples[index], choice, tokenizer, max_length) for index, choice in batch]
-            sums = reply_log_likelihoods(model, rows, padding_token(tokenizer), device).tolist()
+            prompts = [prompt_tokens(examples[index], tokenizer, max_length) for index, _ in batch]
+            replies = [_choice_tokens(examples[index], tokenizer)[choice] for index, choice in batch]
+            sums = reply_log_likelihoods(model, prompts, replies, padding_token(tokenizer), device).tolist()
             if counts:
                 local += [(index, choice, total) for (index, choice), total in zip(batch, sums, strict=True)]
-    for index, choice, total in gather(local):
-        scores[index, choice] = total
+    scores = {(index, choice): total for index, choice, total in gather(local)}
     answers = []
     for index, example in enumerate(examples):
-        best = max(range(len(example.choices)), key=lambda choice: scores[index, choice])
-        answers.append(example.choices[best])
+        totals = [scores[index, choice] for choice in range(len(example.choices))]
+        answers.append(example.choices[totals.index(max(totals))])
     return task_result(examples, "likelihood", answers)
 
 
 def reply_log_likelihoods(
-    model: nn.Module, rows: Sequence[EncodedRow], padding: int, device: torch.device
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    replies: Sequence[Sequence[int]],
+    padding: int,
+    device: torch.device,
 ) -> torch.Tensor:
-    """Sum of log p over the labelled tokens of each row: float32 [rows]."""
+    """Sum of log p(reply token | prompt and the reply tokens before it), for each pair: float32 [pairs]."""
+    rows: list[EncodedRow] = [
+        {"input_ids": [*prompt, *reply], "labels": [IGNORED] * len(prompt) + [*reply]}
+        for prompt, reply in zip(prompts, replies, strict=True)
+    ]
     batch = {name: tensor.to(device) for name, tensor in collate(rows, padding).items()}
     labels = batch.pop("labels")
-    # Position t predicts token t + 1. The prompt's logits are the bulk of the memory and are not needed.
-    first = min(row["labels"].index(next(label for label in row["labels"] if label != IGNORED)) for row in rows) - 1
+    # Position t predicts token t + 1; logits of the prompts would be most of the memory and are not needed.
+    first = min(len(prompt) for prompt in prompts) - 1
     if "logits_to_keep" in inspect.signature(getattr(model, "module", model).forward).parameters:
         logits = model(**batch, use_cache=False, logits_to_keep=labels.shape[1] - first).logits
     else:
         logits = model(**batch, use_cache=False).logits[:, first:]
     targets = labels[:, first + 1 :]
     is_target = targets != IGNORED
-    picked = logits[:, :-1][is_target].float().log_softmax(-1).gather(-1, targets[is_target].unsqueeze(-1)).squeeze(-1)
-    # Filled in row by row: the order of summation does not depend on the other rows of the batch.
-    return torch.zeros(targets.shape, device=device).masked_scatter(is_target, picked).sum(-1)
+    log_p = logits[:, :-1][is_target].float().log_softmax(-1).gather(-1, targets[is_target].unsqueeze(-1)).squeeze(-1)
+    return torch.zeros(targets.shape, device=device).masked_scatter(is_target, log_p).sum(-1)
 
 
-def _request_row(example: Example, choice: int, tokenizer: PreTrainedTokenizerBase, max_length: int) -> EncodedRow:
-    replies = [reply_tokens(tokenizer, example.output_for(name)) for name in example.choices]
+def _choice_tokens(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
+    replies = [reply_tokens(tokenizer, example.output_for(choice)) for choice in example.choices]
     if len(set(replies)) < len(replies):
         raise UserError(
             f"{example.origin}: two of the choices {', '.join(example.choices)} have the same tokens, so no score can "
             f"tell them apart; use the tokenizer that belongs to the model"
         )
-    prompt, reply = prompt_tokens(example, tokenizer, max_length), list(replies[choice])
-    return {"input_ids": prompt + reply, "labels": [IGNORED] * len(prompt) + reply}
+    return replies

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from ..data.commonsense import Example
-from ..data.encoding import padding_token, prompt_text, prompt_tokens
-from .results import Gather, TaskResult, dealt_batches, evaluating, gather_lists, task_result
+from adalora_dist.data.commonsense import Example
+from adalora_dist.data.encoding import padding_token, prompt_text, prompt_tokens
+from adalora_dist.evaluation.results import Gather, TaskResult, dealt_batches, evaluating, gather_lists, task_result
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,7 +51,7 @@ def evaluate_generation(
         for batch, counts in dealt_batches(order, batch_size, rank, world_size, f"{examples[0].task} generation"):
             prompts = [prompt_tokens(examples[index], tokenizer, max_length) for index in batch]
             input_ids, attention_mask = left_padded(prompts, padding)
-            generated = model.generate(
+            generated = cast(Any, model).generate(  # transformers' own annotations lack it
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.to(device),
                 do_sample=False,

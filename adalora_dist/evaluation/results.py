@@ -3,7 +3,7 @@
 Batches are formed from the whole data set and dealt out: batch k goes to rank k modulo world size. So a batch has the
 same rows and the same padding on 1 and N processes, and so have its scores, to the last bit on equal hardware. Every
 rank runs the same number of forwards, since forwards of sharded models are collective: a rank that has run out of
-batches repeats the first one and drops the outcome.
+batches repeats the last one and drops the outcome.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import distributed, nn
 from tqdm import tqdm
 
-from ..data.commonsense import Example
+from adalora_dist.data.commonsense import Example
 
 Gather = Callable[[list[Any]], list[Any]]
 
@@ -78,9 +78,10 @@ def dealt_batches(
     Every rank gets the same number. Rank 0 shows a progress bar with the time left.
     """
     batches = [list(items[start : start + batch_size]) for start in range(0, len(items), batch_size)]
-    for index in tqdm(range(rank, -(-len(batches) // world_size) * world_size, world_size),
-                      desc=description, unit="batch", disable=rank != 0):  # fmt: skip
-        yield (batches[index], True) if index < len(batches) else (batches[0], False)
+    num_forwards = -(-len(batches) // world_size)
+    for forward in tqdm(range(num_forwards), desc=description, unit="batch", disable=rank != 0):
+        index = forward * world_size + rank
+        yield (batches[index], True) if index < len(batches) else (batches[-1], False)
 
 
 @contextmanager

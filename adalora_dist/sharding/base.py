@@ -7,11 +7,13 @@ spans and flat values only; see ``docs/sharding.md`` for the drawing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from torch.nn.utils import get_total_norm
 
 from adalora_dist.spans import Span as Span
 
@@ -55,7 +57,11 @@ class ShardEngine(Protocol):
         ...
 
     def write(self, index: int, values: torch.Tensor) -> None:
-        """Set the local span of parameter ``index`` so that the next forward sees it and the next step keeps it."""
+        """Set the local span of parameter ``index`` so that the next forward sees it and the next step keeps it.
+
+        Only inside the post hook of a training step's last firing: the engine then sends new values to the ranks
+        that read them. No collective.
+        """
         ...
 
     def full(self, index: int) -> torch.Tensor:
@@ -63,13 +69,31 @@ class ShardEngine(Protocol):
         ...
 
 
-def gradient_count_nonfinite(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    """float32 scalar: how many of the tensors hold a nan or an inf. No host synchronisation."""
+def nonfinite_flag(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
+    """float32 scalar: 1 if any of the (local) tensors holds a nan or an inf, else 0. No host synchronisation."""
     present = [g for g in gradients if g.numel()]
-    if not present:
-        return torch.zeros((), dtype=torch.float32)
-    norms = torch.stack([n.float() for n in torch._foreach_norm(present, float("inf"))])
-    return (~torch.isfinite(norms)).sum().float()
+    return (~torch.isfinite(get_total_norm(present, math.inf))).float()
+
+
+def optimizer_gradients(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Every gradient that the optimizer's next step will consume, adapters or not."""
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+def drop_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """torch optimizers pass over a parameter whose gradient is None: weight, moments and step count stay."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = None
+
+
+def assemble(
+    local: torch.Tensor, span: Span, shape: torch.Size, group: dist.ProcessGroup | None
+) -> torch.Tensor:
+    """The full float32 tensor of which this rank holds ``span``: every rank's span, summed over ``group``."""
+    full = torch.zeros(shape.numel(), dtype=torch.float32, device=local.device)
+    full[span.start : span.stop] = local
+    return sum_over(group, full).view(shape)
 
 
 def sum_over(group: dist.ProcessGroup | None, tensor: torch.Tensor) -> torch.Tensor:

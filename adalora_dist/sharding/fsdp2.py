@@ -1,0 +1,102 @@
+"""FSDP2 (``torch.distributed.fsdp.fully_shard``): parameters and gradients are DTensors, sharded by rows.
+
+``Shard(0)`` cuts dim 0 as ``torch.chunk`` does: blocks of ceil(rows / world) rows, the last ones shorter or empty.
+A block of rows of a row-major tensor is a contiguous span. HSDP adds an outer ``Replicate`` mesh axis; its replicas
+hold equal gradients by the time of the step, so the shard axis alone completes every sum.
+
+Between backward and the next forward the optimizer's DTensors are the only copy: one write is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from adalora_dist.errors import UserError
+from adalora_dist.sharding.base import assemble, drop_gradients, nonfinite_flag, optimizer_gradients
+from adalora_dist.spans import Span
+
+
+class Fsdp2Engine:
+    """See :class:`adalora_dist.sharding.base.ShardEngine`.
+
+    Raises:
+        UserError: a placement other than ``Shard(0)`` on one mesh axis and ``Replicate`` on the others, or parameters
+            on different meshes.
+    """
+
+    num_firings = 1
+
+    def __init__(self, params: Sequence[DTensor], optimizer: torch.optim.Optimizer) -> None:
+        self._params = list(params)
+        self._optimizer = optimizer
+        mesh, axis = params[0].device_mesh, _shard_axis(params[0])
+        for p in params:
+            if p.device_mesh != mesh or _shard_axis(p) != axis:
+                raise UserError(
+                    f"adapter parameters are sharded over different device meshes ({p.device_mesh} and {mesh}): call "
+                    "fully_shard with one mesh for all modules that hold adapters"
+                )
+        self.shard_group = mesh.get_group(axis)
+        self._spans = [_row_block(p, mesh.get_local_rank(axis), mesh.size(axis)) for p in params]
+
+    def spans(self) -> list[Span]:
+        return list(self._spans)
+
+    def values(self) -> list[torch.Tensor]:
+        return [_local(p) for p in self._params]
+
+    def gradients(self) -> list[torch.Tensor | None]:
+        for p in self._params:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p, requires_grad=False)
+        return [_local(p.grad) for p in self._params]
+
+    def nonfinite(self) -> torch.Tensor:
+        gradients = optimizer_gradients(self._optimizer)
+        return nonfinite_flag(_local(g) if isinstance(g, DTensor) else g for g in gradients)
+
+    def skip_firing(self) -> None:
+        drop_gradients(self._optimizer)
+
+    def write(self, index: int, values: torch.Tensor) -> None:
+        _local(self._params[index]).copy_(values)
+
+    def full(self, index: int) -> torch.Tensor:
+        p = self._params[index]
+        return assemble(_local(p), self._spans[index], p.shape, self.shard_group)
+
+
+@torch.no_grad()
+def _local(tensor: DTensor) -> torch.Tensor:
+    """This rank's rows as a flat view. Without autograd ``to_local`` is a mere attribute access."""
+    return tensor.to_local().detach().view(-1)
+
+
+def _shard_axis(p: DTensor) -> int:
+    """The one mesh axis over which the rows are cut."""
+    axes = [axis for axis, placement in enumerate(p.placements) if placement == Shard(0)]
+    others = [placement for placement in p.placements if placement != Shard(0)]
+    if len(axes) != 1 or any(placement != Replicate() for placement in others):
+        raise UserError(
+            f"an adapter parameter of shape {tuple(p.shape)} has placements {p.placements}; supported are Shard(0) on "
+            "one mesh axis and Replicate() on the others: leave adapters out of tensor parallelism and of "
+            "shard_placement_fn"
+        )
+    return axes[0]
+
+
+def _row_block(p: DTensor, rank: int, world_size: int) -> Span:
+    """Elements of this rank's rows of ``p``."""
+    rows, row_numel = p.shape[0], p.shape[1:].numel()
+    block = -(-rows // world_size)
+    start, stop = min(rank * block, rows), min((rank + 1) * block, rows)
+    span = Span(start * row_numel, stop * row_numel)
+    if _local(p).numel() != span.stop - span.start:
+        raise UserError(
+            f"rank {rank} of {world_size} holds {_local(p).numel()} elements of an adapter parameter of shape "
+            f"{tuple(p.shape)}, not rows {start} to {stop}: fully_shard must be the only thing that shards it"
+        )
+    return span

@@ -1,0 +1,50 @@
+"""One process and DDP: every rank holds, and updates, the whole of every parameter.
+
+DDP's gradients are equal on all ranks before the optimizer's step, and so is everything derived from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from adalora_dist.sharding.base import drop_gradients, nonfinite_flag, optimizer_gradients
+from adalora_dist.spans import Span
+
+
+class PlainEngine:
+    """See :class:`adalora_dist.sharding.base.ShardEngine`."""
+
+    shard_group = None
+    num_firings = 1
+
+    def __init__(self, params: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+        self._params = list(params)
+        self._optimizer = optimizer
+
+    def spans(self) -> list[Span]:
+        return [Span(0, p.numel()) for p in self._params]
+
+    def values(self) -> list[torch.Tensor]:
+        return [p.detach().view(-1) for p in self._params]
+
+    def gradients(self) -> list[torch.Tensor | None]:
+        for p in self._params:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            elif not p.grad.is_contiguous():  # assigned by hand; autograd keeps the parameter's own layout
+                p.grad = p.grad.contiguous()
+        return [p.grad.view(-1) for p in self._params]
+
+    def nonfinite(self) -> torch.Tensor:
+        return nonfinite_flag(optimizer_gradients(self._optimizer))
+
+    def skip_firing(self) -> None:
+        drop_gradients(self._optimizer)
+
+    def write(self, index: int, values: torch.Tensor) -> None:
+        self._params[index].detach().view(-1).copy_(values)
+
+    def full(self, index: int) -> torch.Tensor:
+        return self._params[index].detach().to(torch.float32, copy=True)

@@ -1,0 +1,219 @@
+"""DeepSpeed ZeRO, stages 1, 2 and 3. The only file that knows DeepSpeed; it reads attributes and imports nothing.
+
+ZeRO flattens parameters into one-dimensional *groups* (stages 1, 2: one per optimizer parameter group; stage 3: one
+per sub-group), of which every rank owns a partition. The torch optimizer holds the partitions' *masters* (usually
+fp32), not the model's parameters, and its step fires once per group, in order, with that group's gradient alone.
+
+Stages 1, 2: the concatenated group is cut evenly, so a rank may own part of a parameter, all of it, or nothing.
+Stage 3: every parameter is cut for itself into ceil(numel / world) elements per rank; the end of the last chunk is
+padding, and uninitialised in the master.
+
+A value lives in two places, its master and the working copy that the forward reads. After a firing ZeRO copies that
+group's masters to its working copies, and after the last firing it sends the working copies round (stages 1, 2: all
+of them; stage 3: those it keeps whole on every rank). A write made before that point must change both: the copying
+of earlier groups is over, that of the last is still to come.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from adalora_dist.errors import UserError
+from adalora_dist.sharding.base import assemble, nonfinite_flag
+from adalora_dist.spans import Span
+
+
+class _Fragment(NamedTuple):
+    """What a rank owns of one parameter: ``span`` of it lies at ``offset`` of its group's partition."""
+
+    group: int
+    offset: int
+    span: Span
+    process_group: dist.ProcessGroup
+
+    @property
+    def length(self) -> int:
+        return self.span.stop - self.span.start
+
+
+def running_zero_optimizer(optimizer: torch.optim.Optimizer) -> Any | None:
+    """The ZeRO optimizer that is just stepping ``optimizer``; None outside of its step or without ZeRO.
+
+    Found among the callers, because nothing else leads there in stages 1 and 2: the torch optimizer does not know who
+    wraps it, and parameters are linked to the wrapper only on ranks that own a piece of them.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if getattr(caller, "optimizer", None) is optimizer and (_is_stage_3(caller) or _is_stage_1_or_2(caller)):
+            return caller
+        frame = frame.f_back
+    return None
+
+
+def _is_stage_1_or_2(zero: Any) -> bool:
+    return hasattr(zero, "single_partition_of_fp32_groups")
+
+
+def _is_stage_3(zero: Any) -> bool:
+    return hasattr(zero, "fp32_partitioned_groups_flat")
+
+
+class ZeroEngine:
+    """See :class:`adalora_dist.sharding.base.ShardEngine`.
+
+    Args:
+        params: adapter parameters, as the model holds them.
+        optimizer: the innermost torch optimizer, which steps ZeRO's masters.
+        zero: the ZeRO optimizer around it.
+
+    Raises:
+        UserError: a ZeRO feature that moves parts of the step out of the optimizer's reach, or adapters of
+            different process groups.
+    """
+
+    def __init__(self, params: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer, zero: Any) -> None:
+        _refuse_unsupported(params, zero)
+        self._params = list(params)
+        self._optimizer = optimizer
+        self._zero = zero
+        self._stage_3 = _is_stage_3(zero)
+        located = _fragments_stage_3(zero) if self._stage_3 else _fragments_stage_1_or_2(zero)
+        if missing := sum(p not in located for p in params):
+            raise UserError(
+                f"{missing} of {len(params)} adapter parameters are not in the ZeRO optimizer: pass all trainable "
+                "parameters to the optimizer"
+            )
+        self._fragments = [located[p] for p in params]
+        self.shard_group = self._fragments[0].process_group
+        if any(f.process_group is not self.shard_group for f in self._fragments):
+            raise UserError(
+                "adapter parameters are partitioned over different process groups (expert parallelism): adapt modules "
+                "outside of the experts only"
+            )
+        self.num_firings = len(self._masters)
+        self._held: list[tuple[torch.Tensor, torch.Tensor]] = []
+        optimizer.register_step_post_hook(self._restore_gradients)
+
+    @property
+    def _masters(self) -> list[torch.Tensor]:
+        """This rank's flat partition of each group, as the torch optimizer steps it."""
+        return self._zero.fp32_partitioned_groups_flat if self._stage_3 else self._zero.single_partition_of_fp32_groups
+
+    def spans(self) -> list[Span]:
+        return [f.span for f in self._fragments]
+
+    def values(self) -> list[torch.Tensor]:
+        return [self._values_of(f) for f in self._fragments]
+
+    def _values_of(self, fragment: _Fragment) -> torch.Tensor:
+        return self._masters[fragment.group].detach().narrow(0, fragment.offset, fragment.length)
+
+    def gradients(self) -> list[torch.Tensor | None]:
+        firing = {id(master) for group in self._optimizer.param_groups for master in group["params"]}
+        masters = self._masters
+        return [
+            masters[f.group].grad.narrow(0, f.offset, f.length) if id(masters[f.group]) in firing else None
+            for f in self._fragments
+        ]
+
+    def nonfinite(self) -> torch.Tensor:
+        """ZeRO's own global norm says it for all ranks and groups; some of its modes then go on all the same.
+
+        Without a norm (``compute_grad_norm: false``) the first firing looks at the gradients of every group: the
+        masters' where they have been made, those still waiting in ``averaged_gradients`` otherwise.
+        """
+        norm = self._zero._global_grad_norm
+        if norm is not None:
+            return (~torch.isfinite(torch.as_tensor(norm, dtype=torch.float32))).float()
+        gradients = [master.grad for master in self._masters if master.grad is not None]
+        for waiting in self._zero.averaged_gradients.values():
+            gradients += [g for g in waiting or () if g is not None]
+        return nonfinite_flag(gradients)
+
+    def skip_firing(self) -> None:
+        for group in self._optimizer.param_groups:
+            for master in group["params"]:
+                self._held.append((master, master.grad))
+                master.grad = None
+
+    def _restore_gradients(self, *_: Any) -> None:
+        """With an offloaded optimizer the masters' gradients are buffers for good: hand them back after a skip."""
+        for master, gradient in self._held:
+            master.grad = gradient
+        self._held.clear()
+
+    def write(self, index: int, values: torch.Tensor) -> None:
+        fragment = self._fragments[index]
+        self._values_of(fragment).copy_(values)
+        self._working_copy(index).copy_(values)
+
+    def _working_copy(self, index: int) -> torch.Tensor:
+        p, fragment = self._params[index], self._fragments[index]
+        if self._stage_3:
+            return p.ds_tensor.detach().narrow(0, 0, fragment.length)
+        return p.detach().view(-1)[fragment.span.start : fragment.span.stop]
+
+    def full(self, index: int) -> torch.Tensor:
+        p, fragment = self._params[index], self._fragments[index]
+        shape = p.ds_shape if self._stage_3 else p.shape
+        return assemble(self._values_of(fragment), fragment.span, shape, self.shard_group)
+
+
+def _fragments_stage_1_or_2(zero: Any) -> dict[torch.Tensor, _Fragment]:
+    """A model parameter is a view of its group's flat buffer, so its address there says what this rank owns of it.
+
+    (DeepSpeed's own ``_hp_mapping`` is not used: it assumes the order in which parameters were passed, which
+    ``round_robin_gradients`` changes.)
+    """
+    fragments = {}
+    for group, params in enumerate(zero.bit16_groups):
+        flat, process_group = zero.bit16_groups_flat[group], zero.real_dp_process_group[group]
+        size = zero.single_partition_of_fp32_groups[group].numel()
+        partition_start = dist.get_rank(process_group) * size
+        for p in params:
+            first = (p.data_ptr() - flat.data_ptr()) // p.element_size()
+            start = min(max(partition_start - first, 0), p.numel())
+            stop = min(max(partition_start + size - first, 0), p.numel())
+            offset = first + start - partition_start if stop > start else 0
+            fragments[p] = _Fragment(group, offset, Span(start, stop), process_group)
+    return fragments
+
+
+def _fragments_stage_3(zero: Any) -> dict[torch.Tensor, _Fragment]:
+    """Chunks of a sub-group's parameters lie one after the other, each with its padding."""
+    fragments = {}
+    for group, params in enumerate(zero.fp16_groups):
+        offset = 0
+        for p in params:
+            chunk, process_group = p.ds_tensor.ds_numel, p.ds_process_group
+            start = min(dist.get_rank(process_group) * chunk, p.ds_numel)
+            fragments[p] = _Fragment(group, offset, Span(start, min(start + chunk, p.ds_numel)), process_group)
+            offset += chunk
+    return fragments
+
+
+def _refuse_unsupported(params: Sequence[torch.Tensor], zero: Any) -> None:
+    """What cannot work, by name: masters out of reach, steps past the hooked optimizer, or other gradients."""
+    if getattr(zero, "swap_optimizer", False) or getattr(zero, "params_in_nvme_and_cpu", False):
+        raise UserError('offload_optimizer/offload_param "device": "nvme" is not supported: use "cpu" or "none"')
+    if getattr(zero, "zenflow", False):
+        raise UserError("zero_optimization.zenflow steps weights outside of the optimizer: remove the section")
+    if hasattr(zero, "superoffload_cpu_optimizer"):
+        raise UserError("offload_optimizer.super_offload steps weights in another process: set it to false")
+    if getattr(zero, "offload_optimizer", False) and zero.partial_offload != 1.0:
+        raise UserError(
+            f"offload_optimizer.ratio is {zero.partial_offload}; only 1.0 is supported, because DeepSpeed steps the "
+            "rest with an optimizer of its own: set it to 1.0"
+        )
+    if zero.torch_autocast_gradscaler is not None:
+        raise UserError(
+            "torch_autocast with float16 skips parameter groups one by one: use the fp16 or bf16 section instead"
+        )
+    if any(getattr(p, "use_muon", False) for p in params):
+        raise UserError("ZeRO replaces the gradients of Muon's parameters by updates: use another optimizer (AdamW)")

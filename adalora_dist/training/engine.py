@@ -1,0 +1,132 @@
+"""One ``Accelerator`` for what the launcher asked for, on GPUs and on CPU, or a refusal: never silently less."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
+
+from adalora_dist.config import TrainConfig
+from adalora_dist.errors import UserError
+
+_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+def build_accelerator(train: TrainConfig, environment: Mapping[str, str] = os.environ) -> Accelerator:
+    """The accelerator of this process.
+
+    On a machine without GPU, accelerate starts what its launcher was told to start, but then treats FSDP and
+    DeepSpeed as plain data parallelism or as unconnected single processes. Here the process state is made first, so
+    that it joins all processes over gloo and FSDP2 and DeepSpeed are what they say.
+
+    Raises:
+        UserError: the launcher promised more processes than it started, or an engine that cannot be had here.
+    """
+    world_size = int(environment.get("WORLD_SIZE", 1))
+    use_fsdp = environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    use_deepspeed = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    on_cpu = not _has_gpu() or environment.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    _refuse_missing_processes(environment)
+    if use_fsdp and environment.get("FSDP_VERSION", "1") != "2":
+        raise UserError("FSDP_VERSION=1 is not supported: set fsdp_version: 2 in the accelerate configuration")
+    if train.precision == "fp16" and on_cpu:
+        raise UserError("precision=fp16 needs a GPU: use fp32 or bf16 on CPU")
+
+    if on_cpu:
+        if use_deepspeed:
+            _prepare_deepspeed_on_cpu()
+            PartialState(backend="gloo")
+        else:
+            os.environ["ACCELERATE_USE_CPU"] = "true"
+            PartialState(cpu=True)
+        if use_fsdp and world_size > 1:
+            # accelerate promotes to FSDP from the accelerator types only.
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    accelerator = Accelerator(
+        cpu=on_cpu and not use_deepspeed,
+        mixed_precision=_PRECISION[train.precision],
+        # The loop cuts batches itself and takes every scale into its own loss; accelerate only has to hold back the
+        # gradient reduction until the last micro-step.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=num_micro_steps(train, world_size), adjust_scheduler=False, sync_with_dataloader=False
+        ),
+    )
+    _check(accelerator, world_size, use_fsdp, use_deepspeed)
+    if use_deepspeed:
+        _fill_deepspeed(accelerator, train)
+    return accelerator
+
+
+def num_micro_steps(train: TrainConfig, world_size: int) -> int:
+    """Forward and backward passes per optimizer step: the fewest that respect ``micro_batch_size``."""
+    return -(-train.batch_size // (train.micro_batch_size * world_size))
+
+
+def engine_name(accelerator: Accelerator) -> str:
+    """What runs, in a word, for logs: single, ddp, fsdp2, zero1, zero2, zero3."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"zero{accelerator.state.deepspeed_plugin.zero_stage}"
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return "fsdp2"
+    return "ddp" if accelerator.num_processes > 1 else "single"
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _refuse_missing_processes(environment: Mapping[str, str]) -> None:
+    """``accelerate launch --cpu --num_processes 2`` sets a master address and, without MPI, starts one process."""
+    launched = "ACCELERATE_MIXED_PRECISION" in environment
+    connected = any(name in environment for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
+    if launched and "MASTER_ADDR" in environment and not connected:
+        raise UserError(
+            "accelerate was asked for several processes but started one (on CPU it needs MPI for --cpu): use "
+            "accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes N"
+        )
+
+
+def _prepare_deepspeed_on_cpu() -> None:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        from deepspeed.ops import __compatible_ops__
+    except ImportError as error:
+        raise UserError("DeepSpeed was asked for and is not installed: pip install 'adalora-dist[deepspeed]'") from error
+    # Its shared-memory collectives would be compiled for a minute; gloo does the same job here.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _check(accelerator: Accelerator, world_size: int, use_fsdp: bool, use_deepspeed: bool) -> None:
+    if accelerator.num_processes != world_size:
+        raise UserError(
+            f"the launcher started {world_size} processes, but accelerate joined {accelerator.num_processes}: "
+            "launch with accelerate launch, torchrun or the deepspeed launcher"
+        )
+    kind = accelerator.distributed_type
+    if use_fsdp and world_size > 1 and kind != DistributedType.FSDP:
+        raise UserError(f"FSDP2 was asked for, but accelerate set up {kind.value}: check the accelerate configuration")
+    if use_deepspeed and kind != DistributedType.DEEPSPEED:
+        raise UserError(f"DeepSpeed was asked for, but accelerate set up {kind.value}: do not pass --cpu or use_cpu")
+
+
+def _fill_deepspeed(accelerator: Accelerator, train: TrainConfig) -> None:
+    """Give DeepSpeed's "auto" entries the values that the configuration knows."""
+    known = {
+        "train_micro_batch_size_per_gpu": -(-train.batch_size // (accelerator.num_processes * accelerator.gradient_accumulation_steps)),
+        "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
+        "gradient_clipping": train.max_grad_norm,
+    }
+    settings = AcceleratorState().deepspeed_plugin.deepspeed_config
+    for key, value in known.items():
+        if settings.get(key, "auto") == "auto":
+            settings[key] = value
+        elif settings[key] != value:
+            raise UserError(
+                f"the DeepSpeed configuration sets {key}={settings[key]}, the recipe's settings give {value}: "
+                f'write "{key}": "auto"'
+            )

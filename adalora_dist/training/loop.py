@@ -1,0 +1,167 @@
+"""The training loop that all recipes share, on ``accelerate.Accelerator``. Reads top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+from tqdm import tqdm
+
+from adalora_dist.allocator import RankAllocator
+from adalora_dist.config import RunConfig, TrainConfig
+from adalora_dist.data.batches import BatchPlan, collate
+from adalora_dist.data.encoding import IGNORED, EncodedRow
+from adalora_dist.training.run_folder import RunFolder
+
+
+@dataclass
+class Prepared:
+    """A model under its engine, with what trains it."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer  # as the engine wraps it
+    inner_optimizer: torch.optim.Optimizer  # the torch optimizer that updates the weights
+    allocator: RankAllocator | None  # None: plain LoRA
+
+
+def total_steps(train: TrainConfig, plan: BatchPlan) -> int:
+    """Optimizer steps of the run."""
+    return train.max_steps or plan.num_steps(train.epochs)
+
+
+def prepare(accelerator: Accelerator, model: nn.Module, config: RunConfig, num_steps: int) -> Prepared:
+    """Optimizer over the trainable parameters, allocator attached, both handed to the engine."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=config.train.learning_rate, weight_decay=config.train.weight_decay)
+    allocator = None
+    if config.adapter.method == "adalora":
+        allocator = RankAllocator.attach(model, optimizer, config.adapter, num_steps)
+    if config.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model, wrapped = accelerator.prepare(model, optimizer)
+    return Prepared(model, wrapped, optimizer, allocator)
+
+
+def learning_rate(train: TrainConfig, step: int, num_steps: int) -> float:
+    """Linear warm-up from 0, then linear or cosine decay to 0, or constant. A pure function of the 0-based step."""
+    num_warmup = math.ceil(train.lr_warmup_ratio * num_steps)
+    if step < num_warmup:
+        return train.learning_rate * (step + 1) / num_warmup
+    done = (step - num_warmup) / max(1, num_steps - num_warmup)
+    if train.lr_schedule == "linear":
+        return train.learning_rate * (1 - done)
+    if train.lr_schedule == "cosine":
+        return train.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+    return train.learning_rate
+
+
+def causal_loss_sum(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Sum of the next-token losses over the target tokens of ``batch``, float32."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+def train(
+    accelerator: Accelerator,
+    prepared: Prepared,
+    rows: Sequence[EncodedRow],
+    plan: BatchPlan,
+    padding_token: int,
+    config: RunConfig,
+    folder: RunFolder,
+    report: Callable[[str], None],
+) -> list[float]:
+    """Run all steps; returns the loss of each (mean over the target tokens of the global batch).
+
+    Raises:
+        RuntimeError: the allocator did not reach its budget, or its patterns differ between processes.
+    """
+    settings, model, optimizer = config.train, prepared.model, prepared.optimizer
+    num_steps = total_steps(settings, plan)
+    num_processes, num_micro = accelerator.num_processes, accelerator.gradient_accumulation_steps
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    losses: list[float] = []
+    unread: list[torch.Tensor] = []  # loss sums of this process, read together at every log line
+    num_tokens, started = 0, time.monotonic()
+    bar = tqdm(total=num_steps, desc="train", unit="step", disable=not accelerator.is_main_process)
+    model.train()
+    for step in range(num_steps):
+        for group in prepared.inner_optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step, num_steps)
+        num_targets = plan.num_target_tokens(step)
+        loss_of_step = torch.zeros((), device=accelerator.device)
+        micro_batches = plan.micro_batches(step, accelerator.process_index, num_processes, settings.micro_batch_size)
+        for indices in micro_batches:
+            batch = {k: v.to(accelerator.device) for k, v in collate([rows[i] for i in indices], padding_token).items()}
+            with accelerator.accumulate(model):
+                loss = causal_loss_sum(model, batch)
+                loss_of_step += loss.detach()
+                # Engines average over processes and micro-steps; the loss is one mean over the global batch's targets.
+                accelerator.backward(loss * (num_processes * num_micro / num_targets))
+                if accelerator.sync_gradients and settings.max_grad_norm > 0:
+                    accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+        if prepared.allocator is not None:
+            prepared.allocator.catch_up(step + 1)
+        unread.append(loss_of_step / num_targets)
+        num_tokens += sum(plan.lengths[row] for row in plan.batch(step))
+        bar.update()
+        if (step + 1) % settings.log_every == 0 or step + 1 == num_steps:
+            read = accelerator.reduce(torch.stack(unread), reduction="sum").tolist()
+            seconds = time.monotonic() - started
+            _log(folder, prepared, config, len(losses), read, num_steps, num_tokens / seconds)
+            losses += read
+            unread = []
+            summary = rank_summary(prepared.allocator)
+            bar.set_postfix_str(f"loss {read[-1]:.3f}, {summary}{num_tokens / seconds:.0f} tokens/s")
+            if not bar.disable and not bar.fp.isatty():
+                report(f"step {step + 1}/{num_steps}: loss {read[-1]:.4f}, {summary}{num_tokens / seconds:.0f} tokens/s")
+    bar.close()
+    if prepared.allocator is not None:
+        prepared.allocator.finish()
+    return losses
+
+
+def rank_summary(allocator: RankAllocator | None) -> str:
+    """'budget 288, ranks 0/4.0/12 (min/mean/max), ' for the progress line."""
+    if allocator is None:
+        return ""
+    ranks = list(allocator.rank_pattern().values())
+    mean = sum(ranks) / len(ranks)
+    return f"budget {allocator.budget}, ranks {min(ranks)}/{mean:.1f}/{max(ranks)}, "
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether a forward is collective, because processes hold only parts of the weights."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return accelerator.state.deepspeed_plugin.zero_stage == 3
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def _log(
+    folder: RunFolder, prepared: Prepared, config: RunConfig, first_step: int, losses: list[float], num_steps: int,
+    tokens_per_second: float,
+) -> None:  # fmt: skip
+    budgets = {a.step: a.budget for a in prepared.allocator.allocations} if prepared.allocator else {}
+    for offset, loss in enumerate(losses):
+        step = first_step + offset
+        record = {
+            "step": step,
+            "loss": loss,
+            "learning_rate": learning_rate(config.train, step, num_steps),
+            "tokens_per_second": round(tokens_per_second, 1),
+        }
+        if prepared.allocator is not None:
+            before = [b for s, b in budgets.items() if s <= step]
+            record["budget"] = before[-1] if before else prepared.allocator.schedule.initial_budget
+            record["allocated"] = step in budgets
+        folder.log(record)

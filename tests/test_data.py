@@ -1,0 +1,483 @@
+"""Reading questions, turning them into tokens, and dealing them out in batches."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_language_model import byte_tokenizer, tiny_llama
+from transformers import AutoTokenizer
+
+from adalora_dist.config import CommonsenseDataConfig
+from adalora_dist.data import hub
+from adalora_dist.data.batches import BatchPlan, collate, count_targets
+from adalora_dist.data.commonsense import find_file, load_task, load_tasks, resolve_tasks
+from adalora_dist.data.encoding import (
+    IGNORED,
+    encode_example,
+    encode_examples,
+    padding_token,
+    prompt_text,
+    prompt_tokens,
+)
+from adalora_dist.errors import UserError
+
+REPOSITORY = Path(__file__).parents[1]
+SHARED = REPOSITORY.parent / "shared"
+
+QUESTION = {
+    "instruction": "Is water wet?\n\nAnswer format: true/false",
+    "input": "",
+    "output": "the correct answer is true",
+    "answer": "true",
+}
+
+
+def write_rows(path: Path, rows: list) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def example(tmp_path):
+    write_rows(tmp_path / "boolq/train.jsonl", [QUESTION])
+    return load_task(str(tmp_path), "boolq", "train")[0]
+
+
+def refusal(action, *arguments) -> str:
+    with pytest.raises(UserError) as caught:
+        action(*arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# ---- local files
+
+
+def test_jsonl_and_parquet_give_the_same_examples(tmp_path):
+    rows = [QUESTION, QUESTION | {"input": "Ocean water.", "answer": "false", "output": "the correct answer is false"}]
+    write_rows(tmp_path / "boolq/train.jsonl", [rows[0], "", rows[1]])
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "boolq/test.parquet"))
+    train, test = load_task(str(tmp_path), "boolq", "train"), load_task(str(tmp_path), "boolq", "test")
+    assert [e.origin for e in train] == [f"{tmp_path}/boolq/train.jsonl:{row}" for row in (1, 3)]  # blank line counted
+    assert [e.origin for e in test] == [f"{tmp_path}/boolq/test.parquet:{row}" for row in (1, 2)]
+    for a, b in zip(train, test, strict=True):
+        assert (a.instruction, a.input, a.output, a.answer) == (b.instruction, b.input, b.output, b.answer)
+        assert a.choices == b.choices == ("true", "false") and a.task == b.task == "boolq"
+
+
+@pytest.mark.parametrize(
+    ("row", "parts"),
+    [
+        ('{"instruction": "Is', ["not valid JSON", "column"]),
+        ([1, 2], ["the row is a list", "instruction, input, output, answer"]),
+        ({k: v for k, v in QUESTION.items() if k != "input"}, ["field input is missing"]),
+        (QUESTION | {"answer": True}, ["field answer is True", "string"]),
+        (QUESTION | {"output": None}, ["field output is None", "string"]),
+        (QUESTION | {"instruction": "  \n"}, ["field instruction is empty"]),
+        (QUESTION | {"answer": "True"}, ["field answer is 'True'", "true, false"]),
+        (QUESTION | {"output": "the correct answer is false"}, ["field output", "the correct answer is true"]),
+        (QUESTION | {"output": "untrue"}, ["field output", "without the answer"]),
+        (QUESTION | {"instruction": "Wet?\n\nAnswer format: true/true"}, ["field instruction", "true/true"]),
+        (QUESTION | {"instruction": "Wet?\n\nAnswer format: true"}, ["field instruction", "two or more"]),
+    ],
+)
+def test_a_bad_row_is_refused_by_file_row_and_field(tmp_path, row, parts):
+    path = write_rows(tmp_path / "boolq/train.jsonl", [QUESTION, row])
+    message = refusal(load_task, str(tmp_path), "boolq", "train")
+    assert message.startswith(f"{path}:2: ")
+    assert all(part in message for part in parts), message
+
+
+def test_missing_folders_and_files_are_named_with_what_there_is(tmp_path):
+    write_rows(tmp_path / "boolq/train.jsonl", [QUESTION])
+    message = refusal(find_file, str(tmp_path), "boolq", "test")
+    assert "test.jsonl, test.parquet, validation.jsonl" in message and "tasks in" in message and "boolq" in message
+    assert "no train file" in refusal(find_file, str(tmp_path), "piqa", "train")
+    assert "no such folder" in refusal(load_task, str(tmp_path / "nowhere"), "boolq", "train")
+    assert "no such folder" in refusal(resolve_tasks, CommonsenseDataConfig())
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "no task folder" in refusal(resolve_tasks, CommonsenseDataConfig(source=str(empty)))
+
+
+def test_unreadable_files_are_refused(tmp_path):
+    folder = tmp_path / "boolq"
+    write_rows(folder / "train.jsonl", [""])
+    assert "no rows" in refusal(load_task, str(tmp_path), "boolq", "train")
+    (folder / "train.jsonl").write_bytes(b'{"instruction": "\xff"}')
+    assert "not UTF-8" in refusal(load_task, str(tmp_path), "boolq", "train")
+    (folder / "test.parquet").write_bytes(b"nothing of the sort")
+    assert "Parquet" in refusal(load_task, str(tmp_path), "boolq", "test")
+    write_rows(folder / "test.jsonl", [QUESTION])
+    assert "both test.jsonl and test.parquet" in refusal(load_task, str(tmp_path), "boolq", "test")
+
+
+def test_dev_rows_stand_in_for_test_rows_and_say_so(tmp_path, caplog):
+    write_rows(tmp_path / "boolq/dev.jsonl", [QUESTION])
+    assert load_task(str(tmp_path), "boolq", "test")[0].origin.endswith("dev.jsonl:1")
+    assert "no test file: evaluating on dev.jsonl" in caplog.text
+    caplog.clear()
+    write_rows(tmp_path / "boolq/test.jsonl", [QUESTION])
+    assert load_task(str(tmp_path), "boolq", "test")[0].origin.endswith("test.jsonl:1")
+    assert not caplog.text
+
+
+def test_tasks_default_to_those_of_the_source_and_every_file_is_looked_for_first(tmp_path):
+    for task in ("piqa", "boolq"):
+        for split in ("train", "test"):
+            row = QUESTION if task == "boolq" else _choice_question("solution", 2)
+            write_rows(tmp_path / task / f"{split}.jsonl", [row] * 3)
+    config = CommonsenseDataConfig(source=str(tmp_path), max_train_rows=2, max_eval_rows=1)
+    train, test = load_tasks(config)
+    assert resolve_tasks(config) == ("boolq", "piqa")
+    assert [e.task for e in train] == ["boolq", "boolq", "piqa", "piqa"]
+    assert {task: len(rows) for task, rows in test.items()} == {"boolq": 1, "piqa": 1}
+    (tmp_path / "piqa/test.jsonl").unlink()
+    assert "piqa: no test file" in refusal(resolve_tasks, config)
+    assert resolve_tasks(CommonsenseDataConfig(source=str(tmp_path), tasks=("boolq",))) == ("boolq",)
+
+
+def _choice_question(word: str, number: int, answer_format: str = "") -> dict[str, str]:
+    answer = f"{word}{number}"
+    return {
+        "instruction": "Which one?" + answer_format,
+        "input": "",
+        "output": f"the correct answer is {answer}",
+        "answer": answer,
+    }
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "choices"),
+    [
+        ("arc_easy", _choice_question("answer", 5, "\n\nAnswer format: answer1/answer3/answer5"), "answer1 answer3 answer5"),
+        ("piqa", _choice_question("solution", 2), "solution1 solution2"),
+        ("siqa", _choice_question("answer", 3), "answer1 answer2 answer3"),
+        ("hellaswag", _choice_question("ending", 4), "ending1 ending2 ending3 ending4"),
+        ("winogrande", _choice_question("option", 1), "option1 option2"),
+    ],
+)  # fmt: skip
+def test_choices_come_from_the_answer_format_line_or_the_task(tmp_path, task, row, choices):
+    write_rows(tmp_path / task / "train.jsonl", [row])
+    assert load_task(str(tmp_path), task, "train")[0].choices == tuple(choices.split())
+
+
+def test_arc_has_no_fixed_number_of_choices(tmp_path):
+    write_rows(tmp_path / "arc_easy/train.jsonl", [_choice_question("answer", 1)])
+    assert "no line 'Answer format" in refusal(load_task, str(tmp_path), "arc_easy", "train")
+
+
+def test_the_reply_of_a_choice_keeps_the_frame(tmp_path):
+    row = QUESTION | {"output": "a true story: the correct answer is true."}
+    write_rows(tmp_path / "boolq/train.jsonl", [row])
+    question = load_task(str(tmp_path), "boolq", "train")[0]
+    assert question.output_for("false") == "a true story: the correct answer is false."
+    assert question.output_for("true") == question.output
+
+
+@pytest.mark.parametrize(
+    ("task", "num_train", "num_test"), [("arc_easy", 2251, 2376), ("openbookqa", 4957, 500), ("boolq", 3000, 1000)]
+)
+def test_real_files_load_in_full(task, num_train, num_test):
+    source = SHARED / "data/commonsense"
+    if not source.is_dir():
+        pytest.skip(f"no real data at {source}")
+    train, test = load_task(str(source), task, "train"), load_task(str(source), task, "test")
+    assert (len(train), len(test)) == (num_train, num_test)
+    if task == "arc_easy":
+        assert {len(e.choices) for e in train} == {3, 4, 5}
+    tokenizer = byte_tokenizer()
+    for row, question in zip(encode_examples(test[:50], tokenizer, 256), test[:50], strict=True):
+        replied = [token for token in row["labels"] if token != IGNORED]
+        assert tokenizer.decode(replied) == question.output + "</s>"
+
+
+# ---- the Hub
+
+
+LETTERED = {"text": ["snow", "sand ", "sea"], "label": ["A", "B", "C"]}
+RAW = {
+    "boolq": (
+        {"question": "is the sky blue", "passage": "The sky is blue.", "answer": False},
+        "Please answer the following question with true or false, question: is the sky blue?"
+        "\n\nAnswer format: true/false",
+        "false",
+        {"answer": None},
+    ),
+    "piqa": (
+        {"goal": "open a jar", "sol1": "twist the lid", "sol2": "sing to it", "label": 0},
+        "Please choose the correct solution to the question: open a jar"
+        "\n\nSolution1: twist the lid Solution2: sing to it\n\nAnswer format: solution1/solution2",
+        "solution1",
+        {"label": -1},
+    ),
+    "siqa": (
+        {"context": "Ann fell.", "question": "What next?", "answerA": "up", "answerB": "cry", "answerC": "fly", "label": "2"},
+        "Please choose the correct answer to the question: Ann fell. What next?"
+        "\n\nAnswer1: up Answer2: cry Answer3: fly\n\nAnswer format: answer1/answer2/answer3",
+        "answer2",
+        {"label": ""},
+    ),
+    "hellaswag": (
+        {
+            "ind": 1, "activity_label": "Baking", "ctx_a": "A man mixes.", "ctx_b": "he", "ctx": "A man mixes. he",
+            "endings": ["a", "b", "c", "d"], "source_id": "x", "split": "train", "split_type": "indomain", "label": "3",
+        },
+        "Please choose the correct ending of the text: Baking: A man mixes. he"
+        "\n\nEnding1: a Ending2: b Ending3: c Ending4: d\n\nAnswer format: ending1/ending2/ending3/ending4",
+        "ending4",
+        {"label": ""},
+    ),
+    "winogrande": (
+        {"sentence": "The cup broke as _ fell.", "option1": "the cup", "option2": "the sun", "answer": "1"},
+        "Please choose the correct option for the blank _ in the sentence: The cup broke as _ fell."
+        "\n\nOption1: the cup Option2: the sun\n\nAnswer format: option1/option2",
+        "option1",
+        {"answer": ""},
+    ),
+    "arc_challenge": (
+        {"id": "q1", "question": "What is white?", "choices": LETTERED | {"label": ["1", "2", "3"]}, "answerKey": "1"},
+        "Please choose the correct answer to the question: What is white?"
+        "\n\nAnswer1: snow Answer2: sand Answer3: sea\n\nAnswer format: answer1/answer2/answer3",
+        "answer1",
+        {"answerKey": "4"},
+    ),
+    "arc_easy": (
+        {"id": "q2", "question": "What is wet?", "choices": LETTERED, "answerKey": "C"},
+        "Please choose the correct answer to the question: What is wet?"
+        "\n\nAnswer1: snow Answer2: sand Answer3: sea\n\nAnswer format: answer1/answer2/answer3",
+        "answer3",
+        {"answerKey": ""},
+    ),
+    "openbookqa": (
+        {"id": "q3", "question_stem": "Camels live on", "choices": LETTERED, "answerKey": "B"},
+        "Please choose the correct answer to the question: Camels live on"
+        "\n\nAnswer1: snow Answer2: sand Answer3: sea\n\nAnswer format: answer1/answer2/answer3",
+        "answer2",
+        {"answerKey": "E"},
+    ),
+}  # fmt: skip
+EVALUATION_SPLITS = dict.fromkeys(("boolq", "piqa", "siqa", "hellaswag", "winogrande"), "validation") | dict.fromkeys(
+    ("arc_easy", "arc_challenge", "openbookqa"), "test"
+)
+
+
+@pytest.mark.parametrize("task", RAW)
+def test_a_hub_row_becomes_an_example_and_a_hidden_label_is_refused(task, monkeypatch):
+    raw, instruction, answer, hidden = RAW[task]
+    asked = []
+
+    def load_dataset(path, name, split):
+        asked.append(split)
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = [raw]
+    [question] = load_task("hub", task, "test")
+    assert (question.instruction, question.input, question.answer) == (instruction, "", answer)
+    assert question.output == f"the correct answer is {answer}" and answer in question.choices
+    assert asked == [EVALUATION_SPLITS[task]] and question.origin.endswith(f"/{asked[0]}:1")
+    rows = [raw, raw | hidden]
+    assert f"{asked[0]}:2: the row cannot be used" in refusal(load_task, "hub", task, "test")
+
+
+def test_all_tasks_are_on_the_hub_under_data_sets_without_scripts():
+    assert resolve_tasks(CommonsenseDataConfig(source="hub")) == tuple(hub.HUB_TASKS)
+    paths = {task.path for task in hub.HUB_TASKS.values()}
+    assert not paths & {"ybisk/piqa", "allenai/social_i_qa", "social_i_qa", "piqa"}  # refused by datasets 5
+
+
+def test_an_unreachable_hub_points_to_local_files(tmp_path):
+    code = (
+        "from adalora_dist.data.commonsense import load_task\n"
+        "from adalora_dist.errors import UserError\n"
+        "try:\n    load_task('hub', 'arc_easy', 'test')\n"
+        "except UserError as error:\n    print(error)\n"
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    [line] = done.stdout.splitlines()
+    assert "cannot load allenai/ai2_arc/ARC-Easy/test" in line and "FOLDER/arc_easy/train.jsonl" in line
+
+
+# ---- tokens
+
+
+def test_reply_and_eos_are_the_targets(example):
+    tokenizer = byte_tokenizer()
+    row = encode_example(example, tokenizer, 512)
+    text = prompt_text(example)
+    assert tokenizer.decode(row["input_ids"]) == f"<s>{text}{example.output}</s>"
+    num_prompt = 1 + len(text)
+    assert row["labels"] == [IGNORED] * num_prompt + row["input_ids"][num_prompt:]
+    assert count_targets(row["labels"]) == len(example.output) + 1
+    everything = encode_example(example, tokenizer, 512, train_on="all")
+    assert everything["labels"] == [IGNORED] + row["input_ids"][1:]
+    assert everything["input_ids"] == row["input_ids"]
+
+
+def test_the_input_field_is_part_of_the_prompt(tmp_path):
+    write_rows(tmp_path / "boolq/train.jsonl", [QUESTION | {"input": "Sea water."}])
+    text = prompt_text(load_task(str(tmp_path), "boolq", "train")[0])
+    assert text.index("Is water wet?") < text.index("Sea water.") < text.index("### Response:\n")
+
+
+def test_a_long_prompt_loses_its_left_and_the_reply_nothing(example):
+    tokenizer = byte_tokenizer()
+    whole = tokenizer.decode(encode_example(example, tokenizer, 512)["input_ids"])
+    # "...false" and EOS is the longest reply; room is kept for it whatever the right answer is
+    num_longest = len("the correct answer is false") + 1
+    for max_length in (num_longest + 1, num_longest + 2, 60):
+        row = encode_example(example, tokenizer, max_length)
+        text = tokenizer.decode(row["input_ids"])
+        assert len(row["input_ids"]) == max_length - 1 <= max_length  # "true" is one byte shorter than "false"
+        assert count_targets(row["labels"]) == len(example.output) + 1
+        assert whole.endswith(text.removeprefix("<s>"))
+        assert text.startswith("<s>") == (max_length > num_longest + 1)  # a single prompt token is the last one
+    message = refusal(encode_example, example, tokenizer, num_longest)
+    assert message.startswith(example.origin) and f"--max-length to {num_longest + 1}" in message
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [byte_tokenizer(bos=False), byte_tokenizer(eos=False), byte_tokenizer(False, False, False)],
+    ids=["no BOS", "no EOS", "neither, no PAD"],
+)
+def test_tokenizers_without_special_tokens(example, tokenizer):
+    row = encode_example(example, tokenizer, 512)
+    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
+    assert tokenizer.decode(row["input_ids"]) == bos + prompt_text(example) + example.output + eos
+    assert count_targets(row["labels"]) == len(example.output) + bool(eos)
+
+
+def test_a_tokenizer_that_closes_every_text_does_not_close_the_prompt(example):
+    plain, closing = byte_tokenizer(), byte_tokenizer(adds_eos=True)
+    assert closing("x")["input_ids"][-1] == 2
+    assert encode_example(example, closing, 512) == encode_example(example, plain, 512)
+
+
+def test_padding_falls_back_to_eos():
+    assert padding_token(byte_tokenizer()) == 0
+    assert padding_token(byte_tokenizer(pad=False)) == 2
+    assert padding_token(byte_tokenizer(eos=False, pad=False)) == 0
+
+
+def test_no_rows_are_refused():
+    assert "0 rows" in refusal(encode_examples, [], byte_tokenizer(), 64)
+
+
+def test_a_sentencepiece_style_tokenizer_keeps_the_boundary(example):
+    folder = SHARED / "models/stories260k"
+    if not folder.is_dir():
+        pytest.skip(f"no real model at {folder}")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    row = encode_example(example, tokenizer, 512)
+    prompt = prompt_tokens(example, tokenizer, 512)
+    assert prompt[0] == tokenizer.bos_token_id and row["input_ids"][: len(prompt)] == prompt
+    targets = [token for token in row["labels"] if token != IGNORED]
+    assert tokenizer.decode(targets, skip_special_tokens=True).strip() == example.output
+    assert targets[-1] == tokenizer.eos_token_id
+
+
+# ---- batches
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60),
+    batch_size=st.integers(1, 20),
+    micro_batch_size=st.integers(1, 8),
+    world_size=st.integers(1, 5),
+    group_by_length=st.booleans(),
+    step=st.integers(0, 200),
+)
+def test_ranks_and_micro_steps_partition_the_global_batch(
+    lengths, batch_size, micro_batch_size, world_size, group_by_length, step
+):
+    plan = BatchPlan(lengths, lengths, batch_size, seed=6, group_by_length=group_by_length)
+    batch = plan.batch(step)
+    assert len(batch) == len(set(batch)) == min(batch_size, len(lengths))
+    by_rank = [plan.micro_batches(step, rank, world_size, micro_batch_size) for rank in range(world_size)]
+    num_micro_steps = -(-len(batch) // (micro_batch_size * world_size))
+    assert {len(parts) for parts in by_rank} == {num_micro_steps}
+    assert [row for part in zip(*by_rank, strict=True) for rows in part for row in rows] == batch
+    assert max(len(rows) for parts in by_rank for rows in parts) <= micro_batch_size
+    assert plan.num_target_tokens(step) == sum(lengths[row] for row in batch)
+
+
+@pytest.mark.parametrize("group_by_length", [False, True])
+def test_an_epoch_uses_each_row_at_most_once_and_drops_less_than_a_batch(group_by_length):
+    plan = BatchPlan([1 + row % 7 for row in range(103)], [1] * 103, 10, seed=1, group_by_length=group_by_length)
+    epochs = [[plan.batch(10 * epoch + step) for step in range(10)] for epoch in range(3)]
+    for epoch in epochs:
+        rows = [row for batch in epoch for row in batch]
+        assert len(rows) == len(set(rows)) == 100
+    left_out = [set(range(103)) - {row for batch in epoch for row in batch} for epoch in epochs]
+    assert epochs[0] != epochs[1] and len(set(map(frozenset, left_out))) > 1
+
+
+def test_a_plan_can_start_anywhere_and_depends_on_the_seed():
+    lengths = [3 * row % 17 + 1 for row in range(50)]
+    steps = [BatchPlan(lengths, lengths, 8, seed=3).batch(step) for step in range(20)]  # a new plan every time
+    plan = BatchPlan(lengths, lengths, 8, seed=3)
+    assert [plan.batch(step) for step in reversed(range(20))] == steps[::-1]
+    assert [BatchPlan(lengths, lengths, 8, seed=4).batch(step) for step in range(20)] != steps
+    assert [plan.num_steps(epochs) for epochs in (1, 2.5, 0.01)] == [6, 15, 1]
+
+
+def test_grouping_by_length_saves_padding():
+    lengths = [1 + (37 * row) % 101 for row in range(400)]
+
+    def padded(group_by_length: bool) -> int:
+        plan = BatchPlan(lengths, lengths, 8, seed=0, group_by_length=group_by_length)
+        return sum(8 * max(lengths[row] for row in plan.batch(step)) for step in range(50))
+
+    assert padded(True) < 1.1 * sum(lengths) < padded(False)
+
+
+def test_a_plan_without_rows_is_refused():
+    with pytest.raises(ValueError, match="0 lengths"):
+        BatchPlan([], [], 8, seed=0)
+
+
+def test_collate_pads_on_the_right():
+    rows = [{"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]}, {"input_ids": [8], "labels": [IGNORED]}]
+    batch = collate(rows, padding_token=9)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, 6, 7], [IGNORED] * 3]
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 3), (2, 2), (3, 2), (8, 1)])
+def test_the_gradient_does_not_depend_on_ranks_or_accumulation(example, world_size, micro_batch_size):
+    """Sum of losses over ranks and micro-steps, over num_target_tokens: the mean over the global batch's targets."""
+    tokenizer, model = byte_tokenizer(), tiny_llama(259)
+    rows = [encode_example(example, tokenizer, length, "all") for length in (40, 90, 50, 70, 60, 80, 45)]
+    plan = BatchPlan.of_rows(rows, 7, seed=0)
+
+    def gradient(loss: torch.Tensor) -> torch.Tensor:
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+    expected = gradient(model(**collate(rows, 0)).loss)  # transformers' own mean over the targets
+    total = torch.zeros_like(expected)
+    num_empty = 0
+    for rank in range(world_size):
+        for indices in plan.micro_batches(0, rank, world_size, micro_batch_size):
+            num_empty += not indices
+            batch = collate([rows[index] for index in indices], 0)
+            logits, targets = model(**batch).logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+            loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / plan.num_target_tokens(0)
+            total += gradient(loss)
+    assert num_empty == (1 if world_size == 8 else 0)
+    torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-5)
