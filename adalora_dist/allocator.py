@@ -16,7 +16,8 @@ Communication beyond plain LoRA's own, in whole:
 - per allocation, over all ranks: one float64 sum of [triplet scores | 6 digest numbers]. Replicas (DDP, the outer
   axis of HSDP) contribute in equal shares, so all ranks select from the same numbers whatever their local history.
 
-No parameter and no gradient is gathered.
+No parameter and no gradient is gathered. With ``method="lora"`` there is nothing to allocate: only the non-finite
+check is left.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class RankAllocator:
         self, matrices: list[AdaptedMatrix], config: AdapterConfig, schedule: BudgetSchedule
     ) -> None:
         self.matrices, self.config, self.schedule = matrices, config, schedule
+        self._adapts = config.method == "adalora"
         self.ranks = [m.layer.rank for m in matrices]
         self.step = 0
         """Training steps seen so far; the next one is the schedule's t."""
@@ -84,8 +86,9 @@ class RankAllocator:
         first = 0
         for layer in (m.layer for m in matrices if m.layer.rank):
             for kind, rows in (("P", layer.d_out), ("lam", 1), ("Qt", layer.d_in)):
-                self._factors.append(Factor(kind, rows, layer.rank, first))
-                self._owners.append((layer, kind))
+                if self._adapts or kind != "lam":  # plain LoRA does not train lambda
+                    self._factors.append(Factor(kind, rows, layer.rank, first))
+                    self._owners.append((layer, kind))
             first += layer.rank
 
     @classmethod
@@ -108,9 +111,9 @@ class RankAllocator:
         if not matrices:
             raise UserError("the model has no adapters: call inject_adapters(model, config) before attach")
         num_triplets = sum(m.layer.rank for m in matrices)
-        target = config.target_budget
-        if target is None:
-            target = round(config.target_rank * len(matrices))
+        target = round(config.target_rank * len(matrices)) if config.target_budget is None else config.target_budget
+        if config.method == "lora":
+            target = num_triplets
         schedule = BudgetSchedule.for_run(
             total_steps=total_steps,
             initial_budget=num_triplets,
@@ -145,6 +148,8 @@ class RankAllocator:
         if not self._finite:
             self._engine.skip_firing()
             return
+        if not self._adapts:
+            return
         gradients = self._engine.gradients()
         self._layout.collect(gradients, self._gradients)
         local, flat = self._layout.views(gradients, self._gradients)
@@ -165,7 +170,7 @@ class RankAllocator:
         self._pending |= self._due(self.step)
         if not self._finite:
             self.num_skipped_steps += 1
-        else:
+        elif self._adapts:
             if self.config.importance_order == "after":
                 self._update_importance(self._collect_values())
             if self._pending:
@@ -178,12 +183,15 @@ class RankAllocator:
     def _begin_step(self) -> None:
         """Values and regulariser of this step; agree over the shard group whether its gradients are finite."""
         assert self._engine is not None
-        self._values = self._collect_values()
-        flag = self._engine.nonfinite().reshape(1).to(self._values)
-        parts = [self._layout.gram_partials(self._values), flag] if self.config.orthogonality else [flag]
+        regularised = self._adapts and self.config.orthogonality > 0
+        parts = [self._engine.nonfinite().reshape(1).to(self._gradients)]
+        if self._adapts:
+            self._values = self._collect_values()
+        if regularised:
+            parts.insert(0, self._layout.gram_partials(self._values))
         reduced = sum_over(self._engine.shard_group, torch.cat(parts))
         self._finite = bool(reduced[-1] == 0)
-        if self.config.orthogonality and self._finite:
+        if regularised and self._finite:
             self._regulariser = self._layout.orthogonality_gradient(
                 self._values, reduced[:-1], self.config.orthogonality_form, self.config.orthogonality
             )
@@ -196,7 +204,8 @@ class RankAllocator:
 
     def _due(self, step: int) -> bool:
         """A selection is due at its steps, and at any later step if the last one was missed."""
-        return not self.frozen and (self.schedule.allocates(step) or step > self.schedule.freeze_step)
+        due = self.schedule.allocates(step) or step > self.schedule.freeze_step
+        return due and self._adapts and not self.frozen
 
     def _allocate(self) -> None:
         """Select the budget's triplets from the scores of all ranks: one reduction."""
@@ -298,6 +307,20 @@ class RankAllocator:
             m.name: int(part.sum()) for m, part in zip(self.matrices, self.keep.cpu().split(self.ranks), strict=True)
         }
 
+    def full_factors(self) -> list[dict[str, torch.Tensor]]:
+        """P (d_out, r), lam (r,) and Qt (d_in, r) of each adapted matrix, whole, float32. Collective.
+
+        Raises:
+            RuntimeError: no step has been made, so it is not known yet how the parameters are sharded.
+        """
+        if self._engine is None:
+            raise RuntimeError("the adapters can be gathered after the first optimizer step, not before")
+        whole = {id(owner): {"lam": torch.ones(owner.rank)} for owner, _ in self._owners}
+        for k, (layer, kind) in enumerate(self._owners):
+            whole[id(layer)][kind] = self._engine.full(k).cpu()
+        empty = {"P": torch.empty(0, 0), "lam": torch.empty(0), "Qt": torch.empty(0, 0)}
+        return [whole.get(id(m.layer), empty) for m in self.matrices]
+
     def catch_up(self, num_steps: int) -> None:
         """Tell the allocator that the loop counts ``num_steps`` finished steps.
 
@@ -335,7 +358,7 @@ class RankAllocator:
         """Why the run, if it ended now, would not have met its budget; None if it has."""
         if self._engine is None:
             return "the rank allocator was never called: the optimizer given to RankAllocator.attach was not stepped"
-        if not self.frozen:
+        if self._adapts and not self.frozen:
             return (
                 f"the budget was not reached: {self.budget} triplets are active, the target is "
                 f"{self.schedule.target_budget}; the run ended after step {self.step} of the {self.schedule.total_steps} "

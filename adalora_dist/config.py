@@ -172,6 +172,8 @@ class ExportConfig(Section):
     """Write a merged model that loads in plain transformers."""
     export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the merged weights; auto: as the backbone's files."""
+    verify_export: bool = True
+    """Load the merged model afresh and compare its logits with the trained model's."""
 
 
 class RunConfig(Section):

@@ -42,9 +42,12 @@ def inject_adapters(model: nn.Module, config: AdapterConfig, seed: int = 0) -> l
     for name in names:
         base = model.get_submodule(name)
         base.requires_grad_(False)
-        d_in, d_out = _linear_shape(base) or (0, 0)
+        d_in, d_out = linear_shape(base) or (0, 0)
         layer = SVDLinear(base, d_in, d_out, config.init_rank, config.alpha / config.init_rank, config.dropout)
-        layer.reset(generator, std=0.02 if config.init == "gaussian" else None)
+        if config.method == "lora":
+            layer.reset_as_lora(generator)
+        else:
+            layer.reset(generator, std=0.02 if config.init == "gaussian" else None)
         layer.train(base.training)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
@@ -57,7 +60,7 @@ def adapted_matrices(model: nn.Module) -> list[AdaptedMatrix]:
     return [AdaptedMatrix(name, module) for name, module in model.named_modules() if isinstance(module, SVDLinear)]
 
 
-def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """(d_in, d_out) of a linear map, or None. Quantised linears derive from nn.Linear or carry its attributes."""
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return int(module.in_features), int(module.out_features)
@@ -93,7 +96,7 @@ def _find_targets(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
                     f"leave {name if name in matched else other} out of targets"
                 )
     for name in names:
-        if _linear_shape(model.get_submodule(name)) is None:
+        if linear_shape(model.get_submodule(name)) is None:
             kind = type(model.get_submodule(name)).__name__
             raise UserError(f"targets: {name} is a {kind}, not a linear map (nn.Linear, Conv1D or a quantised linear)")
     return names
@@ -107,7 +110,7 @@ def _all_linear(model: nn.Module) -> list[str]:
     names = [
         f"{prefix}.{name}" if prefix else name
         for name, module in backbone.named_modules()
-        if _linear_shape(module) is not None and module is not head and not list(module.children())
+        if linear_shape(module) is not None and module is not head and not list(module.children())
     ]
     if not names:
         raise UserError(f"targets='all-linear': {type(backbone).__name__} has no linear maps")
@@ -123,7 +126,7 @@ def _match(model: nn.Module, patterns: tuple[str, ...], field: str) -> list[str]
         if not hits:
             hits = [n for n in all_names if re.fullmatch(pattern, n)]
         if not hits:
-            leaves = sorted({n.rpartition(".")[2] for n in all_names if _linear_shape(model.get_submodule(n))})
+            leaves = sorted({n.rpartition(".")[2] for n in all_names if linear_shape(model.get_submodule(n))})
             raise UserError(
                 f"{field}: {pattern!r} matches no module of {type(model).__name__}; "
                 f"its linear modules are named {', '.join(leaves[:20])}"

@@ -39,11 +39,16 @@ class SVDLinear(nn.Module):
 
         Drawn on the CPU, so that every device, rank and engine starts from the same numbers.
         """
-        if not self.rank:
-            return
         self.lam.zero_()
         for x in (self.P, self.Qt):
             x.copy_(torch.randn(x.shape, generator=generator) * (std if std is not None else x.shape[0] ** -0.5))
+
+    @torch.no_grad()
+    def reset_as_lora(self, generator: torch.Generator) -> None:
+        """Plain LoRA: B = P = 0, A = Q ~ U(-1/sqrt(d_in), 1/sqrt(d_in)) (PyTorch's linear init), lam = 1, not trained."""
+        self.P.zero_()
+        self.Qt.copy_((2 * torch.rand(self.Qt.shape, generator=generator) - 1) * self.d_in**-0.5)
+        self.lam.fill_(1.0).requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Two dimensions from here on, so that the add below is in place on the base's own output: no extra pass over

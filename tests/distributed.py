@@ -1,9 +1,10 @@
 """Run a function on several real ranks (gloo) from a test, in a fraction of a second.
 
 Ranks are forked from the test process, after it has imported torch (and deepspeed, transformers: see
-:func:`import_deepspeed`): importing costs 2 to 10 s per process, forking nothing. Two conditions make forking safe:
-the parent never starts a thread pool (one intra-op thread, no backward pass: run the one-process control through
-``run_ranks(1, ...)`` too), and each rank leaves through ``os._exit`` without the parent's exit handlers.
+:func:`import_deepspeed`): importing costs 2 to 10 s per process, forking nothing. So a test module imports at its top
+whatever its ranks will need. Two conditions make forking safe: the parent never starts a thread pool (one intra-op
+thread, no backward pass: run the one-process control through ``run_ranks(1, ...)`` too), and each rank leaves through
+``os._exit`` without the parent's exit handlers.
 
 A rank that raises, dies or hangs fails the test, with its traceback or a dump of all its threads.
 """
@@ -11,6 +12,7 @@ A rank that raises, dies or hangs fails the test, with its traceback or a dump o
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import os
 import pickle
 import signal
@@ -26,6 +28,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # which every optimizer would import at its first step
 import torch.distributed as dist
 
 torch.set_num_threads(1)
@@ -37,6 +40,8 @@ def import_deepspeed() -> ModuleType:
     """deepspeed, ready for CPU ranks; to be called while a test module is imported, before any fork."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     deepspeed = pytest.importorskip("deepspeed")
+    # deepspeed.initialize imports this, and with it torch's compiler: 5 s.
+    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     # An optional kernel that init_distributed would otherwise compile for a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

@@ -11,6 +11,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from distributed import run_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_language_model import byte_tokenizer, tiny_llama
@@ -161,7 +162,7 @@ def _choice_question(word: str, number: int, answer_format: str = "") -> dict[st
 @pytest.mark.parametrize(
     ("task", "row", "choices"),
     [
-        ("arc_easy", _choice_question("answer", 5, "\n\nAnswer format: answer1/answer3/answer5"), "answer1 answer3 answer5"),
+        ("arc_easy", _choice_question("answer", 5, "\n\nAnswer format: answer1/answer5"), "answer1 answer5"),
         ("piqa", _choice_question("solution", 2), "solution1 solution2"),
         ("siqa", _choice_question("answer", 3), "answer1 answer2 answer3"),
         ("hellaswag", _choice_question("ending", 4), "ending1 ending2 ending3 ending4"),
@@ -223,7 +224,10 @@ RAW = {
         {"label": -1},
     ),
     "siqa": (
-        {"context": "Ann fell.", "question": "What next?", "answerA": "up", "answerB": "cry", "answerC": "fly", "label": "2"},
+        {
+            "context": "Ann fell.", "question": "What next?",
+            "answerA": "up", "answerB": "cry", "answerC": "fly", "label": "2",
+        },
         "Please choose the correct answer to the question: Ann fell. What next?"
         "\n\nAnswer1: up Answer2: cry Answer3: fly\n\nAnswer format: answer1/answer2/answer3",
         "answer2",
@@ -459,25 +463,31 @@ def test_collate_pads_on_the_right():
     assert batch["labels"].tolist() == [[IGNORED, 6, 7], [IGNORED] * 3]
 
 
-@pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 3), (2, 2), (3, 2), (8, 1)])
-def test_the_gradient_does_not_depend_on_ranks_or_accumulation(example, world_size, micro_batch_size):
-    """Sum of losses over ranks and micro-steps, over num_target_tokens: the mean over the global batch's targets."""
-    tokenizer, model = byte_tokenizer(), tiny_llama(259)
-    rows = [encode_example(example, tokenizer, length, "all") for length in (40, 90, 50, 70, 60, 80, 45)]
-    plan = BatchPlan.of_rows(rows, 7, seed=0)
+def _gradient_differences(rank: int, _: int, rows: list) -> list[tuple[int, float, int]]:
+    """(world size, largest relative difference from one big batch, number of empty micro-batches)."""
+    model, plan = tiny_llama(259), BatchPlan.of_rows(rows, 7, seed=0)
 
     def gradient(loss: torch.Tensor) -> torch.Tensor:
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+        return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(model.parameters()))])
 
     expected = gradient(model(**collate(rows, 0)).loss)  # transformers' own mean over the targets
-    total = torch.zeros_like(expected)
-    num_empty = 0
-    for rank in range(world_size):
-        for indices in plan.micro_batches(0, rank, world_size, micro_batch_size):
-            num_empty += not indices
-            batch = collate([rows[index] for index in indices], 0)
-            logits, targets = model(**batch).logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
-            loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / plan.num_target_tokens(0)
-            total += gradient(loss)
-    assert num_empty == (1 if world_size == 8 else 0)
-    torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-5)
+    outcomes = []
+    for world_size, micro_batch_size in ((1, 3), (2, 2), (3, 2), (8, 1)):
+        total, num_empty = torch.zeros_like(expected), 0
+        for simulated_rank in range(world_size):
+            for indices in plan.micro_batches(0, simulated_rank, world_size, micro_batch_size):
+                num_empty += not indices
+                batch = collate([rows[index] for index in indices], 0)
+                logits, targets = model(**batch).logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+                loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+                total += gradient(loss / plan.num_target_tokens(0))
+        outcomes.append((world_size, ((total - expected).norm() / expected.norm()).item(), num_empty))
+    return outcomes
+
+
+def test_the_gradient_does_not_depend_on_ranks_or_accumulation(example):
+    """Loss sums of all ranks and micro-steps over num_target_tokens: the mean over the global batch's targets."""
+    rows = [encode_example(example, byte_tokenizer(), length, "all") for length in (40, 90, 50, 70, 60, 80, 45)]
+    [outcomes] = run_ranks(1, _gradient_differences, rows)  # a backward pass in this process would make forks unsafe
+    assert [(world_size, num_empty) for world_size, _, num_empty in outcomes] == [(1, 0), (2, 0), (3, 0), (8, 1)]
+    assert max(difference for _, difference, _ in outcomes) < 1e-5

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from distributed import run_ranks
 from tiny_language_model import byte_tokenizer, tiny_llama, word_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -33,31 +32,10 @@ def made_up_questions() -> list[Example]:
     """Questions of various lengths with two or three choices; the answers follow no pattern."""
     questions = []
     for number, thing in enumerate(THINGS):
-        choices = ("answer1", "answer2", "answer3")[: 2 + number % 2]
+        choices = ("sweet", "cold", "neither")[: 2 + number % 2]
         text = f"Is this {thing}?" + " Think well before you reply." * (number % 4)
         questions.append(question(text, choices[number * 7 % 5 % len(choices)], choices, number))
     return questions
-
-
-def on_ranks(world_size: int, evaluate: Callable[..., TaskResult]) -> list[TaskResult]:
-    """Call ``evaluate(rank=, world_size=, gather=)`` on as many threads, with a gather that joins their lists."""
-    barrier = threading.Barrier(world_size, timeout=60)
-    parts: list[list] = [[] for _ in range(world_size)]
-
-    def gather_of(rank: int) -> Callable[[list], list]:
-        def gather(items: list) -> list:
-            parts[rank] = items
-            barrier.wait()
-            return [item for part in parts for item in part]
-
-        return gather
-
-    with ThreadPoolExecutor(world_size) as threads:
-        calls = [
-            threads.submit(evaluate, rank=rank, world_size=world_size, gather=gather_of(rank))
-            for rank in range(world_size)
-        ]
-        return [call.result(timeout=60) for call in calls]
 
 
 # ---- likelihood
@@ -82,9 +60,11 @@ def test_choices_agree_with_scoring_one_by_one(batch_size):
     expected = sum(answer == example.answer for answer, example in zip(answers, examples, strict=True))
     result = evaluate_choices(model, tokenizer, examples, batch_size, 512)
     assert result == TaskResult("arc_easy", "likelihood", 10, expected, majority=result.majority)
-    # each question is worth what it says: if its answer is what the model gives, all are correct
-    agreed = [question(prompt, a, e.choices, n) for n, (e, a) in enumerate(zip(examples, answers, strict=True))
-              for prompt in [e.instruction.partition("\n\n")[0]]]  # fmt: skip
+    # and row by row: with the model's own answers declared right, all are right
+    agreed = [
+        replace(example, answer=answer, output=example.output_for(answer))
+        for example, answer in zip(examples, answers, strict=True)
+    ]
     assert evaluate_choices(model, tokenizer, agreed, batch_size, 512).accuracy == 1.0
 
 
@@ -105,34 +85,26 @@ def test_log_likelihoods_of_replies(logits_to_keep):
             torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_every_rank_runs_as_many_forwards_and_scores_are_bit_identical():
-    tokenizer, examples = byte_tokenizer(), made_up_questions()
-    scores: dict[int, dict] = {}
-    num_forwards: dict[int, list[int]] = {}
-    for world_size in (1, 3, 4):
-        models = [tiny_llama(259) for _ in range(world_size)]
-        counts = [0] * world_size
-        for rank, model in enumerate(models):
-            model.register_forward_pre_hook(
-                lambda *_, rank=rank, counts=counts: counts.__setitem__(rank, counts[rank] + 1)
-            )
-        gathered: list[list] = []
+def _scored(rank: int, world_size: int) -> tuple[TaskResult, list[tuple], int]:
+    """Result, all ranks' scores, and this rank's number of forwards."""
+    model, gathered, num_forwards = tiny_llama(259), [], []
+    model.register_forward_pre_hook(lambda *_: num_forwards.append(1))
 
-        def evaluate(rank, world_size, gather, models=models, gathered=gathered):
-            def recording_gather(items):
-                joined = gather(items)
-                gathered.append(joined)
-                return joined
+    def gather(items: list) -> list:
+        gathered.extend(gather_lists(items))
+        return gathered
 
-            return evaluate_choices(models[rank], tokenizer, examples, 4, 512, rank, world_size, recording_gather)
+    result = evaluate_choices(model, byte_tokenizer(), made_up_questions(), 4, 512, rank, world_size, gather)
+    return result, gathered, len(num_forwards)
 
-        results = on_ranks(world_size, evaluate)
-        assert set(results) == {evaluate_choices(tiny_llama(259), tokenizer, examples, 4, 512)}
-        scores[world_size] = {(index, choice): total for index, choice, total in gathered[0]}
-        assert len(gathered[0]) == len(scores[world_size]) == sum(len(e.choices) for e in examples)  # none twice
-        num_forwards[world_size] = counts
-    assert scores[1] == scores[3] == scores[4]
-    assert num_forwards == {1: [7], 3: [3] * 3, 4: [2] * 4}  # 25 sequences in batches of 4
+
+def test_scores_are_bit_identical_on_any_number_of_ranks_and_all_run_as_many_forwards():
+    [(result, scores, num_forwards)] = run_ranks(1, _scored)
+    assert len(scores) == 25 and num_forwards == 7
+    for world_size, expected in ((3, 3), (4, 2), (8, 1)):
+        for other, other_scores, num_forwards in run_ranks(world_size, _scored):
+            assert other == result and num_forwards == expected
+            assert sorted(other_scores) == sorted(scores)
 
 
 def test_a_model_returns_to_training_mode_and_keeps_no_graph():
@@ -145,7 +117,7 @@ def test_a_model_returns_to_training_mode_and_keeps_no_graph():
 
 def test_choices_that_look_alike_to_the_tokenizer_are_refused():
     examples = made_up_questions()
-    tokenizer = word_tokenizer(["the correct answer is"])  # answer1, answer2 are both unknown
+    tokenizer = word_tokenizer(["the correct answer is"])  # all choices are unknown words
     with pytest.raises(UserError, match="made-up:.*have the same tokens"):
         evaluate_choices(tiny_llama(len(tokenizer)), tokenizer, examples, 8, 512)
 
@@ -197,13 +169,14 @@ def test_left_padding():
     assert attention_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
-@pytest.fixture(scope="module")
-def taught():
-    """A tiny model that has learnt the made-up questions by heart, through this package's own encoding and batches."""
-    examples = made_up_questions()
-    tokenizer = word_tokenizer([prompt_text(example) + example.output for example in examples])
+def memorising_tokenizer():
+    return word_tokenizer([prompt_text(example) + example.output for example in made_up_questions()])
+
+
+def _teach(rank: int, world_size: int) -> dict[str, torch.Tensor]:
+    tokenizer = memorising_tokenizer()
     model = tiny_llama(len(tokenizer)).train()
-    rows = encode_examples(examples, tokenizer, 128)
+    rows = encode_examples(made_up_questions(), tokenizer, 128)
     plan = BatchPlan.of_rows(rows, 10, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(200):
@@ -213,7 +186,17 @@ def taught():
         optimizer.zero_grad()
         if loss < 0.01:
             break
-    return model.eval(), tokenizer, examples
+    return model.state_dict()
+
+
+@pytest.fixture(scope="module")
+def taught():
+    """A tiny model that has learnt the made-up questions by heart, through this package's own encoding and batches."""
+    [state] = run_ranks(1, _teach)  # in a process of its own: a backward pass here would make later forks unsafe
+    tokenizer = memorising_tokenizer()
+    model = tiny_llama(len(tokenizer))
+    model.load_state_dict(state)
+    return model, tokenizer, made_up_questions()
 
 
 def test_both_evaluations_find_what_was_learnt(taught):
@@ -229,25 +212,26 @@ def test_both_evaluations_find_what_was_learnt(taught):
     assert evaluate_generation(model, tokenizer, examples, 4, 128, max_new_tokens=2).num_parse_failures == 10
 
 
+def _generated(rank: int, world_size: int, model, tokenizer, examples) -> tuple[TaskResult, int]:
+    calls = []
+    generate = model.generate
+    model.generate = lambda **inputs: calls.append(1) or generate(**inputs)
+    result = evaluate_generation(model, tokenizer, examples, 3, 128, 8, rank, world_size, synced_gpus=world_size > 1)
+    return result, len(calls)
+
+
 def test_generation_is_the_same_on_three_ranks(taught):
     model, tokenizer, examples = taught
-    # Half of the answers are declared wrong, so that a mix-up of rows would change the score.
+    # The answers of half of the questions are declared wrong, so that a mix-up of rows would change the score.
     examples = examples[:5] + [
-        question(e.instruction.partition("\n\n")[0], "answer2" if e.answer == "answer1" else "answer1", e.choices, n)
-        for n, e in enumerate(examples[5:])
+        replace(example, answer=wrong, output=example.output_for(wrong))
+        for example in examples[5:]
+        for wrong in ["cold" if example.answer == "sweet" else "sweet"]
     ]
-    calls = []
-
-    def evaluate(rank, world_size, gather):
-        own = tiny_llama(len(tokenizer))
-        own.load_state_dict(model.state_dict())
-        generate = own.generate
-        own.generate = lambda **inputs: calls.append(rank) or generate(**inputs)
-        return evaluate_generation(own, tokenizer, examples, 3, 128, 8, rank, world_size, gather)
-
-    results = on_ranks(3, evaluate)
-    assert {(r.num_rows, r.num_correct, r.num_parse_failures) for r in results} == {(10, 5, 0)}
-    assert sorted(calls) == [0, 0, 1, 1, 2, 2]  # 4 batches on 3 ranks: 2 calls each
+    for world_size, num_calls in ((1, 4), (3, 2)):
+        for result, calls in run_ranks(world_size, _generated, model, tokenizer, examples):
+            assert (result.num_rows, result.num_correct, result.num_parse_failures) == (10, 5, 0)
+            assert calls == num_calls
 
 
 # ---- results
@@ -256,19 +240,16 @@ def test_generation_is_the_same_on_three_ranks(taught):
 def test_a_result_counts_rows_answers_and_failures():
     examples = made_up_questions()
     answers: list[str | None] = [example.answer for example in examples]
-    answers[0], answers[1] = None, "answer9"
+    answers[0], answers[1] = None, "hot"
     result = task_result(examples, "generation", answers)
-    most = max(sum(e.answer == name for e in examples) for name in ("answer1", "answer2", "answer3"))
+    most = max(sum(e.answer == name for e in examples) for name in ("sweet", "cold", "neither"))
     assert (result.num_rows, result.num_correct, result.num_parse_failures) == (10, 8, 1)
     assert result.accuracy == 0.8 and result.majority == most / 10
 
 
-def test_gather_joins_the_lists_of_real_processes(tmp_path):
-    """Two forked processes over gloo; without a process group the list comes back as it is."""
-    assert gather_lists([1, 2]) == [1, 2]
-    from distributed import run_ranks
-
-    assert run_ranks(_gathered, 2) == [[(0, "a"), (1, "a"), (1, "b")]] * 2
+def test_gather_joins_the_lists_of_all_ranks():
+    assert gather_lists([1, 2]) == [1, 2]  # no process group
+    assert run_ranks(2, _gathered) == [[(0, "a"), (1, "a"), (1, "b")]] * 2
 
 
 def _gathered(rank: int, world_size: int) -> list:

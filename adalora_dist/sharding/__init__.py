@@ -32,8 +32,8 @@ def select_engine(params: Sequence[torch.Tensor], optimizer: torch.optim.Optimiz
             return ZeroEngine(params, optimizer, zero)
         raise UserError(
             f"{num_missing} of {len(params)} adapter parameters are not in the optimizer, nor is it stepped by ZeRO "
-            "stage 1, 2 or 3: pass all trainable parameters; with DeepSpeed bf16/fp16 use a stage from 1 to 3 (stage 1 "
-            'with bf16 not with grad_accum_dtype "fp32"); use FSDP version 2'
+            "stage 1, 2 or 3: pass all trainable parameters; with DeepSpeed bf16/fp16 use a stage from 1 to 3, "
+            "with FSDP use version 2"
         )
     num_sharded = sum(isinstance(p, DTensor) for p in params)
     if num_sharded == 0:

@@ -5,6 +5,7 @@ per sub-group), of which every rank owns a partition. The torch optimizer holds 
 fp32), not the model's parameters, and its step fires once per group, in order, with that group's gradient alone.
 
 Stages 1, 2: the concatenated group is cut evenly, so a rank may own part of a parameter, all of it, or nothing.
+(Stage 1 in bf16 with fp32 accumulation is a class of its own, ``BF16_Optimizer``: one firing for all groups.)
 Stage 3: every parameter is cut for itself into ceil(numel / world) elements per rank; the end of the last chunk is
 padding, and uninitialised in the master.
 
@@ -12,6 +13,10 @@ A value lives in two places, its master and the working copy that the forward re
 group's masters to its working copies, and after the last firing it sends the working copies round (stages 1, 2: all
 of them; stage 3: those it keeps whole on every rank). A write made before that point must change both: the copying
 of earlier groups is over, that of the last is still to come.
+
+Stage 3, and every stage with an offloaded optimizer, keep gradients in buffers that only a parameter's own backward
+overwrites: a layer that was not used since the last step would be stepped with its last gradient once more. The
+engine clears them, for the whole model, once they have been consumed.
 """
 
 from __future__ import annotations
@@ -41,6 +46,12 @@ class _Fragment(NamedTuple):
         return self.span.stop - self.span.start
 
 
+# Where the three kinds of ZeRO optimizer keep (masters, the model's parameters by group).
+_STAGE_3 = ("fp32_partitioned_groups_flat", "fp16_groups")
+_STAGE_1_OR_2 = ("single_partition_of_fp32_groups", "bit16_groups")
+_STAGE_1_BF16 = ("fp32_groups_flat_partition", "bf16_groups")
+
+
 def running_zero_optimizer(optimizer: torch.optim.Optimizer) -> Any | None:
     """The ZeRO optimizer that is just stepping ``optimizer``; None outside of its step or without ZeRO.
 
@@ -50,18 +61,14 @@ def running_zero_optimizer(optimizer: torch.optim.Optimizer) -> Any | None:
     frame = inspect.currentframe()
     while frame is not None:
         caller = frame.f_locals.get("self")
-        if getattr(caller, "optimizer", None) is optimizer and (_is_stage_3(caller) or _is_stage_1_or_2(caller)):
+        if getattr(caller, "optimizer", None) is optimizer and _kind(caller) is not None:
             return caller
         frame = frame.f_back
     return None
 
 
-def _is_stage_1_or_2(zero: Any) -> bool:
-    return hasattr(zero, "single_partition_of_fp32_groups")
-
-
-def _is_stage_3(zero: Any) -> bool:
-    return hasattr(zero, "fp32_partitioned_groups_flat")
+def _kind(zero: Any) -> tuple[str, str] | None:
+    return next((kind for kind in (_STAGE_3, _STAGE_1_OR_2, _STAGE_1_BF16) if hasattr(zero, kind[0])), None)
 
 
 class ZeroEngine:
@@ -82,8 +89,8 @@ class ZeroEngine:
         self._params = list(params)
         self._optimizer = optimizer
         self._zero = zero
-        self._stage_3 = _is_stage_3(zero)
-        located = _fragments_stage_3(zero) if self._stage_3 else _fragments_stage_1_or_2(zero)
+        self._kind = _kind(zero)
+        located = _fragments_stage_3(zero) if self._kind == _STAGE_3 else _fragments_of_flat_groups(zero)
         if missing := sum(p not in located for p in params):
             raise UserError(
                 f"{missing} of {len(params)} adapter parameters are not in the ZeRO optimizer: pass all trainable "
@@ -96,14 +103,17 @@ class ZeroEngine:
                 "adapter parameters are partitioned over different process groups (expert parallelism): adapt modules "
                 "outside of the experts only"
             )
-        self.num_firings = len(self._masters)
+        self.num_firings = 1 if self._kind == _STAGE_1_BF16 else len(self._masters)
         self._held: list[tuple[torch.Tensor, torch.Tensor]] = []
-        optimizer.register_step_post_hook(self._restore_gradients)
+        optimizer.register_step_post_hook(self._after_firing)
 
     @property
     def _masters(self) -> list[torch.Tensor]:
         """This rank's flat partition of each group, as the torch optimizer steps it."""
-        return self._zero.fp32_partitioned_groups_flat if self._stage_3 else self._zero.single_partition_of_fp32_groups
+        return getattr(self._zero, self._kind[0])
+
+    def _firing_masters(self) -> list[torch.Tensor]:
+        return [master for group in self._optimizer.param_groups for master in group["params"]]
 
     def spans(self) -> list[Span]:
         return [f.span for f in self._fragments]
@@ -115,8 +125,7 @@ class ZeroEngine:
         return self._masters[fragment.group].detach().narrow(0, fragment.offset, fragment.length)
 
     def gradients(self) -> list[torch.Tensor | None]:
-        firing = {id(master) for group in self._optimizer.param_groups for master in group["params"]}
-        masters = self._masters
+        firing, masters = {id(master) for master in self._firing_masters()}, self._masters
         return [
             masters[f.group].grad.narrow(0, f.offset, f.length) if id(masters[f.group]) in firing else None
             for f in self._fragments
@@ -137,16 +146,21 @@ class ZeroEngine:
         return nonfinite_flag(gradients)
 
     def skip_firing(self) -> None:
-        for group in self._optimizer.param_groups:
-            for master in group["params"]:
-                self._held.append((master, master.grad))
-                master.grad = None
+        for master in self._firing_masters():
+            self._held.append((master, master.grad))
+            master.grad = None
 
-    def _restore_gradients(self, *_: Any) -> None:
-        """With an offloaded optimizer the masters' gradients are buffers for good: hand them back after a skip."""
+    def _after_firing(self, *_: Any) -> None:
+        """Clear gradient buffers that outlive the step; those taken away to skip the firing go back first."""
         for master, gradient in self._held:
             master.grad = gradient
         self._held.clear()
+        firing = self._firing_masters()
+        for master in firing:
+            if master.grad is not None:
+                master.grad.zero_()
+        if self._kind == _STAGE_3 and any(master is self._masters[-1] for master in firing):
+            self._zero.grad_partitions_flat_buffer.zero_()
 
     def write(self, index: int, values: torch.Tensor) -> None:
         fragment = self._fragments[index]
@@ -155,26 +169,27 @@ class ZeroEngine:
 
     def _working_copy(self, index: int) -> torch.Tensor:
         p, fragment = self._params[index], self._fragments[index]
-        if self._stage_3:
+        if self._kind == _STAGE_3:
             return p.ds_tensor.detach().narrow(0, 0, fragment.length)
         return p.detach().view(-1)[fragment.span.start : fragment.span.stop]
 
     def full(self, index: int) -> torch.Tensor:
         p, fragment = self._params[index], self._fragments[index]
-        shape = p.ds_shape if self._stage_3 else p.shape
+        shape = p.ds_shape if self._kind == _STAGE_3 else p.shape
         return assemble(self._values_of(fragment), fragment.span, shape, self.shard_group)
 
 
-def _fragments_stage_1_or_2(zero: Any) -> dict[torch.Tensor, _Fragment]:
-    """A model parameter is a view of its group's flat buffer, so its address there says what this rank owns of it.
+def _fragments_of_flat_groups(zero: Any) -> dict[torch.Tensor, _Fragment]:
+    """A model parameter is a view of its group's flat buffer: its address there says what this rank owns of it.
 
     (DeepSpeed's own ``_hp_mapping`` is not used: it assumes the order in which parameters were passed, which
     ``round_robin_gradients`` changes.)
     """
     fragments = {}
-    for group, params in enumerate(zero.bit16_groups):
-        flat, process_group = zero.bit16_groups_flat[group], zero.real_dp_process_group[group]
-        size = zero.single_partition_of_fp32_groups[group].numel()
+    masters_name, groups_name = _kind(zero)
+    masters, flats = getattr(zero, masters_name), getattr(zero, f"{groups_name}_flat")
+    for group, params in enumerate(getattr(zero, groups_name)):
+        flat, process_group, size = flats[group], zero.real_dp_process_group[group], masters[group].numel()
         partition_start = dist.get_rank(process_group) * size
         for p in params:
             first = (p.data_ptr() - flat.data_ptr()) // p.element_size()
@@ -211,7 +226,7 @@ def _refuse_unsupported(params: Sequence[torch.Tensor], zero: Any) -> None:
             f"offload_optimizer.ratio is {zero.partial_offload}; only 1.0 is supported, because DeepSpeed steps the "
             "rest with an optimizer of its own: set it to 1.0"
         )
-    if zero.torch_autocast_gradscaler is not None:
+    if getattr(zero, "torch_autocast_gradscaler", None) is not None:
         raise UserError(
             "torch_autocast with float16 skips parameter groups one by one: use the fp16 or bf16 section instead"
         )

@@ -1,0 +1,23 @@
+"""Does the exported model say what the trained one says? Logits of one sequence, before and after the round trip."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from adalora_dist.evaluation.results import evaluating
+
+
+def first_logits(model: nn.Module, input_ids: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Logits of one sequence, (tokens, vocabulary), float32 on the CPU. Collective where the model is sharded."""
+    with evaluating(model):
+        return model(input_ids=torch.tensor([list(input_ids)], device=device)).logits[0].float().cpu()
+
+
+def logit_difference(auto_class: type, folder: Path, input_ids: Sequence[int], expected: torch.Tensor) -> float:
+    """Largest absolute difference of the logits of the model in ``folder``, loaded afresh, from ``expected``."""
+    model = auto_class.from_pretrained(folder, use_safetensors=True)
+    return (first_logits(model, input_ids, torch.device("cpu")) - expected).abs().max().item()

@@ -1,0 +1,162 @@
+"""Fine-tune a LLaMA-class model on commonsense questions with adaptive ranks.
+
+    accelerate launch recipes/llama_commonsense.py                                   a demonstration, no Hub needed
+    accelerate launch recipes/llama_commonsense.py --config recipes/configs/llama_commonsense_llama_7b.yaml
+    accelerate launch recipes/llama_commonsense.py --model FOLDER_OR_HUB_ID --data FOLDER_OR_hub --tasks boolq piqa
+
+Engines are chosen by the launcher, not here: add --config_file launch/accelerate/{ddp,fsdp2,zero2,zero3}.yaml to
+``accelerate launch``.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from adalora_dist.cli import parse_config, user_errors
+from adalora_dist.config import CommonsenseConfig
+
+DEMO_CONFIG = Path(__file__).parent / "configs" / "llama_commonsense_demo.yaml"
+
+
+# ---------------------------------------------------------------------------------------------------- configuration
+
+
+def configuration(argv: list[str]) -> CommonsenseConfig:
+    """Flags over a YAML file over defaults. Without a model, data or file of the user's, the demonstration's file."""
+    given = {argument.partition("=")[0] for argument in argv}
+    if not given & {"--config", "--model", "--data"}:
+        argv = ["--config", str(DEMO_CONFIG), *argv]
+    return parse_config(CommonsenseConfig, argv, __doc__ or "")
+
+
+def main(config: CommonsenseConfig) -> None:
+    # Heavy imports wait until the configuration is known to be right.
+    from transformers import AutoModelForCausalLM, set_seed
+
+    from adalora_dist.data.batches import BatchPlan
+    from adalora_dist.data.commonsense import load_tasks
+    from adalora_dist.data.encoding import encode_examples, padding_token
+    from adalora_dist.evaluation.choices import evaluate_choices
+    from adalora_dist.evaluation.generation import evaluate_generation
+    from adalora_dist.export import base_folder_of, gather_adapters, merge, save_adapter
+    from adalora_dist.inject import inject_adapters
+    from adalora_dist.training.engine import build_accelerator, engine_name
+    from adalora_dist.training.loop import is_sharded, prepare, total_steps, train
+    from adalora_dist.training.model import dtype_named, load_backbone
+    from adalora_dist.training.report import accuracy_table, rank_table
+    from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
+    from adalora_dist.training.verify import first_logits, logit_difference
+
+    refuse_used_folder(config)
+    accelerator = build_accelerator(config.train)
+    say = accelerator.print
+    set_seed(config.train.seed)
+
+    # ------------------------------------------------------------------------------------------------------ data
+
+    if not config.data.source:
+        from adalora_dist.data.demo_questions import demo_questions_folder
+
+        with accelerator.main_process_first():
+            questions = demo_questions_folder()
+        say(f"Data: built-in questions ({questions}). Your own: --data FOLDER, or --data hub for the eight tasks.")
+        config = config.model_copy(update={"data": config.data.model_copy(update={"source": str(questions)})})
+    train_examples, eval_examples = load_tasks(config.data)
+    say(f"{len(train_examples)} training rows; evaluation: " + ", ".join(f"{t} {len(r)}" for t, r in eval_examples.items()))
+
+    # ------------------------------------------------------------------------------------------------------ model
+
+    if not config.model.name:
+        from adalora_dist.data.demo_model import demo_model_folder
+
+        with accelerator.main_process_first():
+            name = str(demo_model_folder(say))
+        say("Model: SmolLM2-135M-Instruct, dequantised 4-bit weights. Your own: --model FOLDER_OR_HUB_ID.")
+        config = config.model_copy(update={"model": config.model.model_copy(update={"name": name})})
+    model, tokenizer = load_backbone(config.model, AutoModelForCausalLM)
+    rows = encode_examples(train_examples, tokenizer, config.data.max_length, config.data.train_on)
+    plan = BatchPlan.of_rows(rows, config.train.batch_size, config.train.seed, config.train.group_by_length)
+    num_steps = total_steps(config.train, plan)
+
+    # --------------------------------------------------------------------------------------------------- adapters
+
+    matrices = inject_adapters(model, config.adapter, config.train.seed)
+    num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    # ----------------------------------------------------------------------------------------------------- engine
+
+    prepared = prepare(accelerator, model, config, num_steps)
+    schedule = prepared.allocator.schedule
+    facts = {
+        "engine": engine_name(accelerator),
+        "num_processes": accelerator.num_processes,
+        "num_steps": num_steps,
+        "num_matrices": len(matrices),
+        "num_trainable_parameters": num_trainable,
+        "initial_budget": schedule.initial_budget,
+        "target_budget": schedule.target_budget,
+    }
+    folder = RunFolder(config, accelerator.is_main_process, facts)
+    say(
+        f"{facts['engine']} on {accelerator.num_processes} process(es), {num_steps} steps; {len(matrices)} matrices, "
+        f"{num_trainable:,} trainable parameters; budget {schedule.initial_budget} -> {schedule.target_budget} triplets, "
+        f"pruned in steps {schedule.initial_warmup_steps + 1} to {schedule.freeze_step}"
+    )
+
+    # --------------------------------------------------------------------------------------------------- evaluate
+
+    def evaluate() -> list:
+        settings, unwrapped = config.evaluation, accelerator.unwrap_model(prepared.model)
+        common = (settings.eval_batch_size, config.data.max_length)
+        ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+        results = []
+        for examples in eval_examples.values():
+            if "likelihood" in settings.evaluate_by:
+                results.append(evaluate_choices(unwrapped, tokenizer, examples, *common, **ranks))
+            if "generation" in settings.evaluate_by:
+                synced = is_sharded(accelerator) and accelerator.num_processes > 1
+                results.append(
+                    evaluate_generation(
+                        unwrapped, tokenizer, examples, *common, settings.max_new_tokens, **ranks, synced_gpus=synced
+                    )
+                )
+        return results
+
+    before = evaluate() if config.evaluation.evaluate_before else []
+
+    # ------------------------------------------------------------------------------------------------------ train
+
+    train(accelerator, prepared, rows, plan, padding_token(tokenizer), config, folder, say)
+    after = evaluate()
+
+    # ----------------------------------------------------------------------------------------------------- export
+
+    adapters = gather_adapters(prepared.allocator)
+    pattern = {a.name: a.lam.numel() for a in adapters}
+    logits = first_logits(accelerator.unwrap_model(prepared.model), rows[0]["input_ids"], accelerator.device)
+    if accelerator.is_main_process:
+        save_adapter(adapters, folder.path / "adapter", config.model.name, config.model.revision)
+        folder.write_json("rank_pattern.json", pattern)
+        folder.write_json("results.json", {"before": [vars(r) for r in before], "after": [vars(r) for r in after]})
+        if config.export.export_merged:
+            base = base_folder_of(config.model.name, config.model.revision)
+            merged = folder.path / "merged"
+            merge(adapters, base, merged, dtype_named(config.export.export_dtype))
+            tokenizer.save_pretrained(merged)
+            if config.export.verify_export:
+                difference = logit_difference(AutoModelForCausalLM, merged, rows[0]["input_ids"], logits)
+                say(f"Merged model, loaded in plain transformers: largest logit difference {difference:.1e}")
+    accelerator.wait_for_everyone()
+
+    say("\n" + accuracy_table(before, after))
+    if prepared.allocator is not None:
+        say("\nActive ranks\n" + rank_table(pattern))
+        say(f"Total rank {sum(pattern.values())}, budget {schedule.target_budget}")
+    say(f"\nFiles in {folder.path}: " + ", ".join(sorted(p.name for p in folder.path.iterdir())))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main(configuration(sys.argv[1:]))
