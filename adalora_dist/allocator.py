@@ -61,9 +61,7 @@ class RankAllocator:
     Ask :meth:`finish` at the end: it raises if the run did not reach its budget.
     """
 
-    def __init__(
-        self, matrices: list[AdaptedMatrix], config: AdapterConfig, schedule: BudgetSchedule
-    ) -> None:
+    def __init__(self, matrices: list[AdaptedMatrix], config: AdapterConfig, schedule: BudgetSchedule) -> None:
         self.matrices, self.config, self.schedule = matrices, config, schedule
         self._adapts = config.method == "adalora"
         self.ranks = [m.layer.rank for m in matrices]
@@ -92,9 +90,7 @@ class RankAllocator:
             first += layer.rank
 
     @classmethod
-    def attach(
-        cls, model: nn.Module, optimizer: Any, config: AdapterConfig, total_steps: int
-    ) -> RankAllocator:
+    def attach(cls, model: nn.Module, optimizer: Any, config: AdapterConfig, total_steps: int) -> RankAllocator:
         """Hook a new allocator onto ``optimizer``.
 
         Args:
@@ -298,6 +294,19 @@ class RankAllocator:
     def budget(self) -> int:
         """Active triplets right now."""
         return self.allocations[-1].budget if self.allocations else self.schedule.initial_budget
+
+    @property
+    def bytes_per_step(self) -> int:
+        """What this rank puts into the per-step reduction; 0 where nothing is sharded. Known after the first step."""
+        if self._engine is None or self._engine.shard_group is None:
+            return 0
+        layout, regularised = self._layout, self._adapts and self.config.orthogonality > 0
+        return 4 * (1 + regularised * (layout.num_gram_elements + layout.num_split_row_elements))
+
+    @property
+    def bytes_per_allocation(self) -> int:
+        """What this rank puts into the reduction of one allocation; 0 on one process."""
+        return 8 * (sum(self.ranks) + 6) if dist.is_initialized() and dist.get_world_size() > 1 else 0
 
     def rank_pattern(self) -> dict[str, int]:
         """Active rank of each adapted matrix, by name. Reads from the device."""

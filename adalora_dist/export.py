@@ -99,7 +99,9 @@ def load_adapter(model: nn.Module, folder: Path) -> list[AdaptedMatrix]:
         try:
             base = model.get_submodule(name)
         except AttributeError as error:
-            raise UserError(f"{folder}: the adapter's matrix {name} is not in this model: load its base model") from error
+            raise UserError(
+                f"{folder}: the adapter's matrix {name} is not in this model: load its base model"
+            ) from error
         d_in, d_out = linear_shape(base) or (0, 0)
         layer = SVDLinear(base, d_in, d_out, rank, description["scales"][name])
         if rank:
@@ -140,7 +142,9 @@ def merge(
     """
     shards = sorted(base_folder.glob("*.safetensors"))
     if not shards:
-        raise UserError(f"{base_folder} has no .safetensors files to merge into: save the base model with save_pretrained")
+        raise UserError(
+            f"{base_folder} has no .safetensors files to merge into: save the base model with save_pretrained"
+        )
     replaced = {f"{a.name}.weight": a for a in adapters if a.lam.numel()}
     whole = dict(trained or {})
     places = _find_tensors([*replaced, *whole], shards, base_folder)

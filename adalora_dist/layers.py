@@ -20,9 +20,7 @@ class SVDLinear(nn.Module):
     The branch computes in the type of the base's output. With r = 0 there is no branch and no parameter.
     """
 
-    def __init__(
-        self, base: nn.Module, d_in: int, d_out: int, rank: int, scale: float, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, base: nn.Module, d_in: int, d_out: int, rank: int, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
         self.base = base
         self.d_in, self.d_out, self.rank, self.scale = d_in, d_out, rank, scale

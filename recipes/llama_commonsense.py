@@ -63,7 +63,10 @@ def main(config: CommonsenseConfig) -> None:
         say(f"Data: built-in questions ({questions}). Your own: --data FOLDER, or --data hub for the eight tasks.")
         config = config.model_copy(update={"data": config.data.model_copy(update={"source": str(questions)})})
     train_examples, eval_examples = load_tasks(config.data)
-    say(f"{len(train_examples)} training rows; evaluation: " + ", ".join(f"{t} {len(r)}" for t, r in eval_examples.items()))
+    say(
+        f"{len(train_examples)} training rows; evaluation: "
+        + ", ".join(f"{t} {len(r)}" for t, r in eval_examples.items())
+    )
 
     # ------------------------------------------------------------------------------------------------------ model
 

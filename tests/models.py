@@ -14,9 +14,10 @@ class Block(nn.Module):
         super().__init__()
         self.up = nn.Linear(d, hidden)
         self.down = nn.Linear(hidden, d)
+        self.skip = False  # a layer that takes no part in a step, and so has no gradient
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(torch.tanh(self.up(x)))
+        return x if self.skip else x + self.down(torch.tanh(self.up(x)))
 
 
 class Net(nn.Module):
@@ -50,6 +51,7 @@ def config(**changes) -> AdapterConfig:
 
 
 def global_batch(step: int, size: int = 12, d: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs (size, d) and targets (size, 3) of a step, the same everywhere."""
-    generator = torch.Generator().manual_seed(1000 + step)
-    return torch.randn(size, d, generator=generator), torch.randn(size, 3, generator=generator)
+    """Inputs (size, d) of a step and what a fixed teacher says of them (size, 3), the same everywhere."""
+    teacher = torch.randn(d, 3, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(size, d, generator=torch.Generator().manual_seed(1000 + step))
+    return x, torch.sin(x @ teacher)

@@ -88,7 +88,9 @@ def test_orthonormal_init_has_unit_columns_on_average():
     [matrix] = inject_adapters(model, config(targets=("0",), init_rank=20, target_rank=2, init="orthonormal"))
     for x in (matrix.layer.P, matrix.layer.Qt):
         assert abs(x.square().sum(0).mean() - 1) < 0.1
-    [matrix] = inject_adapters(nn.Sequential(nn.Linear(400, 300)), config(targets=("0",), init_rank=20, init="gaussian"))
+    [matrix] = inject_adapters(
+        nn.Sequential(nn.Linear(400, 300)), config(targets=("0",), init_rank=20, init="gaussian")
+    )
     assert abs(matrix.layer.P.std() - 0.02) < 0.002
 
 
@@ -97,7 +99,11 @@ def tiny_llama():
 
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
             num_key_value_heads=1,
         )  # fmt: skip
     )

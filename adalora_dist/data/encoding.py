@@ -61,7 +61,8 @@ def prompt_tokens(example: Example, tokenizer: PreTrainedTokenizerBase, max_leng
             f"{example.origin}: the reply has {num_reply} tokens and max_length={max_length} must be larger; "
             f"set --max-length to {num_reply + 1} or more, or shorten field output"
         )
-    tokens = list(tokenizer(prompt_text(example))["input_ids"])
+    # Not verbose: it would warn of prompts longer than the model takes, which are about to be cut.
+    tokens = list(tokenizer(prompt_text(example), verbose=False)["input_ids"])
     if tokens and tokens[-1] == tokenizer.eos_token_id:  # some tokenizers close every text, and so would end the reply
         tokens.pop()
     if not tokens:

@@ -35,12 +35,12 @@ def select_engine(params: Sequence[torch.Tensor], optimizer: torch.optim.Optimiz
             "stage 1, 2 or 3: pass all trainable parameters; with DeepSpeed bf16/fp16 use a stage from 1 to 3, "
             "with FSDP use version 2"
         )
-    num_sharded = sum(isinstance(p, DTensor) for p in params)
-    if num_sharded == 0:
+    sharded = [p for p in params if isinstance(p, DTensor)]
+    if not sharded:
         return PlainEngine(params, optimizer)
-    if num_sharded < len(params):
+    if len(sharded) < len(params):
         raise UserError(
-            f"{num_sharded} of {len(params)} adapter parameters are sharded by fully_shard, the others are not: call "
+            f"{len(sharded)} of {len(params)} adapter parameters are sharded by fully_shard, the others are not: call "
             "fully_shard on the whole model too, and do not ignore adapters"
         )
-    return Fsdp2Engine(params, optimizer)
+    return Fsdp2Engine(sharded, optimizer)

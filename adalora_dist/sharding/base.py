@@ -87,9 +87,7 @@ def drop_gradients(optimizer: torch.optim.Optimizer) -> None:
             p.grad = None
 
 
-def assemble(
-    local: torch.Tensor, span: Span, shape: torch.Size, group: dist.ProcessGroup | None
-) -> torch.Tensor:
+def assemble(local: torch.Tensor, span: Span, shape: torch.Size, group: dist.ProcessGroup | None) -> torch.Tensor:
     """The full float32 tensor of which this rank holds ``span``: every rank's span, summed over ``group``."""
     full = torch.zeros(shape.numel(), dtype=torch.float32, device=local.device)
     full[span.start : span.stop] = local

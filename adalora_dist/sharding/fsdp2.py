@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from adalora_dist.errors import UserError
@@ -39,7 +40,7 @@ class Fsdp2Engine:
                     f"adapter parameters are sharded over different device meshes ({p.device_mesh} and {mesh}): call "
                     "fully_shard with one mesh for all modules that hold adapters"
                 )
-        self.shard_group = mesh.get_group(axis)
+        self.shard_group: dist.ProcessGroup | None = mesh.get_group(axis)
         self._spans = [_row_block(p, mesh.get_local_rank(axis), mesh.size(axis)) for p in params]
 
     def spans(self) -> list[Span]:
@@ -49,10 +50,12 @@ class Fsdp2Engine:
         return [_local(p) for p in self._params]
 
     def gradients(self) -> list[torch.Tensor | None]:
+        views: list[torch.Tensor | None] = []
         for p in self._params:
             if p.grad is None:
                 p.grad = torch.zeros_like(p, requires_grad=False)
-        return [_local(p.grad) for p in self._params]
+            views.append(_local(p.grad))
+        return views
 
     def nonfinite(self) -> torch.Tensor:
         gradients = optimizer_gradients(self._optimizer)
@@ -70,8 +73,9 @@ class Fsdp2Engine:
 
 
 @torch.no_grad()
-def _local(tensor: DTensor) -> torch.Tensor:
+def _local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's rows as a flat view. Without autograd ``to_local`` is a mere attribute access."""
+    assert isinstance(tensor, DTensor)
     return tensor.to_local().detach().view(-1)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 
 from adalora_dist.sharding.base import drop_gradients, nonfinite_flag, optimizer_gradients
 from adalora_dist.spans import Span
@@ -16,7 +17,7 @@ from adalora_dist.spans import Span
 class PlainEngine:
     """See :class:`adalora_dist.sharding.base.ShardEngine`."""
 
-    shard_group = None
+    shard_group: dist.ProcessGroup | None = None
     num_firings = 1
 
     def __init__(self, params: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
@@ -30,12 +31,14 @@ class PlainEngine:
         return [p.detach().view(-1) for p in self._params]
 
     def gradients(self) -> list[torch.Tensor | None]:
+        views: list[torch.Tensor | None] = []
         for p in self._params:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
             elif not p.grad.is_contiguous():  # assigned by hand; autograd keeps the parameter's own layout
                 p.grad = p.grad.contiguous()
-        return [p.grad.view(-1) for p in self._params]
+            views.append(p.grad.view(-1))
+        return views
 
     def nonfinite(self) -> torch.Tensor:
         return nonfinite_flag(optimizer_gradients(self._optimizer))

@@ -50,6 +50,7 @@ class _Fragment(NamedTuple):
 _STAGE_3 = ("fp32_partitioned_groups_flat", "fp16_groups")
 _STAGE_1_OR_2 = ("single_partition_of_fp32_groups", "bit16_groups")
 _STAGE_1_BF16 = ("fp32_groups_flat_partition", "bf16_groups")
+_KINDS = (_STAGE_3, _STAGE_1_OR_2, _STAGE_1_BF16)
 
 
 def running_zero_optimizer(optimizer: torch.optim.Optimizer) -> Any | None:
@@ -61,14 +62,10 @@ def running_zero_optimizer(optimizer: torch.optim.Optimizer) -> Any | None:
     frame = inspect.currentframe()
     while frame is not None:
         caller = frame.f_locals.get("self")
-        if getattr(caller, "optimizer", None) is optimizer and _kind(caller) is not None:
+        if getattr(caller, "optimizer", None) is optimizer and any(hasattr(caller, kind[0]) for kind in _KINDS):
             return caller
         frame = frame.f_back
     return None
-
-
-def _kind(zero: Any) -> tuple[str, str] | None:
-    return next((kind for kind in (_STAGE_3, _STAGE_1_OR_2, _STAGE_1_BF16) if hasattr(zero, kind[0])), None)
 
 
 class ZeroEngine:
@@ -84,35 +81,35 @@ class ZeroEngine:
             different process groups.
     """
 
-    def __init__(self, params: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer, zero: Any) -> None:
+    def __init__(self, params: Sequence[Any], optimizer: torch.optim.Optimizer, zero: Any) -> None:
         _refuse_unsupported(params, zero)
         self._params = list(params)
         self._optimizer = optimizer
         self._zero = zero
-        self._kind = _kind(zero)
-        located = _fragments_stage_3(zero) if self._kind == _STAGE_3 else _fragments_of_flat_groups(zero)
+        self._kind = next(kind for kind in _KINDS if hasattr(zero, kind[0]))
+        located = _fragments_stage_3(zero) if self._kind == _STAGE_3 else _fragments_of_flat_groups(zero, self._kind)
         if missing := sum(p not in located for p in params):
             raise UserError(
                 f"{missing} of {len(params)} adapter parameters are not in the ZeRO optimizer: pass all trainable "
                 "parameters to the optimizer"
             )
         self._fragments = [located[p] for p in params]
-        self.shard_group = self._fragments[0].process_group
+        self.shard_group: dist.ProcessGroup | None = self._fragments[0].process_group
         if any(f.process_group is not self.shard_group for f in self._fragments):
             raise UserError(
                 "adapter parameters are partitioned over different process groups (expert parallelism): adapt modules "
                 "outside of the experts only"
             )
         self.num_firings = 1 if self._kind == _STAGE_1_BF16 else len(self._masters)
-        self._held: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._held: list[tuple[Any, torch.Tensor | None]] = []
         optimizer.register_step_post_hook(self._after_firing)
 
     @property
-    def _masters(self) -> list[torch.Tensor]:
+    def _masters(self) -> list[Any]:
         """This rank's flat partition of each group, as the torch optimizer steps it."""
         return getattr(self._zero, self._kind[0])
 
-    def _firing_masters(self) -> list[torch.Tensor]:
+    def _firing_masters(self) -> list[Any]:
         return [master for group in self._optimizer.param_groups for master in group["params"]]
 
     def spans(self) -> list[Span]:
@@ -179,16 +176,15 @@ class ZeroEngine:
         return assemble(self._values_of(fragment), fragment.span, shape, self.shard_group)
 
 
-def _fragments_of_flat_groups(zero: Any) -> dict[torch.Tensor, _Fragment]:
+def _fragments_of_flat_groups(zero: Any, kind: tuple[str, str]) -> dict[torch.Tensor, _Fragment]:
     """A model parameter is a view of its group's flat buffer: its address there says what this rank owns of it.
 
     (DeepSpeed's own ``_hp_mapping`` is not used: it assumes the order in which parameters were passed, which
     ``round_robin_gradients`` changes.)
     """
     fragments = {}
-    masters_name, groups_name = _kind(zero)
-    masters, flats = getattr(zero, masters_name), getattr(zero, f"{groups_name}_flat")
-    for group, params in enumerate(getattr(zero, groups_name)):
+    masters, groups, flats = getattr(zero, kind[0]), getattr(zero, kind[1]), getattr(zero, f"{kind[1]}_flat")
+    for group, params in enumerate(groups):
         flat, process_group, size = flats[group], zero.real_dp_process_group[group], masters[group].numel()
         partition_start = dist.get_rank(process_group) * size
         for p in params:

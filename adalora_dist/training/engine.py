@@ -96,7 +96,9 @@ def _prepare_deepspeed_on_cpu() -> None:
     try:
         from deepspeed.ops import __compatible_ops__
     except ImportError as error:
-        raise UserError("DeepSpeed was asked for and is not installed: pip install 'adalora-dist[deepspeed]'") from error
+        raise UserError(
+            "DeepSpeed was asked for and is not installed: pip install 'adalora-dist[deepspeed]'"
+        ) from error
     # Its shared-memory collectives would be compiled for a minute; gloo does the same job here.
     __compatible_ops__["deepspeed_shm_comm"] = False
 
@@ -117,7 +119,9 @@ def _check(accelerator: Accelerator, world_size: int, use_fsdp: bool, use_deepsp
 def _fill_deepspeed(accelerator: Accelerator, train: TrainConfig) -> None:
     """Give DeepSpeed's "auto" entries the values that the configuration knows."""
     known = {
-        "train_micro_batch_size_per_gpu": -(-train.batch_size // (accelerator.num_processes * accelerator.gradient_accumulation_steps)),
+        "train_micro_batch_size_per_gpu": -(
+            -train.batch_size // (accelerator.num_processes * accelerator.gradient_accumulation_steps)
+        ),
         "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
         "gradient_clipping": train.max_grad_norm,
     }

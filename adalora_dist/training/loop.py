@@ -124,7 +124,9 @@ def train(
             summary = rank_summary(prepared.allocator)
             bar.set_postfix_str(f"loss {read[-1]:.3f}, {summary}{num_tokens / seconds:.0f} tokens/s")
             if not bar.disable and not bar.fp.isatty():
-                report(f"step {step + 1}/{num_steps}: loss {read[-1]:.4f}, {summary}{num_tokens / seconds:.0f} tokens/s")
+                report(
+                    f"step {step + 1}/{num_steps}: loss {read[-1]:.4f}, {summary}{num_tokens / seconds:.0f} tokens/s"
+                )
     bar.close()
     if prepared.allocator is not None:
         prepared.allocator.finish()

@@ -28,9 +28,7 @@ def load_backbone(config: ModelConfig, auto_class: type) -> tuple[PreTrainedMode
     extra = {} if config.attn_implementation == "auto" else {"attn_implementation": config.attn_implementation}
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.name, **options)
-        model = auto_class.from_pretrained(
-            config.name, dtype=config.dtype, use_safetensors=True, **options, **extra
-        )
+        model = auto_class.from_pretrained(config.name, dtype=config.dtype, use_safetensors=True, **options, **extra)
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from adalora_dist.evaluation.results import evaluating
 
@@ -18,6 +19,10 @@ def first_logits(model: nn.Module, input_ids: Sequence[int], device: torch.devic
 
 
 def logit_difference(auto_class: type, folder: Path, input_ids: Sequence[int], expected: torch.Tensor) -> float:
-    """Largest absolute difference of the logits of the model in ``folder``, loaded afresh, from ``expected``."""
+    """Largest absolute difference of the logits of the model in ``folder``, loaded afresh, from ``expected``.
+
+    For one process, at the end of a run: under ZeRO-3, loading would otherwise be collective, so that is turned off.
+    """
+    unset_hf_deepspeed_config()
     model = auto_class.from_pretrained(folder, use_safetensors=True)
     return (first_logits(model, input_ids, torch.device("cpu")) - expected).abs().max().item()
