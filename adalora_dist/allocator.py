@@ -36,10 +36,11 @@ from adalora_dist.config import AdapterConfig
 from adalora_dist.errors import UserError
 from adalora_dist.importance import element_scores, select, select_local, update_averages
 from adalora_dist.inject import AdaptedMatrix, adapted_matrices
+from adalora_dist.layers import SVDLinear
 from adalora_dist.schedule import BudgetSchedule
 from adalora_dist.sharding import select_engine
 from adalora_dist.sharding.base import ShardEngine, sum_over
-from adalora_dist.spans import Factor, SpanLayout
+from adalora_dist.spans import FACTOR_KINDS, Factor, Span, SpanLayout
 
 _DIGEST_BITS = 20  # three numbers below 2^20: their squares add up exactly in float64 over 8192 ranks
 
@@ -80,10 +81,10 @@ class RankAllocator:
         self._finished = False
 
         self._factors: list[Factor] = []
-        self._owners: list[tuple[nn.Module, str]] = []  # of each factor: its layer, its name there
+        self._owners: list[tuple[SVDLinear, str]] = []  # of each factor: its layer, its name there
         first = 0
         for layer in (m.layer for m in matrices if m.layer.rank):
-            for kind, rows in (("P", layer.d_out), ("lam", 1), ("Qt", layer.d_in)):
+            for kind, rows in zip(FACTOR_KINDS, (layer.d_out, 1, layer.d_in), strict=True):
                 if self._adapts or kind != "lam":  # plain LoRA does not train lambda
                     self._factors.append(Factor(kind, rows, layer.rank, first))
                     self._owners.append((layer, kind))
@@ -243,12 +244,13 @@ class RankAllocator:
         engine = select_engine(parameters, optimizer)
         self._spans = engine.spans()
         device = engine.values()[0].device
-        spans_of_ranks, num_shards, world_size = None, 1, 1
+        spans_of_ranks: list[list[Span]] | None = None
+        num_shards, world_size = 1, 1
         if dist.is_initialized():
             world_size = dist.get_world_size()
             if engine.shard_group is not None:
                 num_shards = dist.get_world_size(engine.shard_group)
-                spans_of_ranks = [None] * num_shards
+                spans_of_ranks = [[]] * num_shards
                 dist.all_gather_object(spans_of_ranks, self._spans, group=engine.shard_group)
         self._num_replicas = world_size // num_shards
         self._layout = SpanLayout(self._factors, self._spans, spans_of_ranks, device)
@@ -370,8 +372,8 @@ class RankAllocator:
         if self._adapts and not self.frozen:
             return (
                 f"the budget was not reached: {self.budget} triplets are active, the target is "
-                f"{self.schedule.target_budget}; the run ended after step {self.step} of the {self.schedule.total_steps} "
-                "that the schedule was made for"
+                f"{self.schedule.target_budget}; the run ended after step {self.step} of the "
+                f"{self.schedule.total_steps} that the schedule was made for"
             )
         return None
 

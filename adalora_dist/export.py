@@ -107,8 +107,10 @@ def load_adapter(model: nn.Module, folder: Path) -> list[AdaptedMatrix]:
         if rank:
             p, q = tensors[f"{name}.P"], tensors[f"{name}.Q"]
             if p.shape != (d_out, rank) or q.shape != (rank, d_in):
-                raise UserError(f"{folder}: {name} has P {tuple(p.shape)} and Q {tuple(q.shape)}, the model's matrix is "
-                                f"{d_out} x {d_in}: load its base model")  # fmt: skip
+                raise UserError(
+                    f"{folder}: {name} has P {tuple(p.shape)} and Q {tuple(q.shape)}, but the model's matrix is "
+                    f"{d_out} x {d_in}: load its base model"
+                )
             with torch.no_grad():
                 layer.P.copy_(p)
                 layer.lam.copy_(tensors[f"{name}.lam"])

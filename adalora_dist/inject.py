@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -63,9 +64,9 @@ def adapted_matrices(model: nn.Module) -> list[AdaptedMatrix]:
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """(d_in, d_out) of a linear map, or None. Quantised linears derive from nn.Linear or carry its attributes."""
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return int(module.in_features), int(module.out_features)
+        return cast(int, module.in_features), cast(int, module.out_features)
     if hasattr(module, "nf") and hasattr(module, "nx"):  # transformers' Conv1D, weight (d_in, d_out)
-        return int(module.nx), int(module.nf)
+        return cast(int, module.nx), cast(int, module.nf)
     return None
 
 
@@ -106,7 +107,8 @@ def _all_linear(model: nn.Module) -> list[str]:
     """Every linear map of the backbone; output heads (lm_head, classifiers) are outside it and are left alone."""
     backbone = getattr(model, "base_model", model)
     prefix = next((name for name, module in model.named_modules() if module is backbone), "")
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
     names = [
         f"{prefix}.{name}" if prefix else name
         for name, module in backbone.named_modules()

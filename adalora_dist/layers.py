@@ -43,7 +43,7 @@ class SVDLinear(nn.Module):
 
     @torch.no_grad()
     def reset_as_lora(self, generator: torch.Generator) -> None:
-        """Plain LoRA: B = P = 0, A = Q ~ U(-1/sqrt(d_in), 1/sqrt(d_in)) (PyTorch's linear init), lam = 1, not trained."""
+        """Plain LoRA: B = P = 0; A = Q ~ U(-a, a), a = 1/sqrt(d_in), PyTorch's linear init; lam = 1, not trained."""
         self.P.zero_()
         self.Qt.copy_((2 * torch.rand(self.Qt.shape, generator=generator) - 1) * self.d_in**-0.5)
         self.lam.fill_(1.0).requires_grad_(False)

@@ -28,11 +28,15 @@ class Span(NamedTuple):
     stop: int
 
 
+FactorKind = Literal["P", "lam", "Qt"]
+FACTOR_KINDS: tuple[FactorKind, ...] = ("P", "lam", "Qt")
+
+
 @dataclass(frozen=True)
 class Factor:
     """One adapter parameter: a (rows, rank) matrix whose columns belong to consecutive triplets."""
 
-    kind: Literal["P", "lam", "Qt"]
+    kind: FactorKind
     rows: int
     rank: int
     first_triplet: int
@@ -200,7 +204,8 @@ class SpanLayout:
         # Per r: fragment elements in the flat buffer, and their places in the (split rows, r) matrix.
         self._split_elements: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for r in self._num_of_rank:
-            flat_index, row_index = [], []
+            flat_index: list[int] = []
+            row_index: list[int] = []
             flat = self.fragments_start
             for f in self.fragments:
                 if f.factor in self._slot and self.factors[f.factor].rank == r:
@@ -280,9 +285,9 @@ class SpanLayout:
             flat_index, row_index = self._split_elements[r]
             row_gradients = torch.bmm(rows[r].unsqueeze(1), factors[r][slots])
             gradient[flat_index] = row_gradients.flatten()[row_index]
-        for group, slots in zip(self.groups, self._group_slots, strict=True):
-            if slots is not None:
-                torch.bmm(self._body(group, values), factors[group.rank][slots], out=self._body(group, gradient))
+        for group, group_slots in zip(self.groups, self._group_slots, strict=True):
+            if group_slots is not None:
+                torch.bmm(self._body(group, values), factors[group.rank][group_slots], out=self._body(group, gradient))
         return gradient
 
     @staticmethod

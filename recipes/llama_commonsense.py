@@ -41,7 +41,7 @@ def main(config: CommonsenseConfig) -> None:
     from adalora_dist.evaluation.generation import evaluate_generation
     from adalora_dist.export import base_folder_of, gather_adapters, merge, save_adapter
     from adalora_dist.inject import inject_adapters
-    from adalora_dist.training.engine import build_accelerator, engine_name
+    from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
     from adalora_dist.training.loop import is_sharded, prepare, total_steps, train
     from adalora_dist.training.model import dtype_named, load_backbone
     from adalora_dist.training.report import accuracy_table, rank_table
@@ -101,10 +101,11 @@ def main(config: CommonsenseConfig) -> None:
         "target_budget": schedule.target_budget,
     }
     folder = RunFolder(config, accelerator.is_main_process, facts)
+    start_trackers(accelerator, config)
     say(
         f"{facts['engine']} on {accelerator.num_processes} process(es), {num_steps} steps; {len(matrices)} matrices, "
-        f"{num_trainable:,} trainable parameters; budget {schedule.initial_budget} -> {schedule.target_budget} triplets, "
-        f"pruned in steps {schedule.initial_warmup_steps + 1} to {schedule.freeze_step}"
+        f"{num_trainable:,} trainable parameters; budget {schedule.initial_budget} -> {schedule.target_budget} "
+        f"triplets, pruned in steps {schedule.initial_warmup_steps + 1} to {schedule.freeze_step}"
     )
 
     # --------------------------------------------------------------------------------------------------- evaluate
@@ -153,9 +154,8 @@ def main(config: CommonsenseConfig) -> None:
     accelerator.wait_for_everyone()
 
     say("\n" + accuracy_table(before, after))
-    if prepared.allocator is not None:
-        say("\nActive ranks\n" + rank_table(pattern))
-        say(f"Total rank {sum(pattern.values())}, budget {schedule.target_budget}")
+    say("\nActive ranks\n" + rank_table(pattern))
+    say(f"Total rank {sum(pattern.values())}, budget {schedule.target_budget}")
     say(f"\nFiles in {folder.path}: " + ", ".join(sorted(p.name for p in folder.path.iterdir())))
     accelerator.end_training()
 

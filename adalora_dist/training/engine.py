@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    is_tensorboard_available,
+    is_trackio_available,
+    is_wandb_available,
+)
 
-from adalora_dist.config import TrainConfig
+from adalora_dist.config import RunConfig, TrainConfig
 from adalora_dist.errors import UserError
 
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+_TRACKER_INSTALLED = {
+    "tensorboard": is_tensorboard_available,
+    "wandb": is_wandb_available,
+    "trackio": is_trackio_available,
+}
 
 
 def build_accelerator(train: TrainConfig, environment: Mapping[str, str] = os.environ) -> Accelerator:
@@ -48,6 +59,8 @@ def build_accelerator(train: TrainConfig, environment: Mapping[str, str] = os.en
     accelerator = Accelerator(
         cpu=on_cpu and not use_deepspeed,
         mixed_precision=_PRECISION[train.precision],
+        log_with=_installed_trackers(train.trackers),
+        project_dir=train.output_dir,
         # The loop cuts batches itself and takes every scale into its own loss; accelerate only has to hold back the
         # gradient reduction until the last micro-step.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -58,6 +71,14 @@ def build_accelerator(train: TrainConfig, environment: Mapping[str, str] = os.en
     if use_deepspeed:
         _fill_deepspeed(accelerator, train)
     return accelerator
+
+
+def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
+    """Open a run with every tracker of ``train.trackers``, with the resolved configuration as its parameters."""
+    if config.train.trackers:
+        sections = config.model_dump(mode="json").items()
+        flat = {f"{section}.{key}": str(value) for section, values in sections for key, value in values.items()}
+        accelerator.init_trackers("adalora-dist", config=flat)
 
 
 def num_micro_steps(train: TrainConfig, world_size: int) -> int:
@@ -72,6 +93,14 @@ def engine_name(accelerator: Accelerator) -> str:
     if accelerator.distributed_type == DistributedType.FSDP:
         return "fsdp2"
     return "ddp" if accelerator.num_processes > 1 else "single"
+
+
+def _installed_trackers(names: Sequence[str]) -> list[str]:
+    """accelerate drops a tracker that is not installed without a word."""
+    for name in names:
+        if not _TRACKER_INSTALLED[name]():
+            raise UserError(f"trackers={name} is not installed: pip install 'adalora-dist[track]' or leave it out")
+    return list(names)
 
 
 def _has_gpu() -> bool:

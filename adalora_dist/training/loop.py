@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -27,7 +28,7 @@ class Prepared:
     model: nn.Module
     optimizer: torch.optim.Optimizer  # as the engine wraps it
     inner_optimizer: torch.optim.Optimizer  # the torch optimizer that updates the weights
-    allocator: RankAllocator | None  # None: plain LoRA
+    allocator: RankAllocator
 
 
 def total_steps(train: TrainConfig, plan: BatchPlan) -> int:
@@ -39,11 +40,9 @@ def prepare(accelerator: Accelerator, model: nn.Module, config: RunConfig, num_s
     """Optimizer over the trainable parameters, allocator attached, both handed to the engine."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=config.train.learning_rate, weight_decay=config.train.weight_decay)
-    allocator = None
-    if config.adapter.method == "adalora":
-        allocator = RankAllocator.attach(model, optimizer, config.adapter, num_steps)
+    allocator = RankAllocator.attach(model, optimizer, config.adapter, num_steps)
     if config.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model, wrapped = accelerator.prepare(model, optimizer)
     return Prepared(model, wrapped, optimizer, allocator)
 
@@ -110,15 +109,16 @@ def train(
                     accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-        if prepared.allocator is not None:
-            prepared.allocator.catch_up(step + 1)
+        prepared.allocator.catch_up(step + 1)
         unread.append(loss_of_step / num_targets)
         num_tokens += sum(plan.lengths[row] for row in plan.batch(step))
         bar.update()
         if (step + 1) % settings.log_every == 0 or step + 1 == num_steps:
             read = accelerator.reduce(torch.stack(unread), reduction="sum").tolist()
             seconds = time.monotonic() - started
-            _log(folder, prepared, config, len(losses), read, num_steps, num_tokens / seconds)
+            for record in _records(prepared, config, len(losses), read, num_steps, num_tokens / seconds):
+                folder.log(record)
+                accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
             losses += read
             unread = []
             summary = rank_summary(prepared.allocator)
@@ -128,15 +128,12 @@ def train(
                     f"step {step + 1}/{num_steps}: loss {read[-1]:.4f}, {summary}{num_tokens / seconds:.0f} tokens/s"
                 )
     bar.close()
-    if prepared.allocator is not None:
-        prepared.allocator.finish()
+    prepared.allocator.finish()
     return losses
 
 
-def rank_summary(allocator: RankAllocator | None) -> str:
+def rank_summary(allocator: RankAllocator) -> str:
     """'budget 288, ranks 0/4.0/12 (min/mean/max), ' for the progress line."""
-    if allocator is None:
-        return ""
     ranks = list(allocator.rank_pattern().values())
     mean = sum(ranks) / len(ranks)
     return f"budget {allocator.budget}, ranks {min(ranks)}/{mean:.1f}/{max(ranks)}, "
@@ -149,21 +146,25 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
-def _log(
-    folder: RunFolder, prepared: Prepared, config: RunConfig, first_step: int, losses: list[float], num_steps: int,
+def _records(
+    prepared: Prepared,
+    config: RunConfig,
+    first_step: int,
+    losses: list[float],
+    num_steps: int,
     tokens_per_second: float,
-) -> None:  # fmt: skip
-    budgets = {a.step: a.budget for a in prepared.allocator.allocations} if prepared.allocator else {}
-    for offset, loss in enumerate(losses):
-        step = first_step + offset
+) -> Iterator[dict[str, Any]]:
+    """One record of metrics per step since the last log line."""
+    allocator = prepared.allocator
+    for step, loss in enumerate(losses, first_step):
         record = {
             "step": step,
             "loss": loss,
             "learning_rate": learning_rate(config.train, step, num_steps),
             "tokens_per_second": round(tokens_per_second, 1),
         }
-        if prepared.allocator is not None:
-            before = [b for s, b in budgets.items() if s <= step]
-            record["budget"] = before[-1] if before else prepared.allocator.schedule.initial_budget
-            record["allocated"] = step in budgets
-        folder.log(record)
+        if config.adapter.method == "adalora":
+            made = [a for a in allocator.allocations if a.step <= step]
+            record["budget"] = made[-1].budget if made else allocator.schedule.initial_budget
+            record["allocated"] = int(bool(made) and made[-1].step == step)
+        yield record

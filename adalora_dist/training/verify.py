@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ def first_logits(model: nn.Module, input_ids: Sequence[int], device: torch.devic
         return model(input_ids=torch.tensor([list(input_ids)], device=device)).logits[0].float().cpu()
 
 
-def logit_difference(auto_class: type, folder: Path, input_ids: Sequence[int], expected: torch.Tensor) -> float:
+def logit_difference(auto_class: Any, folder: Path, input_ids: Sequence[int], expected: torch.Tensor) -> float:
     """Largest absolute difference of the logits of the model in ``folder``, loaded afresh, from ``expected``.
 
     For one process, at the end of a run: under ZeRO-3, loading would otherwise be collective, so that is turned off.
