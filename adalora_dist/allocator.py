@@ -138,7 +138,7 @@ class RankAllocator:
         if getattr(optimizer, "grad_scale", None) is not None:
             raise UserError(
                 f"{type(optimizer).__name__}(fused=True) unscales fp16 gradients inside its step, after this hook: "
-                "use fused=False with precision=fp16"
+                "with fp16 use fused=False (Trainer: optim='adamw_torch')"
             )
         if self._firing == 0:
             self._begin_step()
@@ -341,7 +341,7 @@ class RankAllocator:
         Raises:
             RuntimeError: no step at all has reached the allocator: it hangs on another optimizer than is stepped.
         """
-        if self.step == 0 and self.num_skipped_steps == 0 and num_steps > 32:
+        if self._engine is None and num_steps > 32:
             raise RuntimeError(
                 f"{num_steps} training steps were counted, but the optimizer given to RankAllocator.attach was never "
                 "stepped: attach to the optimizer that the loop (or engine) uses"

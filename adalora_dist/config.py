@@ -156,6 +156,15 @@ class TrainConfig(Section):
         return self
 
 
+class QuantizationConfig(Section):
+    quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
+    """Weights of the frozen linear maps in 4 or 8 bits, by bitsandbytes; embeddings, norms and head stay as they are."""
+    double_quant: bool = True
+    """Quantise the scales of 4-bit weights too: 4.13 instead of 4.5 bits per weight."""
+    quant_storage: Literal["auto", "uint8", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the tensors that 4-bit weights are packed into; auto: that of precision, which every engine can shard."""
+
+
 class EvaluationConfig(Section):
     evaluate_by: tuple[Literal["likelihood", "generation"], ...] = ("likelihood", "generation")
     """likelihood: the choice with the highest log-likelihood; generation: greedy decoding, then parsing."""
@@ -172,6 +181,8 @@ class ExportConfig(Section):
     """Write a merged model that loads in plain transformers."""
     export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the merged weights; auto: as the backbone's files."""
+    merge_into: Literal["original", "dequantized"] = "original"
+    """Weights that the adapters of a quantised run are added to: the backbone's own, or their quantised values."""
     verify_export: bool = True
     """Load the merged model afresh and compare its logits with the trained model's."""
 
@@ -182,8 +193,26 @@ class RunConfig(Section):
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
     train: TrainConfig = TrainConfig()
+    quantization: QuantizationConfig = QuantizationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     export: ExportConfig = ExportConfig()
+
+    @model_validator(mode="after")
+    def _quantized(self) -> RunConfig:
+        method, storage = self.quantization.quantization, self.quantization.quant_storage
+        compute = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[self.train.precision]
+        if method in ("nf4", "fp4") and storage not in ("auto", "uint8", compute):
+            # FSDP2 and DeepSpeed cast all floating-point tensors to the type that they compute in.
+            raise ValueError(
+                f"quant_storage {storage} with precision {self.train.precision}: engines would convert the packed "
+                f"weights to {compute} and so destroy them; must be auto, uint8 or {compute}; leave quant_storage out"
+            )
+        if method == "none" and self.export.merge_into == "dequantized":
+            raise ValueError(
+                "merge_into dequantized with quantization none: nothing was quantised; set merge_into to original, or "
+                "quantization to nf4"
+            )
+        return self
 
     @model_validator(mode="after")
     def _reachable_budget(self) -> RunConfig:

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from tqdm import tqdm
 
 from adalora_dist.allocator import RankAllocator
 from adalora_dist.errors import UserError
 from adalora_dist.inject import AdaptedMatrix, linear_shape
 from adalora_dist.layers import SVDLinear
+from adalora_dist.progress import progress_bar
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _FORMAT = 1
@@ -38,6 +39,12 @@ class AdapterWeights:
     scale: float
     weight_is_transposed: bool
     """Whether the base stores its weight as (d_in, d_out), as transformers' Conv1D does."""
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """Shape of the base's weight."""
+        d_out, d_in = len(self.P), self.Q.shape[1]
+        return (d_in, d_out) if self.weight_is_transposed else (d_out, d_in)
 
     def delta(self) -> torch.Tensor:
         """s P diag(lambda) Q in the layout of the base's weight, float32."""
@@ -58,10 +65,15 @@ def gather_adapters(allocator: RankAllocator) -> list[AdapterWeights]:
         adapters.append(
             AdapterWeights(
                 matrix.name, p[:, kept].contiguous(), lam[kept], qt[:, kept].T.contiguous(), matrix.layer.scale,
-                hasattr(matrix.layer.base, "nf"),
+                _is_conv1d(matrix.layer.base),
             )
         )  # fmt: skip
     return adapters
+
+
+def _is_conv1d(base: nn.Module) -> bool:
+    """Whether the files have the weight as (d_in, d_out). A quantised linear remembers what it has replaced."""
+    return hasattr(base, "nf") or getattr(base, "source_cls", type(base)).__name__ == "Conv1D"
 
 
 def save_adapter(adapters: Sequence[AdapterWeights], folder: Path, base_model: str, base_revision: str | None) -> None:
@@ -89,21 +101,24 @@ def load_adapter(model: nn.Module, folder: Path) -> list[AdaptedMatrix]:
     try:
         description = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "adapter.safetensors")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder} does not hold an adapter (adapter.json, adapter.safetensors): {error}") from error
     if description.get("format") != _FORMAT:
         raise UserError(f"{folder}/adapter.json: format {description.get('format')} is not {_FORMAT}")
+    ranks = description["rank_pattern"]
+    for key in (f"{name}.{kind}" for name, rank in ranks.items() if rank for kind in ("P", "lam", "Q")):
+        if key not in tensors:
+            raise UserError(f"{folder}/adapter.safetensors has no tensor {key}, which adapter.json promises: copy both")
+    modules = dict(model.named_modules())
     matrices = []
-    for name, rank in description["rank_pattern"].items():
+    for name, rank in ranks.items():
         parent, _, child = name.rpartition(".")
-        try:
-            base = model.get_submodule(name)
-        except AttributeError as error:
-            raise UserError(
-                f"{folder}: the adapter's matrix {name} is not in this model: load its base model"
-            ) from error
-        d_in, d_out = linear_shape(base) or (0, 0)
-        layer = SVDLinear(base, d_in, d_out, rank, description["scales"][name])
+        base = modules.get(name)
+        shape = linear_shape(base) if base is not None else None
+        if base is None or shape is None:
+            raise UserError(f"{folder}: the adapter's matrix {name} is not in this model: load its plain base model")
+        d_in, d_out = shape
+        layer = SVDLinear(base, d_in, d_out, rank, description["scales"][name], name=name)
         if rank:
             p, q = tensors[f"{name}.P"], tensors[f"{name}.Q"]
             if p.shape != (d_out, rank) or q.shape != (rank, d_in):
@@ -120,12 +135,26 @@ def load_adapter(model: nn.Module, folder: Path) -> list[AdaptedMatrix]:
     return matrices
 
 
+class BaseWeight(Protocol):
+    """What the merged model has of the backbone in place of a tensor of its files."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor in the files."""
+        ...
+
+    def __call__(self, stored: torch.Tensor) -> torch.Tensor:
+        """The weight, float32 on the CPU, in the layout of the files."""
+        ...
+
+
 def merge(
     adapters: Sequence[AdapterWeights],
     base_folder: Path,
     folder: Path,
     dtype: torch.dtype | None = None,
     trained: dict[str, torch.Tensor] | None = None,
+    base_weights: Mapping[str, BaseWeight] | None = None,
     show_progress: bool = True,
 ) -> None:
     """Write the merged model: the base's files with W0 + s P diag(lambda) Q in place of W0.
@@ -138,22 +167,27 @@ def merge(
         folder: must not exist.
         dtype: of all floating-point weights written.
         trained: full tensors that training replaced (``train_modules``), by parameter name.
+        base_weights: by parameter name, what takes the place of a tensor of the files before its update is added,
+            for instance its quantised value. Default: W0 as the files have it.
 
     Raises:
-        UserError: the base has no safetensors, or lacks the weight of an adapted matrix.
+        UserError: the base has no safetensors, or lacks the weight of an adapted matrix in its shape.
     """
-    shards = sorted(base_folder.glob("*.safetensors"))
+    shards = _weight_files(base_folder)
     if not shards:
         raise UserError(
             f"{base_folder} has no .safetensors files to merge into: save the base model with save_pretrained"
         )
     replaced = {f"{a.name}.weight": a for a in adapters if a.lam.numel()}
     whole = dict(trained or {})
-    places = _find_tensors([*replaced, *whole], shards, base_folder)
+    bases = dict(base_weights or {})
+    shapes = {name: base.shape for name, base in bases.items()}
+    shapes |= {name: a.weight_shape for name, a in replaced.items()} | {n: tuple(t.shape) for n, t in whole.items()}
+    places = _find_tensors(shapes, shards, base_folder)
     building = folder.with_name(folder.name + ".partial")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    for shard in tqdm(shards, desc="merge", unit="file", disable=not show_progress):
+    for shard in progress_bar(shards, desc="merge", unit="file", show=show_progress):
         tensors = {}
         with safe_open(shard, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (not a dictionary)
@@ -162,7 +196,10 @@ def merge(
                 if name in whole:
                     tensor = whole[name].to(tensor.dtype)
                 elif name is not None:
-                    tensor = (tensor.float() + replaced[name].delta()).to(dtype or tensor.dtype)
+                    weight = bases[name](tensor) if name in bases else tensor.float()
+                    if name in replaced:
+                        weight = weight + replaced[name].delta()
+                    tensor = weight.to(dtype or tensor.dtype)
                 tensors[key] = (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).contiguous()
             save_file(tensors, building / shard.name, metadata=file.metadata() or {"format": "pt"})
     for path in base_folder.iterdir():
@@ -176,20 +213,36 @@ def merge(
     building.rename(folder)
 
 
-def _find_tensors(names: Sequence[str], shards: Sequence[Path], base_folder: Path) -> dict[str, str]:
+def _weight_files(base_folder: Path) -> list[Path]:
+    """The safetensors files that transformers loads: those of its index, else model.safetensors, else none.
+
+    A folder may hold others, such as the consolidated.safetensors that some publishers put beside them.
+    """
+    index = base_folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return sorted(base_folder / name for name in names)
+    single = base_folder / "model.safetensors"
+    return [single] if single.is_file() else []
+
+
+def _find_tensors(shapes: Mapping[str, tuple[int, ...]], shards: Sequence[Path], base_folder: Path) -> dict[str, str]:
     """Key in the files -> parameter name. A base saved without its head lacks the leading 'model.' or the like."""
-    keys = set()
+    found: dict[str, tuple[int, ...]] = {}
     for shard in shards:
         with safe_open(shard, framework="pt") as file:
-            keys |= set(file.keys())
+            found |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     places = {}
-    for name in names:
-        for candidate in (name, name.partition(".")[2]):
-            if candidate in keys:
-                places[candidate] = name
-                break
-        else:
+    for name, shape in shapes.items():
+        key = next((key for key in (name, name.partition(".")[2]) if key in found), None)
+        if key is None:
             raise UserError(f"{base_folder}: no tensor {name} in its .safetensors files: merge into the run's own base")
+        if found[key] != shape:
+            raise UserError(
+                f"{base_folder}: tensor {key} has shape {found[key]}, the run's has {shape}: merge into the run's own "
+                "base, not quantised"
+            )
+        places[key] = name
     return places
 
 

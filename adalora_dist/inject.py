@@ -44,7 +44,8 @@ def inject_adapters(model: nn.Module, config: AdapterConfig, seed: int = 0) -> l
         base = model.get_submodule(name)
         base.requires_grad_(False)
         d_in, d_out = linear_shape(base) or (0, 0)
-        layer = SVDLinear(base, d_in, d_out, config.init_rank, config.alpha / config.init_rank, config.dropout)
+        scale = config.alpha / config.init_rank
+        layer = SVDLinear(base, d_in, d_out, config.init_rank, scale, config.dropout, name)
         if config.method == "lora":
             layer.reset_as_lora(generator)
         else:
@@ -58,7 +59,7 @@ def inject_adapters(model: nn.Module, config: AdapterConfig, seed: int = 0) -> l
 
 def adapted_matrices(model: nn.Module) -> list[AdaptedMatrix]:
     """The adapted matrices of a model that already has adapters, in order."""
-    return [AdaptedMatrix(name, module) for name, module in model.named_modules() if isinstance(module, SVDLinear)]
+    return [AdaptedMatrix(module.name, module) for module in model.modules() if isinstance(module, SVDLinear)]
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:

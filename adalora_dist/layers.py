@@ -20,13 +20,17 @@ class SVDLinear(nn.Module):
     The branch computes in the type of the base's output. With r = 0 there is no branch and no parameter.
     """
 
-    def __init__(self, base: nn.Module, d_in: int, d_out: int, rank: int, scale: float, dropout: float = 0.0) -> None:
+    def __init__(
+        self, base: nn.Module, d_in: int, d_out: int, rank: int, scale: float, dropout: float = 0.0, name: str = ""
+    ) -> None:
         super().__init__()
         self.base = base
+        self.name = name  # of the base in the plain model: engines and compilers change module paths
         self.d_in, self.d_out, self.rank, self.scale = d_in, d_out, rank, scale
         self.dropout = nn.Dropout(dropout) if dropout else None
         if rank:
-            device = next((p.device for p in base.parameters()), torch.device("cpu"))
+            # A base on meta is read later; adapters have their values from the start.
+            device = next((p.device for p in base.parameters() if not p.is_meta), torch.device("cpu"))
             self.P = nn.Parameter(torch.empty(d_out, rank, dtype=torch.float32, device=device))
             self.lam = nn.Parameter(torch.zeros(rank, dtype=torch.float32, device=device))
             self.Qt = nn.Parameter(torch.empty(d_in, rank, dtype=torch.float32, device=device))

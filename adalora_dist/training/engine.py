@@ -95,12 +95,12 @@ def engine_name(accelerator: Accelerator) -> str:
     return "ddp" if accelerator.num_processes > 1 else "single"
 
 
-def _installed_trackers(names: Sequence[str]) -> list[str]:
+def _installed_trackers(names: Sequence[str]) -> list[str] | None:
     """accelerate drops a tracker that is not installed without a word."""
     for name in names:
         if not _TRACKER_INSTALLED[name]():
             raise UserError(f"trackers={name} is not installed: pip install 'adalora-dist[track]' or leave it out")
-    return list(names)
+    return list(names) or None  # it warns of an empty list
 
 
 def _has_gpu() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,13 +13,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
-from tqdm import tqdm
 
 from adalora_dist.allocator import RankAllocator
 from adalora_dist.config import RunConfig, TrainConfig
 from adalora_dist.data.batches import BatchPlan, collate
 from adalora_dist.data.encoding import IGNORED, EncodedRow
+from adalora_dist.progress import progress_bar
 from adalora_dist.training.run_folder import RunFolder
+from adalora_dist.training.sharded_load import read_shards, read_trained_modules
 
 
 @dataclass
@@ -37,13 +39,15 @@ def total_steps(train: TrainConfig, plan: BatchPlan) -> int:
 
 
 def prepare(accelerator: Accelerator, model: nn.Module, config: RunConfig, num_steps: int) -> Prepared:
-    """Optimizer over the trainable parameters, allocator attached, both handed to the engine."""
+    """Optimizer over the trainable parameters, allocator attached, both handed to the engine; weights read last."""
+    read_trained_modules(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=config.train.learning_rate, weight_decay=config.train.weight_decay)
     allocator = RankAllocator.attach(model, optimizer, config.adapter, num_steps)
     if config.train.gradient_checkpointing:
         cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model, wrapped = accelerator.prepare(model, optimizer)
+    read_shards(model)
     return Prepared(model, wrapped, optimizer, allocator)
 
 
@@ -60,11 +64,22 @@ def learning_rate(train: TrainConfig, step: int, num_steps: int) -> float:
     return train.learning_rate
 
 
-def causal_loss_sum(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Sum of the next-token losses over the target tokens of ``batch``, float32."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+def causal_loss_sum(model: nn.Module, batch: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Sum of the next-token losses over the target tokens of ``batch`` (on the CPU, as collated), float32.
+
+    Logits are made only for positions at which some row has a target: the vocabulary is often the widest matrix.
+    """
+    targets = batch["labels"][:, 1:]
+    positions = (targets != IGNORED).any(dim=0).nonzero().flatten()
+    if not len(positions):  # a batch without targets still has to take part in collective forwards
+        positions = torch.zeros(1, dtype=torch.long)
+    logits = model(
+        input_ids=batch["input_ids"].to(device),
+        attention_mask=batch["attention_mask"].to(device),
+        logits_to_keep=positions.to(device),
+    ).logits
     return nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+        logits.flatten(0, 1).float(), targets[:, positions].flatten().to(device), ignore_index=IGNORED, reduction="sum"
     )
 
 
@@ -90,7 +105,7 @@ def train(
     losses: list[float] = []
     unread: list[torch.Tensor] = []  # loss sums of this process, read together at every log line
     num_tokens, started = 0, time.monotonic()
-    bar = tqdm(total=num_steps, desc="train", unit="step", disable=not accelerator.is_main_process)
+    bar = progress_bar(total=num_steps, desc="train", unit="step", show=accelerator.is_main_process)
     model.train()
     for step in range(num_steps):
         for group in prepared.inner_optimizer.param_groups:
@@ -98,10 +113,12 @@ def train(
         num_targets = plan.num_target_tokens(step)
         loss_of_step = torch.zeros((), device=accelerator.device)
         micro_batches = plan.micro_batches(step, accelerator.process_index, num_processes, settings.micro_batch_size)
+        # With fewer rows than batch_size there are fewer; the engine was set up to count to num_micro.
+        micro_batches += [[]] * (num_micro - len(micro_batches))
         for indices in micro_batches:
-            batch = {k: v.to(accelerator.device) for k, v in collate([rows[i] for i in indices], padding_token).items()}
+            batch = collate([rows[i] for i in indices], padding_token)
             with accelerator.accumulate(model):
-                loss = causal_loss_sum(model, batch)
+                loss = causal_loss_sum(model, batch, accelerator.device)
                 loss_of_step += loss.detach()
                 # Engines average over processes and micro-steps; the loss is one mean over the global batch's targets.
                 accelerator.backward(loss * (num_processes * num_micro / num_targets))
@@ -122,11 +139,11 @@ def train(
             losses += read
             unread = []
             summary = rank_summary(prepared.allocator)
-            bar.set_postfix_str(f"loss {read[-1]:.3f}, {summary}{num_tokens / seconds:.0f} tokens/s")
-            if not bar.disable and not bar.fp.isatty():
-                report(
-                    f"step {step + 1}/{num_steps}: loss {read[-1]:.4f}, {summary}{num_tokens / seconds:.0f} tokens/s"
-                )
+            status = f"loss {read[-1]:.4f}, {summary}{num_tokens / seconds:.0f} tokens/s"
+            bar.set_postfix_str(status)
+            if not sys.stderr.isatty():
+                left = bar.format_interval(seconds / (step + 1) * (num_steps - step - 1))
+                report(f"step {step + 1}/{num_steps}: {status}, {left} left")
     bar.close()
     prepared.allocator.finish()
     return losses

@@ -5,38 +5,76 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate.state import AcceleratorState, is_initialized
+from accelerate.utils import DistributedType
 
 from adalora_dist.config import ModelConfig
 from adalora_dist.errors import UserError
+from adalora_dist.training.quantization import settle_quantized
+from adalora_dist.training.sharded_load import load_on_meta
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load_backbone(config: ModelConfig, auto_class: type) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_backbone(
+    config: ModelConfig, auto_class: type, quantization: BitsAndBytesConfig | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The pre-trained model, safetensors only, and its tokenizer.
+
+    Under FSDP2 its weights are on the meta device: :func:`adalora_dist.training.loop.prepare` has each process read
+    its own rows. Under ZeRO-3 they are partitioned already. A model that is being quantised is read whole by every
+    process, matrix by matrix, and sharded by ``prepare``.
 
     Args:
         auto_class: ``AutoModelForCausalLM`` or a sibling.
+        quantization: from :func:`adalora_dist.training.quantization.bitsandbytes_config`.
 
     Raises:
-        UserError: the model cannot be found or loaded, or it has no tokenizer.
+        UserError: the model cannot be found or loaded, or quantised, or it has no tokenizer.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     extra = {} if config.attn_implementation == "auto" else {"attn_implementation": config.attn_implementation}
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.name, **options)
-        model = auto_class.from_pretrained(config.name, dtype=config.dtype, use_safetensors=True, **options, **extra)
+        is_quantized = hasattr(AutoConfig.from_pretrained(config.name, **options), "quantization_config")
+        options |= {"dtype": config.dtype, "use_safetensors": True, **extra}
+        if quantization is not None:
+            if is_quantized:
+                raise UserError(
+                    f"model={config.name!r} is quantised already: give the original model, or leave out quantization"
+                )
+            options["quantization_config"] = quantization
+        if _under_fsdp2() and not is_quantized and quantization is None:
+            model = load_on_meta(auto_class, config.name, **options)
+        else:
+            model = auto_class.from_pretrained(config.name, **options)
+    except UserError:
+        raise
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"model={config.name!r} cannot be loaded ({reason}): give a folder that save_pretrained wrote, or a Hub id "
             "that this machine can reach"
         ) from error
+    except RuntimeError as error:
+        if quantization is None:
+            raise
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(
+            f"model={config.name!r} cannot be quantised ({reason} ...): where a matrix does not fill whole elements of "
+            "quant_storage ('must be divisible' in the report above) set quant_storage to uint8"
+        ) from error
+    if quantization is not None:
+        settle_quantized(model)
     model.config.use_cache = False
     return model, tokenizer
+
+
+def _under_fsdp2() -> bool:
+    return is_initialized() and AcceleratorState().distributed_type == DistributedType.FSDP
 
 
 def dtype_named(name: str) -> torch.dtype | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,11 +19,26 @@ def first_logits(model: nn.Module, input_ids: Sequence[int], device: torch.devic
         return model(input_ids=torch.tensor([list(input_ids)], device=device)).logits[0].float().cpu()
 
 
+class LogitDifference(NamedTuple):
+    """Absolute differences over all tokens and all entries of the vocabulary."""
+
+    largest: float
+    mean: float
+
+
 def logit_difference(auto_class: Any, folder: Path, input_ids: Sequence[int], expected: torch.Tensor) -> float:
-    """Largest absolute difference of the logits of the model in ``folder``, loaded afresh, from ``expected``.
+    """The largest of :func:`logit_differences`."""
+    return logit_differences(auto_class, folder, input_ids, expected).largest
+
+
+def logit_differences(
+    auto_class: Any, folder: Path, input_ids: Sequence[int], expected: torch.Tensor
+) -> LogitDifference:
+    """How far the logits of the model in ``folder``, loaded afresh in plain transformers, are from ``expected``.
 
     For one process, at the end of a run: under ZeRO-3, loading would otherwise be collective, so that is turned off.
     """
     unset_hf_deepspeed_config()
     model = auto_class.from_pretrained(folder, use_safetensors=True)
-    return (first_logits(model, input_ids, torch.device("cpu")) - expected).abs().max().item()
+    difference = (first_logits(model, input_ids, torch.device("cpu")) - expected).abs()
+    return LogitDifference(difference.max().item(), difference.mean().item())
