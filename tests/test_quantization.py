@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import quantized_runs
 import torch
 from distributed import run_ranks
 from quantized_runs import PROBE, Case, Trained, configuration, run, write_llama
@@ -138,8 +137,12 @@ def test_refusals_are_still_needed(folder):
 
 
 def as_bitsandbytes_does(rank: int, world_size: int, case: Case, folder: Path) -> Trained:
+    def settle(model: Any) -> None:
+        for _, module in quantized_linears(model):
+            module.support_avx512bf16_for_cpu = False
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("adalora_dist.training.model.settle_quantized", lambda model: None)
+        patch.setattr("adalora_dist.training.model.settle_quantized", settle)
         return run(rank, world_size, case, folder)
 
 
@@ -305,12 +308,16 @@ def test_conv1d_is_merged_in_its_own_layout(tmp_path):
     byte_tokenizer().save_pretrained(base)
     model, config = load(base, adapter=AdapterConfig(init_rank=2, target_rank=1))
     matrices = inject_adapters(model, config.adapter)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    allocator = RankAllocator.attach(model, optimizer, config.adapter, 100)
+    model(input_ids=torch.tensor([PROBE])).logits.square().mean().backward()
+    optimizer.step()
     with torch.no_grad():
         for matrix in matrices:
             matrix.layer.lam.normal_()
         logits = model.eval()(input_ids=torch.tensor([PROBE])).logits[0]
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    adapters = gather_adapters(RankAllocator.attach(model, optimizer, config.adapter, 100))
+    adapters = gather_adapters(allocator)
+    allocator.detach()
     assert all(a.weight_is_transposed for a in adapters) and len(adapters) == 4
     merge(adapters, base, tmp_path / "merged", base_weights=quantized_weights(model, config), show_progress=False)
     assert logit_differences(AutoModelForCausalLM, tmp_path / "merged", PROBE, logits).largest < 1e-4
