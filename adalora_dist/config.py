@@ -158,7 +158,7 @@ class TrainConfig(Section):
 
 class QuantizationConfig(Section):
     quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
-    """Weights of the frozen linear maps in 4 or 8 bits, by bitsandbytes; embeddings, norms and head stay as they are."""
+    """Hold the frozen linear maps in 4 or 8 bits (bitsandbytes); embeddings, norms and head stay as they are."""
     double_quant: bool = True
     """Quantise the scales of 4-bit weights too: 4.13 instead of 4.5 bits per weight."""
     quant_storage: Literal["auto", "uint8", "float32", "bfloat16", "float16"] = "auto"

@@ -36,19 +36,21 @@ def main(config: CommonsenseConfig) -> None:
     from accelerate.utils import set_seed
     from transformers import AutoModelForCausalLM
 
-    from adalora_dist.data.batches import BatchPlan
+    from adalora_dist.data.batches import BatchPlan, count_targets
     from adalora_dist.data.commonsense import load_tasks
     from adalora_dist.data.encoding import encode_examples, padding_token
     from adalora_dist.evaluation.choices import evaluate_choices
     from adalora_dist.evaluation.generation import evaluate_generation
     from adalora_dist.export import base_folder_of, gather_adapters, merge, save_adapter
     from adalora_dist.inject import inject_adapters
+    from adalora_dist.training.dequantized import quantized_weights
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
     from adalora_dist.training.loop import is_sharded, prepare, total_steps, train
     from adalora_dist.training.model import dtype_named, load_backbone
+    from adalora_dist.training.quantization import bitsandbytes_config
     from adalora_dist.training.report import accuracy_table, rank_table
     from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
-    from adalora_dist.training.verify import first_logits, logit_difference
+    from adalora_dist.training.verify import last_logits, logit_differences
 
     if config.adapter.train_modules:
         raise UserError(
@@ -57,7 +59,8 @@ def main(config: CommonsenseConfig) -> None:
         )
     refuse_used_folder(config)
     accelerator = build_accelerator(config.train)
-    say = accelerator.print
+    say, engine = accelerator.print, engine_name(accelerator)
+    quantization = bitsandbytes_config(config, engine)
     set_seed(config.train.seed)
 
     # ------------------------------------------------------------------------------------------------------ data
@@ -84,7 +87,7 @@ def main(config: CommonsenseConfig) -> None:
             name = str(demo_model_folder(say))
         say("Model: SmolLM2-135M-Instruct, dequantised 4-bit weights. Your own: --model FOLDER_OR_HUB_ID.")
         config = config.model_copy(update={"model": config.model.model_copy(update={"name": name})})
-    model, tokenizer = load_backbone(config.model, AutoModelForCausalLM)
+    model, tokenizer = load_backbone(config.model, AutoModelForCausalLM, quantization)
     rows = encode_examples(train_examples, tokenizer, config.data.max_length, config.data.train_on)
     plan = BatchPlan.of_rows(rows, config.train.batch_size, config.train.seed, config.train.group_by_length)
     num_steps = total_steps(config.train, plan)
@@ -99,7 +102,7 @@ def main(config: CommonsenseConfig) -> None:
     prepared = prepare(accelerator, model, config, num_steps)
     schedule = prepared.allocator.schedule
     facts = {
-        "engine": engine_name(accelerator),
+        "engine": engine,
         "num_processes": accelerator.num_processes,
         "num_steps": num_steps,
         "num_matrices": len(matrices),
@@ -110,7 +113,7 @@ def main(config: CommonsenseConfig) -> None:
     folder = RunFolder(config, accelerator.is_main_process, facts)
     start_trackers(accelerator, config)
     say(
-        f"{facts['engine']} on {accelerator.num_processes} process(es), {num_steps} steps; {len(matrices)} matrices, "
+        f"{engine} on {accelerator.num_processes} process(es), {num_steps} steps; {len(matrices)} matrices, "
         f"{num_trainable:,} trainable parameters; budget {schedule.initial_budget} -> {schedule.target_budget} "
         f"triplets by step {schedule.freeze_step + 1}"
     )
@@ -145,7 +148,8 @@ def main(config: CommonsenseConfig) -> None:
 
     adapters = gather_adapters(prepared.allocator)
     pattern = {a.name: a.lam.numel() for a in adapters}
-    logits = first_logits(accelerator.unwrap_model(prepared.model), rows[0]["input_ids"], accelerator.device)
+    probe, num_reply = rows[0]["input_ids"], count_targets(rows[0]["labels"])
+    logits = last_logits(accelerator.unwrap_model(prepared.model), probe, num_reply + 1, accelerator.device)
     if accelerator.is_main_process:
         save_adapter(adapters, folder.path / "adapter", config.model.name, config.model.revision)
         folder.write_json("rank_pattern.json", pattern)
@@ -153,13 +157,16 @@ def main(config: CommonsenseConfig) -> None:
         if config.export.export_merged:
             base = base_folder_of(config.model.name, config.model.revision)
             merged = folder.path / "merged"
-            merge(adapters, base, merged, dtype_named(config.export.export_dtype))
+            base_weights = None
+            if config.export.merge_into == "dequantized":
+                base_weights = quantized_weights(accelerator.unwrap_model(prepared.model), config)
+            merge(adapters, base, merged, dtype_named(config.export.export_dtype), base_weights=base_weights)
             tokenizer.save_pretrained(merged)
             if config.export.verify_export:
-                difference = logit_difference(AutoModelForCausalLM, merged, rows[0]["input_ids"], logits)
+                difference = logit_differences(AutoModelForCausalLM, merged, probe, logits)
                 say(
-                    f"Merged model, loaded in plain transformers: logits differ by at most {difference:.1e} "
-                    f"(largest logit {logits.abs().max():.1f}; expect 1e-5 of it in float32, 1e-2 in 16 bits)"
+                    "Merged model in plain transformers: a reply's logits differ from the trained model's by at most "
+                    f"{difference.largest:.1e}, on average by {difference.mean:.1e} (of up to {logits.abs().max():.1f})"
                 )
     accelerator.wait_for_everyone()
 

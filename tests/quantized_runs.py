@@ -18,16 +18,12 @@ from adalora_dist.data.batches import BatchPlan, collate
 from adalora_dist.evaluation.results import evaluating
 from adalora_dist.export import AdapterWeights, gather_adapters
 from adalora_dist.inject import inject_adapters
+from adalora_dist.training.dequantized import QuantizedWeight, quantized_weights
 from adalora_dist.training.engine import build_accelerator, engine_name
 from adalora_dist.training.loop import prepare, train
 from adalora_dist.training.memory import held_bytes
 from adalora_dist.training.model import load_backbone
-from adalora_dist.training.quantization import (
-    QuantizedWeight,
-    bitsandbytes_config,
-    quantized_linears,
-    quantized_weights,
-)
+from adalora_dist.training.quantization import bitsandbytes_config, quantized_linears
 from adalora_dist.training.run_folder import RunFolder
 
 deepspeed = import_deepspeed()
@@ -175,5 +171,3 @@ def kept_bytes(result: torch.Tensor) -> int:
                 if isinstance(tensor, torch.Tensor):
                     storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     return sum(storages.values())
-
-

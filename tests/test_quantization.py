@@ -22,6 +22,7 @@ from adalora_dist.export import gather_adapters, merge
 from adalora_dist.inject import inject_adapters
 from adalora_dist.layers import SVDLinear
 from adalora_dist.training import quantization
+from adalora_dist.training.dequantized import quantized_weights
 from adalora_dist.training.model import load_backbone
 from adalora_dist.training.quantization import (
     ENGINES,
@@ -30,7 +31,6 @@ from adalora_dist.training.quantization import (
     bitsandbytes_config,
     dequantized,
     quantized_linears,
-    quantized_weights,
     support_table,
 )
 from adalora_dist.training.verify import logit_differences

@@ -14,13 +14,13 @@ from adalora_dist.training.loop import Prepared
 
 
 def held_bytes(prepared: Prepared) -> dict[str, int]:
-    """Bytes on this process by purpose, between two steps; a collective in no case.
+    """Bytes on this process by purpose, between two steps. No collective.
 
     ``linear_bytes``: frozen linear maps, with the scales of quantised ones; ``other_bytes``: embeddings, norms, head;
     ``adapter_bytes``; ``optimizer_bytes``: moments and, where the engine has them, master weights;
     ``importance_bytes``. Whole storages are counted, so a small view that keeps a large tensor alive shows.
     """
-    model = prepared.model
+    model: Any = prepared.model
     head = getattr(model, "module", model).get_output_embeddings()
     frozen_linear: list[torch.Tensor] = []
     other: list[torch.Tensor] = []
@@ -54,10 +54,10 @@ def _held(tensor: Any) -> list[torch.Tensor]:
 
 def _quantization_state(module: nn.Module) -> Iterator[torch.Tensor]:
     """Scales, and with int8 the weights, that bitsandbytes keeps outside of parameters."""
-    for state in (getattr(module, "quant_state", None), getattr(module, "state", None), getattr(module, "weight", None)):
-        for part in (state, getattr(state, "state2", None)):
-            values = (getattr(part, name, None) for name in ("absmax", "code", "offset", "CB", "SCB"))
-            yield from (value for value in values if isinstance(value, torch.Tensor))
+    states = [getattr(module, name, None) for name in ("quant_state", "state", "weight")]
+    for part in (*states, *(getattr(state, "state2", None) for state in states)):
+        values = (getattr(part, name, None) for name in ("absmax", "code", "offset", "CB", "SCB"))
+        yield from (value for value in values if isinstance(value, torch.Tensor))
 
 
 def _storage_bytes(tensors: Iterable[torch.Tensor], without: Iterable[torch.Tensor] = ()) -> int:

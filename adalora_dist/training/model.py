@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.state import AcceleratorState, is_initialized
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def load_backbone(
-    config: ModelConfig, auto_class: type, quantization: BitsAndBytesConfig | None = None
+    config: ModelConfig, auto_class: Any, quantization: BitsAndBytesConfig | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The pre-trained model, safetensors only, and its tokenizer.
 
@@ -35,7 +35,7 @@ def load_backbone(
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     extra = {} if config.attn_implementation == "auto" else {"attn_implementation": config.attn_implementation}
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.name, **options)

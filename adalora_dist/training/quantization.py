@@ -1,4 +1,4 @@
-"""4-bit and 8-bit backbones: how they are loaded, what each engine can do with them, what they stand for when merged.
+"""4-bit and 8-bit backbones: how they are loaded, and on which engine they can be trained.
 
 bitsandbytes replaces the linear maps of the backbone as transformers loads it; embeddings, norms and the output head
 stay as they are, and so does every module that is trained in full. The adapters sit around the replaced modules.
@@ -7,7 +7,6 @@ stay as they are, and so does every module that is trained in full. The adapters
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -56,8 +55,8 @@ def bitsandbytes_config(config: RunConfig, engine: str) -> BitsAndBytesConfig | 
         )
     if settings.quant_storage == "uint8" and engine == "fsdp2":
         raise UserError(
-            "quant_storage=uint8 with fsdp2: accelerate leaves integer weights whole on every process; use quant_storage "
-            "auto"
+            "quant_storage=uint8 with fsdp2: accelerate leaves integer weights whole on every process; use "
+            "quant_storage auto"
         )
     from transformers import BitsAndBytesConfig
 
@@ -129,58 +128,6 @@ def dequantized(module: Any) -> torch.Tensor:
         return functional.dequantize_4bit(module.weight.data, module.quant_state)
     state = module.state if module.state.CB is not None else module.weight
     return functional.int8_vectorwise_dequant(state.CB, state.SCB)
-
-
-@dataclass(frozen=True)
-class QuantizedWeight:
-    """What a backbone's weight becomes by quantisation, computed again from its file: a function of the tensor there.
-
-    Works on any process of any engine, because it needs none of the weights that the engine has taken over.
-    """
-
-    shape: tuple[int, int]
-    """Of the tensor in the file."""
-    is_transposed: bool
-    """Whether the file has (d_in, d_out), as transformers' Conv1D."""
-    method: str
-    double_quant: bool
-    dtype: torch.dtype
-    """In which the backbone was loaded, and so quantised."""
-    device: torch.device
-    """Where it was quantised; kernels of other devices may round differently."""
-
-    def __call__(self, stored: torch.Tensor) -> torch.Tensor:
-        from bitsandbytes import functional
-
-        weight = (stored.T if self.is_transposed else stored).to(self.device, self.dtype).contiguous()
-        if self.method == "int8":
-            codes, scales, _ = functional.int8_vectorwise_quant(weight.half())
-            weight = functional.int8_vectorwise_dequant(codes, scales)
-        else:
-            packed, state = functional.quantize_4bit(
-                weight, quant_type=self.method, compress_statistics=self.double_quant
-            )
-            state.dtype = torch.float32
-            weight = functional.dequantize_4bit(packed, state)
-        return (weight.T if self.is_transposed else weight).float().cpu()
-
-
-def quantized_weights(model: nn.Module, config: RunConfig) -> dict[str, QuantizedWeight]:
-    """By parameter name in the backbone's files, for ``merge(..., base_weights=...)``. No collective."""
-    found = {}
-    for name, module in quantized_linears(model):
-        is_transposed = module.source_cls.__name__ == "Conv1D"
-        shape = (module.in_features, module.out_features)
-        state = getattr(module, "quant_state", None)
-        found[f"{name}.weight"] = QuantizedWeight(
-            shape if is_transposed else shape[::-1],
-            is_transposed,
-            config.quantization.quantization,
-            config.quantization.double_quant,
-            torch.float16 if state is None else state.dtype,
-            next(module.parameters()).device,
-        )
-    return found
 
 
 def support_table() -> str:

@@ -13,32 +13,31 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from adalora_dist.evaluation.results import evaluating
 
 
-def first_logits(model: nn.Module, input_ids: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Logits of one sequence, (tokens, vocabulary), float32 on the CPU. Collective where the model is sharded."""
+def last_logits(model: nn.Module, input_ids: Sequence[int], num_last: int, device: torch.device) -> torch.Tensor:
+    """Logits of the last ``num_last`` tokens of one sequence, (num_last, vocabulary), float32 on the CPU.
+
+    Collective where the model is sharded.
+    """
     with evaluating(model):
-        return model(input_ids=torch.tensor([list(input_ids)], device=device)).logits[0].float().cpu()
+        batch = torch.tensor([list(input_ids)], device=device)
+        return model(input_ids=batch, logits_to_keep=num_last).logits[0].float().cpu()
 
 
 class LogitDifference(NamedTuple):
-    """Absolute differences over all tokens and all entries of the vocabulary."""
+    """Absolute differences over the tokens compared and all entries of the vocabulary."""
 
     largest: float
     mean: float
 
 
-def logit_difference(auto_class: Any, folder: Path, input_ids: Sequence[int], expected: torch.Tensor) -> float:
-    """The largest of :func:`logit_differences`."""
-    return logit_differences(auto_class, folder, input_ids, expected).largest
-
-
 def logit_differences(
     auto_class: Any, folder: Path, input_ids: Sequence[int], expected: torch.Tensor
 ) -> LogitDifference:
-    """How far the logits of the model in ``folder``, loaded afresh in plain transformers, are from ``expected``.
+    """How far the last logits of the model in ``folder``, loaded afresh in plain transformers, are from ``expected``.
 
     For one process, at the end of a run: under ZeRO-3, loading would otherwise be collective, so that is turned off.
     """
     unset_hf_deepspeed_config()
     model = auto_class.from_pretrained(folder, use_safetensors=True)
-    difference = (first_logits(model, input_ids, torch.device("cpu")) - expected).abs()
+    difference = (last_logits(model, input_ids, len(expected), torch.device("cpu")) - expected).abs()
     return LogitDifference(difference.max().item(), difference.mean().item())
