@@ -1,6 +1,6 @@
 """What adaptive rank adds to communication and memory, counted exactly for LLaMA shapes. No GPU, no processes.
 
-    python benchmarks/communication.py        prints the tables of docs/sharding.md
+python benchmarks/communication.py        prints the tables of docs/sharding.md
 """
 
 from __future__ import annotations

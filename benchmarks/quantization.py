@@ -146,7 +146,7 @@ def _train_and_export(config: Any, folder: Path) -> dict[str, float]:
     """One process: train as the recipe does, then load what was exported in plain transformers."""
     from transformers import AutoModelForCausalLM, set_seed
 
-    from adalora_dist.data.batches import BatchPlan, count_targets
+    from adalora_dist.data.batches import BatchPlan
     from adalora_dist.data.commonsense import load_tasks
     from adalora_dist.data.demo_model import demo_model_folder
     from adalora_dist.data.demo_questions import demo_questions_folder

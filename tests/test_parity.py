@@ -229,11 +229,20 @@ def test_uneven_empty_offloaded_and_unused(case):
         assert all(r["firings"] > 1 for r in ranks)
 
 
+@pytest.mark.parametrize("engine", ["fsdp2", "zero1", "zero2", "zero3"])
+def test_importance_state_is_sharded(engine):
+    """Per rank at most 1.02 x 8 bytes x adapter elements / ranks."""
+    settings = SETTINGS.model_copy(update={"init_rank": 4, "target_rank": 2.0})
+    for result in check(Case(engine, 2, sizes=(("d", 64), ("hidden", 96)), settings=settings)):
+        assert result["state_bytes"] <= 1.02 * 8 * result["num_elements"] / 2
+
+
+STATED_BF16_DIFFERENCE = 0  # of 12 triplets, as docs/sharding.md says
 BF16 = [Case("fsdp2", 2, dtype=torch.bfloat16), *(Case(f"zero{s}", 2, dtype=torch.bfloat16) for s in (1, 2, 3))]
 
 
 @pytest.mark.parametrize("case", BF16, ids=str)
-def test_bf16_meets_the_budget_exactly(case, record_property):
+def test_bf16_meets_the_budget_exactly(case):
     """Low precision moves scores, so patterns may differ from float32's; never between ranks, and never in size."""
     expected = control(1, 0.0, (), (), SETTINGS)
     ranks = run_ranks(case.world_size, run, case, timeout=300)
@@ -242,8 +251,7 @@ def test_bf16_meets_the_budget_exactly(case, record_property):
     assert sum(v != 0 for v in ranks[0]["lam"]) == 6
     last = max(expected["patterns"])
     differing = sum(a != b for a, b in zip(ranks[0]["patterns"][last], expected["patterns"][last], strict=True))
-    record_property("triplets that differ from float32's final pattern", differing)
-    assert differing <= 6
+    assert differing <= STATED_BF16_DIFFERENCE
 
 
 class Collectives(TorchDispatchMode):
