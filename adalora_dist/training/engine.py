@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import (
@@ -47,6 +48,7 @@ def build_accelerator(train: TrainConfig, environment: Mapping[str, str] = os.en
         raise UserError("precision=fp16 needs a GPU: use fp32 or bf16 on CPU")
 
     if on_cpu:
+        _use_all_cores(environment)
         if use_deepspeed:
             _prepare_deepspeed_on_cpu()
             PartialState(backend="gloo")
@@ -104,16 +106,24 @@ def _installed_trackers(names: Sequence[str]) -> list[str] | None:
 
 
 def _has_gpu() -> bool:
-    import torch
-
     return torch.cuda.is_available()
+
+
+def _use_all_cores(environment: Mapping[str, str]) -> None:
+    """accelerate's launcher gives a process one thread where nobody asked for more; share out the cores instead."""
+    if _from_accelerate(environment) and environment.get("OMP_NUM_THREADS") == "1":
+        num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, num_cores // int(environment.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def _from_accelerate(environment: Mapping[str, str]) -> bool:
+    return "ACCELERATE_MIXED_PRECISION" in environment
 
 
 def _refuse_missing_processes(environment: Mapping[str, str]) -> None:
     """``accelerate launch --cpu --num_processes 2`` sets a master address and, without MPI, starts one process."""
-    launched = "ACCELERATE_MIXED_PRECISION" in environment
     connected = any(name in environment for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
-    if launched and "MASTER_ADDR" in environment and not connected:
+    if _from_accelerate(environment) and "MASTER_ADDR" in environment and not connected:
         raise UserError(
             "accelerate was asked for several processes but started one (on CPU it needs MPI for --cpu): use "
             "accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes N"
