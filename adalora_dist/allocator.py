@@ -148,12 +148,13 @@ class RankAllocator:
         if not self._adapts:
             return
         gradients = self._engine.gradients()
-        self._layout.collect(gradients, self._gradients)
         local, flat = self._layout.views(gradients, self._gradients)
-        if self.config.orthogonality and local:
-            _, regulariser = self._layout.views(gradients, self._regulariser)
-            torch._foreach_add_(flat, regulariser)
-            torch._foreach_copy_(local, flat)
+        if local:
+            torch._foreach_copy_(flat, local)
+            if self.config.orthogonality:
+                _, regulariser = self._layout.views(gradients, self._regulariser)
+                torch._foreach_add_(flat, regulariser)
+                torch._foreach_copy_(local, flat)
         if self._firing == self._engine.num_firings - 1 and self.config.importance_order == "before":
             self._update_importance(self._values)
 
@@ -208,7 +209,12 @@ class RankAllocator:
         """Select the budget's triplets from the scores of all ranks: one reduction."""
         assert self._engine is not None
         if self.config.importance == "magnitude":
-            elements = self._collect_values().abs_().mul_(self._is_lam)
+            values = self._collect_values()
+            elements = torch.zeros_like(values)
+            for piece in self._layout.pieces:
+                if self._factors[piece.factor].kind == "lam":
+                    part = slice(piece.flat_start, piece.flat_start + piece.length)
+                    elements[part] = values[part].abs()
         else:
             elements = element_scores(self.config.importance, self.sensitivity, self.uncertainty)
         partials = self._layout.score_partials(elements)
@@ -256,13 +262,8 @@ class RankAllocator:
         self._layout = SpanLayout(self._factors, self._spans, spans_of_ranks, device)
         size = self._layout.num_elements
         self._gradients = torch.zeros(size, dtype=torch.float32, device=device)
-        if not hasattr(self, "sensitivity"):
-            self.sensitivity = torch.zeros(size, dtype=torch.float32, device=device)
-            self.uncertainty = torch.zeros(size, dtype=torch.float32, device=device)
-        self._is_lam = torch.zeros(size, dtype=torch.float32, device=device)
-        for piece in self._layout.pieces:
-            if self._factors[piece.factor].kind == "lam":
-                self._is_lam[piece.flat_start : piece.flat_start + piece.length] = 1
+        self.sensitivity = torch.zeros(size, dtype=torch.float32, device=device)
+        self.uncertainty = torch.zeros(size, dtype=torch.float32, device=device)
         generator = torch.Generator().manual_seed(0)
         weights = torch.randint(1, 2**_DIGEST_BITS, (self._layout.num_triplets, 3), generator=generator)
         self._digest_weights = weights.to(device)
@@ -326,11 +327,15 @@ class RankAllocator:
         """
         if self._engine is None:
             raise RuntimeError("the adapters can be gathered after the first optimizer step, not before")
-        whole = {id(owner): {"lam": torch.ones(owner.rank)} for owner, _ in self._owners}
+        layers = [m.layer for m in self.matrices]
+        # What stands where there is nothing to gather: no columns at rank 0, lambda = 1 in plain LoRA.
+        whole = {
+            id(x): {"P": torch.empty(x.d_out, 0), "lam": torch.ones(x.rank), "Qt": torch.empty(x.d_in, 0)}
+            for x in layers
+        }
         for k, (layer, kind) in enumerate(self._owners):
             whole[id(layer)][kind] = self._engine.full(k).cpu()
-        empty = {"P": torch.empty(0, 0), "lam": torch.empty(0), "Qt": torch.empty(0, 0)}
-        return [whole.get(id(m.layer), empty) for m in self.matrices]
+        return [whole[id(x)] for x in layers]
 
     def catch_up(self, num_steps: int) -> None:
         """Tell the allocator that the loop counts ``num_steps`` finished steps.

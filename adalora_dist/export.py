@@ -60,8 +60,6 @@ def gather_adapters(allocator: RankAllocator) -> list[AdapterWeights]:
         allocator.matrices, allocator.full_factors(), keep.split(allocator.ranks), strict=True
     ):
         p, lam, qt = (whole[kind] for kind in ("P", "lam", "Qt"))
-        if matrix.layer.rank == 0:
-            p, qt = torch.empty(matrix.layer.d_out, 0), torch.empty(matrix.layer.d_in, 0)
         adapters.append(
             AdapterWeights(
                 matrix.name, p[:, kept].contiguous(), lam[kept], qt[:, kept].T.contiguous(), matrix.layer.scale,
@@ -250,7 +248,7 @@ def base_folder_of(name: str, revision: str | None) -> Path:
     """The local folder of a backbone: itself, or the Hub snapshot that loading it has cached.
 
     Raises:
-        UserError: the snapshot has no safetensors, or cannot be had.
+        UserError: the snapshot cannot be had.
     """
     if Path(name).is_dir():
         return Path(name)

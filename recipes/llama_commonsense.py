@@ -148,8 +148,10 @@ def main(config: CommonsenseConfig) -> None:
 
     adapters = gather_adapters(prepared.allocator)
     pattern = {a.name: a.lam.numel() for a in adapters}
-    probe, num_reply = rows[0]["input_ids"], count_targets(rows[0]["labels"])
-    logits = last_logits(accelerator.unwrap_model(prepared.model), probe, num_reply + 1, accelerator.device)
+    verified = config.export.export_merged and config.export.verify_export
+    if verified:  # on every process: where the model is sharded, forwards are collective
+        probe, num_reply = rows[0]["input_ids"], count_targets(rows[0]["labels"])
+        logits = last_logits(accelerator.unwrap_model(prepared.model), probe, num_reply + 1, accelerator.device)
     if accelerator.is_main_process:
         save_adapter(adapters, folder.path / "adapter", config.model.name, config.model.revision)
         folder.write_json("rank_pattern.json", pattern)
@@ -162,7 +164,7 @@ def main(config: CommonsenseConfig) -> None:
                 base_weights = quantized_weights(accelerator.unwrap_model(prepared.model), config)
             merge(adapters, base, merged, dtype_named(config.export.export_dtype), base_weights=base_weights)
             tokenizer.save_pretrained(merged)
-            if config.export.verify_export:
+            if verified:
                 difference = logit_differences(AutoModelForCausalLM, merged, probe, logits)
                 say(
                     "Merged model in plain transformers: a reply's logits differ from the trained model's by at most "

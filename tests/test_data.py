@@ -10,13 +10,13 @@ from pathlib import Path
 
 import datasets
 import pytest
+from refusals import refusal
 from tiny_language_model import byte_tokenizer
 
 from adalora_dist.config import CommonsenseDataConfig
 from adalora_dist.data import hub
 from adalora_dist.data.commonsense import find_file, load_task, load_tasks, resolve_tasks
 from adalora_dist.data.encoding import IGNORED, encode_examples
-from adalora_dist.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared"
@@ -33,14 +33,6 @@ def write_rows(path: Path, rows: list) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path
-
-
-def refusal(action, *arguments) -> str:
-    with pytest.raises(UserError) as caught:
-        action(*arguments)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 # ---- local files

