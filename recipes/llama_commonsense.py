@@ -46,6 +46,7 @@ def main(config: CommonsenseConfig) -> None:
     from adalora_dist.training.dequantized import quantized_weights
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
     from adalora_dist.training.loop import is_sharded, prepare, total_steps, train
+    from adalora_dist.training.losses import causal_loss
     from adalora_dist.training.model import dtype_named, load_backbone
     from adalora_dist.training.quantization import bitsandbytes_config
     from adalora_dist.training.report import accuracy_table, rank_table
@@ -141,7 +142,8 @@ def main(config: CommonsenseConfig) -> None:
 
     # ------------------------------------------------------------------------------------------------------ train
 
-    train(accelerator, prepared, rows, plan, padding_token(tokenizer), config, folder, say)
+    loss_sum = causal_loss(rows, padding_token(tokenizer), accelerator.device)
+    train(accelerator, prepared, plan, loss_sum, config, folder, say)
     after = evaluate()
 
     # ----------------------------------------------------------------------------------------------------- export

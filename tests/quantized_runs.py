@@ -21,6 +21,7 @@ from adalora_dist.inject import inject_adapters
 from adalora_dist.training.dequantized import QuantizedWeight, quantized_weights
 from adalora_dist.training.engine import build_accelerator, engine_name
 from adalora_dist.training.loop import prepare, train
+from adalora_dist.training.losses import causal_loss
 from adalora_dist.training.memory import held_bytes
 from adalora_dist.training.model import load_backbone
 from adalora_dist.training.quantization import bitsandbytes_config, quantized_linears
@@ -140,9 +141,8 @@ def run(rank: int, world_size: int, case: Case, folder: Path) -> Trained:
             with evaluating(unwrapped):
                 unwrapped(input_ids=batch["input_ids"])
         plan = BatchPlan.of_rows(rows, GLOBAL_BATCH, 3, False)
-        losses = train(
-            accelerator, prepared, rows, plan, 0, config, RunFolder(config, rank == 0, {}), lambda line: None
-        )
+        report, loss_sum = RunFolder(config, rank == 0, {}), causal_loss(rows, 0, accelerator.device)
+        losses = train(accelerator, prepared, plan, loss_sum, config, report, lambda _: None)
         adapters = gather_adapters(prepared.allocator)
         held = held_bytes(prepared)
         with evaluating(unwrapped):

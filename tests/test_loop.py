@@ -22,6 +22,7 @@ from adalora_dist.data.encoding import EncodedRow, encode_examples, prompt_text
 from adalora_dist.inject import inject_adapters
 from adalora_dist.training.engine import build_accelerator
 from adalora_dist.training.loop import learning_rate, prepare, total_steps, train
+from adalora_dist.training.losses import causal_loss
 from adalora_dist.training.run_folder import RunFolder
 
 STEPS = 12
@@ -63,7 +64,7 @@ def run_loop(rank: int, world_size: int, rows: list[EncodedRow], config: Commons
     plan = plan_of(rows, config)
     prepared = prepare(accelerator, model, config, total_steps(config.train, plan))
     folder = RunFolder(config, True, {})
-    losses = train(accelerator, prepared, rows, plan, 0, config, folder, print)
+    losses = train(accelerator, prepared, plan, causal_loss(rows, 0, accelerator.device), config, folder, print)
     layers = [m.layer for m in prepared.allocator.matrices]
     return {
         "losses": losses,

@@ -31,6 +31,7 @@ from adalora_dist.errors import UserError
 from adalora_dist.inject import inject_adapters
 from adalora_dist.training.engine import build_accelerator
 from adalora_dist.training.loop import prepare, train
+from adalora_dist.training.losses import causal_loss
 from adalora_dist.training.model import load_backbone
 from adalora_dist.training.run_folder import RunFolder
 
@@ -150,8 +151,8 @@ def run(
     }
     if auto_class is AutoModelForCausalLM:
         plan = BatchPlan.of_rows(rows(), GLOBAL_BATCH, seed=3)
-        report = RunFolder(config, rank == 0, {})
-        result["losses"] = train(accelerator, prepared, rows(), plan, 0, config, report, lambda _: None)
+        report, loss_sum = RunFolder(config, rank == 0, {}), causal_loss(rows(), 0, accelerator.device)
+        result["losses"] = train(accelerator, prepared, plan, loss_sum, config, report, lambda _: None)
         result["patterns"] = {a.step: a.keep.tolist() for a in prepared.allocator.allocations}
     return result
 

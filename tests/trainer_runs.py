@@ -27,6 +27,7 @@ from adalora_dist.inject import inject_adapters
 from adalora_dist.integrations.transformers import AdaLoraCallback
 from adalora_dist.training.engine import build_accelerator
 from adalora_dist.training.loop import prepare, train
+from adalora_dist.training.losses import causal_loss
 from adalora_dist.training.run_folder import RunFolder
 
 deepspeed = import_deepspeed()
@@ -161,7 +162,8 @@ def by_own_loop(rank: int, world_size: int, accumulation: int) -> dict[str, Any]
         config = RunConfig(adapter=SETTINGS, train=settings)
         accelerator = build_accelerator(settings)
         prepared = prepare(accelerator, model_with_adapters(), config, STEPS)
-        losses = train(accelerator, prepared, rows, plan, 0, config, RunFolder(config, True, {}), lambda _: None)
+        loss_sum = causal_loss(rows, 0, accelerator.device)
+        losses = train(accelerator, prepared, plan, loss_sum, config, RunFolder(config, True, {}), lambda _: None)
         assert prepared.allocator is not None
         return {
             "losses": losses,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,9 +16,9 @@ from torch import nn
 
 from adalora_dist.allocator import RankAllocator
 from adalora_dist.config import RunConfig, TrainConfig
-from adalora_dist.data.batches import BatchPlan, collate
-from adalora_dist.data.encoding import IGNORED, EncodedRow
+from adalora_dist.data.batches import BatchPlan
 from adalora_dist.progress import progress_bar
+from adalora_dist.training.losses import LossSum
 from adalora_dist.training.run_folder import RunFolder
 from adalora_dist.training.sharded_load import read_shards, read_trained_modules
 
@@ -64,36 +64,16 @@ def learning_rate(train: TrainConfig, step: int, num_steps: int) -> float:
     return train.learning_rate
 
 
-def causal_loss_sum(model: nn.Module, batch: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Sum of the next-token losses over the target tokens of ``batch`` (on the CPU, as collated), float32.
-
-    Logits are made only for positions at which some row has a target: the vocabulary is often the widest matrix.
-    """
-    targets = batch["labels"][:, 1:]
-    positions = (targets != IGNORED).any(dim=0).nonzero().flatten()
-    if not len(positions):  # a batch without targets still has to take part in collective forwards
-        positions = torch.zeros(1, dtype=torch.long)
-    logits = model(
-        input_ids=batch["input_ids"].to(device),
-        attention_mask=batch["attention_mask"].to(device),
-        logits_to_keep=positions.to(device),
-    ).logits
-    return nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), targets[:, positions].flatten().to(device), ignore_index=IGNORED, reduction="sum"
-    )
-
-
 def train(
     accelerator: Accelerator,
     prepared: Prepared,
-    rows: Sequence[EncodedRow],
     plan: BatchPlan,
-    padding_token: int,
+    loss_sum: LossSum,
     config: RunConfig,
     folder: RunFolder,
     report: Callable[[str], None],
 ) -> list[float]:
-    """Run all steps; returns the loss of each (mean over the target tokens of the global batch).
+    """Run all steps; returns the loss of each (mean over the targets of the global batch).
 
     Raises:
         RuntimeError: the allocator did not reach its budget, or its patterns differ between processes.
@@ -116,9 +96,8 @@ def train(
         # With fewer rows than batch_size there are fewer; the engine was set up to count to num_micro.
         micro_batches += [[]] * (num_micro - len(micro_batches))
         for indices in micro_batches:
-            batch = collate([rows[i] for i in indices], padding_token)
             with accelerator.accumulate(model):
-                loss = causal_loss_sum(model, batch, accelerator.device)
+                loss = loss_sum(model, indices)
                 loss_of_step += loss.detach()
                 # Engines average over processes and micro-steps; the loss is one mean over the global batch's targets.
                 accelerator.backward(loss * (num_processes * num_micro / num_targets))
