@@ -166,14 +166,10 @@ class QuantizationConfig(Section):
 
 
 class EvaluationConfig(Section):
-    evaluate_by: tuple[Literal["likelihood", "generation"], ...] = ("likelihood", "generation")
-    """likelihood: the choice with the highest log-likelihood; generation: greedy decoding, then parsing."""
     evaluate_before: bool = True
     """Also evaluate the model as it is before training."""
     eval_batch_size: int = Field(16, ge=1)
     """Sequences per process in one evaluation forward."""
-    max_new_tokens: int = Field(12, ge=1)
-    """Length of the generated answers."""
 
 
 class ExportConfig(Section):
@@ -268,5 +264,13 @@ class CommonsenseDataConfig(Section):
     """Use at most this many evaluation rows per task."""
 
 
+class CommonsenseEvaluationConfig(EvaluationConfig):
+    evaluate_by: tuple[Literal["likelihood", "generation"], ...] = ("likelihood", "generation")
+    """likelihood: the choice with the highest log-likelihood; generation: greedy decoding, then parsing."""
+    max_new_tokens: int = Field(12, ge=1)
+    """Length of the generated answers."""
+
+
 class CommonsenseConfig(RunConfig):
     data: CommonsenseDataConfig = CommonsenseDataConfig()
+    evaluation: CommonsenseEvaluationConfig = CommonsenseEvaluationConfig()

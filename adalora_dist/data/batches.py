@@ -9,7 +9,8 @@ processes needs a factor N.)
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -130,6 +131,17 @@ def collate(rows: Sequence[EncodedRow], padding_token: int) -> dict[str, torch.T
         attention_mask[index, :length] = 1
         labels[index, :length] = torch.tensor(row["labels"])
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def collate_pairs(rows: Sequence[Mapping[str, Any]], padding_token: int) -> dict[str, torch.Tensor]:
+    """Right-padded ``input_ids`` and ``attention_mask`` [rows, longest source] and ``labels`` [rows, longest target].
+
+    For encoder-decoders: the two sides of a row have lengths of their own. Without rows, one row without a target.
+    """
+    rows = rows or [{"input_ids": [padding_token], "labels": [IGNORED]}]
+    sources = collate([{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows], padding_token)
+    labels = collate([{"input_ids": row["labels"], "labels": row["labels"]} for row in rows], padding_token)["labels"]
+    return {"input_ids": sources["input_ids"], "attention_mask": sources["attention_mask"], "labels": labels}
 
 
 def _part(items: list[int], index: int, num_parts: int) -> list[int]:

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from adalora_dist.allocator import RankAllocator
 from adalora_dist.config import RunConfig, TrainConfig
@@ -140,6 +141,17 @@ def is_sharded(accelerator: Accelerator) -> bool:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return accelerator.state.deepspeed_plugin.zero_stage == 3
     return accelerator.distributed_type == DistributedType.FSDP
+
+
+def generates_together(accelerator: Accelerator, model: nn.Module) -> bool:
+    """Whether processes must take the same number of decoding steps; makes ``model.generate`` ready for FSDP2.
+
+    FSDP2 gathers what lies outside the layers (embeddings) when the model's forward is called; ``generate`` of an
+    encoder-decoder calls the encoder first, by itself.
+    """
+    if accelerator.distributed_type == DistributedType.FSDP:
+        register_fsdp_forward_method(model, "generate")
+    return is_sharded(accelerator) and accelerator.num_processes > 1
 
 
 def _records(
