@@ -12,7 +12,7 @@ LEVELS = {
     1: ("layers", "inject"),
     2: ("sharding",),
     3: ("allocator", "export"),
-    4: ("cli", "yaml_file", "training", "data", "evaluation", "integrations"),
+    4: ("cli", "yaml_file", "presets", "training", "data", "evaluation", "integrations"),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 
