@@ -91,6 +91,15 @@ def save_adapter(adapters: Sequence[AdapterWeights], folder: Path, base_model: s
     (folder / "adapter.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
+def save_trained(trained: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Write trained.safetensors beside an adapter: what was trained in full, by parameter name; nothing if it is empty.
+
+    ``model.load_state_dict(load_file(...), strict=False)`` puts it back.
+    """
+    if trained:
+        save_file(dict(trained), folder / "trained.safetensors", metadata={"format": "pt"})
+
+
 def load_adapter(model: nn.Module, folder: Path) -> list[AdaptedMatrix]:
     """Put a saved adapter into its plain backbone, every matrix at its own rank (0: no branch).
 

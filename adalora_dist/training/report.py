@@ -52,6 +52,15 @@ def accuracy_table(before: Sequence[TaskResult], after: Sequence[TaskResult]) ->
     return aligned(rows)
 
 
+def metrics_table(columns: Mapping[str, Mapping[str, float]]) -> str:
+    """One line per metric, one column per occasion; a metric that an occasion lacks is a dash."""
+    names = dict.fromkeys(name for scores in columns.values() for name in scores)
+    rows = [("metric", *columns)]
+    for name in names:
+        rows.append((name, *(f"{scores[name]:.4f}" if name in scores else "-" for scores in columns.values())))
+    return aligned(rows)
+
+
 def rank_table(pattern: Mapping[str, int]) -> str:
     """Active ranks, layers down and matrices across; names without a layer number get a line of their own."""
     cells: dict[tuple[str, str], int] = {}
