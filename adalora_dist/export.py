@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +26,7 @@ from adalora_dist.progress import progress_bar
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _FORMAT = 1
+_TASK_SETTINGS = ("id2label", "label2id", "problem_type", "classifier_dropout", "cls_dropout")
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,15 @@ def save_adapter(adapters: Sequence[AdapterWeights], folder: Path, base_model: s
         "rank_pattern": {a.name: a.lam.numel() for a in adapters},
     }
     (folder / "adapter.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def save_trained(trained: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Write trained.safetensors beside an adapter: what was trained in full, by parameter name; nothing if it is empty.
+
+    ``model.load_state_dict(load_file(...), strict=False)`` puts it back.
+    """
+    if trained:
+        save_file(dict(trained), folder / "trained.safetensors", metadata={"format": "pt"})
 
 
 def load_adapter(model: nn.Module, folder: Path) -> list[AdaptedMatrix]:
@@ -164,7 +174,8 @@ def merge(
         base_folder: the backbone as transformers saved it, in safetensors.
         folder: must not exist.
         dtype: of all floating-point weights written.
-        trained: full tensors that training replaced (``train_modules``), by parameter name.
+        trained: full tensors that training replaced (``train_modules``), by parameter name. Those that the files lack,
+            a new classifier's, are added to the last file.
         base_weights: by parameter name, what takes the place of a tensor of the files before its update is added,
             for instance its quantised value. Default: W0 as the files have it.
 
@@ -181,7 +192,8 @@ def merge(
     bases = dict(base_weights or {})
     shapes = {name: base.shape for name, base in bases.items()}
     shapes |= {name: a.weight_shape for name, a in replaced.items()} | {n: tuple(t.shape) for n, t in whole.items()}
-    places = _find_tensors(shapes, shards, base_folder)
+    places = _find_tensors(shapes, shards, base_folder, may_lack=whole)
+    added = {name: whole[name].contiguous() for name in sorted(whole.keys() - set(places.values()))}
     building = folder.with_name(folder.name + ".partial")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
@@ -199,10 +211,17 @@ def merge(
                         weight = weight + replaced[name].delta()
                     tensor = weight.to(dtype or tensor.dtype)
                 tensors[key] = (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).contiguous()
+            if shard == shards[-1]:
+                tensors |= {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in added.items()}
             save_file(tensors, building / shard.name, metadata=file.metadata() or {"format": "pt"})
     for path in base_folder.iterdir():
         if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES):
             shutil.copyfile(path, building / path.name)
+    index = building / "model.safetensors.index.json"
+    if added and index.is_file():
+        content = json.loads(index.read_text(encoding="utf-8"))
+        content["weight_map"] |= dict.fromkeys(added, shards[-1].name)
+        index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if dtype is not None:
         config = json.loads((building / "config.json").read_text(encoding="utf-8"))
         config.pop("torch_dtype", None)
@@ -224,7 +243,19 @@ def _weight_files(base_folder: Path) -> list[Path]:
     return [single] if single.is_file() else []
 
 
-def _find_tensors(shapes: Mapping[str, tuple[int, ...]], shards: Sequence[Path], base_folder: Path) -> dict[str, str]:
+def write_task(model: nn.Module, folder: Path) -> None:
+    """Make config.json of a merged model that of the task: its class, its labels, what else belongs to its head."""
+    path = folder / "config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    own = cast(Any, model).config.to_dict()
+    settings |= {key: own[key] for key in _TASK_SETTINGS if own.get(key) is not None}
+    settings["architectures"] = [type(model).__name__]
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _find_tensors(
+    shapes: Mapping[str, tuple[int, ...]], shards: Sequence[Path], base_folder: Path, may_lack: Container[str]
+) -> dict[str, str]:
     """Key in the files -> parameter name. A base saved without its head lacks the leading 'model.' or the like."""
     found: dict[str, tuple[int, ...]] = {}
     for shard in shards:
@@ -233,6 +264,8 @@ def _find_tensors(shapes: Mapping[str, tuple[int, ...]], shards: Sequence[Path],
     places = {}
     for name, shape in shapes.items():
         key = next((key for key in (name, name.partition(".")[2]) if key in found), None)
+        if key is None and name in may_lack:
+            continue
         if key is None:
             raise UserError(f"{base_folder}: no tensor {name} in its .safetensors files: merge into the run's own base")
         if found[key] != shape:

@@ -144,6 +144,25 @@ def collate_pairs(rows: Sequence[Mapping[str, Any]], padding_token: int) -> dict
     return {"input_ids": sources["input_ids"], "attention_mask": sources["attention_mask"], "labels": labels}
 
 
+def pad_columns(
+    rows: Sequence[Mapping[str, Sequence[int]]], padding_token: int, names: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """The named columns right-padded to [rows, longest], and ``attention_mask`` (1: real token).
+
+    ``input_ids`` is padded with ``padding_token``, any other column with 0. Without rows, one row of one token.
+    """
+    if not rows:
+        rows = [{name: [padding_token if name == "input_ids" else 0] for name in names}]
+    longest = max(len(row["input_ids"]) for row in rows)
+    padded = {}
+    for name in names:
+        filler = padding_token if name == "input_ids" else 0
+        padded[name] = torch.tensor([[*row[name], *[filler] * (longest - len(row[name]))] for row in rows])
+    lengths = torch.tensor([[len(row["input_ids"])] for row in rows])
+    padded["attention_mask"] = (torch.arange(longest) < lengths).long()
+    return padded
+
+
 def _part(items: list[int], index: int, num_parts: int) -> list[int]:
     """Contiguous part ``index`` of ``num_parts``; sizes differ by at most one."""
     return items[index * len(items) // num_parts : (index + 1) * len(items) // num_parts]

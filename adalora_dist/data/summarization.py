@@ -11,16 +11,19 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from adalora_dist.config_generation import SummarizationDataConfig
 from adalora_dist.data.demo_reports import demo_reports
-from adalora_dist.data.files import read_table, split_file
+from adalora_dist.data.files import find_data_file, read_table
 from adalora_dist.errors import UserError
+from adalora_dist.recipe_config import SummarizationDataConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 Split = Literal["train", "test"]
+
+# Only the test split has stand-ins: a folder with train and dev files is common, and dev rows are held out as well.
+FILE_NAMES: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "validation", "dev")}
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +87,7 @@ def _load(data: SummarizationDataConfig, split: Split, max_rows: int | None) -> 
         task = HUB_TASKS[data.task]
         rows, columns, origin = _hub_rows(task, data.task, split), (task.document, task.summary), task.path
     else:
-        path = split_file(Path(data.source) / data.task, split)
+        path = find_data_file(Path(data.source) / data.task, FILE_NAMES[split])
         rows, columns, origin = read_table(path), ("document", "summary"), str(path)
     for column in columns:
         if column not in rows.column_names:

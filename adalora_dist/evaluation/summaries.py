@@ -12,11 +12,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from adalora_dist.config_generation import GenerationConfig
 from adalora_dist.data.batches import collate_pairs
 from adalora_dist.data.encoding import padding_token
 from adalora_dist.errors import UserError
 from adalora_dist.evaluation.results import Gather, dealt_batches, evaluating, gather_lists
+from adalora_dist.recipe_config import GenerationConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -114,12 +114,6 @@ def rouge(scorer: Any, reference: str, text: str) -> tuple[float, ...]:
     """F1 of each metric for one summary, 0 to 1."""
     scores: Mapping[str, Any] = scorer.score(_by_sentence(reference), _by_sentence(text))
     return tuple(scores[metric].fmeasure for metric in METRICS)
-
-
-def score_rows(before: Mapping[str, float], after: Mapping[str, float]) -> Sequence[Sequence[str]]:
-    """Cells of a table with a line for each metric."""
-    lines = [(name, f"{before[name]:.2f}" if before else "-", f"{score:.2f}") for name, score in after.items()]
-    return [("metric", "before", "after"), *lines]
 
 
 def _by_sentence(text: str) -> str:

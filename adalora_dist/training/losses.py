@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from adalora_dist.data.batches import collate, collate_pairs
+from adalora_dist.data.batches import collate, collate_pairs, pad_columns
 from adalora_dist.data.encoding import IGNORED, EncodedRow
 from adalora_dist.errors import UserError
 
@@ -42,6 +42,54 @@ def causal_loss(rows: Sequence[EncodedRow], padding_token: int, device: torch.de
             ignore_index=IGNORED,
             reduction="sum",
         )
+
+    return loss_sum
+
+
+def classification_loss(
+    inputs: Sequence[Mapping[str, Sequence[int]]],
+    labels: Sequence[float],
+    num_labels: int,
+    padding_token: int,
+    device: torch.device,
+) -> LossSum:
+    """Cross-entropy of each row's class; with one label the squared error of a number (regression).
+
+    Args:
+        inputs: tokenised rows, the columns that the model takes besides ``attention_mask``.
+    """
+
+    def loss_sum(model: nn.Module, indices: list[int]) -> torch.Tensor:
+        logits = _logits(model, [inputs[i] for i in indices], list(inputs[0]), padding_token, device).logits.float()
+        targets = torch.tensor([labels[i] for i in indices], device=device)
+        if not indices:
+            return logits.sum() * 0
+        if num_labels == 1:
+            return nn.functional.mse_loss(logits.squeeze(-1), targets, reduction="sum")
+        return nn.functional.cross_entropy(logits, targets.long(), reduction="sum")
+
+    return loss_sum
+
+
+def span_loss(
+    inputs: Sequence[Mapping[str, Sequence[int]]],
+    spans: Sequence[tuple[int, int]],
+    padding_token: int,
+    device: torch.device,
+) -> LossSum:
+    """Of each window the mean of the cross-entropies of its answer's first and last token; (0, 0): no answer in it."""
+
+    def loss_sum(model: nn.Module, indices: list[int]) -> torch.Tensor:
+        output = _logits(model, [inputs[i] for i in indices], list(inputs[0]), padding_token, device)
+        starts, ends = output.start_logits.float(), output.end_logits.float()
+        if not indices:
+            return (starts.sum() + ends.sum()) * 0
+        targets = torch.tensor([spans[i] for i in indices], device=device)
+        losses = [
+            nn.functional.cross_entropy(logits, targets[:, column], reduction="sum")
+            for column, logits in enumerate((starts, ends))
+        ]
+        return (losses[0] + losses[1]) / 2
 
     return loss_sum
 
@@ -91,3 +139,14 @@ def decoder_start_token(model: nn.Module) -> int:
             "was trained with"
         )
     return token
+
+
+def _logits(
+    model: nn.Module,
+    rows: Sequence[Mapping[str, Sequence[int]]],
+    names: Sequence[str],
+    padding_token: int,
+    device: torch.device,
+) -> Any:
+    batch = pad_columns(rows, padding_token, names)
+    return model(**{name: tensor.to(device) for name, tensor in batch.items()})

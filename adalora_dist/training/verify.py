@@ -30,6 +30,15 @@ def last_logits(model: nn.Module, probe: Probe, num_last: int, device: torch.dev
         return model(**batch).logits[0, -num_last:].float().cpu()
 
 
+def load_plainly(auto_class: Any, folder: Path) -> nn.Module:
+    """The model in ``folder`` as plain transformers loads it, float32 if its files are, in evaluation mode.
+
+    For one process, at the end of a run: under ZeRO-3, loading would otherwise be collective, so that is turned off.
+    """
+    unset_hf_deepspeed_config()
+    return auto_class.from_pretrained(folder, use_safetensors=True).eval()
+
+
 class LogitDifference(NamedTuple):
     """Absolute differences over the tokens compared and all entries of the vocabulary."""
 
@@ -40,9 +49,8 @@ class LogitDifference(NamedTuple):
 def logit_differences(auto_class: Any, folder: Path, probe: Probe, expected: torch.Tensor) -> LogitDifference:
     """How far the last logits of the model in ``folder``, loaded afresh in plain transformers, are from ``expected``.
 
-    For one process, at the end of a run: under ZeRO-3, loading would otherwise be collective, so that is turned off.
+    For one process, at the end of a run: see :func:`load_plainly`.
     """
-    unset_hf_deepspeed_config()
-    model = auto_class.from_pretrained(folder, use_safetensors=True)
+    model = load_plainly(auto_class, folder)
     difference = (last_logits(model, probe, len(expected), torch.device("cpu")) - expected).abs()
     return LogitDifference(difference.max().item(), difference.mean().item())
