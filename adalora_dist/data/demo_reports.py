@@ -88,7 +88,9 @@ def reports(seed: str, towns: list[str]) -> Iterator[Report]:
         names = {"other": other, "office": draw.choice(OFFICES), "person": draw.choice(PEOPLE)}
         sentences = [f"On {draw.choice(DAYS)} {happened} the {place} in {town}.", outcome]
         remark, aside = draw.choice(REMARKS), draw.choice(ASIDES)
-        sentences += [s.format(**names, day=draw.choice(DAYS)) for s in draw.sample((remark, aside), draw.randint(1, 2))]
+        sentences += [
+            s.format(**names, day=draw.choice(DAYS)) for s in draw.sample((remark, aside), draw.randint(1, 2))
+        ]
         draw.shuffle(sentences)
         yield Report(" ".join(sentences), f"{town} {place} {event}, {short}.")
 

@@ -135,8 +135,8 @@ def decoder_start_token(model: nn.Module) -> int:
     token = cast(Any, model).config.decoder_start_token_id
     if token is None:
         raise UserError(
-            f"model: the config.json of this {type(model).__name__} has no decoder_start_token_id; give the one that it "
-            "was trained with"
+            f"model: config.json of this {type(model).__name__} has no decoder_start_token_id; give the one it was "
+            "trained with"
         )
     return token
 
