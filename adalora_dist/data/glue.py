@@ -105,9 +105,7 @@ def labelled_text(row: object, task: Task, origin: str) -> LabelledText:
     texts = []
     for name in names:
         if not isinstance(row.get(name), str) or not row[name].strip():
-            raise UserError(
-                f"{origin}: field {name} is {row.get(name)!r}; legal: a text; correct the row or remove it"
-            )
+            raise UserError(f"{origin}: field {name} is {row.get(name)!r}; legal: a text; correct the row or remove it")
         texts.append(row[name])
     label = row.get("label")
     if isinstance(label, bool) or not isinstance(label, int | float):
