@@ -18,6 +18,7 @@ from adalora_dist.cli import parse_config, user_errors
 from adalora_dist.recipe_config import SquadConfig
 
 TABLE = Path(__file__).parent / "configs" / "tables" / "deberta_squad.yaml"
+ARCHITECTURES = Path(__file__).parent / "configs" / "architectures"
 DEMO_CONFIG = Path(__file__).parent / "configs" / "deberta_squad_demo.yaml"
 
 
@@ -38,6 +39,7 @@ def main(config: SquadConfig) -> None:
     from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
     from adalora_dist.data.batches import BatchPlan
+    from adalora_dist.data.demo_passages import demo_passages, demo_passages_folder
     from adalora_dist.data.encoding import padding_token
     from adalora_dist.data.squad import load_squad, make_windows
     from adalora_dist.evaluation.classification import largest_difference, predict
@@ -47,6 +49,7 @@ def main(config: SquadConfig) -> None:
     from adalora_dist.export import base_folder_of, gather_adapters, merge, save_adapter, save_trained, write_task
     from adalora_dist.inject import inject_adapters
     from adalora_dist.training.dequantized import quantized_weights
+    from adalora_dist.training.dry_run import count_rows, dry_run
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
     from adalora_dist.training.loop import prepare, total_steps, train
     from adalora_dist.training.losses import span_loss
@@ -57,6 +60,14 @@ def main(config: SquadConfig) -> None:
     from adalora_dist.training.trained import gather_trained
     from adalora_dist.training.verify import load_plainly
 
+    if config.train.dry_run:  # a long passage makes several windows: steps are at least these
+        built_in, task = not config.data.source, config.data.task
+        num_rows = count_rows(
+            config.data,
+            [task],
+            lambda: demo_passages("train", task == "v2.0") if built_in else load_squad(config.data)[0],
+        )
+        return dry_run(config, AutoModelForQuestionAnswering, num_rows, ARCHITECTURES, "all-MiniLM-L6-v2")
     refuse_used_folder(config)
     accelerator = build_accelerator(config.train)
     say, engine = accelerator.print, engine_name(accelerator)
@@ -66,8 +77,6 @@ def main(config: SquadConfig) -> None:
     # ------------------------------------------------------------------------------------------------------ data
 
     if not config.data.source:
-        from adalora_dist.data.demo_passages import demo_passages_folder
-
         passages = demo_passages_folder(config.data.task)
         say(f"Data: built-in passages, not SQuAD ({passages}). Your own: --data FOLDER, or --data hub.")
         config = config.model_copy(update={"data": config.data.model_copy(update={"source": str(passages)})})

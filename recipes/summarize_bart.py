@@ -139,7 +139,7 @@ def main(config: SummarizationConfig) -> None:
             save_trained(trained, folder.path / "adapter")
         folder.write_json("rank_pattern.json", pattern)
         folder.write_json("results.json", columns)
-        folder.write_json("summaries.json", texts)
+        folder.write_json("texts.json", texts)
         if config.export.export_merged:
             base = base_folder_of(config.model.name, config.model.revision)
             merged = folder.path / "merged"
