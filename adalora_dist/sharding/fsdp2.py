@@ -16,7 +16,15 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from adalora_dist.errors import UserError
-from adalora_dist.sharding.base import assemble, drop_gradients, nonfinite_flag, optimizer_gradients
+from adalora_dist.sharding.base import (
+    State,
+    assemble,
+    drop_gradients,
+    local_state,
+    nonfinite_flag,
+    optimizer_gradients,
+    restore_state,
+)
 from adalora_dist.spans import Span
 
 
@@ -66,6 +74,17 @@ class Fsdp2Engine:
 
     def write(self, index: int, values: torch.Tensor) -> None:
         _local(self._params[index]).copy_(values)
+
+    def shapes(self) -> list[torch.Size]:
+        return [p.shape for p in self._params]
+
+    def states(self) -> list[State]:
+        return [local_state(self._optimizer.state.get(p, {}), p, _local) for p in self._params]
+
+    def restore(self, values: Sequence[torch.Tensor], states: Sequence[State]) -> None:
+        for index, (p, local, state) in enumerate(zip(self._params, values, states, strict=True)):
+            self.write(index, local)
+            restore_state(self._optimizer, p, _local, state)
 
     def full(self, index: int) -> torch.Tensor:
         p = self._params[index]

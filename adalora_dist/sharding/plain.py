@@ -10,7 +10,14 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from adalora_dist.sharding.base import drop_gradients, nonfinite_flag, optimizer_gradients
+from adalora_dist.sharding.base import (
+    State,
+    drop_gradients,
+    local_state,
+    nonfinite_flag,
+    optimizer_gradients,
+    restore_state,
+)
 from adalora_dist.spans import Span
 
 
@@ -28,7 +35,7 @@ class PlainEngine:
         return [Span(0, p.numel()) for p in self._params]
 
     def values(self) -> list[torch.Tensor]:
-        return [p.detach().view(-1) for p in self._params]
+        return [_flat(p) for p in self._params]
 
     def gradients(self) -> list[torch.Tensor | None]:
         views: list[torch.Tensor | None] = []
@@ -47,7 +54,22 @@ class PlainEngine:
         drop_gradients(self._optimizer)
 
     def write(self, index: int, values: torch.Tensor) -> None:
-        self._params[index].detach().view(-1).copy_(values)
+        _flat(self._params[index]).copy_(values)
+
+    def shapes(self) -> list[torch.Size]:
+        return [p.shape for p in self._params]
+
+    def states(self) -> list[State]:
+        return [local_state(self._optimizer.state.get(p, {}), p, _flat) for p in self._params]
+
+    def restore(self, values: Sequence[torch.Tensor], states: Sequence[State]) -> None:
+        for index, (p, local, state) in enumerate(zip(self._params, values, states, strict=True)):
+            self.write(index, local)
+            restore_state(self._optimizer, p, _flat, state)
 
     def full(self, index: int) -> torch.Tensor:
         return self._params[index].detach().to(torch.float32, copy=True)
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().view(-1)
