@@ -1,0 +1,1 @@
+"""LoRA and AdaLoRA adapters in the file formats of PEFT."""
