@@ -135,9 +135,9 @@ def read_adapter(folder: Path) -> SavedAdapter:
                         f"{folder}/adapter.safetensors has no tensor {key} of shape {shape}, which adapter.json "
                         "promises: copy both"
                     )
-            factors = (tensors[f"{name}.{k}"] if rank else torch.empty(shape) for k, shape in shapes.items())
+            p, lam, q = (tensors[f"{name}.{k}"] if rank else torch.empty(shape) for k, shape in shapes.items())
             scale, transposed = float(description["scales"][name]), name in description["transposed"]
-            adapters.append(AdapterWeights(name, *factors, scale, transposed))
+            adapters.append(AdapterWeights(name, p, lam, q, scale, transposed))
         return SavedAdapter(adapters, description["base_model"], description["base_revision"])
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}/adapter.json is incomplete ({error!r}): copy it again") from error
@@ -226,6 +226,8 @@ def merge(
     building = folder.with_name(folder.name + ".partial")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
+    weight_map: dict[str, str] = {}
+    total_size = 0
     for shard in progress_bar(shards, desc="merge", unit="file", show=show_progress):
         tensors = {}
         with safe_open(shard, framework="pt") as file:
@@ -241,9 +243,17 @@ def merge(
                     tensor = weight.to(dtype or tensor.dtype)
                 tensors[key] = (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).contiguous()
             save_file(tensors, building / shard.name, metadata=file.metadata() or {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, shard.name)
+        total_size += sum(tensor.nbytes for tensor in tensors.values())
     for path in base_folder.iterdir():
         if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES):
             shutil.copyfile(path, building / path.name)
+    index = building / "model.safetensors.index.json"
+    if index.is_file():
+        content = json.loads(index.read_text(encoding="utf-8"))
+        metadata = {**content.get("metadata", {}), "total_size": total_size}
+        content = {"metadata": metadata, "weight_map": weight_map}
+        index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if dtype is not None:
         config = json.loads((building / "config.json").read_text(encoding="utf-8"))
         config.pop("torch_dtype", None)

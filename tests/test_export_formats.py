@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     DebertaV2Config,
-    DebertaV2ForMaskedLM,
     DebertaV2ForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
@@ -34,7 +32,7 @@ from transformers import (
 
 from adalora_dist.allocator import RankAllocator
 from adalora_dist.config import AdapterConfig
-from adalora_dist.export import AdapterWeights, gather_adapters, load_adapter, merge, read_adapter, save_adapter
+from adalora_dist.export import AdapterWeights, gather_adapters, merge
 from adalora_dist.inject import inject_adapters
 from adalora_dist.peft_format import VLLM_MAX_RANKS, fold, save_adalora, save_lora
 
