@@ -15,7 +15,6 @@ from pathlib import Path
 
 from adalora_dist.cli import parse_config, user_errors
 from adalora_dist.config import CommonsenseConfig
-from adalora_dist.errors import UserError
 
 DEMO_CONFIG = Path(__file__).parent / "configs" / "llama_commonsense_demo.yaml"
 
@@ -49,15 +48,11 @@ def main(config: CommonsenseConfig) -> None:
     from adalora_dist.training.losses import causal_loss
     from adalora_dist.training.model import dtype_named, load_backbone
     from adalora_dist.training.quantization import bitsandbytes_config
-    from adalora_dist.training.report import accuracy_table, rank_table
+    from adalora_dist.training.report import accuracy_table, facts_line, rank_table, run_facts
     from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
+    from adalora_dist.training.trained import gather_trained
     from adalora_dist.training.verify import last_logits, logit_differences
 
-    if config.adapter.train_modules:
-        raise UserError(
-            f"train_modules={' '.join(config.adapter.train_modules)}: this recipe exports adapters only, what else was "
-            "trained would be lost; leave train_modules out and name linear modules in targets"
-        )
     refuse_used_folder(config)
     accelerator = build_accelerator(config.train)
     say, engine = accelerator.print, engine_name(accelerator)
@@ -95,29 +90,16 @@ def main(config: CommonsenseConfig) -> None:
 
     # --------------------------------------------------------------------------------------------------- adapters
 
-    matrices = inject_adapters(model, config.adapter, config.train.seed)
-    num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    inject_adapters(model, config.adapter, config.train.seed)
 
     # ----------------------------------------------------------------------------------------------------- engine
 
     prepared = prepare(accelerator, model, config, num_steps)
-    schedule = prepared.allocator.schedule
-    facts = {
-        "engine": engine,
-        "num_processes": accelerator.num_processes,
-        "num_steps": num_steps,
-        "num_matrices": len(matrices),
-        "num_trainable_parameters": num_trainable,
-        "initial_budget": schedule.initial_budget,
-        "target_budget": schedule.target_budget,
-    }
+    allocator = prepared.allocator
+    facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared)
     folder = RunFolder(config, accelerator.is_main_process, facts)
     start_trackers(accelerator, config)
-    say(
-        f"{engine} on {accelerator.num_processes} process(es), {num_steps} steps; {len(matrices)} matrices, "
-        f"{num_trainable:,} trainable parameters; budget {schedule.initial_budget} -> {schedule.target_budget} "
-        f"triplets by step {schedule.freeze_step + 1}"
-    )
+    say(facts_line(facts, allocator.schedule.freeze_step if allocator else None))
 
     # --------------------------------------------------------------------------------------------------- evaluate
 
@@ -148,14 +130,16 @@ def main(config: CommonsenseConfig) -> None:
 
     # ----------------------------------------------------------------------------------------------------- export
 
-    adapters = gather_adapters(prepared.allocator)
+    adapters = gather_adapters(allocator) if allocator else []
+    trained = gather_trained(accelerator.unwrap_model(prepared.model), keep=accelerator.is_main_process)
     pattern = {a.name: a.lam.numel() for a in adapters}
     verified = config.export.export_merged and config.export.verify_export
     if verified:  # on every process: where the model is sharded, forwards are collective
         probe, num_reply = rows[0]["input_ids"], count_targets(rows[0]["labels"])
         logits = last_logits(accelerator.unwrap_model(prepared.model), probe, num_reply + 1, accelerator.device)
     if accelerator.is_main_process:
-        save_adapter(adapters, folder.path / "adapter", config.model.name, config.model.revision)
+        if adapters:
+            save_adapter(adapters, folder.path / "adapter", config.model.name, config.model.revision)
         folder.write_json("rank_pattern.json", pattern)
         folder.write_json("results.json", {"before": [vars(r) for r in before], "after": [vars(r) for r in after]})
         if config.export.export_merged:
@@ -164,7 +148,7 @@ def main(config: CommonsenseConfig) -> None:
             base_weights = None
             if config.export.merge_into == "dequantized":
                 base_weights = quantized_weights(accelerator.unwrap_model(prepared.model), config)
-            merge(adapters, base, merged, dtype_named(config.export.export_dtype), base_weights=base_weights)
+            merge(adapters, base, merged, dtype_named(config.export.export_dtype), trained, base_weights)
             tokenizer.save_pretrained(merged)
             if verified:
                 difference = logit_differences(AutoModelForCausalLM, merged, probe, logits)
@@ -175,8 +159,9 @@ def main(config: CommonsenseConfig) -> None:
     accelerator.wait_for_everyone()
 
     say("\n" + accuracy_table(before, after))
-    say("\nActive ranks\n" + rank_table(pattern))
-    say(f"Total rank {sum(pattern.values())}, budget {schedule.target_budget}")
+    if allocator:
+        say("\nActive ranks\n" + rank_table(pattern))
+        say(f"Total rank {sum(pattern.values())}, budget {allocator.schedule.target_budget}")
     say(f"\nFiles in {folder.path}: " + ", ".join(sorted(p.name for p in folder.path.iterdir())))
     accelerator.end_training()
 
