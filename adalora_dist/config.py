@@ -112,6 +112,8 @@ class TrainConfig(Section):
     """Run folder: resolved configuration, metrics.jsonl, exports. A folder that holds a run is refused."""
     overwrite: bool = False
     """Replace the run that output_dir holds."""
+    dry_run: bool = False
+    """Only say what the run would be, without reading weights: steps, budgets, trainable parameters."""
     epochs: float = Field(3.0, gt=0)
     """Passes over the training data; ignored when max_steps is set."""
     max_steps: int | None = Field(None, ge=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal, get_args
 
 import tyro
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from adalora_dist.config import AdapterConfig, EvaluationConfig, ModelConfig, RunConfig, Section, TrainConfig
 
@@ -66,6 +66,16 @@ class SquadDataConfig(Section):
     """Longest predicted answer in tokens."""
     null_threshold: float = 0.0
     """v2.0: 'no answer' is predicted where its score exceeds that of the best answer by more than this."""
+
+    @model_validator(mode="after")
+    def _windows_advance(self) -> SquadDataConfig:
+        least = self.max_question_length + self.doc_stride + 5  # up to four special tokens, and one that is new
+        if self.max_length < least:
+            raise ValueError(
+                f"max_length {self.max_length} with max_question_length {self.max_question_length} and doc_stride "
+                f"{self.doc_stride}: windows might not advance, max_length must be at least {least}; lower doc_stride"
+            )
+        return self
 
 
 class SquadConfig(RunConfig):

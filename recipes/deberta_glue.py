@@ -19,6 +19,7 @@ from adalora_dist.errors import UserError
 from adalora_dist.recipe_config import GlueConfig
 
 TABLE = Path(__file__).parent / "configs" / "tables" / "deberta_glue.yaml"
+ARCHITECTURES = Path(__file__).parent / "configs" / "architectures"
 DEMO_CONFIG = Path(__file__).parent / "configs" / "deberta_glue_demo.yaml"
 
 
@@ -39,6 +40,7 @@ def main(config: GlueConfig) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from adalora_dist.data.batches import BatchPlan
+    from adalora_dist.data.demo_sentences import TASK, demo_sentences, demo_sentences_folder
     from adalora_dist.data.encoding import padding_token
     from adalora_dist.data.glue import TASKS, encode_texts, load_glue
     from adalora_dist.evaluation.classification import largest_difference, predict, score
@@ -46,6 +48,7 @@ def main(config: GlueConfig) -> None:
     from adalora_dist.export import base_folder_of, gather_adapters, merge, save_adapter, save_trained, write_task
     from adalora_dist.inject import inject_adapters
     from adalora_dist.training.dequantized import quantized_weights
+    from adalora_dist.training.dry_run import count_rows, dry_run
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
     from adalora_dist.training.loop import prepare, total_steps, train
     from adalora_dist.training.losses import classification_loss
@@ -56,6 +59,14 @@ def main(config: GlueConfig) -> None:
     from adalora_dist.training.trained import gather_trained
     from adalora_dist.training.verify import load_plainly
 
+    if config.train.dry_run:
+        num_rows = count_rows(
+            config.data,
+            [config.data.task],
+            lambda: load_glue(config.data)[0] if config.data.source else demo_sentences("train"),
+        )
+        auto_class, num_labels = AutoModelForSequenceClassification, TASKS[config.data.task].num_labels
+        return dry_run(config, auto_class, num_rows, ARCHITECTURES, "all-MiniLM-L6-v2", num_labels=num_labels)
     require_metrics()
     refuse_used_folder(config)
     accelerator = build_accelerator(config.train)
@@ -66,8 +77,6 @@ def main(config: GlueConfig) -> None:
     # ------------------------------------------------------------------------------------------------------ data
 
     if not config.data.source:
-        from adalora_dist.data.demo_sentences import TASK, demo_sentences_folder
-
         if config.data.task != TASK:
             raise UserError(f"task={config.data.task} needs data: --data FOLDER or --data hub; built in is {TASK} only")
         sentences = demo_sentences_folder()

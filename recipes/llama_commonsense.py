@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 
 from adalora_dist.cli import parse_config, user_errors
-from adalora_dist.config import CommonsenseConfig
+from adalora_dist.config import COMMONSENSE_TASKS, CommonsenseConfig
 
+ARCHITECTURES = Path(__file__).parent / "configs" / "architectures"
 DEMO_CONFIG = Path(__file__).parent / "configs" / "llama_commonsense_demo.yaml"
 
 
@@ -37,12 +38,14 @@ def main(config: CommonsenseConfig) -> None:
 
     from adalora_dist.data.batches import BatchPlan, count_targets
     from adalora_dist.data.commonsense import load_tasks
+    from adalora_dist.data.demo_questions import demo_questions, demo_questions_folder
     from adalora_dist.data.encoding import encode_examples, padding_token
     from adalora_dist.evaluation.choices import evaluate_choices
     from adalora_dist.evaluation.generation import evaluate_generation
     from adalora_dist.export import base_folder_of, gather_adapters, merge, save_adapter
     from adalora_dist.inject import inject_adapters
     from adalora_dist.training.dequantized import quantized_weights
+    from adalora_dist.training.dry_run import count_rows, dry_run
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
     from adalora_dist.training.loop import is_sharded, prepare, total_steps, train
     from adalora_dist.training.losses import causal_loss
@@ -53,6 +56,13 @@ def main(config: CommonsenseConfig) -> None:
     from adalora_dist.training.trained import gather_trained
     from adalora_dist.training.verify import last_logits, logit_differences
 
+    if config.train.dry_run:
+        tasks = config.data.tasks or COMMONSENSE_TASKS
+        built_in = not config.data.source
+        num_rows = count_rows(
+            config.data, tasks, lambda: demo_questions("train") if built_in else load_tasks(config.data)[0]
+        )
+        return dry_run(config, AutoModelForCausalLM, num_rows, ARCHITECTURES, "SmolLM2-135M-Instruct")
     refuse_used_folder(config)
     accelerator = build_accelerator(config.train)
     say, engine = accelerator.print, engine_name(accelerator)
@@ -62,12 +72,10 @@ def main(config: CommonsenseConfig) -> None:
     # ------------------------------------------------------------------------------------------------------ data
 
     if not config.data.source:
-        from adalora_dist.data.demo_questions import demo_questions_folder
-
         with accelerator.main_process_first():
-            questions = demo_questions_folder()
-        say(f"Data: built-in questions ({questions}). Your own: --data FOLDER, or --data hub for the eight tasks.")
-        config = config.model_copy(update={"data": config.data.model_copy(update={"source": str(questions)})})
+            source = str(demo_questions_folder())
+        say(f"Data: built-in questions ({source}). Your own: --data FOLDER, or --data hub for the eight tasks.")
+        config = config.model_copy(update={"data": config.data.model_copy(update={"source": source})})
     train_examples, eval_examples = load_tasks(config.data)
     say(
         f"{len(train_examples)} training rows; evaluation: "

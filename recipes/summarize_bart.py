@@ -17,6 +17,7 @@ from adalora_dist.cli import parse_config, user_errors
 from adalora_dist.recipe_config import SummarizationConfig
 
 TABLE = Path(__file__).parent / "configs" / "tables" / "summarize_bart.yaml"
+ARCHITECTURES = Path(__file__).parent / "configs" / "architectures"
 DEMO_CONFIG = Path(__file__).parent / "configs" / "summarize_bart_demo.yaml"
 
 
@@ -43,6 +44,7 @@ def main(config: SummarizationConfig) -> None:
     from adalora_dist.export import base_folder_of, gather_adapters, merge, save_adapter, save_trained
     from adalora_dist.inject import inject_adapters
     from adalora_dist.training.dequantized import quantized_weights
+    from adalora_dist.training.dry_run import count_rows, dry_run
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
     from adalora_dist.training.loop import generates_together, prepare, total_steps, train
     from adalora_dist.training.losses import decoder_start_token, seq2seq_loss
@@ -53,6 +55,9 @@ def main(config: SummarizationConfig) -> None:
     from adalora_dist.training.trained import gather_trained
     from adalora_dist.training.verify import last_logits, logit_differences
 
+    if config.train.dry_run:
+        num_rows = count_rows(config.data, [config.data.task], lambda: load_summaries(config.data)["train"])
+        return dry_run(config, AutoModelForSeq2SeqLM, num_rows, ARCHITECTURES, "demo-bart")
     refuse_used_folder(config)
     rouge_scorer()  # now, not after training
     accelerator = build_accelerator(config.train)
