@@ -36,6 +36,7 @@ def main(config: CommonsenseConfig) -> None:
     from accelerate.utils import set_seed
     from transformers import AutoModelForCausalLM
 
+    from adalora_dist.data.bad_rows import BadRows
     from adalora_dist.data.batches import BatchPlan, count_targets
     from adalora_dist.data.commonsense import load_tasks
     from adalora_dist.data.encoding import encode_examples, padding_token
@@ -45,6 +46,7 @@ def main(config: CommonsenseConfig) -> None:
     from adalora_dist.inject import inject_adapters
     from adalora_dist.training.dequantized import quantized_weights
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
+    from adalora_dist.training.guard import Guard
     from adalora_dist.training.loop import is_sharded, prepare, total_steps, train
     from adalora_dist.training.losses import causal_loss
     from adalora_dist.training.model import dtype_named, load_backbone
@@ -60,6 +62,7 @@ def main(config: CommonsenseConfig) -> None:
         )
     refuse_used_folder(config)
     accelerator = build_accelerator(config.train)
+    guard = Guard(accelerator, config)
     say, engine = accelerator.print, engine_name(accelerator)
     quantization = bitsandbytes_config(config, engine)
     set_seed(config.train.seed)
@@ -73,7 +76,10 @@ def main(config: CommonsenseConfig) -> None:
             questions = demo_questions_folder()
         say(f"Data: built-in questions ({questions}). Your own: --data FOLDER, or --data hub for the eight tasks.")
         config = config.model_copy(update={"data": config.data.model_copy(update={"source": str(questions)})})
-    train_examples, eval_examples = load_tasks(config.data)
+    bad_rows = BadRows(config.data.bad_rows)
+    train_examples, eval_examples = load_tasks(config.data, bad_rows)
+    if summary := bad_rows.summary():
+        say(summary)
     say(
         f"{len(train_examples)} training rows; evaluation: "
         + ", ".join(f"{t} {len(r)}" for t, r in eval_examples.items())
@@ -110,6 +116,7 @@ def main(config: CommonsenseConfig) -> None:
         "num_trainable_parameters": num_trainable,
         "initial_budget": schedule.initial_budget,
         "target_budget": schedule.target_budget,
+        "num_rows_left_out": dict(bad_rows.counts),
     }
     folder = RunFolder(config, accelerator.is_main_process, facts)
     start_trackers(accelerator, config)
@@ -143,7 +150,7 @@ def main(config: CommonsenseConfig) -> None:
     # ------------------------------------------------------------------------------------------------------ train
 
     loss_sum = causal_loss(rows, padding_token(tokenizer), accelerator.device)
-    train(accelerator, prepared, plan, loss_sum, config, folder, say)
+    train(accelerator, prepared, plan, loss_sum, config, folder, say, guard)
     after = evaluate()
 
     # ----------------------------------------------------------------------------------------------------- export
@@ -179,6 +186,7 @@ def main(config: CommonsenseConfig) -> None:
     say(f"Total rank {sum(pattern.values())}, budget {schedule.target_budget}")
     say(f"\nFiles in {folder.path}: " + ", ".join(sorted(p.name for p in folder.path.iterdir())))
     accelerator.end_training()
+    guard.close()
 
 
 if __name__ == "__main__":

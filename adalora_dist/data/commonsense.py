@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from adalora_dist.config import COMMONSENSE_TASKS, CommonsenseDataConfig
+from adalora_dist.data.bad_rows import BadRows
 from adalora_dist.data.hub import hub_rows
 from adalora_dist.errors import UserError
 
@@ -83,37 +84,43 @@ def resolve_tasks(data: CommonsenseDataConfig) -> tuple[str, ...]:
     return tasks
 
 
-def load_tasks(data: CommonsenseDataConfig) -> tuple[list[Example], dict[str, list[Example]]]:
+def load_tasks(
+    data: CommonsenseDataConfig, bad_rows: BadRows | None = None
+) -> tuple[list[Example], dict[str, list[Example]]]:
     """Training rows of all tasks, joined in task order, and evaluation rows by task.
 
     ``max_train_rows`` and ``max_eval_rows`` keep the first rows of each task; all rows are checked nevertheless.
+    ``bad_rows`` (by default with the policy of ``data``) counts the rows left out.
 
     Raises:
         UserError: anything that ``resolve_tasks`` or ``load_task`` refuses.
     """
-    tasks = resolve_tasks(data)
-    train = [example for task in tasks for example in load_task(data.source, task, "train")[: data.max_train_rows]]
-    return train, {task: load_task(data.source, task, "test")[: data.max_eval_rows] for task in tasks}
+    tasks, bad = resolve_tasks(data), bad_rows or BadRows(data.bad_rows)
+    train = [row for task in tasks for row in load_task(data.source, task, "train", bad)[: data.max_train_rows]]
+    return train, {task: load_task(data.source, task, "test", bad)[: data.max_eval_rows] for task in tasks}
 
 
-def load_task(source: str, task: str, split: Split) -> list[Example]:
+def load_task(source: str, task: str, split: Split, bad_rows: BadRows | None = None) -> list[Example]:
     """All rows of one split of one task.
 
     Split ``test`` falls back to a validation or dev file where no test file exists, with a warning that names it; on
     the Hub it is the split that has labels.
 
     Raises:
-        UserError: a file is missing, empty or unreadable, the Hub cannot be reached, or a row is not valid.
+        UserError: a file is missing, empty or unreadable, the Hub cannot be reached, or a row is not valid and
+            ``bad_rows`` does not let it be left out (it does not by default).
     """
+    bad = bad_rows or BadRows("error")
     if source == "hub":
-        return [_example(row, task, origin) for origin, row in hub_rows(task, split)]
+        return list(bad.usable(_examples(bad.usable(hub_rows(task, split)), task)))
     path = find_file(source, task, split)
     if path.stem not in (split, "train"):
         logger.warning("%s/%s has no test file: evaluating on %s", source, task, path.name)
     rows = _jsonl_rows(path) if path.suffix == ".jsonl" else _parquet_rows(path)
-    examples = [_example(row, task, origin) for origin, row in rows]
+    examples = list(bad.usable(_examples(bad.usable(rows), task)))
     if not examples:
-        raise UserError(f"{path}: the file has no rows; remove the folder of {task} or fill the file")
+        usable = "usable rows" if bad.counts[str(path)] else "rows"
+        raise UserError(f"{path}: the file has no {usable}; remove the folder of {task} or fill the file")
     return examples
 
 
@@ -143,21 +150,23 @@ def _tasks_in(source: str) -> list[str]:
     return [task for task in COMMONSENSE_TASKS if (Path(source) / task).is_dir()]
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, object]]:
-    try:
-        with path.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    yield f"{path}:{number}", json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(
-                        f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}); "
-                        "write one JSON object per line"
-                    ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, object] | UserError]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if text.strip():
+                    yield f"{path}:{number}", json.loads(text)
+            except json.JSONDecodeError as error:
+                yield UserError(
+                    f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}); "
+                    "write one JSON object per line"
+                )
+            except UnicodeDecodeError as error:
+                yield UserError(
+                    f"{path}:{number}: not UTF-8 text ({error.reason} at byte {error.start} of the row); save it as "
+                    "UTF-8"
+                )
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
@@ -171,6 +180,14 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
         raise UserError(f"{path}: not a readable Parquet file ({reason}); write it again") from error
     for number, row in enumerate(rows, start=1):
         yield f"{path}:{number}", row
+
+
+def _examples(rows: Iterable[tuple[str, object]], task: str) -> Iterator[Example | UserError]:
+    for origin, row in rows:
+        try:
+            yield _example(row, task, origin)
+        except UserError as error:
+            yield error
 
 
 def _example(row: object, task: str, origin: str) -> Example:

@@ -85,11 +85,13 @@ HUB_TASKS = {
 }
 
 
-def hub_rows(task: str, split: str) -> Iterator[tuple[str, Row]]:
+def hub_rows(task: str, split: str) -> Iterator[tuple[str, Row] | UserError]:
     """Yield (origin, row) of one split, ``train`` or ``test``; origin is ``path/name/split:row``, row 1 first.
 
+    For a row that has another form than its mapping expects, the error that says so is yielded in its place.
+
     Raises:
-        UserError: the data set cannot be loaded, or a row has another form than its mapping expects.
+        UserError: the data set cannot be loaded.
     """
     import datasets
 
@@ -106,13 +108,12 @@ def hub_rows(task: str, split: str) -> Iterator[tuple[str, Row]]:
         ) from error
     for number, raw in enumerate(rows, start=1):
         try:
-            row = hub_task.to_row(raw)
+            yield f"{origin}:{number}", hub_task.to_row(raw)
         except (KeyError, ValueError, AttributeError, TypeError) as error:
-            raise UserError(
+            yield UserError(
                 f"{origin}:{number}: the row cannot be used ({type(error).__name__}: {error}); the data set may have "
                 f"changed: use local files with --data FOLDER"
-            ) from error
-        yield f"{origin}:{number}", row
+            )
 
 
 def _lettered(question: str, raw: Mapping[str, Any]) -> Row:
