@@ -102,6 +102,8 @@ class ZeroEngine:
             )
         self.num_firings = 1 if self._kind == _STAGE_1_BF16 else len(self._masters)
         self._held: list[tuple[Any, torch.Tensor | None]] = []
+        self._addresses: list[int] = []
+        self._views: list[torch.Tensor] = []
         optimizer.register_step_post_hook(self._after_firing)
 
     @property
@@ -116,7 +118,10 @@ class ZeroEngine:
         return [f.span for f in self._fragments]
 
     def values(self) -> list[torch.Tensor]:
-        return [self._values_of(f) for f in self._fragments]
+        addresses = [master.data_ptr() for master in self._masters]
+        if addresses != self._addresses:  # at first, and should DeepSpeed ever move its buffers
+            self._addresses, self._views = addresses, [self._values_of(f) for f in self._fragments]
+        return list(self._views)
 
     def _values_of(self, fragment: _Fragment) -> torch.Tensor:
         return self._masters[fragment.group].detach().narrow(0, fragment.offset, fragment.length)
@@ -142,7 +147,9 @@ class ZeroEngine:
             gradients += [g for g in waiting or () if g is not None]
         return nonfinite_flag(gradients)
 
-    def skip_firing(self) -> None:
+    def skip_firing_if(self, flag: torch.Tensor) -> None:
+        if not flag.item():
+            return
         for master in self._firing_masters():
             self._held.append((master, master.grad))
             master.grad = None
@@ -159,10 +166,9 @@ class ZeroEngine:
         if self._kind == _STAGE_3 and any(master is self._masters[-1] for master in firing):
             self._zero.grad_partitions_flat_buffer.zero_()
 
-    def write(self, index: int, values: torch.Tensor) -> None:
-        fragment = self._fragments[index]
-        self._values_of(fragment).copy_(values)
-        self._working_copy(index).copy_(values)
+    def write(self, indices: Sequence[int], values: Sequence[torch.Tensor]) -> None:
+        torch._foreach_copy_([self._values_of(self._fragments[k]) for k in indices], list(values))
+        torch._foreach_copy_([self._working_copy(k) for k in indices], list(values))
 
     def _working_copy(self, index: int) -> torch.Tensor:
         p, fragment = self._params[index], self._fragments[index]

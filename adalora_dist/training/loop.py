@@ -45,7 +45,12 @@ def prepare(accelerator: Accelerator, model: nn.Module, config: RunConfig, num_s
     """Optimizer over the trainable parameters, allocator attached, both handed to the engine; weights read last."""
     read_trained_modules(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=config.train.learning_rate, weight_decay=config.train.weight_decay)
+    optimizer = torch.optim.AdamW(
+        trainable,
+        lr=config.train.learning_rate,
+        weight_decay=config.train.weight_decay,
+        fused=config.train.precision != "fp16",  # its kernel would unscale gradients after the allocator has seen them
+    )
     allocator = RankAllocator.attach(model, optimizer, config.adapter, num_steps)
     if config.train.gradient_checkpointing:
         cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
