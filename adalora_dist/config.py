@@ -40,7 +40,7 @@ class ModelConfig(Section):
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """Attention kernel; auto: transformers decides."""
     allow_pickle_weights: bool = False
-    """Also load weights that are not in safetensors (pytorch_model.bin); with FSDP2 every process then reads them whole."""
+    """Also load weights from pytorch_model.bin, a pickle; with FSDP2 every process then reads them whole."""
     trust_remote_code: bool = False
     """Run Python code from the model's repository. Needs revision to be a full commit hash."""
 

@@ -184,7 +184,7 @@ def main(config: CommonsenseConfig) -> None:
     say("\n" + accuracy_table(before, after))
     say("\nActive ranks\n" + rank_table(pattern))
     say(f"Total rank {sum(pattern.values())}, budget {schedule.target_budget}")
-    say(f"\nFiles in {folder.path}: " + ", ".join(sorted(p.name for p in folder.path.iterdir())))
+    say(f"\nFiles in {folder.path}: " + ", ".join(sorted(p.name for p in folder.path.glob("[!.]*"))))
     accelerator.end_training()
     guard.close()
 

@@ -196,10 +196,17 @@ def run(
 
 def _with_fault(loss_sum: LossSum, fault: Fault, rank: int, folder: Path, prepared: Prepared, look: Any) -> LossSum:
     """One forward per step: the count of calls is the step."""
-    count = iter(range(10**6))
+    count, now = iter(range(10**6)), [-1]
+
+    def poison(layer: nn.Module, args: Any) -> None:
+        """The gradient of one parameter, of this rank alone."""
+        if fault.kind == "gradient" and fault.hits(now[0], rank):
+            layer.lam.register_hook(lambda gradient: gradient * math.nan)
+
+    prepared.allocator.matrices[0].layer.register_forward_pre_hook(poison)
 
     def faulty(model: nn.Module, indices: list[int]) -> torch.Tensor:
-        step = next(count)
+        now[0] = step = next(count)
         if look is not None:
             look(prepared, step)
         (folder / f"step-{step}-{rank}").touch()
@@ -209,8 +216,6 @@ def _with_fault(loss_sum: LossSum, fault: Fault, rank: int, folder: Path, prepar
         match fault.kind:
             case "nan" | "inf":
                 return loss * (math.nan if fault.kind == "nan" else math.inf)
-            case "gradient":
-                return loss + _first_adapter(model).square().sum().sqrt()  # a zero whose square root has no gradient
             case "raise":
                 raise KeyError("a broken row")
             case "memory":
@@ -226,5 +231,55 @@ def _with_fault(loss_sum: LossSum, fault: Fault, rank: int, folder: Path, prepar
     return faulty
 
 
-def _first_adapter(model: nn.Module) -> torch.Tensor:
-    return next(p for name, p in model.named_parameters() if name.endswith(".lam"))
+# ------------------------------------------------------------------------------------- looking and meddling
+
+
+class Untouched:
+    """Looks at the state before and after the bad step, in the rank itself."""
+
+    def __init__(self, fault: Fault) -> None:
+        self.fault, self.compared = fault, False
+
+    def __call__(self, prepared: Prepared, step: int) -> None:
+        if step == self.fault.step:
+            self.before = _state(prepared)
+        if step == self.fault.step + 1:
+            after, keep = _state(prepared), prepared.allocator.keep
+            assert prepared.allocator.num_skipped_steps == 1
+            for name, tensors in self.before.items():
+                for old, new in zip(tensors, after[name], strict=True):
+                    # a pruning that was due happens nevertheless: lambda of what is not kept becomes 0
+                    masked = name == "weights" and keep is not None and not new[new != old].any()
+                    assert torch.equal(old, new) or masked
+            assert sum(t.numel() for t in self.before["averages"]) > 0
+            print("compared")
+
+
+def _state(prepared: Prepared) -> dict[str, list[torch.Tensor]]:
+    allocator, states = prepared.allocator, prepared.inner_optimizer.state.values()
+    assert allocator._engine is not None
+    moments = [t.to_local() if hasattr(t, "to_local") else t for s in states for t in s.values() if torch.is_tensor(t)]
+    return {
+        "weights": [t.detach().clone() for t in allocator._engine.values()],
+        "averages": [allocator.sensitivity.clone(), allocator.uncertainty.clone()],
+        "moments": [t.detach().clone() for t in moments],
+    }
+
+
+def corrupt(what: str, at_step: int) -> Any:
+    """On rank 1 alone, change the pattern or a lambda behind the allocator's back."""
+
+    def look(prepared: Prepared, step: int) -> None:
+        if step != at_step or torch.distributed.get_rank() != 1:
+            return
+        allocator = prepared.allocator
+        assert allocator._engine is not None
+        if what == "keep":
+            allocator.keep = allocator.keep.clone()
+            kept, pruned = allocator.keep.int().argmax(), allocator.keep.int().argmin()
+            allocator.keep[kept], allocator.keep[pruned] = False, True
+        else:
+            with torch.no_grad():
+                allocator._engine.values()[allocator._lams[0]].add_(0.5)
+
+    return look

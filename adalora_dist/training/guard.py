@@ -51,6 +51,7 @@ class Guard:
         self._accelerator, self._config = accelerator, config
         self._prepared: Prepared | None = None
         self._in_loop = self._closed = self._preempted = False
+        self._lock: RunLock | None = None
         rank, world_size = accelerator.process_index, accelerator.num_processes
         self._peers = Peers(rank, world_size, config.train.peer_timeout_seconds, _from_rank_0)
         self._previous_hook, sys.excepthook = sys.excepthook, self._on_error
@@ -58,7 +59,8 @@ class Guard:
         self._previous_handlers = {
             number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGUSR1)
         }
-        self._lock = RunLock(Path(config.train.output_dir)) if accelerator.is_main_process else None
+        if accelerator.is_main_process:
+            self._lock = RunLock(Path(config.train.output_dir))
         self._parent = os.getppid() if _is_launched() else None
         threading.Thread(target=self._keep, name="guard", daemon=True).start()
 
@@ -126,9 +128,9 @@ class Guard:
         where = f"rank {rank}: " if self._accelerator.num_processes > 1 else ""
         if _is_out_of_memory(error):
             advice = memory_advice(self._accelerator, self._config, self._prepared, self._peers.step)
-            print(f"error: {where}{kind.__name__} ({reason}): {advice}", file=sys.stderr, flush=True)
+            print(f"\nerror: {where}{kind.__name__} ({reason}): {advice}", file=sys.stderr, flush=True)
         else:
-            print(f"{where}error, which ends all ranks:" if where else "", file=sys.stderr)
+            print(file=sys.stderr)  # after a progress bar
             self._previous_hook(kind, error, trace)
         if self._lock is not None:
             self._lock.release()

@@ -132,6 +132,7 @@ def train(
             losses += read
             unread = []
             if bad_steps.too_many(read, prepared.allocator.num_skipped_steps):
+                bar.close()
                 raise UserError(
                     f"max_nonfinite_steps={settings.max_nonfinite_steps}: no finite loss and gradients in "
                     f"{bad_steps.in_a_row} steps in a row; {find_origin(accelerator, model, loss_sum, micro_batches)}"

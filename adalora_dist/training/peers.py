@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
-from adalora_dist.training.verdict import EXIT_PEER, Identity, Line, State, Verdict, kill_stopped, leave, missed
+from adalora_dist.training.verdict import EXIT_PEER, Identity, Line, State, Verdict, kill_stopped, leave, listen, missed
 
 BEAT_SECONDS = 0.5
 
@@ -41,12 +41,12 @@ class Meeting(NamedTuple):
 class _Hub:
     """What rank 0 has heard from the others."""
 
-    def __init__(self, listener: socket.socket, world_size: int, token: str, timeout_seconds: float) -> None:
+    def __init__(self, listener: socket.socket, token: str, timeout_seconds: float) -> None:
         self.states: dict[int, State] = {}
         self.lines: dict[int, Line] = {}
         self._token, self._timeout_seconds = token, timeout_seconds
         self._last_round = time.monotonic()
-        self._heard = dict.fromkeys(range(1, world_size), self._last_round)
+        self._heard: dict[int, float] = {}  # when, of those that have called and have not said goodbye
         self._lost: list[int] = []
         self._reports: dict[int, tuple[float, Verdict]] = {}
         self._identities: dict[int, Identity] = {}
@@ -79,6 +79,7 @@ class _Hub:
             identity = Identity(*message["identity"])
             line.rank = identity.rank
             self.lines[line.rank], self._identities[line.rank] = line, identity
+            self._heard[line.rank] = time.monotonic()
             return
         state = State(**message)
         self.states[line.rank] = state
@@ -141,7 +142,7 @@ class Peers:
         if world_size == 1:
             return
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-        self._listener = _listen(host) if rank == 0 else None
+        self._listener = listen(host) if rank == 0 else None
         port = self._listener.getsockname()[1] if self._listener else 0
         self._meeting = Meeting(*share([host, port, secrets.token_hex(16), list(self._me)]))
         self._hub = Identity(*self._meeting.hub)
@@ -206,7 +207,7 @@ class Peers:
 
     def _serve(self, listener: socket.socket) -> None:
         """Rank 0: hear all, decide, tell all. After its own end it waits for the others to learn of it."""
-        hub = _Hub(listener, self.world_size, self._meeting.token, self.timeout_seconds)
+        hub = _Hub(listener, self._meeting.token, self.timeout_seconds)
         next_beat, deadline = 0.0, float("inf")
         while not self._own.done or (hub.lines and time.monotonic() < deadline):
             hub.hear()
@@ -259,7 +260,8 @@ class Peers:
                 if self._own.done:
                     return
             except (EOFError, OSError):
-                self._end(missed(0, self._hub, None))
+                if not self._own.done:
+                    self._end(missed(0, self._hub, None))
                 return
             if now - last_round > 4 * BEAT_SECONDS:  # this process was stopped itself
                 heard = now
@@ -288,15 +290,7 @@ class Peers:
         if verdict.is_gone:
             # Of those that find rank 0 gone, one on each machine speaks.
             if self.rank == 0 or (verdict.rank == 0 and (self.rank == 1 or os.environ.get("LOCAL_RANK") == "0")):
-                print(f"error: {verdict.text}; the run has ended on all ranks", file=sys.stderr, flush=True)
+                print(f"\nerror: {verdict.text}; the run has ended on all ranks", file=sys.stderr, flush=True)
             kill_stopped(verdict.identity)
         time.sleep(BEAT_SECONDS)  # the rank to blame speaks first, and its launcher sees it end first
         leave(verdict.code)
-
-
-def _listen(host: str) -> socket.socket:
-    if host in ("localhost", "127.0.0.1"):
-        return socket.create_server((host, 0))
-    if socket.has_dualstack_ipv6():  # on all addresses: the name may mean another one seen from here
-        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
-    return socket.create_server(("", 0))

@@ -34,7 +34,7 @@ class RunFolder:
         if not is_main_process:
             return
         if (self.path / "config.yaml").exists() and config.train.overwrite:
-            shutil.rmtree(self.path)
+            _empty(self.path)
         refuse_used_folder(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -62,6 +62,15 @@ def refuse_used_folder(config: RunConfig) -> None:
     path = Path(config.train.output_dir)
     if (path / "config.yaml").exists() and not config.train.overwrite:
         raise UserError(f"output_dir={path} already holds a run: choose another --output-dir or pass --overwrite")
+
+
+def _empty(folder: Path) -> None:
+    """Remove all but the lock, which this run holds."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif not path.name.startswith(".lock"):
+            path.unlink()
 
 
 def _provenance() -> dict[str, Any]:

@@ -92,6 +92,16 @@ class Line:
         return [json.loads(line) for line in lines]
 
 
+def listen(host: str) -> socket.socket:
+    """A socket that takes connections to ``host``, as the others know this machine, on any free port."""
+    if host in ("localhost", "127.0.0.1"):
+        return socket.create_server((host, 0))
+    try:  # on all addresses: the name may mean another one when it is looked up here
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    except (OSError, ValueError):
+        return socket.create_server(("", 0))
+
+
 def leave(code: int) -> NoReturn:
     """End this process at once: collectives in flight would keep the interpreter from ending by itself."""
     for stream in (sys.stdout, sys.stderr):
