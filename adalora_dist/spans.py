@@ -359,9 +359,7 @@ class SpanLayout:
             if len(flat_index):
                 row_gradients = torch.bmm(rows.unsqueeze(1), factors[r][slots])
                 out.data[flat_index] = row_gradients.flatten()[row_index]
-        for group, slots, body, gradient in zip(
-            self.groups, self._group_slots, values.bodies, out.bodies, strict=True
-        ):
+        for group, slots, body, gradient in zip(self.groups, self._group_slots, values.bodies, out.bodies, strict=True):
             if slots is None:
                 gradient.zero_()
             else:
