@@ -48,6 +48,9 @@ from adalora_dist.sharding import select_engine
 from adalora_dist.sharding.base import ShardEngine, sum_over
 from adalora_dist.spans import FACTOR_KINDS, Factor, FlatBuffer, Span, SpanLayout
 
+_LAMBDA_TOLERANCE = 1e-3
+"""Relative to the largest lambda; replicas on equal hardware have equal bits, on unequal hardware they drift apart."""
+
 
 @dataclass(frozen=True)
 class Allocation:
@@ -384,8 +387,11 @@ class RankAllocator:
     def finish(self) -> None:
         """End of the run: compare the final pattern over ranks and make sure that the budget was reached.
 
+        Ask before anything is published.
+
         Raises:
-            RuntimeError: the budget was not reached, with the likely cause, or patterns differ between ranks.
+            RuntimeError: the budget was not reached, with the likely cause, or patterns or lambdas differ between
+                ranks, or a lambda outside of the pattern is not 0.
         """
         self._finished = True
         if problem := self.problem():
@@ -394,6 +400,29 @@ class RankAllocator:
         world = dist.group.WORLD if dist.is_initialized() else None
         self._unread = self.step, DelayedSums(sum_over(world, self._digest.summands(self.keep)))
         self._compare_digests()
+        if self._adapts:
+            self._compare_lambdas()
+
+    def _compare_lambdas(self) -> None:
+        """Raise, on all ranks alike, if replicas hold different lambdas, or one outside of the pattern is not 0."""
+        assert self._engine is not None and self.keep is not None
+        world = dist.group.WORLD if dist.is_initialized() else None
+        values = self._engine.values()
+        lam = torch.zeros(self._layout.num_triplets, dtype=torch.float64, device=self.keep.device)
+        for k in self._lams:
+            first = self._factors[k].first_triplet
+            lam[first + self._spans[k].start : first + self._spans[k].stop] = values[k].flatten()
+        lam = sum_over(self._engine.shard_group, lam)  # whole, as this rank's replica has it
+        mean = sum_over(world, lam.clone()) / (dist.get_world_size() if dist.is_initialized() else 1)
+        differs = ~((lam - mean).abs().max() <= _LAMBDA_TOLERANCE * mean.abs().max())
+        outside = (lam * ~self.keep).any()
+        flags = sum_over(world, torch.stack([differs, outside]).double()).tolist()
+        for flag, what in zip(flags, ("differ between replicas", "outside of the pattern are not 0"), strict=True):
+            if flag:
+                raise RuntimeError(
+                    f"lambdas {what} at the end of the run: it cannot be trusted. A rank changed lambda by itself, or "
+                    "its memory is faulty"
+                )
 
     def problem(self) -> str | None:
         """Why the run, if it ended now, would not have met its budget; None if it has."""

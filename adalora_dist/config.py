@@ -39,6 +39,8 @@ class ModelConfig(Section):
     """Storage type of the frozen backbone; auto: as its files say. Adapters are always float32."""
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """Attention kernel; auto: transformers decides."""
+    allow_pickle_weights: bool = False
+    """Also load weights from pytorch_model.bin, a pickle; with FSDP2 every process then reads them whole."""
     trust_remote_code: bool = False
     """Run Python code from the model's repository. Needs revision to be a full commit hash."""
 
@@ -146,6 +148,10 @@ class TrainConfig(Section):
     """Seed of initialisation and data order."""
     log_every: int = Field(10, ge=1)
     """Optimizer steps between console log lines; metrics.jsonl has every step."""
+    max_nonfinite_steps: int = Field(20, ge=1)
+    """End the run after so many steps in a row with a loss or gradients that are not finite; each is left out."""
+    peer_timeout_seconds: float = Field(60.0, ge=2)
+    """All processes end when one has not been heard of for so long: it, or its machine, was stopped."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Experiment trackers to report to besides metrics.jsonl."""
 
@@ -221,6 +227,15 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _mergeable_files(self) -> RunConfig:
+        if self.model.allow_pickle_weights and self.export.export_merged:
+            raise ValueError(
+                "allow_pickle_weights true with export_merged true: merging goes through the backbone's safetensors "
+                "files; set export_merged to false, or save the backbone again with save_pretrained"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _reachable_budget(self) -> RunConfig:
         adapter = self.adapter
         if adapter.method == "full" and self.model.dtype in ("bfloat16", "float16"):
@@ -269,7 +284,12 @@ CommonsenseTask = Literal["boolq", "piqa", "siqa", "hellaswag", "winogrande", "a
 COMMONSENSE_TASKS: tuple[str, ...] = get_args(CommonsenseTask)
 
 
-class CommonsenseDataConfig(Section):
+class DataConfig(Section):
+    bad_rows: Literal["error", "skip"] = "error"
+    """A row that cannot be used: error names file, row and field; skip leaves it out and counts it in run.json."""
+
+
+class CommonsenseDataConfig(DataConfig):
     source: Annotated[str, tyro.conf.arg(name="data")] = ""
     """Folder with TASK/train and TASK/test files (.jsonl or .parquet), or the word hub; empty: built-in questions."""
     tasks: tuple[CommonsenseTask, ...] = ()

@@ -36,6 +36,7 @@ def main(config: CommonsenseConfig) -> None:
     from accelerate.utils import set_seed
     from transformers import AutoModelForCausalLM
 
+    from adalora_dist.data.bad_rows import BadRows
     from adalora_dist.data.batches import BatchPlan, count_targets
     from adalora_dist.data.commonsense import load_tasks
     from adalora_dist.data.demo_questions import demo_questions, demo_questions_folder
@@ -47,6 +48,7 @@ def main(config: CommonsenseConfig) -> None:
     from adalora_dist.training.dequantized import quantized_weights
     from adalora_dist.training.dry_run import count_rows, dry_run
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
+    from adalora_dist.training.guard import Guard
     from adalora_dist.training.loop import is_sharded, prepare, total_steps, train
     from adalora_dist.training.losses import causal_loss
     from adalora_dist.training.model import dtype_named, load_backbone
@@ -65,6 +67,7 @@ def main(config: CommonsenseConfig) -> None:
         return dry_run(config, AutoModelForCausalLM, num_rows, ARCHITECTURES, "SmolLM2-135M-Instruct")
     refuse_used_folder(config)
     accelerator = build_accelerator(config.train)
+    guard = Guard(accelerator, config)
     say, engine = accelerator.print, engine_name(accelerator)
     quantization = bitsandbytes_config(config, engine)
     set_seed(config.train.seed)
@@ -76,7 +79,10 @@ def main(config: CommonsenseConfig) -> None:
             source = str(demo_questions_folder())
         say(f"Data: built-in questions ({source}). Your own: --data FOLDER, or --data hub for the eight tasks.")
         config = config.model_copy(update={"data": config.data.model_copy(update={"source": source})})
-    train_examples, eval_examples = load_tasks(config.data)
+    bad_rows = BadRows(config.data.bad_rows)
+    train_examples, eval_examples = load_tasks(config.data, bad_rows)
+    if summary := bad_rows.summary():
+        say(summary)
     say(
         f"{len(train_examples)} training rows; evaluation: "
         + ", ".join(f"{t} {len(r)}" for t, r in eval_examples.items())
@@ -105,6 +111,7 @@ def main(config: CommonsenseConfig) -> None:
     prepared = prepare(accelerator, model, config, num_steps)
     allocator = prepared.allocator
     facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared)
+    facts["num_rows_left_out"] = dict(bad_rows.counts)
     folder = RunFolder(config, accelerator.is_main_process, facts)
     start_trackers(accelerator, config)
     say(facts_line(facts, allocator.schedule.freeze_step if allocator else None))
@@ -133,7 +140,7 @@ def main(config: CommonsenseConfig) -> None:
     # ------------------------------------------------------------------------------------------------------ train
 
     loss_sum = causal_loss(rows, padding_token(tokenizer), accelerator.device)
-    train(accelerator, prepared, plan, loss_sum, config, folder, say)
+    train(accelerator, prepared, plan, loss_sum, config, folder, say, guard)
     after = evaluate()
 
     # ----------------------------------------------------------------------------------------------------- export
@@ -170,8 +177,9 @@ def main(config: CommonsenseConfig) -> None:
     if allocator:
         say("\nActive ranks\n" + rank_table(pattern))
         say(f"Total rank {sum(pattern.values())}, budget {allocator.schedule.target_budget}")
-    say(f"\nFiles in {folder.path}: " + ", ".join(sorted(p.name for p in folder.path.iterdir())))
+    say(f"\nFiles in {folder.path}: " + ", ".join(sorted(p.name for p in folder.path.glob("[!.]*"))))
     accelerator.end_training()
+    guard.close()
 
 
 if __name__ == "__main__":
