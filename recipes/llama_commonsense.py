@@ -42,6 +42,7 @@ def main(config: CommonsenseConfig) -> None:
     from adalora_dist.evaluation.choices import evaluate_choices
     from adalora_dist.evaluation.generation import evaluate_generation
     from adalora_dist.export import base_folder_of, gather_adapters, merge, save_adapter
+    from adalora_dist.hub import check_push_of_rank0, push
     from adalora_dist.inject import inject_adapters
     from adalora_dist.training.dequantized import quantized_weights
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
@@ -59,6 +60,7 @@ def main(config: CommonsenseConfig) -> None:
             "trained would be lost; leave train_modules out and name linear modules in targets"
         )
     refuse_used_folder(config)
+    check_push_of_rank0(config.export.push_to_hub)
     accelerator = build_accelerator(config.train)
     say, engine = accelerator.print, engine_name(accelerator)
     quantization = bitsandbytes_config(config, engine)
@@ -105,6 +107,7 @@ def main(config: CommonsenseConfig) -> None:
     facts = {
         "engine": engine,
         "num_processes": accelerator.num_processes,
+        "base_commit": getattr(model.config, "_commit_hash", None),  # None: a local folder
         "num_steps": num_steps,
         "num_matrices": len(matrices),
         "num_trainable_parameters": num_trainable,
@@ -168,6 +171,7 @@ def main(config: CommonsenseConfig) -> None:
             tokenizer.save_pretrained(merged)
             if verified:
                 difference = logit_differences(AutoModelForCausalLM, merged, probe, logits)
+                folder.write_json("verification.json", difference.as_record(logits))
                 say(
                     "Merged model in plain transformers: a reply's logits differ from the trained model's by at most "
                     f"{difference.largest:.1e}, on average by {difference.mean:.1e} (of up to {logits.abs().max():.1f})"
@@ -179,6 +183,13 @@ def main(config: CommonsenseConfig) -> None:
     say(f"Total rank {sum(pattern.values())}, budget {schedule.target_budget}")
     say(f"\nFiles in {folder.path}: " + ", ".join(sorted(p.name for p in folder.path.iterdir())))
     accelerator.end_training()
+
+    # ------------------------------------------------------------------------------------------------------- push
+
+    if config.export.push_to_hub and accelerator.is_main_process:  # no process group is left that could wait for it
+        export = config.export
+        address = push(folder.path, export.push_to_hub, "merged", export.push_public, export.push_revision)
+        print(f"Pushed: {address}")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "adalora_dist"
 LEVELS = {
-    0: ("errors", "config", "schedule", "importance", "orthogonality", "spans", "progress"),
+    0: ("errors", "config", "schedule", "importance", "orthogonality", "spans", "progress", "markdown"),
     1: ("layers", "inject"),
     2: ("sharding",),
-    3: ("allocator", "export", "peft_format", "pictures"),
+    3: ("allocator", "export", "peft_format", "pictures", "hub_files", "card", "hub"),
     4: ("cli", "main", "yaml_file", "training", "data", "evaluation", "integrations"),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

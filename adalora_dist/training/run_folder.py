@@ -16,6 +16,7 @@ import yaml
 
 from adalora_dist.config import RunConfig
 from adalora_dist.errors import UserError
+from adalora_dist.hub_files import without_tokens
 
 _PACKAGES = ("adalora-dist", "torch", "transformers", "accelerate", "datasets", "deepspeed", "bitsandbytes")
 
@@ -40,7 +41,7 @@ class RunFolder:
             self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(f"output_dir={self.path} cannot be written ({error}): choose another folder") from error
-        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        text = without_tokens(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         (self.path / "config.yaml").write_text(text, encoding="utf-8")
         (self.path / "run.json").write_text(json.dumps({**_provenance(), **facts}, indent=2) + "\n", encoding="utf-8")
 
@@ -74,7 +75,7 @@ def _provenance() -> dict[str, Any]:
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
     return {
-        "command": sys.argv,
+        "command": [without_tokens(word) for word in sys.argv],
         "commit": git.stdout.strip() or None,
         "python": platform.python_version(),
         "platform": platform.platform(),
