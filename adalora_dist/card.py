@@ -20,7 +20,7 @@ from adalora_dist.config import is_repo_id
 from adalora_dist.errors import UserError
 from adalora_dist.hub_files import read_object, without_tokens
 from adalora_dist.markdown import code, fenced, line, number, setting, table, text
-from adalora_dist.pictures import draw_rank_map
+from adalora_dist.pictures import draw_history, draw_rank_map
 
 _LICENSES = frozenset(
     "apache-2.0 mit bsd-2-clause bsd-3-clause cc0-1.0 cc-by-4.0 cc-by-sa-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 gpl-3.0 "
@@ -89,15 +89,19 @@ def model_card(
 
 
 def card_pictures(run: Path) -> dict[str, bytes]:
-    """The rank map and the history of a run as SVG, by file name."""
-    pictures: dict[str, bytes] = {}
-    pattern = run / "rank_pattern.json"
-    if pattern.is_file():
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "rank_pattern.svg"
-            draw_rank_map(read_object(pattern), path)
-            pictures[path.name] = path.read_bytes()
-    return pictures
+    """ranks.svg and history.svg, of what the run has written.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if (run / "rank_pattern.json").is_file():
+            draw_rank_map(_pattern(run), folder / "ranks.svg")
+        allocations = _records_of(run / "allocations.jsonl")
+        if allocations:
+            draw_history(allocations, folder / "history.svg")
+        return {path.name: path.read_bytes() for path in sorted(folder.iterdir(), reverse=True)}
 
 
 # ---------------------------------------------------------------------------------------------- what the folder says
@@ -224,31 +228,33 @@ def _score(value: float | None) -> str:
 def _ranks(run: Path, facts: Mapping[str, Any], pictures: Sequence[str]) -> str:
     if not (run / "rank_pattern.json").is_file():
         return ""
-    ranks = [rank for rank in read_object(run / "rank_pattern.json").values() if isinstance(rank, int)]
+    ranks = list(_pattern(run).values())
     parts = [
         f"{sum(ranks):,} active triplets in {len(ranks)} matrices, ranks {min(ranks, default=0)} to "
         f"{max(ranks, default=0)}; {ranks.count(0)} matrices need no adapter. Trainable parameters at the start: "
         f"{number(facts.get('num_trainable_parameters'))}."
     ]
-    parts += [f"![{text(Path(name).stem.replace('_', ' '))}]({name})" for name in pictures]
-    budgets = _budgets(run)
+    parts += [f"![{text(Path(name).stem)}]({name})" for name in pictures]
+    budgets = [record for record in _records_of(run / "metrics.jsonl") if "budget" in record]
     if budgets:
         shown = sorted({round(i * (len(budgets) - 1) / 8) for i in range(9)})
-        parts.append(table([{"step": str(budgets[i][0]), "budget": number(budgets[i][1])} for i in shown]))
+        parts.append(table([{key: number(budgets[i].get(key)) for key in ("step", "budget")} for i in shown]))
     return "## Ranks\n\n" + "\n\n".join(parts)
 
 
-def _budgets(run: Path) -> list[tuple[int, int]]:
-    """(step, budget) of every step that metrics.jsonl tells of."""
-    budgets = []
-    path = run / "metrics.jsonl"
-    for record in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+def _pattern(run: Path) -> dict[str, int]:
+    return {name: rank for name, rank in read_object(run / "rank_pattern.json").items() if isinstance(rank, int)}
+
+
+def _records_of(path: Path) -> list[dict[str, Any]]:
+    """A line each; the last one of an interrupted run may be cut off."""
+    records = []
+    for content in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
-            values = json.loads(record)
-            budgets.append((int(values["step"]), int(values["budget"])))
-        except (ValueError, KeyError, TypeError):  # no budget (plain LoRA), or a last line that was cut off
-            continue
-    return budgets
+            records.append(json.loads(content))
+        except ValueError:
+            break
+    return [record for record in records if isinstance(record, dict)]
 
 
 def _settings(title: str, section: Mapping[str, Any] | None) -> str:

@@ -66,7 +66,7 @@ def push(
     run, export = _run_and_export(folder, to)
     ranks = read_object(run / "rank_pattern.json") if run and (run / "rank_pattern.json").is_file() else None
     files = check_export(export, ranks, get_token())
-    written = _written_here(run, export, repo_id, revision, base_license)
+    written = _written_here(run, export, repo_id, revision, base_license, say)
     if files.left_out:
         say(f"Left out of the push: {', '.join(map(repr, files.left_out))}")
     api = HfApi(library_name="adalora-dist")
@@ -104,7 +104,9 @@ def _run_and_export(folder: Path, to: str) -> tuple[Path | None, Path]:
     return (folder.parent if has_run else None), folder
 
 
-def _written_here(run: Path | None, export: Path, repo_id: str, revision: str, base_license: str) -> dict[str, bytes]:
+def _written_here(
+    run: Path | None, export: Path, repo_id: str, revision: str, base_license: str, say: Callable[[str], None]
+) -> dict[str, bytes]:
     """The card and its pictures, by name; for an export without its run, the README.md that lies in it."""
     if run is None:
         readme = export / "README.md"
@@ -117,7 +119,11 @@ def _written_here(run: Path | None, export: Path, repo_id: str, revision: str, b
         if without_tokens(card, get_token()) != card:
             raise UserError(f"{readme} holds a token of the Hub: revoke it, remove it from the file, and push again")
         return {"README.md": card.encode()}
-    pictures = card_pictures(run)
+    try:
+        pictures = card_pictures(run)
+    except UserError as error:
+        say(f"warning: the card goes without pictures: {error}")
+        pictures = {}
     card = model_card(run, export, repo_id, revision, base_license, pictures)
     return {"README.md": without_tokens(card, get_token()).encode(), **pictures}
 

@@ -10,13 +10,14 @@ import fnmatch
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from adalora_dist.base_files import indexed_files
 from adalora_dist.errors import UserError
 from adalora_dist.progress import progress_bar
 
@@ -144,18 +145,13 @@ def _check_weights(export: Path, paths: Mapping[str, Path], ranks: Mapping[str, 
             raise UserError(f"{export}: its weights lack {missing}, a matrix that the run adapted: export again")
 
 
-def _check_index(index: Path, stored: Mapping[str, Iterable[str]]) -> None:
-    weight_map = read_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index}: has no weight_map: export again")
-    for tensor, shard in weight_map.items():
-        if not isinstance(shard, str) or not _PLAIN_NAME.fullmatch(shard) or not shard.endswith(".safetensors"):
-            raise UserError(
-                f"{index}: {tensor!r} is said to be in {shard!r}; must be the plain name of a .safetensors file beside "
-                "the index: do not use this folder"
-            )
-        if tensor not in stored.get(shard, ()):
-            raise UserError(f"{index}: {tensor!r} is said to be in {shard}, and is not: export again")
+def _check_index(index: Path, stored: Mapping[str, Set[str]]) -> None:
+    files = indexed_files(index)
+    if not files:
+        raise UserError(f"{index}: names no file: export again")
+    for tensor, file in files.items():
+        if tensor not in stored.get(file.name, ()):
+            raise UserError(f"{index}: {tensor!r} is said to be in {file.name}, and is not: export again")
 
 
 def _refuse_token(path: Path, token: str | None) -> None:

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "adalora_dist"
 LEVELS = {
-    0: ("errors", "config", "schedule", "importance", "orthogonality", "spans", "progress", "markdown"),
+    0: ("errors", "config", "schedule", "importance", "orthogonality", "spans", "progress", "base_files", "markdown"),
     1: ("layers", "inject"),
     2: ("sharding",),
     3: ("allocator", "export", "peft_format", "pictures", "hub_files", "card", "hub"),

@@ -97,7 +97,7 @@ def test_push_gets_through_whatever_fails_once(pushed: Any, hub: LocalHub) -> No
 def test_what_is_pushed_is_the_export_and_its_card(pushed: Any, hub: LocalHub, run: Path) -> None:
     files = hub.files()
     assert without_card(files) == exported(run)
-    assert files.keys() - exported(run).keys() == {"README.md", "rank_pattern.svg"}
+    assert files.keys() - exported(run).keys() == {"README.md", "ranks.svg"}
     assert b"somebody/a-base" in files["README.md"]
     left_out = next(line for line in pushed.stdout.splitlines() if line.startswith("Left out"))
     assert set(re.findall(r"'([^']+)'", left_out)) == LEFT_OUT
@@ -229,7 +229,7 @@ def kill_at(hub: LocalHub, pattern: str, *arguments: Any, do: str = "stall") -> 
 @pytest.mark.parametrize("point", POINTS)
 def test_killed_in_the_middle(hub: LocalHub, run: Path, point: str) -> None:
     repo = f"somebody/killed-{list(POINTS).index(point)}"
-    whole = frozenset({*exported(run), "README.md", "rank_pattern.svg"})
+    whole = frozenset({*exported(run), "README.md", "ranks.svg"})
     with Reader(hub, repo) as reader:
         # The request that the kill cuts off is answered only when the second call is done, by then to nobody.
         kill_at(hub, POINTS[point], run, repo)
@@ -259,7 +259,7 @@ def test_another_export_replaces_the_first_at_once(hub: LocalHub, run: Path, pla
     repo, single = "somebody/replaced", write_run(place / "single", seed=2, max_shard_size="1GB")
     hub.faults()
     assert hub.push(run, repo).returncode == 0
-    old, new = frozenset(hub.names(repo=repo)), frozenset({*exported(single), "README.md", "rank_pattern.svg"})
+    old, new = frozenset(hub.names(repo=repo)), frozenset({*exported(single), "README.md", "ranks.svg"})
     assert "model.safetensors" in new - old and len(old - new) == 11
     with Reader(hub, repo) as reader:
         kill_at(hub, COMMIT, single, repo)
