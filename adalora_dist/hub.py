@@ -69,6 +69,10 @@ def push(
     written = _written_here(run, export, repo_id, revision, base_license, say)
     if files.left_out:
         say(f"Left out of the push: {', '.join(map(repr, files.left_out))}")
+    if "adapter_config.json" in files.paths:
+        base = read_object(files.paths["adapter_config.json"])["base_model_name_or_path"]
+        if Path(base).is_dir():
+            say(f"warning: the adapter names its base by a folder of this machine, {base}: others must give their own")
     api = HfApi(library_name="adalora-dist")
     say(f"Pushing {len(files.paths)} files, {files.num_bytes / 1e6:,.1f} MB, and the card to {api.endpoint}/{repo_id}")
     persist = _Persistence(repo_id, say)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from adalora_dist.base_files import indexed_files
+from adalora_dist.config import is_repo_id
 from adalora_dist.errors import UserError
 from adalora_dist.progress import progress_bar
 
@@ -33,6 +35,7 @@ LEGAL_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
 """The base's terms, which travel with what is derived from it."""
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_MODULE_PATTERN = re.compile(r"[\w.\\^$|()-]+")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}|\bhf_oauth_[\w.-]{20,}|\bapi_org_[A-Za-z0-9]{30,}")
 _READ_BYTES = 1 << 22
 
@@ -80,7 +83,7 @@ def check_export(export: Path, ranks: Mapping[str, int] | None, token: str | Non
     inside = export.resolve()
     paths, left_out = {}, []
     for path in sorted(export.iterdir()):
-        if path.is_symlink() and not path.resolve().is_relative_to(inside):
+        if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
             raise UserError(f"{str(path)!r} is a link that leads out of the folder: replace it by a copy, or remove it")
         allowed = is_model_file(path.name) or path.name in LEGAL_FILES
         if allowed and not _PLAIN_NAME.fullmatch(path.name):
@@ -92,6 +95,8 @@ def check_export(export: Path, ranks: Mapping[str, int] | None, token: str | Non
     for name in ("config.json", "adapter_config.json", "tokenizer_config.json", "generation_config.json"):
         if name in paths:
             read_object(paths[name])
+    if "adapter_config.json" in paths:
+        _check_adapter_config(paths["adapter_config.json"])
     if not paths.keys() & {"config.json", "adapter_config.json"}:
         raise UserError(f"{export} holds neither config.json nor adapter_config.json: give the folder of an export")
     _check_weights(export, paths, ranks)
@@ -116,6 +121,24 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: must be a JSON object, not {type(content).__name__}: write it again")
     return content
+
+
+def _check_adapter_config(path: Path) -> None:
+    """PEFT opens the base by the name that it finds here, and matches module names with the keys of the patterns."""
+    config = read_object(path)
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not (is_repo_id(base) or (base.isprintable() and Path(base).is_dir())):
+        raise UserError(
+            f"{path}: base_model_name_or_path {base!r:.100} must be a model on the Hub, or a folder of this machine: "
+            "export again, or correct it"
+        )
+    for field in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(field) or {}
+        keys = list(pattern) if isinstance(pattern, dict) else [pattern]
+        # Names and their alternatives, anchored or not; a repetition can keep whoever loads this busy for ever.
+        wrong = next((key for key in keys if not isinstance(key, str) or not _MODULE_PATTERN.fullmatch(key)), None)
+        if wrong is not None:
+            raise UserError(f"{path}: {field} has the key {wrong!r:.100}: must be the name of a module; export again")
 
 
 def _check_weights(export: Path, paths: Mapping[str, Path], ranks: Mapping[str, int] | None) -> None:

@@ -104,8 +104,11 @@ class LocalHub:
         return out, errors
 
 
-def write_run(folder: Path, seed: int = 0, max_shard_size: str = "120KB") -> Path:
-    """A finished run as a recipe leaves it: a tiny merged LLaMA in several files, and everything that a card tells."""
+def write_run(folder: Path, seed: int = 0, max_shard_size: str = "120KB", draw: bool = True) -> Path:
+    """A finished run as a recipe leaves it: a tiny merged LLaMA in several files, and everything that a card tells.
+
+    Without ``draw``, all but what pictures are drawn of.
+    """
     config = CommonsenseConfig(
         model=ModelConfig(name="somebody/a-base"),
         train=TrainConfig(output_dir=str(folder)),
@@ -124,14 +127,16 @@ def write_run(folder: Path, seed: int = 0, max_shard_size: str = "120KB") -> Pat
         model.lm_head.weight.add_(seed)
     model.save_pretrained(folder / "merged", max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder / "merged")
-    linear = [
-        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and "layers" in name
-    ]
-    run.write_json("rank_pattern.json", {name: index % 4 for index, name in enumerate(linear)})
     task = {"task": "boolq", "method": "likelihood", "num_rows": 40, "majority": 0.5, "num_parse_failures": 0}
     run.write_json("results.json", {"before": [{**task, "num_correct": 21}], "after": [{**task, "num_correct": 33}]})
     differences = {"largest_logit_difference": 0.000123, "mean_logit_difference": 4.5e-5, "largest_logit": 12.25}
     run.write_json("verification.json", differences)
+    if draw:
+        linear = [n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear) and "layers" in n]
+        run.write_json("rank_pattern.json", {name: index % 4 for index, name in enumerate(linear)})
+        change = {"lowest_kept_score": 1e-9, "pruned": 2, "returned": 1}
+        allocations = [json.dumps({"step": step, "budget": 56 - step, **change}) for step in range(2, 14, 2)]
+        (folder / "allocations.jsonl").write_text("\n".join(allocations) + "\n")
     for step in range(20):
         run.log({"step": step, "loss": 1.0 / (1 + step), "budget": 56 - step})
     return folder

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ import pytest
 import torch
 from local_hub import REPO, ROOT, TOKEN, LocalHub, write_run
 from safetensors.torch import load_file
+from tiny_project import write_data, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 COMMIT = "POST /api/models/somebody/.*/commit/"
@@ -47,11 +49,25 @@ def run(place: Path) -> Path:
     return run
 
 
+@pytest.fixture(scope="module")
+def plain(run: Path, place: Path) -> Path:
+    """The same without what pictures are drawn of, which would take longer than all the rest of a push."""
+    plain = shutil.copytree(run, place / "plain")
+    for name in ("rank_pattern.json", "allocations.jsonl"):
+        (plain / name).unlink()
+    return plain
+
+
 LEFT_OUT = {"notes.txt", "optimizer.pt", ".env", "checkpoints"}
 
 
 def exported(run: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in (run / "merged").iterdir() if p.name not in LEFT_OUT}
+
+
+def names_of(run: Path) -> frozenset[str]:
+    """What a reader should see of a run without pictures."""
+    return frozenset({*exported(run), "README.md"})
 
 
 def without_card(files: dict[str, bytes]) -> dict[str, bytes]:
@@ -97,7 +113,7 @@ def test_push_gets_through_whatever_fails_once(pushed: Any, hub: LocalHub) -> No
 def test_what_is_pushed_is_the_export_and_its_card(pushed: Any, hub: LocalHub, run: Path) -> None:
     files = hub.files()
     assert without_card(files) == exported(run)
-    assert files.keys() - exported(run).keys() == {"README.md", "ranks.svg"}
+    assert files.keys() - exported(run).keys() == {"README.md", "ranks.svg", "history.svg"}
     assert b"somebody/a-base" in files["README.md"]
     left_out = next(line for line in pushed.stdout.splitlines() if line.startswith("Left out"))
     assert set(re.findall(r"'([^']+)'", left_out)) == LEFT_OUT
@@ -156,24 +172,24 @@ def test_a_second_push_of_the_same_changes_nothing(pushed: Any, hub: LocalHub, r
     assert not [line for line in hub.log()[num_requests:] if line.startswith("PUT")]
 
 
-def test_a_repository_is_private_unless_told_otherwise(pushed: Any, hub: LocalHub, run: Path) -> None:
+def test_a_repository_is_private_unless_told_otherwise(pushed: Any, hub: LocalHub, plain: Path) -> None:
     open_to_all = "somebody/open"
     hub.faults(
         {"match": "POST /api/repos/create", "do": "drop_answer"},  # it is there at the next attempt
         {"match": "GET .*/xet-write-token/", "do": "drop"},
     )
-    assert hub.push(run, open_to_all, "--public").returncode == 0
+    assert hub.push(plain, open_to_all, "--public").returncode == 0
     private = {name: json.loads(hub.get(f"/api/models/{name}") or b"")["private"] for name in (REPO, open_to_all)}
     assert private == {REPO: True, open_to_all: False}
     # Neither is turned into the other by the way.
-    assert "is public: pass --public" in error_of(hub.push(run, open_to_all))
-    assert "is private: leave out --public" in error_of(hub.push(run, REPO, "--public"))
+    assert "is public: pass --public" in error_of(hub.push(plain, open_to_all))
+    assert "is private: leave out --public" in error_of(hub.push(plain, REPO, "--public"))
     assert hub.num_pushes() == hub.num_pushes(open_to_all) == 1
 
 
-def test_a_branch(pushed: Any, hub: LocalHub, run: Path, place: Path) -> None:
+def test_a_branch(pushed: Any, hub: LocalHub, plain: Path, place: Path) -> None:
     hub.faults({"match": "POST /api/validate-yaml", "do": "502"}, {"match": "POST .*/branch/", "do": "500"})
-    other = write_run(place / "other", seed=1)
+    other = write_run(place / "other", seed=1, draw=False)
     main = hub.files()
     finished = hub.push(other / "merged", REPO, "--revision", "tries/one", "--base-license", "llama3.1")
     assert finished.returncode == 0, finished.stderr
@@ -186,7 +202,7 @@ def test_a_branch(pushed: Any, hub: LocalHub, run: Path, place: Path) -> None:
 
 POINTS = {
     "before anything is sent": "POST .*/preupload/",
-    "with half of the weights sent": "PUT /_lfs/[0-9a-f]+/2$",
+    "with half of the weights sent": "PUT /_lfs/[0-9a-f]+/2( |$)",
     "with all weights sent": COMMIT,
 }
 
@@ -212,58 +228,65 @@ class Reader:
         self.thread.join()
 
 
+def wait_for(hub: LocalHub, pattern: str, process: subprocess.Popen[str], num_requests: int = 0) -> None:
+    """Until the Hub has logged a request that matches, after its first ``num_requests``."""
+    deadline = time.monotonic() + 120
+    while not any(re.search(pattern, line) for line in hub.log()[num_requests:]):
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"no request {pattern}: {hub.outputs(process)}")
+        time.sleep(0.01)
+
+
 def kill_at(hub: LocalHub, pattern: str, *arguments: Any, do: str = "stall") -> None:
     """Push, and end the process without notice when its request that matches arrives."""
     num_requests = len(hub.log())
     hub.faults({"match": pattern, "do": do})
     process = hub.start_push(*arguments)
-    deadline = time.monotonic() + 60
-    while not any(re.search(pattern, line) for line in hub.log()[num_requests:]):
-        assert process.poll() is None and time.monotonic() < deadline, hub.outputs(process)
-        time.sleep(0.01)
+    wait_for(hub, pattern, process, num_requests)
     process.send_signal(signal.SIGKILL)
     hub.outputs(process)
     assert process.returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_killed_in_the_middle(hub: LocalHub, run: Path, point: str) -> None:
+def test_killed_in_the_middle(hub: LocalHub, plain: Path, point: str) -> None:
     repo = f"somebody/killed-{list(POINTS).index(point)}"
-    whole = frozenset({*exported(run), "README.md", "ranks.svg"})
+    whole = names_of(plain)
     with Reader(hub, repo) as reader:
         # The request that the kill cuts off is answered only when the second call is done, by then to nobody.
-        kill_at(hub, POINTS[point], run, repo)
+        kill_at(hub, POINTS[point], plain, repo)
         time.sleep(0.05)
         assert hub.names(repo=repo) == set()
         num_requests = len(hub.log())
-        again = hub.push(run, repo)
+        again = hub.push(plain, repo)
         assert again.returncode == 0, again.stderr
     hub.release()
-    assert without_card(hub.files(repo=repo)) == exported(run) and hub.num_pushes(repo) == 1
+    assert without_card(hub.files(repo=repo)) == exported(plain) and hub.num_pushes(repo) == 1
     assert reader.seen == {frozenset(), whole}
     sent_again = [line for line in hub.log()[num_requests:] if line.startswith("PUT")]
     if point == "with all weights sent":
         assert sent_again == []
 
 
-def test_killed_after_the_commit(hub: LocalHub, run: Path) -> None:
+def test_killed_after_the_commit(hub: LocalHub, plain: Path) -> None:
     repo = "somebody/killed-late"
-    kill_at(hub, COMMIT, run, repo, do="drop_answer")
-    assert without_card(hub.files(repo=repo)) == exported(run)
-    again = hub.push(run, repo)
+    kill_at(hub, COMMIT, plain, repo, do="drop_answer")
+    assert without_card(hub.files(repo=repo)) == exported(plain)
+    again = hub.push(plain, repo)
     assert again.returncode == 0 and hub.num_pushes(repo) == 1
 
 
-def test_another_export_replaces_the_first_at_once(hub: LocalHub, run: Path, place: Path) -> None:
+def test_another_export_replaces_the_first_at_once(hub: LocalHub, plain: Path, place: Path) -> None:
     """Ten files and an index give way to one file that a reader would otherwise load, or not, beside them."""
-    repo, single = "somebody/replaced", write_run(place / "single", seed=2, max_shard_size="1GB")
+    repo, single = "somebody/replaced", write_run(place / "single", seed=2, max_shard_size="1GB", draw=False)
     hub.faults()
-    assert hub.push(run, repo).returncode == 0
-    old, new = frozenset(hub.names(repo=repo)), frozenset({*exported(single), "README.md", "ranks.svg"})
+    assert hub.push(plain, repo).returncode == 0
+    old, new = frozenset(hub.names(repo=repo)), names_of(single)
     assert "model.safetensors" in new - old and len(old - new) == 11
     with Reader(hub, repo) as reader:
         kill_at(hub, COMMIT, single, repo)
-        assert without_card(hub.files(repo=repo)) == exported(run)
+        assert without_card(hub.files(repo=repo)) == exported(plain)
         hub.faults({"match": COMMIT, "do": "503", "retry_after": "1"})
         assert hub.push(single, repo).returncode == 0
     assert reader.seen == {old, new}
@@ -271,36 +294,78 @@ def test_another_export_replaces_the_first_at_once(hub: LocalHub, run: Path, pla
 
 
 @pytest.mark.slow
-def test_two_pushes_at_once_leave_one_of_them_whole(hub: LocalHub, run: Path, place: Path) -> None:
+def test_two_pushes_at_once_leave_one_of_them_whole(hub: LocalHub, plain: Path, place: Path) -> None:
     repo, single = "somebody/contested", place / "single"
     if not single.exists():
-        write_run(single, seed=2, max_shard_size="1GB")
+        write_run(single, seed=2, max_shard_size="1GB", draw=False)
     hub.faults()
-    processes = [hub.start_push(folder, repo) for folder in (run, single)]
+    processes = [hub.start_push(folder, repo) for folder in (plain, single)]
     assert [hub.outputs(process) and process.returncode for process in processes] == [0, 0]
-    assert without_card(hub.files(repo=repo)) in (exported(run), exported(single))
+    assert without_card(hub.files(repo=repo)) in (exported(plain), exported(single))
+
+
+# -------------------------------------------------------------------------------------------------------- a recipe
+
+
+def test_a_recipe_pushes_when_its_other_ranks_have_ended(hub: LocalHub, place: Path, tmp_path: Path) -> None:
+    """The Hub keeps rank 0 waiting for as long as rank 1 lives."""
+    write_data(tmp_path / "data")
+    write_model(tmp_path / "model", tmp_path / "data")
+    repo, folder = "somebody/of-two-ranks", place / "of-two-ranks"
+    hub.faults({"match": COMMIT, "do": "stall"})
+    command = [
+        *(sys.executable, str(ROOT / "recipes" / "llama_commonsense.py")),
+        *("--model", str(tmp_path / "model"), "--data", str(tmp_path / "data"), "--output-dir", str(folder)),
+        *("--max-steps", "6", "--batch-size", "4", "--max-eval-rows", "2", "--init-rank", "3", "--target-rank", "2"),
+        *("--evaluate-by", "likelihood", "--push-to-hub", repo, "--base-license", "mit"),
+    ]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    joined = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    ranks = [
+        subprocess.Popen(command, env=hub.environment(**joined, RANK=str(rank), LOCAL_RANK=str(rank)), **pipes)
+        for rank in range(2)
+    ]
+    try:
+        wait_for(hub, f"POST /api/models/{repo}/commit/.* stalled", ranks[0])
+        printed = hub.outputs(ranks[1])
+        assert ranks[1].returncode == 0, printed
+        assert ranks[0].poll() is None and hub.names(repo=repo) == set()
+        hub.release()
+        printed = hub.outputs(ranks[0])
+        assert ranks[0].returncode == 0 and "Pushed: " in printed[0], printed
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert without_card(hub.files(repo=repo)) == exported(folder)
+    card = hub.files(repo=repo)["README.md"].decode()
+    found = json.loads((folder / "verification.json").read_text())
+    assert f"largest difference {found['largest_logit_difference']:.4g}, mean" in card
+    assert found["largest_logit_difference"] < 1e-3 < found["largest_logit"] and "license: mit" in card
 
 
 # --------------------------------------------------------------------------------------------------------- refusals
 
 
-def test_what_the_hub_refuses_is_one_line(hub: LocalHub, run: Path) -> None:
+def test_what_the_hub_refuses_is_one_line(hub: LocalHub, plain: Path) -> None:
     hub.faults()
     num_requests = len(hub.log())
-    assert "run hf auth login" in error_of(hub.push(run, "somebody/x", HF_TOKEN=None))
-    assert "HF_HUB_OFFLINE" in error_of(hub.push(run, "somebody/x", HF_HUB_OFFLINE="1"))
+    assert "run hf auth login" in error_of(hub.push(plain, "somebody/x", HF_TOKEN=None))
+    assert "HF_HUB_OFFLINE" in error_of(hub.push(plain, "somebody/x", HF_HUB_OFFLINE="1"))
     assert len(hub.log()) == num_requests  # not even asked
     wrong = "hf_" + "Wrong7" * 6
-    refused = hub.push(run, "somebody/x", HF_TOKEN=wrong)
+    refused = hub.push(plain, "somebody/x", HF_TOKEN=wrong)
     assert "token is not accepted" in error_of(refused) and wrong not in refused.stdout + refused.stderr
-    assert "may not write to forbidden/x" in error_of(hub.push(run, "forbidden/x"))
+    assert "may not write to forbidden/x" in error_of(hub.push(plain, "forbidden/x"))
     assert hub.names(repo="somebody/x") == set()
 
 
-def test_login_of_the_cache_is_enough(hub: LocalHub, run: Path, tmp_path: Path) -> None:
+def test_login_of_the_cache_is_enough(hub: LocalHub, plain: Path, tmp_path: Path) -> None:
     hub.faults()
     (tmp_path / "token").write_text(TOKEN)
-    finished = hub.push(run, "somebody/logged-in", HF_TOKEN=None, HF_TOKEN_PATH=str(tmp_path / "token"))
+    finished = hub.push(plain, "somebody/logged-in", HF_TOKEN=None, HF_TOKEN_PATH=str(tmp_path / "token"))
     assert finished.returncode == 0, finished.stderr
 
 
