@@ -35,14 +35,7 @@ _AUTO_CLASSES = {
     "ForSequenceClassification": "AutoModelForSequenceClassification",
     "ForQuestionAnswering": "AutoModelForQuestionAnswering",
 }
-"""transformers' class by the end of the architecture's name in config.json."""
-_PEFT_CLASSES = {
-    "CAUSAL_LM": "AutoPeftModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
-    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
-}
-"""PEFT's class by task_type in adapter_config.json."""
+"""transformers' class by the end of the name of the model's own."""
 _SECTIONS = {"data": "Data", "adapter": "Adapters", "train": "Training", "quantization": "Quantisation"}
 _NOT_SHOWN = ("output_dir", "overwrite", "log_every", "trackers")
 
@@ -78,7 +71,7 @@ def model_card(
         f"# {text(repo_id.rpartition('/')[2] or run.resolve().name)}",
         f"Adaptive-rank adapters (AdaLoRA, [arXiv 2303.10512](https://arxiv.org/abs/2303.10512)) "
         f"{'for' if _is_adapter(export) else 'merged into'} {code(base)}, trained with adalora-dist.",
-        "## Use\n\n" + fenced(_usage(export, repo_id or str(export), revision), "python"),
+        "## Use\n\n" + fenced(_usage(export, facts, base, repo_id or str(export), revision), "python"),
         "## Base\n\n" + "\n".join(f"- {item}" for item in _base_items(run, export, config, base, commit, data)),
         _results(run),
         _ranks(run, facts, tuple(pictures)),
@@ -145,19 +138,25 @@ def _metadata(config: Mapping[str, Any], export: Path, base: str, base_license: 
 # ----------------------------------------------------------------------------------------------------------- chapters
 
 
-def _usage(export: Path, name: str, revision: str) -> str:
+def _usage(export: Path, facts: Mapping[str, Any], base: str, name: str, revision: str) -> str:
     at = "" if revision == "main" else f", revision={revision!r}"
     if _is_adapter(export):
-        task = str(read_object(export / "adapter_config.json").get("task_type"))
-        class_name = _PEFT_CLASSES.get(task, "AutoPeftModel")
-        return f"from peft import {class_name}\n\nmodel = {class_name}.from_pretrained({name!r}{at})"
-    architecture = str((read_object(export / "config.json").get("architectures") or [""])[0])
-    class_name = next((c for end, c in _AUTO_CLASSES.items() if architecture.endswith(end)), "AutoModel")
+        class_name = _auto_class(facts.get("model_class") or "ForCausalLM")
+        loaded = f"{class_name}.from_pretrained({base!r})"
+        return (
+            f"from peft import PeftModel\nfrom transformers import {class_name}\n\n"
+            f"model = PeftModel.from_pretrained({loaded}, {name!r}{at})"
+        )
+    class_name = _auto_class((read_object(export / "config.json").get("architectures") or [""])[0])
     return (
         f"from transformers import {class_name}, AutoTokenizer\n\n"
         f"model = {class_name}.from_pretrained({name!r}{at})\n"
         f"tokenizer = AutoTokenizer.from_pretrained({name!r}{at})"
     )
+
+
+def _auto_class(model_class: object) -> str:
+    return next((auto for end, auto in _AUTO_CLASSES.items() if str(model_class).endswith(end)), "AutoModel")
 
 
 def _base_items(

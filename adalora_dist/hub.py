@@ -201,8 +201,8 @@ class _Persistence:
                     raise UserError(self._refused(origin, reason)) from None
                 if wait is None:
                     raise UserError(
-                        f"{self.repo_id}: the Hub could not be reached {attempt} times ({reason}); nothing was "
-                        "published: push again later, what has arrived is not sent again"
+                        f"{self.repo_id}: the Hub failed {attempt} times ({reason}): push again later, what has "
+                        "arrived is not sent again"
                     ) from None
                 seconds = max(wait, _asked_to_wait(origin))
             self.say(f"The Hub: {reason}; next attempt in {seconds:.0f} s")

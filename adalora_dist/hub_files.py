@@ -127,10 +127,11 @@ def _check_adapter_config(path: Path) -> None:
     """PEFT opens the base by the name that it finds here, and matches module names with the keys of the patterns."""
     config = read_object(path)
     base = config.get("base_model_name_or_path")
-    if not isinstance(base, str) or not (is_repo_id(base) or (base.isprintable() and Path(base).is_dir())):
+    is_folder = isinstance(base, str) and base.startswith("/") and base.isprintable() and Path(base).is_dir()
+    if not is_folder and not (isinstance(base, str) and is_repo_id(base)):
         raise UserError(
-            f"{path}: base_model_name_or_path {base!r:.100} must be a model on the Hub, or a folder of this machine: "
-            "export again, or correct it"
+            f"{path}: base_model_name_or_path {base!r:.100} must be a model on the Hub, or the full path of a folder "
+            "that is there: export again, or correct it"
         )
     for field in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(field) or {}

@@ -105,12 +105,15 @@ def test_three_lines_to_use_it(run: Path) -> None:
 
 def test_an_adapter(run: Path) -> None:
     (run / "lora").mkdir()
-    adapter = {"task_type": "CAUSAL_LM", "base_model_name_or_path": "somebody/a-base"}
+    adapter = {"task_type": None, "base_model_name_or_path": "somebody/a-base"}
     (run / "lora" / "adapter_config.json").write_text(json.dumps(adapter))
     card = model_card(run, run / "lora", "somebody/an-adapter")
     metadata = front_matter(card)
     assert (metadata["library_name"], metadata["base_model_relation"]) == ("peft", "adapter")
-    assert "AutoPeftModelForCausalLM.from_pretrained('somebody/an-adapter')" in chapter(card, "Use")
+    load_base = "AutoModelForCausalLM.from_pretrained('somebody/a-base')"
+    assert f"PeftModel.from_pretrained({load_base}, 'somebody/an-adapter')" in chapter(card, "Use")
+    rewrite(run / "run.json", model_class="DebertaV2ForSequenceClassification")
+    assert "AutoModelForSequenceClassification.from_pretrained(" in chapter(model_card(run, run / "lora"), "Use")
     assert "Merged" not in chapter(card, "Base") and "Logits" not in chapter(card, "Base")
 
 

@@ -60,10 +60,6 @@ HOSTILE = [
     " a/b",
     "a/" + "b" * 300,
 ]
-REPO_IDS = [name for name in HOSTILE]
-FILE_NAMES = [
-    f"{name}{end}" for name in HOSTILE for end in (".safetensors",) if f"{name}{end}" not in ("..safetensors",)
-]
 
 
 def everything(folder: Path) -> dict[str, Any]:
@@ -154,8 +150,6 @@ def with_index(folder: Path, shard: str) -> Path:
 
 @pytest.mark.parametrize("name", [*(f"{name}.safetensors" for name in HOSTILE), "/etc/passwd", "", 7, None, ["a"], {}])
 def test_shard_indexes(parent: Path, name: Any) -> None:
-    if name == "...safetensors":
-        pytest.skip("three dots are a plain name")
     merged = parent / "work" / "inner" / "run" / "merged"
     index = with_index(merged, name)
     before = everything(parent)
@@ -210,11 +204,9 @@ def test_an_honest_adapter_is_not_refused(tmp_path: Path) -> None:
     check_export(lora(tmp_path / "local", base_model_name_or_path=str(tmp_path / "base")), None)
 
 
-@pytest.mark.parametrize("name", [*(n for n in HOSTILE if n not in ("..", ".", "~root")), "", None, 3, ["a/b"]])
+@pytest.mark.parametrize("name", [*HOSTILE, "", None, 3, ["a/b"]])
 def test_base_of_an_adapter(parent: Path, name: Any) -> None:
     folder = lora(parent / "work" / "lora", base_model_name_or_path=name)
-    if isinstance(name, str) and "\0" not in name and len(name) < 200 and Path(name).is_dir():
-        pytest.skip(f"{name} is a folder of this machine")
     before = everything(parent)
     message = refusal(check_export, folder, None)
     assert "base_model_name_or_path" in message and len(message) < 500
