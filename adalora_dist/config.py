@@ -14,6 +14,43 @@ from typing import Annotated, Literal, get_args
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from adalora_dist.errors import UserError
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether the Hub could have a repository of this name: NAMESPACE/NAME, or NAME alone as a few old models have."""
+    part = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
+    is_well_formed = re.fullmatch(f"(?:{part}/)?{part}", name) and len(name.rpartition("/")[2]) <= 96
+    return bool(is_well_formed) and "--" not in name and ".." not in name and not name.endswith(".git")
+
+
+def check_repo_id(repo_id: str) -> str:
+    """``repo_id`` itself, if something can be pushed there.
+
+    Raises:
+        UserError: it is not NAMESPACE/NAME.
+    """
+    if not (is_repo_id(repo_id) and "/" in repo_id):
+        raise UserError(
+            f"{repo_id!r} is not a repository of the Hub: must be NAMESPACE/NAME, each of letters, digits, '-', '_' "
+            "and '.', neither beginning nor ending with '-' or '.'; give your user name and a name for the model"
+        )
+    return repo_id
+
+
+def check_branch(name: str) -> str:
+    """``name`` itself, if a branch of a repository on the Hub can be called so.
+
+    Raises:
+        UserError: it cannot.
+    """
+    part = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
+    if not re.fullmatch(f"{part}(?:/{part})*", name) or ".." in name or name.endswith((".lock", ".")) or len(name) > 96:
+        raise UserError(
+            f"revision {name!r} is not a branch: must be of letters, digits, '-', '_', '.' and '/', such as main or v1"
+        )
+    return name
+
 
 class Section(BaseModel):
     """A group of settings; an unknown key, an infinite or nan number, or a list with a repetition is an error."""
@@ -192,6 +229,26 @@ class ExportConfig(Section):
     """Weights that the adapters of a quantised run are added to: the backbone's own, or their quantised values."""
     verify_export: bool = True
     """Load the merged model afresh and compare its logits with the trained model's."""
+    push_to_hub: str = ""
+    """Upload the merged model to this Hub repository, NAMESPACE/NAME, when the run is done; empty: do not."""
+    push_public: bool = False
+    """Let the repository be public; one that does not exist is private otherwise."""
+    push_revision: str = "main"
+    """Branch that is pushed to."""
+    base_license: str = ""
+    """Licence of the backbone, for the model card: apache-2.0, llama3.1, ...; empty: the card calls it unknown."""
+
+    @model_validator(mode="after")
+    def _pushed(self) -> ExportConfig:
+        check_branch(self.push_revision)
+        if self.push_to_hub:
+            check_repo_id(self.push_to_hub)
+            if not self.export_merged:
+                raise ValueError(
+                    f"push_to_hub {self.push_to_hub} with export_merged false: there would be nothing to push; "
+                    "set export_merged to true"
+                )
+        return self
 
 
 class RunConfig(Section):

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from adalora_dist.config import RunConfig, TrainConfig
 from adalora_dist.errors import UserError
-from adalora_dist.training.redaction import redacted
+from adalora_dist.redaction import redacted
 
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 _TRACKER_INSTALLED = {
