@@ -72,6 +72,8 @@ class AdapterConfig(Section):
     """Dropout on the input of the adapter branch (the paper uses 0)."""
     init: Literal["gaussian", "orthonormal"] = "gaussian"
     """P and Q at the start: N(0, 0.02^2) as the authors, or std 1/sqrt(d); lambda is 0 either way."""
+    init_from: str | None = Field(None, min_length=1)
+    """Folder of a LoRA or AdaLoRA adapter of PEFT whose update the adapters start with, instead of 0."""
     initial_warmup_steps: int | None = Field(None, ge=0)
     """t_i: optimizer steps before the first pruning; default: 10 % of the run."""
     final_steps: int | None = Field(None, ge=0)
@@ -177,8 +179,9 @@ class EvaluationConfig(Section):
 
 
 class ExportConfig(Section):
-    export_merged: bool = True
-    """Write a merged model that loads in plain transformers."""
+    export_formats: tuple[Literal["merged", "lora", "peft"], ...] = ("merged",)
+    """What to write besides the adapter: a merged model for plain transformers; plain LoRA for PEFT and vLLM; PEFT's
+    AdaLoRA. All can be had later from the run folder: adalora-dist export."""
     export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the merged weights; auto: as the backbone's files."""
     merge_into: Literal["original", "dequantized"] = "original"

@@ -9,10 +9,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "adalora_dist"
 LEVELS = {
     0: ("errors", "config", "schedule", "importance", "orthogonality", "spans", "progress", "base_files"),
-    1: ("layers", "inject"),
+    1: ("layers", "inject", "peft_import"),
     2: ("sharding",),
     3: ("allocator", "export", "peft_format", "pictures"),
-    4: ("cli", "main", "yaml_file", "training", "data", "evaluation", "integrations"),
+    4: ("cli", "main", "commands", "yaml_file", "training", "data", "evaluation", "integrations"),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 
