@@ -124,7 +124,7 @@ def main(config: SummarizationConfig) -> None:
     adapters = gather_adapters(allocator) if allocator else []
     trained = gather_trained(accelerator.unwrap_model(prepared.model), keep=accelerator.is_main_process)
     pattern = {a.name: a.lam.numel() for a in adapters}
-    verified = config.export.export_merged and config.export.verify_export
+    verified = "merged" in config.export.export_formats and config.export.verify_export
     if verified:  # on every process: where the model is sharded, forwards are collective
         labels = train_rows[0]["labels"]
         probe = {"input_ids": train_rows[0]["input_ids"], "decoder_input_ids": [start, *labels[:-1]]}
@@ -136,7 +136,7 @@ def main(config: SummarizationConfig) -> None:
         folder.write_json("rank_pattern.json", pattern)
         folder.write_json("results.json", columns)
         folder.write_json("summaries.json", texts)
-        if config.export.export_merged:
+        if "merged" in config.export.export_formats:
             base = base_folder_of(config.model.name, config.model.revision)
             merged = folder.path / "merged"
             base_weights = None

@@ -135,6 +135,7 @@ def train(
             for record in _records(prepared, config, len(losses), read, num_steps, num_tokens / seconds):
                 folder.log(record)
                 accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+            folder.log_allocations(prepared.allocator)
             losses += read
             unread = []
             if bad_steps.too_many(read, prepared.allocator.num_skipped_steps):
