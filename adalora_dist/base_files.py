@@ -35,7 +35,7 @@ def indexed_files(index: Path) -> dict[str, Path]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = set(weight_map.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index} is not an index of safetensors files ({error}): fetch the model again") from error
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"[\w][\w.\-]*\.safetensors", name):

@@ -2,6 +2,7 @@
 
     adalora-dist inspect RUN                           ranks, history, sizes
     adalora-dist export RUN --to merged|lora|peft      a model for transformers, or an adapter for PEFT and vLLM
+    adalora-dist push RUN NAMESPACE/NAME               an export and its model card, to the Hub
 
 RUN is the folder of a finished run, or a checkpoint in one. Each subcommand imports what it needs when it is called,
 so that ``--help`` and mistakes cost no torch.
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_export(commands)
     _add_inspect(commands)
+    _add_push(commands)
     arguments = parser.parse_args(argv)
     with user_errors():
         arguments.run_command(arguments)
@@ -54,12 +56,39 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run_command=_inspect)
 
 
+def _add_push(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("push", help="upload an export and its model card to the Hub", allow_abbrev=False)
+    parser.add_argument("folder", type=Path, metavar="RUN_OR_EXPORT", help="folder of a run, or of one of its exports")
+    parser.add_argument("repo_id", metavar="NAMESPACE/NAME", help="repository; created, private, if there is none")
+    parser.add_argument("--to", default="merged", choices=("merged", "lora", "peft"), help="which export of RUN")
+    parser.add_argument("--public", action="store_true", help="push to a public repository")
+    parser.add_argument("--revision", default="main", metavar="BRANCH", help="branch to push to; default: main")
+    parser.add_argument(
+        "--base-license", default="", metavar="NAME", help="of the base model, for the card; default: as in the run"
+    )
+    parser.set_defaults(run_command=_push)
+
+
 def _export(arguments: argparse.Namespace) -> None:
     raise NotImplementedError
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
     raise NotImplementedError
+
+
+def _push(arguments: argparse.Namespace) -> None:
+    from adalora_dist.hub import push
+
+    address = push(
+        arguments.folder,
+        arguments.repo_id,
+        arguments.to,
+        arguments.public,
+        arguments.revision,
+        arguments.base_license,
+    )
+    print(f"Pushed: {address}")
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ from adalora_dist.config import CommonsenseConfig, CommonsenseDataConfig, ModelC
 from adalora_dist.data.bad_rows import BadRows
 from adalora_dist.data.commonsense import load_tasks
 from adalora_dist.errors import UserError
+from adalora_dist.redaction import redacted, redacted_command
 from adalora_dist.training.memory import cheapest_changes
 from adalora_dist.training.model import load_backbone
-from adalora_dist.training.redaction import redacted, redacted_command
 from adalora_dist.training.run_folder import RunFolder
 from adalora_dist.training.run_lock import STALE_SECONDS, RunLock
 

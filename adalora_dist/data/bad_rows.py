@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, TypeVar
 
 from adalora_dist.errors import UserError
@@ -24,22 +24,27 @@ class BadRows:
         self.policy = policy
         self.counts: Counter[str] = Counter()
 
-    def usable(self, rows: Iterable[T | UserError]) -> Iterator[T]:
-        """The rows without those that are errors (readers yield what they would otherwise raise).
+    def usable(self, rows: Iterable[tuple[str, object] | UserError], parse: Callable[[object, str], T]) -> Iterator[T]:
+        """``parse(row, origin)`` of each (origin, row), without the rows that it refuses.
+
+        Readers yield a row that they cannot read as the error that says why.
 
         Raises:
             UserError: the first error, with the policy ``error``.
         """
-        for row in rows:
-            if not isinstance(row, UserError):
-                yield row
-                continue
-            if self.policy == "error":
-                raise row
-            file = str(row).partition(":")[0]
-            if not self.counts[file]:
-                logger.warning("left out (bad_rows=skip; later ones of this file are only counted): %s", row)
-            self.counts[file] += 1
+        for item in rows:
+            try:
+                if isinstance(item, UserError):
+                    raise item
+                origin, row = item
+                yield parse(row, origin)
+            except UserError as error:
+                if self.policy == "error":
+                    raise
+                file = str(error).partition(":")[0]
+                if not self.counts[file]:
+                    logger.warning("left out (bad_rows=skip; later ones of this file are only counted): %s", error)
+                self.counts[file] += 1
 
     def summary(self) -> str | None:
         """One line for the log; None if every row could be used."""

@@ -7,16 +7,17 @@ never imports torch.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from adalora_dist.config import COMMONSENSE_TASKS, CommonsenseDataConfig
 from adalora_dist.data.bad_rows import BadRows
+from adalora_dist.data.files import SUFFIXES, file_rows
 from adalora_dist.data.hub import hub_rows
 from adalora_dist.errors import UserError
 
@@ -24,7 +25,6 @@ Split = Literal["train", "test"]
 
 # Only the test split has stand-ins: a folder with train and dev files is common, and dev rows are held out as well.
 FILE_NAMES: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "validation", "dev")}
-SUFFIXES = (".jsonl", ".parquet")
 FIELDS = ("instruction", "input", "output", "answer")
 
 # For rows without an "Answer format:" line. ARC is not here: its questions have three, four or five answers.
@@ -110,14 +110,13 @@ def load_task(source: str, task: str, split: Split, bad_rows: BadRows | None = N
         UserError: a file is missing, empty or unreadable, the Hub cannot be reached, or a row is not valid and
             ``bad_rows`` does not let it be left out (it does not by default).
     """
-    bad = bad_rows or BadRows("error")
+    bad, parse = bad_rows or BadRows("error"), partial(_example, task)
     if source == "hub":
-        return list(bad.usable(_examples(bad.usable(hub_rows(task, split)), task)))
+        return list(bad.usable(hub_rows(task, split), parse))
     path = find_file(source, task, split)
     if path.stem not in (split, "train"):
         logger.warning("%s/%s has no test file: evaluating on %s", source, task, path.name)
-    rows = _jsonl_rows(path) if path.suffix == ".jsonl" else _parquet_rows(path)
-    examples = list(bad.usable(_examples(bad.usable(rows), task)))
+    examples = list(bad.usable(file_rows(path), parse))
     if not examples:
         usable = "usable rows" if bad.counts[str(path)] else "rows"
         raise UserError(f"{path}: the file has no {usable}; remove the folder of {task} or fill the file")
@@ -150,47 +149,7 @@ def _tasks_in(source: str) -> list[str]:
     return [task for task in COMMONSENSE_TASKS if (Path(source) / task).is_dir()]
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, object] | UserError]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if text.strip():
-                    yield f"{path}:{number}", json.loads(text)
-            except json.JSONDecodeError as error:
-                yield UserError(
-                    f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}); "
-                    "write one JSON object per line"
-                )
-            except UnicodeDecodeError as error:
-                yield UserError(
-                    f"{path}:{number}: not UTF-8 text ({error.reason} at byte {error.start} of the row); save it as "
-                    "UTF-8"
-                )
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a readable Parquet file ({reason}); write it again") from error
-    for number, row in enumerate(rows, start=1):
-        yield f"{path}:{number}", row
-
-
-def _examples(rows: Iterable[tuple[str, object]], task: str) -> Iterator[Example | UserError]:
-    for origin, row in rows:
-        try:
-            yield _example(row, task, origin)
-        except UserError as error:
-            yield error
-
-
-def _example(row: object, task: str, origin: str) -> Example:
+def _example(task: str, row: object, origin: str) -> Example:
     if not isinstance(row, Mapping):
         raise UserError(f"{origin}: the row is a {type(row).__name__}; legal: an object with fields {_join(FIELDS)}")
     for field in FIELDS:

@@ -16,7 +16,7 @@ import yaml
 
 from adalora_dist.config import RunConfig
 from adalora_dist.errors import UserError
-from adalora_dist.training.redaction import redacted, redacted_command
+from adalora_dist.redaction import redacted, redacted_command
 
 _PACKAGES = ("adalora-dist", "torch", "transformers", "accelerate", "datasets", "deepspeed", "bitsandbytes")
 
