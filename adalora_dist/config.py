@@ -76,6 +76,8 @@ class ModelConfig(Section):
     """Storage type of the frozen backbone; auto: as its files say. Adapters are always float32."""
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """Attention kernel; auto: transformers decides."""
+    allow_pickle_weights: bool = False
+    """Also load weights from pytorch_model.bin, a pickle; with FSDP2 every process then reads them whole."""
     trust_remote_code: bool = False
     """Run Python code from the model's repository. Needs revision to be a full commit hash."""
 
@@ -91,8 +93,9 @@ class ModelConfig(Section):
 
 
 class AdapterConfig(Section):
-    method: Literal["adalora", "lora"] = "adalora"
-    """adalora: ranks adapt to the budget; lora: plain LoRA of rank init_rank through the same loop."""
+    method: Literal["adalora", "lora", "head", "full"] = "adalora"
+    """What is trained besides train_modules: adapters whose ranks adapt to the budget; plain LoRA of rank init_rank;
+    nothing (head); every weight of the model (full)."""
     init_rank: int = Field(12, ge=1)
     """Rank r of every adapted matrix at the start."""
     target_rank: float = Field(8.0, ge=0)
@@ -104,7 +107,7 @@ class AdapterConfig(Section):
     targets: tuple[str, ...] = Field(("all-linear",), min_length=1)
     """Matrices to adapt: module names (q_proj), dotted names, regular expressions, or all-linear."""
     train_modules: tuple[str, ...] = ()
-    """Modules trained in full besides the adapters, a new classifier for instance."""
+    """Modules trained in full besides the adapters, by name; task-head: all that lies outside the backbone."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the input of the adapter branch (the paper uses 0)."""
     init: Literal["gaussian", "orthonormal"] = "gaussian"
@@ -148,6 +151,8 @@ class TrainConfig(Section):
     """Run folder: resolved configuration, metrics.jsonl, exports. A folder that holds a run is refused."""
     overwrite: bool = False
     """Replace the run that output_dir holds."""
+    dry_run: bool = False
+    """Only say what the run would be, without reading weights: steps, budgets, trainable parameters."""
     epochs: float = Field(3.0, gt=0)
     """Passes over the training data; ignored when max_steps is set."""
     max_steps: int | None = Field(None, ge=1)
@@ -166,6 +171,8 @@ class TrainConfig(Section):
     """Decay after the learning-rate warm-up."""
     lr_warmup_ratio: float = Field(0.05, ge=0, lt=1)
     """Share of the steps over which the learning rate rises from 0."""
+    lr_warmup_steps: int | None = Field(None, ge=0)
+    """The same as a number of steps; overrides lr_warmup_ratio."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Clip the task gradient to this global norm (0: off). The orthogonality gradient is added after it."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -178,6 +185,10 @@ class TrainConfig(Section):
     """Seed of initialisation and data order."""
     log_every: int = Field(10, ge=1)
     """Optimizer steps between console log lines; metrics.jsonl has every step."""
+    max_nonfinite_steps: int = Field(20, ge=1)
+    """End the run after so many steps in a row with a loss or gradients that are not finite; each is left out."""
+    peer_timeout_seconds: float = Field(60.0, ge=2)
+    """All processes end when one has not been heard of for so long: it, or its machine, was stopped."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Experiment trackers to report to besides metrics.jsonl."""
 
@@ -203,14 +214,10 @@ class QuantizationConfig(Section):
 
 
 class EvaluationConfig(Section):
-    evaluate_by: tuple[Literal["likelihood", "generation"], ...] = ("likelihood", "generation")
-    """likelihood: the choice with the highest log-likelihood; generation: greedy decoding, then parsing."""
     evaluate_before: bool = True
     """Also evaluate the model as it is before training."""
     eval_batch_size: int = Field(16, ge=1)
     """Sequences per process in one evaluation forward."""
-    max_new_tokens: int = Field(12, ge=1)
-    """Length of the generated answers."""
 
 
 class ExportConfig(Section):
@@ -264,6 +271,11 @@ class RunConfig(Section):
                 f"quant_storage {storage} with precision {self.train.precision}: engines would convert the packed "
                 f"weights to {compute} and so destroy them; must be auto, uint8 or {compute}; leave quant_storage out"
             )
+        if method != "none" and self.adapter.method == "full":
+            raise ValueError(
+                f"quantization {method} with method full: quantised weights cannot be trained; set quantization to "
+                "none, or method to adalora"
+            )
         if method == "none" and self.export.merge_into == "dequantized":
             raise ValueError(
                 "merge_into dequantized with quantization none: nothing was quantised; set merge_into to original, or "
@@ -272,9 +284,28 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _mergeable_files(self) -> RunConfig:
+        if self.model.allow_pickle_weights and self.export.export_merged:
+            raise ValueError(
+                "allow_pickle_weights true with export_merged true: merging goes through the backbone's safetensors "
+                "files; set export_merged to false, or save the backbone again with save_pretrained"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _reachable_budget(self) -> RunConfig:
         adapter = self.adapter
-        if adapter.method == "lora":  # plain LoRA has no budget: the target_* settings are not read
+        if adapter.method == "full" and self.model.dtype in ("bfloat16", "float16"):
+            raise ValueError(
+                f"method full with dtype {self.model.dtype}: small updates of 16-bit weights are rounded away; set "
+                "dtype to float32, and precision to bf16 for speed"
+            )
+        if adapter.method == "head" and not adapter.train_modules:
+            raise ValueError(
+                "method head with no train_modules: nothing would be trained; name modules in train_modules, or set it "
+                "to task-head for all that lies outside the backbone"
+            )
+        if adapter.method != "adalora":  # nothing has a budget: the target_* settings are not read
             return self
         if adapter.target_budget is None and adapter.target_rank > adapter.init_rank:
             raise ValueError(
@@ -293,7 +324,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _steps_left_to_prune(self) -> RunConfig:
         adapter, total = self.adapter, self.train.max_steps
-        if adapter.method == "lora" or total is None:
+        if adapter.method != "adalora" or total is None:
             return self
         given = {"initial_warmup_steps": adapter.initial_warmup_steps, "final_steps": adapter.final_steps}
         known = {name: steps for name, steps in given.items() if steps is not None}
@@ -310,7 +341,12 @@ CommonsenseTask = Literal["boolq", "piqa", "siqa", "hellaswag", "winogrande", "a
 COMMONSENSE_TASKS: tuple[str, ...] = get_args(CommonsenseTask)
 
 
-class CommonsenseDataConfig(Section):
+class DataConfig(Section):
+    bad_rows: Literal["error", "skip"] = "error"
+    """A row that cannot be used: error names file, row and field; skip leaves it out and counts it in run.json."""
+
+
+class CommonsenseDataConfig(DataConfig):
     source: Annotated[str, tyro.conf.arg(name="data")] = ""
     """Folder with TASK/train and TASK/test files (.jsonl or .parquet), or the word hub; empty: built-in questions."""
     tasks: tuple[CommonsenseTask, ...] = ()
@@ -325,5 +361,13 @@ class CommonsenseDataConfig(Section):
     """Use at most this many evaluation rows per task."""
 
 
+class CommonsenseEvaluationConfig(EvaluationConfig):
+    evaluate_by: tuple[Literal["likelihood", "generation"], ...] = ("likelihood", "generation")
+    """likelihood: the choice with the highest log-likelihood; generation: greedy decoding, then parsing."""
+    max_new_tokens: int = Field(12, ge=1)
+    """Length of the generated answers."""
+
+
 class CommonsenseConfig(RunConfig):
     data: CommonsenseDataConfig = CommonsenseDataConfig()
+    evaluation: CommonsenseEvaluationConfig = CommonsenseEvaluationConfig()

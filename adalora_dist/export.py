@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +28,7 @@ from adalora_dist.progress import progress_bar
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _BASE_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]  # weights, configurations, tokenizers
 _FORMAT = 2
+_TASK_SETTINGS = ("id2label", "label2id", "problem_type", "classifier_dropout", "cls_dropout")
 
 FACTORS = ("P", "lam", "Q")
 """Of one adapter, as they are called in files."""
@@ -100,6 +101,15 @@ def save_adapter(adapters: Sequence[AdapterWeights], folder: Path, base_model: s
         "transposed": [a.name for a in adapters if a.weight_is_transposed],
     }
     (folder / "adapter.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def save_trained(trained: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Write trained.safetensors beside an adapter: what was trained in full, by parameter name; nothing if it is empty.
+
+    ``model.load_state_dict(load_file(...), strict=False)`` puts it back.
+    """
+    if trained:
+        save_file(dict(trained), folder / "trained.safetensors", metadata={"format": "pt"})
 
 
 @dataclass(frozen=True)
@@ -205,7 +215,8 @@ def merge(
         base_folder: the backbone as transformers saved it, in safetensors.
         folder: must not exist.
         dtype: of all floating-point weights written.
-        trained: full tensors that training replaced (``train_modules``), by parameter name.
+        trained: full tensors that training replaced (``train_modules``), by parameter name. Those that the files lack,
+            a new classifier's, are added to the last file.
         base_weights: by parameter name, what takes the place of a tensor of the files before its update is added,
             for instance its quantised value. Default: W0 as the files have it.
 
@@ -222,7 +233,8 @@ def merge(
     bases = dict(base_weights or {})
     shapes = {name: base.shape for name, base in bases.items()}
     shapes |= {name: a.weight_shape for name, a in replaced.items()} | {n: tuple(t.shape) for n, t in whole.items()}
-    places = _find_tensors(shapes, shards, base_folder)
+    places = _find_tensors(shapes, shards, base_folder, may_lack=whole)
+    added = {name: whole[name].contiguous() for name in sorted(whole.keys() - set(places.values()))}
     building = folder.with_name(folder.name + ".partial")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
@@ -242,6 +254,8 @@ def merge(
                         weight = weight + replaced[name].delta()
                     tensor = weight.to(dtype or tensor.dtype)
                 tensors[key] = (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).contiguous()
+            if shard == shards[-1]:
+                tensors |= {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in added.items()}
             save_file(tensors, building / shard.name, metadata=file.metadata() or {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, shard.name)
         total_size += sum(tensor.nbytes for tensor in tensors.values())
@@ -262,7 +276,19 @@ def merge(
     building.rename(folder)
 
 
-def _find_tensors(shapes: Mapping[str, tuple[int, ...]], shards: Sequence[Path], base_folder: Path) -> dict[str, str]:
+def write_task(model: nn.Module, folder: Path) -> None:
+    """Make config.json of a merged model that of the task: its class, its labels, what else belongs to its head."""
+    path = folder / "config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    own = cast(Any, model).config.to_dict()
+    settings |= {key: own[key] for key in _TASK_SETTINGS if own.get(key) is not None}
+    settings["architectures"] = [type(model).__name__]
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _find_tensors(
+    shapes: Mapping[str, tuple[int, ...]], shards: Sequence[Path], base_folder: Path, may_lack: Container[str]
+) -> dict[str, str]:
     """Key in the files -> parameter name. A base saved without its head lacks the leading 'model.' or the like."""
     found: dict[str, tuple[int, ...]] = {}
     for shard in shards:
@@ -271,6 +297,8 @@ def _find_tensors(shapes: Mapping[str, tuple[int, ...]], shards: Sequence[Path],
     places = {}
     for name, shape in shapes.items():
         key = next((key for key in (name, name.partition(".")[2]) if key in found), None)
+        if key is None and name in may_lack:
+            continue
         if key is None:
             raise UserError(f"{base_folder}: no tensor {name} in its .safetensors files: merge into the run's own base")
         if found[key] != shape:

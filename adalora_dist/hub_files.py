@@ -22,6 +22,7 @@ from adalora_dist.base_files import indexed_files
 from adalora_dist.config import is_repo_id
 from adalora_dist.errors import UserError
 from adalora_dist.progress import progress_bar
+from adalora_dist.redaction import HIDDEN, redacted
 
 MODEL_FILES = (
     *("config.json", "generation_config.json", "adapter_config.json"),
@@ -60,8 +61,8 @@ def is_model_file(name: str) -> bool:
 
 
 def without_tokens(text: str, token: str | None = None) -> str:
-    """``text`` with ``token``, and all else that looks like a token of the Hub, replaced by three stars."""
-    return _TOKEN.sub("***", text.replace(token, "***") if token else text)
+    """``text`` with ``token``, and all else that looks like a secret, replaced by ``***``."""
+    return redacted(text.replace(token, HIDDEN) if token else text)
 
 
 def check_export(export: Path, ranks: Mapping[str, int] | None, token: str | None = None) -> ExportFiles:

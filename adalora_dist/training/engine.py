@@ -15,9 +15,11 @@ from accelerate.utils import (
     is_trackio_available,
     is_wandb_available,
 )
+from torch.distributed.tensor import DTensor
 
 from adalora_dist.config import RunConfig, TrainConfig
 from adalora_dist.errors import UserError
+from adalora_dist.redaction import redacted
 
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 _TRACKER_INSTALLED = {
@@ -79,7 +81,9 @@ def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
     """Open a run with every tracker of ``train.trackers``, with the resolved configuration as its parameters."""
     if config.train.trackers:
         sections = config.model_dump(mode="json").items()
-        flat = {f"{section}.{key}": str(value) for section, values in sections for key, value in values.items()}
+        flat = {
+            f"{section}.{key}": redacted(str(value)) for section, values in sections for key, value in values.items()
+        }
         accelerator.init_trackers("adalora-dist", config=flat)
 
 
@@ -95,6 +99,18 @@ def engine_name(accelerator: Accelerator) -> str:
     if accelerator.distributed_type == DistributedType.FSDP:
         return "fsdp2"
     return "ddp" if accelerator.num_processes > 1 else "single"
+
+
+def full_tensor(parameter: torch.Tensor) -> torch.Tensor:
+    """The whole parameter, detached, on every process, as the next forward has it. Collective where it is sharded."""
+    if isinstance(parameter, DTensor):
+        return parameter.full_tensor().detach()
+    if hasattr(parameter, "ds_id"):  # ZeRO-3
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return parameter.detach()
 
 
 def _installed_trackers(names: Sequence[str]) -> list[str] | None:

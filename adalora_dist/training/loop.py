@@ -13,12 +13,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from adalora_dist.allocator import RankAllocator
 from adalora_dist.config import RunConfig, TrainConfig
 from adalora_dist.data.batches import BatchPlan
+from adalora_dist.errors import UserError
 from adalora_dist.progress import progress_bar
+from adalora_dist.training.guard import Guard
 from adalora_dist.training.losses import LossSum
+from adalora_dist.training.nonfinite import BadSteps, find_origin
 from adalora_dist.training.run_folder import RunFolder
 from adalora_dist.training.sharded_load import read_shards, read_trained_modules
 
@@ -30,7 +34,8 @@ class Prepared:
     model: nn.Module
     optimizer: torch.optim.Optimizer  # as the engine wraps it
     inner_optimizer: torch.optim.Optimizer  # the torch optimizer that updates the weights
-    allocator: RankAllocator
+    allocator: RankAllocator | None
+    """None where there are no adapters: methods head and full."""
 
 
 def total_steps(train: TrainConfig, plan: BatchPlan) -> int:
@@ -42,8 +47,14 @@ def prepare(accelerator: Accelerator, model: nn.Module, config: RunConfig, num_s
     """Optimizer over the trainable parameters, allocator attached, both handed to the engine; weights read last."""
     read_trained_modules(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=config.train.learning_rate, weight_decay=config.train.weight_decay)
-    allocator = RankAllocator.attach(model, optimizer, config.adapter, num_steps)
+    optimizer = torch.optim.AdamW(
+        trainable,
+        lr=config.train.learning_rate,
+        weight_decay=config.train.weight_decay,
+        fused=config.train.precision != "fp16",  # its kernel would unscale gradients after the allocator has seen them
+    )
+    with_adapters = config.adapter.method in ("adalora", "lora")
+    allocator = RankAllocator.attach(model, optimizer, config.adapter, num_steps) if with_adapters else None
     if config.train.gradient_checkpointing:
         cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model, wrapped = accelerator.prepare(model, optimizer)
@@ -53,7 +64,9 @@ def prepare(accelerator: Accelerator, model: nn.Module, config: RunConfig, num_s
 
 def learning_rate(train: TrainConfig, step: int, num_steps: int) -> float:
     """Linear warm-up from 0, then linear or cosine decay to 0, or constant. A pure function of the 0-based step."""
-    num_warmup = math.ceil(train.lr_warmup_ratio * num_steps)
+    num_warmup = train.lr_warmup_steps
+    if num_warmup is None:
+        num_warmup = math.ceil(train.lr_warmup_ratio * num_steps)
     if step < num_warmup:
         return train.learning_rate * (step + 1) / num_warmup
     done = (step - num_warmup) / max(1, num_steps - num_warmup)
@@ -72,11 +85,14 @@ def train(
     config: RunConfig,
     folder: RunFolder,
     report: Callable[[str], None],
+    guard: Guard | None = None,
 ) -> list[float]:
     """Run all steps; returns the loss of each (mean over the targets of the global batch).
 
     Raises:
+        UserError: too many steps in a row with a loss or gradients that are not finite.
         RuntimeError: the allocator did not reach its budget, or its patterns differ between processes.
+        SystemExit: a signal asked for an early end.
     """
     settings, model, optimizer = config.train, prepared.model, prepared.optimizer
     num_steps = total_steps(settings, plan)
@@ -84,9 +100,12 @@ def train(
     parameters = [p for p in model.parameters() if p.requires_grad]
     losses: list[float] = []
     unread: list[torch.Tensor] = []  # loss sums of this process, read together at every log line
+    bad_steps = BadSteps(settings.max_nonfinite_steps)
     num_tokens, started = 0, time.monotonic()
     bar = progress_bar(total=num_steps, desc="train", unit="step", show=accelerator.is_main_process)
     model.train()
+    if guard is not None:
+        guard.begin(prepared)
     for step in range(num_steps):
         for group in prepared.inner_optimizer.param_groups:
             group["lr"] = learning_rate(settings, step, num_steps)
@@ -105,7 +124,8 @@ def train(
                     accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-        prepared.allocator.catch_up(step + 1)
+        if prepared.allocator is not None:
+            prepared.allocator.catch_up(step + 1)
         unread.append(loss_of_step / num_targets)
         num_tokens += sum(plan.lengths[row] for row in plan.batch(step))
         bar.update()
@@ -117,19 +137,32 @@ def train(
                 accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
             losses += read
             unread = []
+            if bad_steps.too_many(read, prepared.allocator.num_skipped_steps):
+                bar.close()
+                raise UserError(
+                    f"max_nonfinite_steps={settings.max_nonfinite_steps}: no finite loss and gradients in "
+                    f"{bad_steps.in_a_row} steps in a row; {find_origin(accelerator, model, loss_sum, micro_batches)}"
+                )
             summary = rank_summary(prepared.allocator)
             status = f"loss {read[-1]:.4f}, {summary}{num_tokens / seconds:.0f} tokens/s"
             bar.set_postfix_str(status)
             if not sys.stderr.isatty():
                 left = bar.format_interval(seconds / (step + 1) * (num_steps - step - 1))
                 report(f"step {step + 1}/{num_steps}: {status}, {left} left")
+        if guard is not None and guard.stops_after(step + 1):
+            guard.leave_preempted(step + 1)
     bar.close()
-    prepared.allocator.finish()
+    if guard is not None:
+        guard.end()
+    if prepared.allocator is not None:
+        prepared.allocator.finish()
     return losses
 
 
-def rank_summary(allocator: RankAllocator) -> str:
-    """'budget 288, ranks 0/4.0/12 (min/mean/max), ' for the progress line."""
+def rank_summary(allocator: RankAllocator | None) -> str:
+    """'budget 288, ranks 0/4.0/12 (min/mean/max), ' for the progress line; nothing without adapters."""
+    if allocator is None:
+        return ""
     ranks = list(allocator.rank_pattern().values())
     mean = sum(ranks) / len(ranks)
     return f"budget {allocator.budget}, ranks {min(ranks)}/{mean:.1f}/{max(ranks)}, "
@@ -140,6 +173,17 @@ def is_sharded(accelerator: Accelerator) -> bool:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return accelerator.state.deepspeed_plugin.zero_stage == 3
     return accelerator.distributed_type == DistributedType.FSDP
+
+
+def generates_together(accelerator: Accelerator, model: nn.Module) -> bool:
+    """Whether processes must take the same number of decoding steps; makes ``model.generate`` ready for FSDP2.
+
+    FSDP2 gathers what lies outside the layers (embeddings) when the model's forward is called; ``generate`` of an
+    encoder-decoder calls the encoder first, by itself.
+    """
+    if accelerator.distributed_type == DistributedType.FSDP:
+        register_fsdp_forward_method(model, "generate")
+    return is_sharded(accelerator) and accelerator.num_processes > 1
 
 
 def _records(
@@ -159,7 +203,7 @@ def _records(
             "learning_rate": learning_rate(config.train, step, num_steps),
             "tokens_per_second": round(tokens_per_second, 1),
         }
-        if config.adapter.method == "adalora":
+        if allocator is not None and config.adapter.method == "adalora":
             made = [a for a in allocator.allocations if a.step <= step]
             record["budget"] = made[-1].budget if made else allocator.schedule.initial_budget
             record["allocated"] = int(bool(made) and made[-1].step == step)

@@ -16,7 +16,7 @@ import yaml
 
 from adalora_dist.config import RunConfig
 from adalora_dist.errors import UserError
-from adalora_dist.hub_files import without_tokens
+from adalora_dist.redaction import redacted, redacted_command
 
 _PACKAGES = ("adalora-dist", "torch", "transformers", "accelerate", "datasets", "deepspeed", "bitsandbytes")
 
@@ -34,14 +34,14 @@ class RunFolder:
         if not is_main_process:
             return
         if (self.path / "config.yaml").exists() and config.train.overwrite:
-            shutil.rmtree(self.path)
+            _empty(self.path)
         refuse_used_folder(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(f"output_dir={self.path} cannot be written ({error}): choose another folder") from error
-        text = without_tokens(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        text = yaml.safe_dump(redacted(config.model_dump(mode="json")), sort_keys=False)
         (self.path / "config.yaml").write_text(text, encoding="utf-8")
         (self.path / "run.json").write_text(json.dumps({**_provenance(), **facts}, indent=2) + "\n", encoding="utf-8")
 
@@ -64,6 +64,15 @@ def refuse_used_folder(config: RunConfig) -> None:
         raise UserError(f"output_dir={path} already holds a run: choose another --output-dir or pass --overwrite")
 
 
+def _empty(folder: Path) -> None:
+    """Remove all but the lock, which this run holds."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif not path.name.startswith(".lock"):
+            path.unlink()
+
+
 def _provenance() -> dict[str, Any]:
     versions = {}
     for package in _PACKAGES:
@@ -75,7 +84,7 @@ def _provenance() -> dict[str, Any]:
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
     return {
-        "command": [without_tokens(word) for word in sys.argv],
+        "command": redacted_command(sys.argv),
         "commit": git.stdout.strip() or None,
         "python": platform.python_version(),
         "platform": platform.platform(),
