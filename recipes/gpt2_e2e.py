@@ -36,16 +36,20 @@ def main(config: E2EConfig) -> None:
     from accelerate.utils import set_seed
     from transformers import AutoModelForCausalLM
 
+    from adalora_dist.data.bad_rows import BadRows
     from adalora_dist.data.batches import BatchPlan, count_targets
     from adalora_dist.data.e2e import by_meaning, encode_rows, load_e2e, prompt_tokens
     from adalora_dist.data.encoding import padding_token
     from adalora_dist.evaluation.data_to_text import data_to_text_scores, missing_metrics
     from adalora_dist.evaluation.texts import generate_texts
     from adalora_dist.export import base_folder_of, gather_adapters, merge, save_adapter, save_trained
+    from adalora_dist.hub import check_push_of_rank0, push
     from adalora_dist.inject import inject_adapters
-    from adalora_dist.training.dequantized import quantized_weights
+    from adalora_dist.peft_format import save_adalora, save_lora
+    from adalora_dist.training.dequantized import describe, quantized_weights
     from adalora_dist.training.dry_run import count_rows, dry_run
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
+    from adalora_dist.training.guard import Guard
     from adalora_dist.training.loop import generates_together, prepare, total_steps, train
     from adalora_dist.training.losses import causal_loss
     from adalora_dist.training.model import dtype_named, load_backbone
@@ -59,8 +63,10 @@ def main(config: E2EConfig) -> None:
         num_rows = count_rows(config.data, ["e2e"], lambda: load_e2e(config.data, "train"))
         return dry_run(config, AutoModelForCausalLM, num_rows, ARCHITECTURES, "demo-gpt2")
     refuse_used_folder(config)
+    check_push_of_rank0(config.export.push_to_hub)
     missing = missing_metrics()
     accelerator = build_accelerator(config.train)
+    guard = Guard(accelerator, config)
     say, engine = accelerator.print, engine_name(accelerator)
     quantization = bitsandbytes_config(config, engine)
     set_seed(config.train.seed)
@@ -82,10 +88,14 @@ def main(config: E2EConfig) -> None:
 
     if not config.data.source:
         say("Data: built-in places. Your own: --data FOLDER, or --data hub for E2E NLG.")
+    bad_rows = BadRows(config.data.bad_rows)
     with accelerator.main_process_first():  # the others find it in the cache
-        pairs = load_e2e(config.data, "train")
-        rows = encode_rows(pairs, tokenizer, config.data.max_length, accelerator.is_main_process)
-    references = by_meaning(load_e2e(config.data, "test"))
+        rows = encode_rows(
+            load_e2e(config.data, "train", bad_rows), tokenizer, config.data.max_length, accelerator.is_main_process
+        )
+    references = by_meaning(load_e2e(config.data, "test", bad_rows))
+    if summary := bad_rows.summary():
+        say(summary)
     prompts = prompt_tokens(list(references), tokenizer)
     num_references = sum(len(texts) for texts in references.values())
     say(f"{len(rows):,} training rows; evaluation: {len(prompts):,} lists of facts with {num_references:,} references")
@@ -101,6 +111,9 @@ def main(config: E2EConfig) -> None:
     prepared = prepare(accelerator, model, config, num_steps)
     allocator = prepared.allocator
     facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared)
+    facts["num_rows_left_out"] = dict(bad_rows.counts)
+    facts["base_commit"] = getattr(model.config, "_commit_hash", None)  # None: a local folder
+    facts["model_class"] = type(model).__name__
     folder = RunFolder(config, accelerator.is_main_process, facts)
     start_trackers(accelerator, config)
     say(facts_line(facts, allocator.schedule.freeze_step if allocator else None))
@@ -120,7 +133,7 @@ def main(config: E2EConfig) -> None:
     # ------------------------------------------------------------------------------------------------------ train
 
     loss_sum = causal_loss(rows, padding_token(tokenizer), accelerator.device)
-    train(accelerator, prepared, plan, loss_sum, config, folder, say)
+    train(accelerator, prepared, plan, loss_sum, config, folder, say, guard)
     columns["after"], texts = evaluate()
 
     # ----------------------------------------------------------------------------------------------------- export
@@ -128,7 +141,8 @@ def main(config: E2EConfig) -> None:
     adapters = gather_adapters(allocator) if allocator else []
     trained = gather_trained(accelerator.unwrap_model(prepared.model), keep=accelerator.is_main_process)
     pattern = {a.name: a.lam.numel() for a in adapters}
-    verified = config.export.export_merged and config.export.verify_export
+    formats = config.export.export_formats
+    verified = "merged" in formats and config.export.verify_export
     if verified:  # on every process: where the model is sharded, forwards are collective
         probe, num_text = rows[0]["input_ids"], count_targets(rows[0]["labels"])
         logits = last_logits(accelerator.unwrap_model(prepared.model), probe, num_text + 1, accelerator.device)
@@ -139,16 +153,22 @@ def main(config: E2EConfig) -> None:
         folder.write_json("rank_pattern.json", pattern)
         folder.write_json("results.json", columns)
         folder.write_json("texts.json", texts)
-        if config.export.export_merged:
+        for form, save in (("lora", save_lora), ("peft", save_adalora)):
+            if form in formats:
+                save(adapters, folder.path / form, config.model.name, config.model.revision)
+        base_weights = None
+        if quantization is not None:
+            quantized = quantized_weights(accelerator.unwrap_model(prepared.model), config)
+            folder.write_json("quantized.json", describe(quantized))
+            base_weights = quantized if config.export.merge_into == "dequantized" else None
+        if "merged" in formats:
             base = base_folder_of(config.model.name, config.model.revision)
             merged = folder.path / "merged"
-            base_weights = None
-            if config.export.merge_into == "dequantized":
-                base_weights = quantized_weights(accelerator.unwrap_model(prepared.model), config)
             merge(adapters, base, merged, dtype_named(config.export.export_dtype), trained, base_weights)
             tokenizer.save_pretrained(merged)
             if verified:
                 difference = logit_differences(AutoModelForCausalLM, merged, probe, logits)
+                folder.write_json("verification.json", difference.as_record(logits))
                 say(
                     "Merged model in plain transformers: a text's logits differ from the trained model's by at most "
                     f"{difference.largest:.1e}, on average by {difference.mean:.1e} (of up to {logits.abs().max():.1f})"
@@ -161,8 +181,16 @@ def main(config: E2EConfig) -> None:
     if allocator and config.adapter.method == "adalora":
         say("\nActive ranks\n" + rank_table(pattern))
         say(f"Total rank {sum(pattern.values())}, budget {allocator.schedule.target_budget}")
-    say(f"\nFiles in {folder.path}: " + ", ".join(sorted(p.name for p in folder.path.iterdir())))
+    say(f"\nFiles in {folder.path}: " + ", ".join(sorted(p.name for p in folder.path.glob("[!.]*"))))
     accelerator.end_training()
+    guard.close()
+
+    # ------------------------------------------------------------------------------------------------------- push
+
+    if config.export.push_to_hub and accelerator.is_main_process:  # no process group is left that could wait for it
+        export = config.export
+        address = push(folder.path, export.push_to_hub, "merged", export.push_public, export.push_revision)
+        print(f"Pushed: {address}")
 
 
 if __name__ == "__main__":

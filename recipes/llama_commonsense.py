@@ -36,6 +36,7 @@ def main(config: CommonsenseConfig) -> None:
     from accelerate.utils import set_seed
     from transformers import AutoModelForCausalLM
 
+    from adalora_dist.data.bad_rows import BadRows
     from adalora_dist.data.batches import BatchPlan, count_targets
     from adalora_dist.data.commonsense import load_tasks
     from adalora_dist.data.demo_questions import demo_questions, demo_questions_folder
@@ -43,10 +44,13 @@ def main(config: CommonsenseConfig) -> None:
     from adalora_dist.evaluation.choices import evaluate_choices
     from adalora_dist.evaluation.generation import evaluate_generation
     from adalora_dist.export import base_folder_of, gather_adapters, merge, save_adapter
+    from adalora_dist.hub import check_push_of_rank0, push
     from adalora_dist.inject import inject_adapters
-    from adalora_dist.training.dequantized import quantized_weights
+    from adalora_dist.peft_format import save_adalora, save_lora
+    from adalora_dist.training.dequantized import describe, quantized_weights
     from adalora_dist.training.dry_run import count_rows, dry_run
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
+    from adalora_dist.training.guard import Guard
     from adalora_dist.training.loop import is_sharded, prepare, total_steps, train
     from adalora_dist.training.losses import causal_loss
     from adalora_dist.training.model import dtype_named, load_backbone
@@ -64,7 +68,9 @@ def main(config: CommonsenseConfig) -> None:
         )
         return dry_run(config, AutoModelForCausalLM, num_rows, ARCHITECTURES, "SmolLM2-135M-Instruct")
     refuse_used_folder(config)
+    check_push_of_rank0(config.export.push_to_hub)
     accelerator = build_accelerator(config.train)
+    guard = Guard(accelerator, config)
     say, engine = accelerator.print, engine_name(accelerator)
     quantization = bitsandbytes_config(config, engine)
     set_seed(config.train.seed)
@@ -76,7 +82,10 @@ def main(config: CommonsenseConfig) -> None:
             source = str(demo_questions_folder())
         say(f"Data: built-in questions ({source}). Your own: --data FOLDER, or --data hub for the eight tasks.")
         config = config.model_copy(update={"data": config.data.model_copy(update={"source": source})})
-    train_examples, eval_examples = load_tasks(config.data)
+    bad_rows = BadRows(config.data.bad_rows)
+    train_examples, eval_examples = load_tasks(config.data, bad_rows)
+    if summary := bad_rows.summary():
+        say(summary)
     say(
         f"{len(train_examples)} training rows; evaluation: "
         + ", ".join(f"{t} {len(r)}" for t, r in eval_examples.items())
@@ -105,6 +114,9 @@ def main(config: CommonsenseConfig) -> None:
     prepared = prepare(accelerator, model, config, num_steps)
     allocator = prepared.allocator
     facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared)
+    facts["num_rows_left_out"] = dict(bad_rows.counts)
+    facts["base_commit"] = getattr(model.config, "_commit_hash", None)  # None: a local folder
+    facts["model_class"] = type(model).__name__
     folder = RunFolder(config, accelerator.is_main_process, facts)
     start_trackers(accelerator, config)
     say(facts_line(facts, allocator.schedule.freeze_step if allocator else None))
@@ -133,7 +145,7 @@ def main(config: CommonsenseConfig) -> None:
     # ------------------------------------------------------------------------------------------------------ train
 
     loss_sum = causal_loss(rows, padding_token(tokenizer), accelerator.device)
-    train(accelerator, prepared, plan, loss_sum, config, folder, say)
+    train(accelerator, prepared, plan, loss_sum, config, folder, say, guard)
     after = evaluate()
 
     # ----------------------------------------------------------------------------------------------------- export
@@ -141,7 +153,8 @@ def main(config: CommonsenseConfig) -> None:
     adapters = gather_adapters(allocator) if allocator else []
     trained = gather_trained(accelerator.unwrap_model(prepared.model), keep=accelerator.is_main_process)
     pattern = {a.name: a.lam.numel() for a in adapters}
-    verified = config.export.export_merged and config.export.verify_export
+    formats = config.export.export_formats
+    verified = "merged" in formats and config.export.verify_export
     if verified:  # on every process: where the model is sharded, forwards are collective
         probe, num_reply = rows[0]["input_ids"], count_targets(rows[0]["labels"])
         logits = last_logits(accelerator.unwrap_model(prepared.model), probe, num_reply + 1, accelerator.device)
@@ -150,16 +163,22 @@ def main(config: CommonsenseConfig) -> None:
             save_adapter(adapters, folder.path / "adapter", config.model.name, config.model.revision)
         folder.write_json("rank_pattern.json", pattern)
         folder.write_json("results.json", {"before": [vars(r) for r in before], "after": [vars(r) for r in after]})
-        if config.export.export_merged:
+        for form, save in (("lora", save_lora), ("peft", save_adalora)):
+            if form in formats:
+                save(adapters, folder.path / form, config.model.name, config.model.revision)
+        base_weights = None
+        if quantization is not None:
+            quantized = quantized_weights(accelerator.unwrap_model(prepared.model), config)
+            folder.write_json("quantized.json", describe(quantized))
+            base_weights = quantized if config.export.merge_into == "dequantized" else None
+        if "merged" in formats:
             base = base_folder_of(config.model.name, config.model.revision)
             merged = folder.path / "merged"
-            base_weights = None
-            if config.export.merge_into == "dequantized":
-                base_weights = quantized_weights(accelerator.unwrap_model(prepared.model), config)
             merge(adapters, base, merged, dtype_named(config.export.export_dtype), trained, base_weights)
             tokenizer.save_pretrained(merged)
             if verified:
                 difference = logit_differences(AutoModelForCausalLM, merged, probe, logits)
+                folder.write_json("verification.json", difference.as_record(logits))
                 say(
                     "Merged model in plain transformers: a reply's logits differ from the trained model's by at most "
                     f"{difference.largest:.1e}, on average by {difference.mean:.1e} (of up to {logits.abs().max():.1f})"
@@ -170,8 +189,16 @@ def main(config: CommonsenseConfig) -> None:
     if allocator:
         say("\nActive ranks\n" + rank_table(pattern))
         say(f"Total rank {sum(pattern.values())}, budget {allocator.schedule.target_budget}")
-    say(f"\nFiles in {folder.path}: " + ", ".join(sorted(p.name for p in folder.path.iterdir())))
+    say(f"\nFiles in {folder.path}: " + ", ".join(sorted(p.name for p in folder.path.glob("[!.]*"))))
     accelerator.end_training()
+    guard.close()
+
+    # ------------------------------------------------------------------------------------------------------- push
+
+    if config.export.push_to_hub and accelerator.is_main_process:  # no process group is left that could wait for it
+        export = config.export
+        address = push(folder.path, export.push_to_hub, "merged", export.push_public, export.push_revision)
+        print(f"Pushed: {address}")
 
 
 if __name__ == "__main__":

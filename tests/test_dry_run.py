@@ -182,7 +182,7 @@ def test_plan_is_what_the_run_then_does(tmp_path: Path) -> None:
         "--max-eval-rows",
         "2",
     ]
-    flags += ["--no-export-merged", "--no-evaluate-before"]
+    flags += ["--export-formats", "none", "--no-evaluate-before"]
     code, output, errors = run_recipe("summarize_bart", 1, [*flags, "--dry-run"])
     assert code == 0 and not (tmp_path / "run").exists(), errors
     code, _, errors = run_recipe("summarize_bart", 1, flags)

@@ -8,21 +8,26 @@ spans and flat values only; see ``docs/sharding.md`` for the drawing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch.nn.utils import get_total_norm
 
+from adalora_dist.errors import UserError
 from adalora_dist.spans import Span as Span
+
+State = dict[str, torch.Tensor]
+"""What an optimizer remembers of one parameter, by the optimizer's own names: the local span of what has an entry per
+weight (``exp_avg``, ``exp_avg_sq``), and ``step`` as a tensor without dimension. Empty before the first step."""
 
 
 class ShardEngine(Protocol):
-    """One training engine, seen from the innermost optimizer's step hooks.
+    """One training engine, seen from the innermost optimizer's step hooks, and between two steps.
 
-    Constructed after the engine has taken the parameters over (at the first step), from the adapter parameters
-    in a fixed order that is the same on every rank, and from the innermost torch optimizer.
+    Constructed after the engine has taken the parameters over, from any of the trainable parameters in a fixed order
+    that is the same on every rank, and from the innermost torch optimizer.
     """
 
     shard_group: dist.ProcessGroup | None
@@ -35,13 +40,17 @@ class ShardEngine(Protocol):
         ...
 
     def values(self) -> list[torch.Tensor]:
-        """Per parameter the local span, 1-D, as the optimizer updates it (the fp32 master where there is one)."""
+        """Per parameter the local span as the optimizer updates it (the fp32 master where there is one).
+
+        The tensors themselves or views, not copies; of any shape whose row-major order is the span's.
+        """
         ...
 
     def gradients(self) -> list[torch.Tensor | None]:
-        """Per parameter a writable 1-D view of the gradient that the step about to run will consume.
+        """Per parameter the gradient that the step about to run will consume, to be changed in place.
 
-        A parameter that received no gradient gets zeros. None: not part of this firing.
+        Shapes are those of :meth:`values`. A parameter that received no gradient gets zeros. None: not part of this
+        firing.
         """
         ...
 
@@ -52,15 +61,43 @@ class ShardEngine(Protocol):
         """
         ...
 
-    def skip_firing(self) -> None:
-        """Make the firing about to run change neither weights nor optimizer state."""
+    def skip_firing_if(self, flag: torch.Tensor) -> None:
+        """Where ``flag`` is 1 (else 0; float32 scalar), make the firing about to run change nothing.
+
+        Neither weights nor optimizer state. The flag is read on the host only if the optimizer cannot look at it on the
+        device. Ask last in a pre hook: the gradients may be gone afterwards.
+        """
         ...
 
-    def write(self, index: int, values: torch.Tensor) -> None:
-        """Set the local span of parameter ``index`` so that the next forward sees it and the next step keeps it.
+    def write(self, indices: Sequence[int], values: Sequence[torch.Tensor]) -> None:
+        """Set local spans of some parameters so that the next forward sees them and the next step keeps them.
 
         Only inside the post hook of a training step's last firing: the engine then sends new values to the ranks
         that read them. No collective.
+        """
+        ...
+
+    def shapes(self) -> list[torch.Size]:
+        """The full shape of each parameter."""
+        ...
+
+    def states(self) -> list[State]:
+        """Per parameter the optimizer's state of the local span, as views where it has an entry per weight.
+
+        Raises:
+            UserError: the optimizer keeps something else than an entry per weight, in blocks for instance.
+        """
+        ...
+
+    def restore(self, values: Sequence[torch.Tensor], states: Sequence[State]) -> None:
+        """Between two steps, set the local span of every parameter, in all its copies, and the optimizer's state of it.
+
+        State that the optimizer has not made yet is made as its first step would. Collective: the engine sends new
+        values to the ranks that read them.
+
+        Raises:
+            UserError: the optimizer is not torch's Adam or AdamW and has made no state yet, or keeps other state; or
+                parameters that share one step counter in this engine come with different ones.
         """
         ...
 
@@ -80,11 +117,74 @@ def optimizer_gradients(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
-def drop_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """torch optimizers pass over a parameter whose gradient is None: weight, moments and step count stay."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            p.grad = None
+def skip_step_if(optimizer: torch.optim.Optimizer, flag: torch.Tensor) -> None:
+    """Where ``flag`` (float32 scalar, 1 or 0) is 1, the optimizer's next step leaves weights and state untouched.
+
+    Fused Adam and AdamW look at the flag inside their kernel, as for loss scaling. (Fused SGD and Adagrad would,
+    too, but SGD's first momentum is uninitialised memory if its first step is skipped.) For others the host reads it:
+    torch optimizers pass over a parameter whose gradient is None.
+    """
+    if isinstance(optimizer, torch.optim.Adam) and all(group["fused"] for group in optimizer.param_groups):
+        optimizer.found_inf = flag  # type: ignore[attr-defined]
+    elif flag.item():
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+
+def local_state(state: Mapping[str, Any], holder: torch.Tensor, cut: Callable[[Any], torch.Tensor]) -> State:
+    """The part of ``state`` that ``cut`` takes out of a tensor shaped as ``holder``, which the optimizer steps."""
+    found = {}
+    for name, value in state.items():
+        if name == "step":
+            found[name] = torch.as_tensor(value).detach()
+        elif torch.is_tensor(value) and value.shape == holder.shape:
+            found[name] = cut(value)
+        else:
+            raise UserError(
+                f"the optimizer's state {name} does not have one entry per weight: use torch.optim.AdamW or another "
+                "optimizer that keeps its moments unpacked"
+            )
+    return found
+
+
+def ready_state(optimizer: torch.optim.Optimizer, holder: torch.Tensor) -> dict[str, Any]:
+    """The optimizer's state of ``holder``; made as torch's Adam and AdamW make it at their first step if it is not."""
+    state = optimizer.state[holder]
+    if not state:
+        if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+            raise UserError(
+                f"the state of {type(optimizer).__name__} cannot be restored before its first step: use "
+                "torch.optim.AdamW or torch.optim.Adam"
+            )
+        options = optimizer.defaults
+        on_device = options["capturable"] or options["fused"]
+        state["step"] = torch.zeros((), dtype=torch.float32, device=holder.device if on_device else "cpu")
+        for name in ("exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * options["amsgrad"]):
+            state[name] = torch.zeros_like(holder, memory_format=torch.preserve_format)
+    return state
+
+
+def restore_state(
+    optimizer: torch.optim.Optimizer, holder: torch.Tensor, cut: Callable[[Any], torch.Tensor], saved: State
+) -> None:
+    """Set what ``cut`` takes out of the optimizer's state of ``holder``; all of it goes if nothing was saved."""
+    if not saved:
+        optimizer.state.pop(holder, None)
+        return
+    state = ready_state(optimizer, holder)
+    if state.keys() != saved.keys():
+        raise UserError(
+            f"the optimizer keeps {', '.join(sorted(state))}, saved were {', '.join(sorted(saved))}: continue with the "
+            "optimizer that the run was started with"
+        )
+    for name, value in saved.items():
+        if name != "step":
+            cut(state[name]).copy_(value)
+        elif torch.is_tensor(state[name]):
+            state[name].fill_(float(value))
+        else:
+            state[name] = int(value)
 
 
 def assemble(local: torch.Tensor, span: Span, shape: torch.Size, group: dist.ProcessGroup | None) -> torch.Tensor:

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from adalora_dist.config import RunConfig, TrainConfig
 from adalora_dist.errors import UserError
+from adalora_dist.redaction import redacted
 
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 _TRACKER_INSTALLED = {
@@ -82,7 +83,9 @@ def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
     """Open a run with every tracker of ``train.trackers``, with the resolved configuration as its parameters."""
     if config.train.trackers:
         sections = config.model_dump(mode="json").items()
-        flat = {f"{section}.{key}": str(value) for section, values in sections for key, value in values.items()}
+        flat = {
+            f"{section}.{key}": redacted(str(value)) for section, values in sections for key, value in values.items()
+        }
         accelerator.init_trackers("adalora-dist", config=flat)
 
 

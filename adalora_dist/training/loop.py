@@ -18,9 +18,12 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from adalora_dist.allocator import RankAllocator
 from adalora_dist.config import RunConfig, TrainConfig
 from adalora_dist.data.batches import BatchPlan
+from adalora_dist.errors import UserError
 from adalora_dist.progress import progress_bar
 from adalora_dist.training.engine import tied_weights_in_one_group
+from adalora_dist.training.guard import Guard
 from adalora_dist.training.losses import LossSum
+from adalora_dist.training.nonfinite import BadSteps, find_origin
 from adalora_dist.training.run_folder import RunFolder
 from adalora_dist.training.sharded_load import read_shards, read_trained_modules
 
@@ -45,7 +48,12 @@ def prepare(accelerator: Accelerator, model: nn.Module, config: RunConfig, num_s
     """Optimizer over the trainable parameters, allocator attached, both handed to the engine; weights read last."""
     read_trained_modules(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=config.train.learning_rate, weight_decay=config.train.weight_decay)
+    optimizer = torch.optim.AdamW(
+        trainable,
+        lr=config.train.learning_rate,
+        weight_decay=config.train.weight_decay,
+        fused=config.train.precision != "fp16",  # its kernel would unscale gradients after the allocator has seen them
+    )
     with_adapters = config.adapter.method in ("adalora", "lora")
     allocator = RankAllocator.attach(model, optimizer, config.adapter, num_steps) if with_adapters else None
     if config.train.gradient_checkpointing:
@@ -79,11 +87,14 @@ def train(
     config: RunConfig,
     folder: RunFolder,
     report: Callable[[str], None],
+    guard: Guard | None = None,
 ) -> list[float]:
     """Run all steps; returns the loss of each (mean over the targets of the global batch).
 
     Raises:
+        UserError: too many steps in a row with a loss or gradients that are not finite.
         RuntimeError: the allocator did not reach its budget, or its patterns differ between processes.
+        SystemExit: a signal asked for an early end.
     """
     settings, model, optimizer = config.train, prepared.model, prepared.optimizer
     num_steps = total_steps(settings, plan)
@@ -91,9 +102,12 @@ def train(
     parameters = [p for p in model.parameters() if p.requires_grad]
     losses: list[float] = []
     unread: list[torch.Tensor] = []  # loss sums of this process, read together at every log line
+    bad_steps = BadSteps(settings.max_nonfinite_steps)
     num_tokens, started = 0, time.monotonic()
     bar = progress_bar(total=num_steps, desc="train", unit="step", show=accelerator.is_main_process)
     model.train()
+    if guard is not None:
+        guard.begin(prepared)
     for step in range(num_steps):
         for group in prepared.inner_optimizer.param_groups:
             group["lr"] = learning_rate(settings, step, num_steps)
@@ -123,15 +137,26 @@ def train(
             for record in _records(prepared, config, len(losses), read, num_steps, num_tokens / seconds):
                 folder.log(record)
                 accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+            folder.log_allocations(prepared.allocator)
             losses += read
             unread = []
+            if bad_steps.too_many(read, prepared.allocator.num_skipped_steps):
+                bar.close()
+                raise UserError(
+                    f"max_nonfinite_steps={settings.max_nonfinite_steps}: no finite loss and gradients in "
+                    f"{bad_steps.in_a_row} steps in a row; {find_origin(accelerator, model, loss_sum, micro_batches)}"
+                )
             summary = rank_summary(prepared.allocator)
             status = f"loss {read[-1]:.4f}, {summary}{num_tokens / seconds:.0f} tokens/s"
             bar.set_postfix_str(status)
             if not sys.stderr.isatty():
                 left = bar.format_interval(seconds / (step + 1) * (num_steps - step - 1))
                 report(f"step {step + 1}/{num_steps}: {status}, {left} left")
+        if guard is not None and guard.stops_after(step + 1):
+            guard.leave_preempted(step + 1)
     bar.close()
+    if guard is not None:
+        guard.end()
     if prepared.allocator is not None:
         prepared.allocator.finish()
     return losses

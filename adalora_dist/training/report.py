@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adalora_dist.config import RunConfig
 from adalora_dist.evaluation.results import TaskResult
+from adalora_dist.pictures import rank_grid
 from adalora_dist.training.loop import Prepared
 
 
@@ -63,18 +63,7 @@ def metrics_table(columns: Mapping[str, Mapping[str, float]]) -> str:
 
 def rank_table(pattern: Mapping[str, int]) -> str:
     """Active ranks, layers down and matrices across; names without a layer number get a line of their own."""
-    cells: dict[tuple[str, str], int] = {}
-    columns: list[str] = []
-    lines: list[str] = []
-    for name, rank in pattern.items():
-        match = re.match(r"(?P<stack>.*?)\.?(?P<layer>\d+)\.(?P<matrix>.*)$", name)
-        layer, matrix = (f"{match['stack']}.{match['layer']}", match["matrix"]) if match else (name, "")
-        column = matrix.rpartition(".")[2] if matrix else "rank"
-        if (layer, column) in cells:
-            column = matrix  # two matrices of one layer with the same last name
-        cells[layer, column] = rank
-        columns += [column] if column not in columns else []
-        lines += [layer] if layer not in lines else []
+    lines, columns, cells = rank_grid(pattern)
     rows = [("layer", *columns, "total")]
     for layer in lines:
         ranks = [cells.get((layer, c)) for c in columns]
