@@ -41,6 +41,7 @@ def main(config: CommonsenseConfig) -> None:
     from adalora_dist.data.encoding import encode_examples, padding_token
     from adalora_dist.evaluation.choices import evaluate_choices
     from adalora_dist.evaluation.generation import evaluate_generation
+    from adalora_dist.evaluation.results import TaskResult
     from adalora_dist.export import base_folder_of, gather_adapters, merge, save_adapter
     from adalora_dist.inject import inject_adapters
     from adalora_dist.training.dequantized import quantized_weights
@@ -50,6 +51,7 @@ def main(config: CommonsenseConfig) -> None:
     from adalora_dist.training.model import dtype_named, load_backbone
     from adalora_dist.training.quantization import bitsandbytes_config
     from adalora_dist.training.report import accuracy_table, rank_table
+    from adalora_dist.training.resume import find_checkpoint
     from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
     from adalora_dist.training.verify import last_logits, logit_differences
 
@@ -63,6 +65,9 @@ def main(config: CommonsenseConfig) -> None:
     say, engine = accelerator.print, engine_name(accelerator)
     quantization = bitsandbytes_config(config, engine)
     set_seed(config.train.seed)
+    resumed = find_checkpoint(config)
+    if resumed is not None:
+        say(f"Continuing after step {resumed.step} from {resumed.path}")
 
     # ------------------------------------------------------------------------------------------------------ data
 
@@ -100,7 +105,7 @@ def main(config: CommonsenseConfig) -> None:
 
     # ----------------------------------------------------------------------------------------------------- engine
 
-    prepared = prepare(accelerator, model, config, num_steps)
+    prepared = prepare(accelerator, model, config, num_steps, resumed)
     schedule = prepared.allocator.schedule
     facts = {
         "engine": engine,
@@ -111,7 +116,7 @@ def main(config: CommonsenseConfig) -> None:
         "initial_budget": schedule.initial_budget,
         "target_budget": schedule.target_budget,
     }
-    folder = RunFolder(config, accelerator.is_main_process, facts)
+    folder = RunFolder(config, accelerator.is_main_process, facts, resumed)
     start_trackers(accelerator, config)
     say(
         f"{engine} on {accelerator.num_processes} process(es), {num_steps} steps; {len(matrices)} matrices, "
@@ -138,12 +143,16 @@ def main(config: CommonsenseConfig) -> None:
                 )
         return results
 
-    before = evaluate() if config.evaluation.evaluate_before else []
+    if resumed is not None:
+        before = [TaskResult(**result) for result in resumed.run["notes"]["before"]]
+    else:
+        before = evaluate() if config.evaluation.evaluate_before else []
 
     # ------------------------------------------------------------------------------------------------------ train
 
     loss_sum = causal_loss(rows, padding_token(tokenizer), accelerator.device)
-    train(accelerator, prepared, plan, loss_sum, config, folder, say)
+    notes = {"before": [vars(result) for result in before]}
+    train(accelerator, prepared, plan, loss_sum, config, folder, say, notes)
     after = evaluate()
 
     # ----------------------------------------------------------------------------------------------------- export

@@ -9,9 +9,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "adalora_dist"
 LEVELS = {
     0: ("errors", "config", "schedule", "importance", "orthogonality", "spans", "progress"),
-    1: ("layers", "inject"),
+    1: ("agreement", "layers", "inject"),
     2: ("sharding",),
-    3: ("allocator", "export"),
+    3: ("allocator", "checkpoint", "checkpoint_content", "checkpoint_files", "export"),
     4: ("cli", "yaml_file", "training", "data", "evaluation", "integrations"),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
