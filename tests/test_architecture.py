@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "adalora_dist"
 LEVELS = {
-    0: ("errors", "config", "schedule", "importance", "orthogonality", "spans", "agreement", "progress"),
+    0: ("errors", "config", "schedule", "importance", "orthogonality", "spans", "flat", "agreement", "progress"),
     1: ("layers", "inject"),
     2: ("sharding",),
     3: ("allocator", "export"),
