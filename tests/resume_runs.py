@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,11 @@ from typing import Any
 import torch
 from distributed import import_deepspeed
 from quantized_runs import environment, write_llama
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from adalora_dist.checkpoint import CheckpointWriter, newest_checkpoint
+from adalora_dist.checkpoint_content import Checkpoint
 from adalora_dist.config import AdapterConfig, ModelConfig, RunConfig, TrainConfig
 from adalora_dist.data.batches import BatchPlan
 from adalora_dist.export import gather_adapters
@@ -44,7 +48,7 @@ class Result:
     patterns: list[tuple[int, int, list[bool]]]
     adapters: dict[str, torch.Tensor]
     state: dict[str, torch.Tensor]
-    """By kind and name, what this rank would write into a checkpoint, summed over ranks."""
+    """Every trained parameter, put together over ranks."""
     averages: list[dict[str, torch.Tensor]]
     first_step: int
     engine: str
@@ -78,9 +82,17 @@ def write_model(folder: Path) -> None:
 
 
 def run(
-    rank: int, world_size: int, engine: str, config: RunConfig, stop: tuple[int, int] | None = None
+    rank: int,
+    world_size: int,
+    engine: str,
+    config: RunConfig,
+    stop: tuple[int, int] | None = None,
+    resaved: Path | None = None,
 ) -> Result | None:
-    """A run from wherever ``config.train.resume`` says; ends without a word at (step, micro-step) ``stop``."""
+    """A run from wherever ``config.train.resume`` says; ends without a word at (step, micro-step) ``stop``.
+
+    ``resaved``: where a checkpoint is written of what was loaded.
+    """
     if engine == "single":
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE"):
             os.environ.pop(name, None)
@@ -92,6 +104,9 @@ def run(
     plan = BatchPlan.of_rows(data, BATCH, config.train.seed)
     inject_adapters(model, config.adapter, seed=1)
     prepared = prepare(accelerator, model, config, STEPS, resumed)
+    if resaved is not None:
+        allocator = prepared.allocator
+        CheckpointWriter(resaved, 1).save(prepared.parameters, prepared.optimizer, allocator, {})
     folder = RunFolder(config, accelerator.is_main_process, {}, resumed)
     loss_of = causal_loss(data, 0, accelerator.device)
     first_step = 0 if resumed is None else resumed.step
@@ -127,3 +142,37 @@ def whole_state(prepared: Any) -> dict[str, torch.Tensor]:
     """Every trained parameter, put together over ranks."""
     engine = select_engine(list(prepared.parameters.values()), prepared.optimizer)
     return {name: engine.full(k).cpu() for k, name in enumerate(prepared.parameters)}
+
+
+def whole_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Everything in a checkpoint, by kind and name, put together from its shards."""
+    shapes = {name: described["shape"] for name, described in checkpoint.state["parameters"].items()}
+    whole: dict[str, torch.Tensor] = {}
+    for file in checkpoint.files:
+        if file.endswith(".safetensors"):
+            with safe_open(checkpoint.path / file, framework="pt") as shard:
+                spans = json.loads(shard.metadata()["spans"])
+                for key in shard.keys():  # noqa: SIM118 (not a dictionary)
+                    kind, _, name = key.rpartition("/")
+                    if name == "patterns":
+                        whole[name] = shard.get_tensor(key)
+                        continue
+                    flat = whole.setdefault(key, torch.full(shapes[name], float("nan")).flatten())
+                    start, stop = spans[name]
+                    flat[start:stop] = shard.get_tensor(key)
+    steps = [described["step"] for described in checkpoint.state["parameters"].values()]
+    return whole | {"steps": torch.tensor(steps)}
+
+
+def losses_in(project: Path) -> list[float]:
+    lines = (project / "run" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def next_pattern(project: Path, step: int) -> tuple[int, list[bool]]:
+    """The first selection at or after ``step``, and its triplets, from the newest checkpoint."""
+    checkpoint = newest_checkpoint(project / "run" / "checkpoints")
+    assert checkpoint is not None
+    steps = checkpoint.state["allocator"]["allocation_steps"]
+    index = next(k for k, made in enumerate(steps) if made >= step)
+    return steps[index], whole_tensors(checkpoint)["patterns"][index].tolist()
