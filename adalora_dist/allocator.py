@@ -9,6 +9,11 @@ every engine:
    zeroed; once the pattern is frozen, at every step. Between selections a zeroed lambda may grow again, so that its
    triplet can come back, as in the authors' code.
 
+All of this is a constant number of operations on flat buffers, however many matrices there are, and the host waits for
+none of them: a step that is left out because of a non-finite gradient is left out on the device, by the optimizer's own
+kernel and by a weight of 0 for the importance averages, and what ranks say of each other's patterns is looked at one
+allocation later. (Optimizers that cannot skip on the device cost one read per step; see docs/sharding.md.)
+
 Communication beyond plain LoRA's own, in whole:
 
 - per step, over the shard group only (nothing on one process or under DDP): one float32 sum of
@@ -37,12 +42,14 @@ from adalora_dist.errors import UserError
 from adalora_dist.importance import element_scores, select, select_local, update_averages
 from adalora_dist.inject import AdaptedMatrix, adapted_matrices
 from adalora_dist.layers import SVDLinear
+from adalora_dist.pattern_digest import DelayedSums, PatternDigest
 from adalora_dist.schedule import BudgetSchedule
 from adalora_dist.sharding import select_engine
 from adalora_dist.sharding.base import ShardEngine, sum_over
-from adalora_dist.spans import FACTOR_KINDS, Factor, Span, SpanLayout
+from adalora_dist.spans import FACTOR_KINDS, Factor, FlatBuffer, Span, SpanLayout
 
-_DIGEST_BITS = 20  # three numbers below 2^20: their squares add up exactly in float64 over 8192 ranks
+_LAMBDA_TOLERANCE = 1e-3
+"""Relative to the largest lambda; replicas on equal hardware have equal bits, on unequal hardware they drift apart."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,8 @@ class Allocation:
     budget: int
     keep: torch.Tensor
     """(num_triplets,) bool in canonical order."""
+    lowest_kept_score: torch.Tensor | None = None
+    """What a triplet needed to stay, float64; infinite where none stayed."""
 
 
 class AllocatorState(NamedTuple):
@@ -76,30 +85,23 @@ class RankAllocator:
     def __init__(self, matrices: list[AdaptedMatrix], config: AdapterConfig, schedule: BudgetSchedule) -> None:
         self.matrices, self.config, self.schedule = matrices, config, schedule
         self._adapts = config.method == "adalora"
+        self._regularised = self._adapts and config.orthogonality > 0
         self.ranks = [m.layer.rank for m in matrices]
         self.step = 0
         """Training steps seen so far; the next one is the schedule's t."""
-        self.num_skipped_steps = 0
-        """Steps left out because a gradient somewhere was not finite."""
         self.allocations: list[Allocation] = []
         self.keep: torch.Tensor | None = None
         """(num_triplets,) bool: the triplets of the last selection; None before the first."""
         self.frozen = False
-        self._pending = False  # a selection is due and could not be made yet
+        self._pending = False  # a selection is due
+        self._num_missed = 0  # steps that the engine left out by itself
+        self._num_skipped: torch.Tensor | None = None  # those left out here, counted on the device
+        self._unread: tuple[int, DelayedSums] | None = None  # the last allocation's step and digests
         self._engine: ShardEngine | None = None
         self._firing = 0
-        self._finite = True
         self._finished = False
 
-        self._factors: list[Factor] = []
-        self._owners: list[tuple[SVDLinear, str]] = []  # of each factor: its layer, its name there
-        first = 0
-        for layer in (m.layer for m in matrices if m.layer.rank):
-            for kind, rows in zip(FACTOR_KINDS, (layer.d_out, 1, layer.d_in), strict=True):
-                if self._adapts or kind != "lam":  # plain LoRA does not train lambda
-                    self._factors.append(Factor(kind, rows, layer.rank, first))
-                    self._owners.append((layer, kind))
-            first += layer.rank
+        self._list_factors()
 
     @classmethod
     def attach(cls, model: nn.Module, optimizer: Any, config: AdapterConfig, total_steps: int) -> RankAllocator:
@@ -153,21 +155,15 @@ class RankAllocator:
             )
         if self._firing == 0:
             self._begin_step()
-        if not self._finite:
-            self._engine.skip_firing()
-            return
-        if not self._adapts:
-            return
-        gradients = self._engine.gradients()
-        local, flat = self._layout.views(gradients, self._gradients)
-        if local:
-            torch._foreach_copy_(flat, local)
-            if self.config.orthogonality:
-                _, regulariser = self._layout.views(gradients, self._regulariser)
-                torch._foreach_add_(flat, regulariser)
-                torch._foreach_copy_(local, flat)
-        if self._firing == self._engine.num_firings - 1 and self.config.importance_order == "before":
-            self._update_importance(self._values)
+        if self._adapts:
+            local, flat = self._layout.views(self._engine.gradients(), self._gradients)
+            if local and self._regularised:
+                torch._foreach_add_(local, flat)
+            if local and self._measures:
+                torch._foreach_copy_(flat, local)
+            if self._firing == self._engine.num_firings - 1 and self.config.importance_order == "before":
+                self._update_importance()
+        self._engine.skip_firing_if(self._skip)
 
     @torch.no_grad()
     def _after_firing(self) -> None:
@@ -177,11 +173,10 @@ class RankAllocator:
             return
         self._firing = 0
         self._pending |= self._due(self.step)
-        if not self._finite:
-            self.num_skipped_steps += 1
-        elif self._adapts:
-            if self.config.importance_order == "after":
-                self._update_importance(self._collect_values())
+        if self._adapts:
+            if self.config.importance_order == "after" and self._measures:
+                self._collect_values()
+                self._update_importance()
             if self._pending:
                 self._allocate()
                 self._mask()
@@ -190,26 +185,37 @@ class RankAllocator:
         self.step += 1
 
     def _begin_step(self) -> None:
-        """Values and regulariser of this step; agree over the shard group whether its gradients are finite."""
+        """Values and regulariser of this step; agree over the shard group whether its gradients are finite.
+
+        Leaves the regulariser's gradient in the gradient buffer: both hooks of a firing add and overwrite its part.
+        """
         assert self._engine is not None
-        regularised = self._adapts and self.config.orthogonality > 0
-        parts = [self._engine.nonfinite().reshape(1).to(self._gradients)]
-        if self._adapts:
-            self._values = self._collect_values()
-        if regularised:
-            parts.insert(0, self._layout.gram_partials(self._values))
-        reduced = sum_over(self._engine.shard_group, torch.cat(parts))
-        self._finite = bool(reduced[-1] == 0)
-        if regularised and self._finite:
-            self._regulariser = self._layout.orthogonality_gradient(
-                self._values, reduced[:-1], self.config.orthogonality_form, self.config.orthogonality
+        if self._regularised or self._measures:
+            self._collect_values()
+        if self._regularised:
+            self._layout.gram_partials(self._values)
+        self._skip.copy_(self._engine.nonfinite())
+        partials = self._layout.partials if self._regularised else self._layout.partials[-1:]
+        reduced = sum_over(self._engine.shard_group, partials)
+        if reduced is not partials:
+            partials.copy_(reduced)
+        self._skip.clamp_(max=1)
+        self._num_skipped = self._skip.clone() if self._num_skipped is None else self._num_skipped.add_(self._skip)
+        if self._regularised:
+            self._layout.orthogonality_gradient(
+                self._values, self.config.orthogonality_form, self.config.orthogonality, out=self._gradients
             )
 
-    def _update_importance(self, values: torch.Tensor) -> None:
-        if not self.frozen and self.config.importance != "magnitude":
-            update_averages(
-                self.sensitivity, self.uncertainty, values, self._gradients, self.config.beta1, self.config.beta2
-            )
+    @property
+    def _measures(self) -> bool:
+        """Whether importance averages advance."""
+        return self._adapts and not self.frozen and self.config.importance != "magnitude"
+
+    def _update_importance(self) -> None:
+        if self._measures:
+            beta1, beta2 = self.config.beta1, self.config.beta2
+            values, gradients = self._values.data, self._gradients.data
+            update_averages(self.sensitivity, self.uncertainty, values, gradients, beta1, beta2, self._skip)
 
     def _due(self, step: int) -> bool:
         """A selection is due at its steps, and at any later step if the last one was missed."""
@@ -217,43 +223,56 @@ class RankAllocator:
         return due and self._adapts and not self.frozen
 
     def _allocate(self) -> None:
-        """Select the budget's triplets from the scores of all ranks: one reduction."""
-        assert self._engine is not None
-        if self.config.importance == "magnitude":
-            values = self._collect_values()
-            elements = torch.zeros_like(values)
-            for piece in self._layout.pieces:
-                if self._factors[piece.factor].kind == "lam":
-                    part = slice(piece.flat_start, piece.flat_start + piece.length)
-                    elements[part] = values[part].abs()
+        """Select the budget's triplets from the scores of all ranks: one reduction.
+
+        If this step's gradients were not finite, importance is that of the last step that happened.
+        """
+        self._compare_digests()
+        elements, of_values = self._gradients, self.config.importance == "magnitude"
+        if of_values:
+            self._collect_values()
+            torch.abs(self._values.data, out=elements.data)
         else:
-            elements = element_scores(self.config.importance, self.sensitivity, self.uncertainty)
-        partials = self._layout.score_partials(elements)
-        digest = self._digest()
-        reduced = sum_over(
-            dist.group.WORLD if dist.is_initialized() else None,
-            torch.cat([partials / self._num_replicas, digest, digest * digest]),
-        )
-        self._compare_digests(reduced[-6:-3], reduced[-3:])
+            element_scores(self.config.importance, self.sensitivity, self.uncertainty, out=elements.data)
+        scores = self._layout.score_partials(elements, lam_only=of_values)
+        if self._num_replicas > 1:
+            scores /= self._num_replicas
+        world = dist.group.WORLD if dist.is_initialized() else None
+        reduced = sum_over(world, torch.cat([scores, self._digest.summands(self.keep)]))
+        self._unread = self.step, DelayedSums(reduced[-6:])
         scores, budget = reduced[:-6], self.schedule.budget(self.step)
         if self.config.budget_scope == "local":
             self.keep = select_local(scores, self.ranks, budget)
         else:
             self.keep = select(scores, budget)
-        self.allocations.append(Allocation(self.step, budget, self.keep))
+        lowest = torch.where(self.keep, scores, torch.inf).min()
+        self.allocations.append(Allocation(self.step, budget, self.keep, lowest))
         self._pending = False
         self.frozen = self.step >= self.schedule.freeze_step
 
     def _mask(self) -> None:
         """lambda_i <- 0 for every triplet that was not selected (eq. 6). P, Q and the moments stay."""
         assert self._engine is not None and self.keep is not None
-        values = self._engine.values()
-        for k, (factor, span) in enumerate(zip(self._factors, self._spans, strict=True)):
-            if factor.kind == "lam" and span.stop > span.start:
-                keep = self.keep[factor.first_triplet + span.start : factor.first_triplet + span.stop]
-                self._engine.write(k, values[k] * keep)
+        if self._masks_of is not self.keep:
+            # split() cuts at every span's ends; each second part is a span
+            self._masks, self._masks_of = self.keep.float().split(self._lam_cuts)[1::2], self.keep
+        if self._lams:
+            values = self._engine.values()
+            self._engine.write(self._lams, torch._foreach_mul([values[k] for k in self._lams], self._masks))
 
     # ------------------------------------------------------------------ set-up and small parts
+
+    def _list_factors(self) -> None:
+        """The adapter parameters as the layers have them now, in canonical order, and where each is to be found."""
+        self._factors: list[Factor] = []
+        self._owners: list[tuple[SVDLinear, str]] = []  # of each factor: its layer, its name there
+        first = 0
+        for layer in (m.layer for m in self.matrices if m.layer.rank):
+            for kind, rows in zip(FACTOR_KINDS, (layer.d_out, 1, layer.d_in), strict=True):
+                if self._adapts or kind != "lam":  # plain LoRA does not train lambda
+                    self._factors.append(Factor(kind, rows, layer.rank, first))
+                    self._owners.append((layer, kind))
+            first += layer.rank
 
     def bind(self, optimizer: Any) -> None:
         """Before the first step, when the engine has taken over the parameters: see which spans this rank holds.
@@ -266,12 +285,15 @@ class RankAllocator:
         if self._engine is None:
             self._bind(optimizer)
 
-    def _bind(self, optimizer: Any) -> None:
-        """First step: the engine has taken over the parameters; see which spans this rank holds."""
-        parameters = [getattr(layer, kind) for layer, kind in self._owners]
-        engine = select_engine(parameters, optimizer)
+    def _bind(self, optimizer: torch.optim.Optimizer) -> None:
+        """First step: the engine has taken over the parameters."""
+        self._set_up(select_engine([getattr(layer, kind) for layer, kind in self._owners], optimizer))
+
+    def _set_up(self, engine: ShardEngine) -> None:
+        """See which spans this rank holds; lay them out and make all buffers and views."""
         self._spans = engine.spans()
-        device = engine.values()[0].device
+        values = engine.values()
+        device = values[0].device
         spans_of_ranks: list[list[Span]] | None = None
         num_shards, world_size = 1, 1
         if dist.is_initialized():
@@ -282,34 +304,39 @@ class RankAllocator:
                 dist.all_gather_object(spans_of_ranks, self._spans, group=engine.shard_group)
         self._num_replicas = world_size // num_shards
         self._layout = SpanLayout(self._factors, self._spans, spans_of_ranks, device)
-        size = self._layout.num_elements
-        self._gradients = torch.zeros(size, dtype=torch.float32, device=device)
-        self.sensitivity = torch.zeros(size, dtype=torch.float32, device=device)
-        self.uncertainty = torch.zeros(size, dtype=torch.float32, device=device)
-        generator = torch.Generator().manual_seed(0)
-        weights = torch.randint(1, 2**_DIGEST_BITS, (self._layout.num_triplets, 3), generator=generator)
-        self._digest_weights = weights.to(device)
+        self._skip = self._layout.partials[-1]  # 1 where this step has a non-finite gradient
+        self._digest = PatternDigest(self._layout.num_triplets, device)
+        if self._adapts:
+            shapes = [v.shape for v in values]
+            self._values = FlatBuffer(self._layout, shapes, device)
+            self._gradients = FlatBuffer(self._layout, shapes, device)
+            self.sensitivity = torch.zeros_like(self._values.data)
+            self.uncertainty = torch.zeros_like(self._values.data)
+        self._lams: list[int] = []  # the lambdas of which this rank holds something
+        self._lam_cuts = [0]
+        for k, (factor, span) in enumerate(zip(self._factors, self._spans, strict=True)):
+            if factor.kind == "lam" and span.stop > span.start:
+                self._lams.append(k)
+                gap = factor.first_triplet + span.start - sum(self._lam_cuts)
+                self._lam_cuts = [*self._lam_cuts[:-1], self._lam_cuts[-1] + gap, span.stop - span.start, 0]
+        self._lam_cuts[-1] = self._layout.num_triplets - sum(self._lam_cuts)
+        self._masks: tuple[torch.Tensor, ...] = ()
+        self._masks_of: torch.Tensor | None = None
         self._engine = engine
 
-    def _collect_values(self) -> torch.Tensor:
-        """All local elements in the flat layout, float32."""
+    def _collect_values(self) -> None:
+        """All local elements into the flat layout, float32."""
         assert self._engine is not None
-        return self._layout.collect(self._engine.values(), torch.empty_like(self._gradients))
+        self._layout.collect(self._engine.values(), self._values)
 
-    def _digest(self) -> torch.Tensor:
-        """Three numbers below 2^20 that change with any change of the current pattern, float64."""
-        if self.keep is None:
-            return torch.zeros(3, dtype=torch.float64, device=self._gradients.device)
-        sums = (self._digest_weights * self.keep.unsqueeze(1)).sum(0)
-        return (sums % 2**_DIGEST_BITS).double()
-
-    def _compare_digests(self, sums: torch.Tensor, sums_of_squares: torch.Tensor) -> None:
-        """All ranks hold the same pattern exactly if world * sum(d^2) = (sum d)^2, in integers."""
-        world_size = dist.get_world_size() if dist.is_initialized() else 1
-        for total, squares in zip(sums.tolist(), sums_of_squares.tolist(), strict=True):
-            if world_size * int(squares) != int(total) ** 2:
+    def _compare_digests(self) -> None:
+        """Raise, on all ranks alike, if the patterns of two ranks differed at the last allocation."""
+        if self._unread is not None:
+            step, digests = self._unread
+            self._unread = None
+            if not digests.agree(dist.get_world_size() if dist.is_initialized() else 1):
                 raise RuntimeError(
-                    f"rank patterns differ between ranks before step {self.step}: the run cannot be trusted. Likely "
+                    f"rank patterns differ between ranks before step {step}: the run cannot be trusted. Likely "
                     "causes: ranks started from different adapters or seeds, or a rank changed lambda by itself"
                 )
 
@@ -321,8 +348,13 @@ class RankAllocator:
         return [f"{layer.name}.{kind}" for layer, kind in self._owners]
 
     def state(self) -> AllocatorState:
-        """A copy of the allocator's state between two steps, on the CPU. :meth:`bind` comes first."""
+        """A copy of the allocator's state between two steps, on the CPU. :meth:`bind` comes first.
+
+        Raises:
+            RuntimeError: patterns differ between ranks: such a state must not be kept.
+        """
         assert self._engine is not None
+        self._compare_digests()
         numbers = {
             "step": self.step,
             "num_skipped_steps": self.num_skipped_steps,
@@ -334,31 +366,36 @@ class RankAllocator:
         none = torch.zeros(0, sum(self.ranks), dtype=torch.bool)
         patterns = torch.stack([a.keep.cpu() for a in self.allocations]) if self.allocations else none
         averages: list[dict[str, torch.Tensor]] = [{} for _ in self._spans]
-        for name, flat in self._averages().items():
-            pieces = [torch.empty(span.stop - span.start, device=flat.device) for span in self._spans]
+        for name, average in self._averages().items():
+            flat = FlatBuffer(self._layout)
+            flat.data.copy_(average)
+            pieces = [torch.empty(span.stop - span.start) for span in self._spans]
             local, views = self._layout.views(pieces, flat)
             if local:
                 torch._foreach_copy_(local, views)
-            for average, piece in zip(averages, pieces, strict=True):
-                average[name] = piece.cpu()
+            for held, piece in zip(averages, pieces, strict=True):
+                held[name] = piece
         return AllocatorState(numbers, patterns, averages)
 
     def load_state(self, state: AllocatorState) -> None:
         """Continue from ``state``, whose averages are of this rank's spans now. :meth:`bind` comes first."""
         assert self._engine is not None
         numbers = state.numbers
-        self.step, self.num_skipped_steps = numbers["step"], numbers["num_skipped_steps"]
+        self.step, self._num_missed, self._num_skipped = numbers["step"], numbers["num_skipped_steps"], None
         self._pending, self.frozen = numbers["pending"], numbers["frozen"]
         made = zip(numbers["allocation_steps"], numbers["allocation_budgets"], state.patterns, strict=True)
-        self.allocations = [Allocation(step, budget, keep.to(self._gradients.device)) for step, budget, keep in made]
+        self.allocations = [Allocation(step, budget, keep.to(self._skip.device)) for step, budget, keep in made]
         self.keep = self.allocations[-1].keep if self.allocations else None
-        for name, flat in self._averages().items():
-            self._layout.collect([average[name].to(flat.device) for average in state.averages], flat)
+        for name, average in self._averages().items():
+            flat = FlatBuffer(self._layout)
+            self._layout.collect([held[name] for held in state.averages], flat)
+            average.copy_(flat.data)
 
     def _averages(self) -> dict[str, torch.Tensor]:
-        """The flat buffers that a run needs in order to go on."""
-        found = {"sensitivity": self.sensitivity, "uncertainty": self.uncertainty}
-        return found if self._adapts and self.sensitivity.numel() == self._layout.num_elements else {}
+        """The importance averages, while they are kept."""
+        if not self._adapts or self.sensitivity.numel() != self._layout.num_elements:
+            return {}
+        return {"sensitivity": self.sensitivity, "uncertainty": self.uncertainty}
 
     # ------------------------------------------------------------------ what loops and reports ask
 
@@ -372,13 +409,17 @@ class RankAllocator:
         """What this rank puts into the per-step reduction; 0 where nothing is sharded. Known after the first step."""
         if self._engine is None or self._engine.shard_group is None:
             return 0
-        layout, regularised = self._layout, self._adapts and self.config.orthogonality > 0
-        return 4 * (1 + regularised * (layout.num_gram_elements + layout.num_split_row_elements))
+        return 4 * (self._layout.partials.numel() if self._regularised else 1)
 
     @property
     def bytes_per_allocation(self) -> int:
         """What this rank puts into the reduction of one allocation; 0 on one process."""
         return 8 * (sum(self.ranks) + 6) if dist.is_initialized() and dist.get_world_size() > 1 else 0
+
+    @property
+    def num_skipped_steps(self) -> int:
+        """Steps left out because a gradient somewhere was not finite. Reads from the device."""
+        return self._num_missed + (0 if self._num_skipped is None else int(self._num_skipped))
 
     def rank_pattern(self) -> dict[str, int]:
         """Active rank of each adapted matrix, by name. Reads from the device."""
@@ -422,22 +463,48 @@ class RankAllocator:
             )
         for missed in range(self.step, num_steps):
             self._pending |= self._due(missed)
-            self.num_skipped_steps += 1
+            self._num_missed += 1
         self.step = max(self.step, num_steps)
 
     def finish(self) -> None:
         """End of the run: compare the final pattern over ranks and make sure that the budget was reached.
 
+        Ask before anything is published.
+
         Raises:
-            RuntimeError: the budget was not reached, with the likely cause, or patterns differ between ranks.
+            RuntimeError: the budget was not reached, with the likely cause, or patterns or lambdas differ between
+                ranks, or a lambda outside of the pattern is not 0.
         """
         self._finished = True
         if problem := self.problem():
             raise RuntimeError(problem)
-        digest = self._digest()
+        self._compare_digests()
         world = dist.group.WORLD if dist.is_initialized() else None
-        reduced = sum_over(world, torch.cat([digest, digest * digest]))
-        self._compare_digests(reduced[:3], reduced[3:])
+        self._unread = self.step, DelayedSums(sum_over(world, self._digest.summands(self.keep)))
+        self._compare_digests()
+        if self._adapts:
+            self._compare_lambdas()
+
+    def _compare_lambdas(self) -> None:
+        """Raise, on all ranks alike, if replicas hold different lambdas, or one outside of the pattern is not 0."""
+        assert self._engine is not None and self.keep is not None
+        world = dist.group.WORLD if dist.is_initialized() else None
+        values = self._engine.values()
+        lam = torch.zeros(self._layout.num_triplets, dtype=torch.float64, device=self.keep.device)
+        for k in self._lams:
+            first = self._factors[k].first_triplet
+            lam[first + self._spans[k].start : first + self._spans[k].stop] = values[k].flatten()
+        lam = sum_over(self._engine.shard_group, lam)  # whole, as this rank's replica has it
+        mean = sum_over(world, lam.clone()) / (dist.get_world_size() if dist.is_initialized() else 1)
+        differs = ~((lam - mean).abs().max() <= _LAMBDA_TOLERANCE * mean.abs().max())
+        outside = (lam * ~self.keep).any()
+        flags = sum_over(world, torch.stack([differs, outside]).double()).tolist()
+        for flag, what in zip(flags, ("differ between replicas", "outside of the pattern are not 0"), strict=True):
+            if flag:
+                raise RuntimeError(
+                    f"lambdas {what} at the end of the run: it cannot be trusted. A rank changed lambda by itself, or "
+                    "its memory is faulty"
+                )
 
     def problem(self) -> str | None:
         """Why the run, if it ended now, would not have met its budget; None if it has."""

@@ -107,6 +107,8 @@ class ZeroEngine:
             )
         self.num_firings = 1 if self._kind == _STAGE_1_BF16 else len(self._masters)
         self._held: list[tuple[Any, torch.Tensor | None]] = []
+        self._addresses: list[int] = []
+        self._views: list[torch.Tensor] = []
         self._steps = False  # whether this engine takes part in steps; one that only reads and restores does not
 
     @property
@@ -121,7 +123,10 @@ class ZeroEngine:
         return [f.span for f in self._fragments]
 
     def values(self) -> list[torch.Tensor]:
-        return [self._values_of(f) for f in self._fragments]
+        addresses = [master.data_ptr() for master in self._masters]
+        if addresses != self._addresses:  # at first, and should DeepSpeed ever move its buffers
+            self._addresses, self._views = addresses, [self._values_of(f) for f in self._fragments]
+        return list(self._views)
 
     def _values_of(self, fragment: _Fragment) -> torch.Tensor:
         return self._cut(fragment)(self._masters[fragment.group])
@@ -150,7 +155,9 @@ class ZeroEngine:
             gradients += [g for g in waiting or () if g is not None]
         return nonfinite_flag(gradients)
 
-    def skip_firing(self) -> None:
+    def skip_firing_if(self, flag: torch.Tensor) -> None:
+        if not flag.item():
+            return
         for master in self._firing_masters():
             self._held.append((master, master.grad))
             master.grad = None
@@ -167,10 +174,9 @@ class ZeroEngine:
         if self._kind == _STAGE_3 and any(master is self._masters[-1] for master in firing):
             self._zero.grad_partitions_flat_buffer.zero_()
 
-    def write(self, index: int, values: torch.Tensor) -> None:
-        fragment = self._fragments[index]
-        self._values_of(fragment).copy_(values)
-        self._working_copy(index).copy_(values)
+    def write(self, indices: Sequence[int], values: Sequence[torch.Tensor]) -> None:
+        torch._foreach_copy_([self._values_of(self._fragments[k]) for k in indices], list(values))
+        torch._foreach_copy_([self._working_copy(k) for k in indices], list(values))
 
     def _working_copy(self, index: int) -> torch.Tensor:
         p, fragment = self._params[index], self._fragments[index]
@@ -198,8 +204,8 @@ class ZeroEngine:
                     "counts them together: continue on one process, with DDP or with FSDP2"
                 )
             self._optimizer.state.pop(self._masters[group], None)
-        for index, (f, local, state) in enumerate(zip(self._fragments, values, states, strict=True)):
-            self.write(index, local)
+        self.write(range(len(values)), values)
+        for f, state in zip(self._fragments, states, strict=True):
             if state:
                 restore_state(self._optimizer, self._masters[f.group], self._cut(f), state)
         self._publish()

@@ -19,6 +19,8 @@ from adalora_dist.errors import UserError
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
+ALLOCATIONS = "allocations.jsonl"
+LOGS = (METRICS, ALLOCATIONS)
 
 # What a continued run may set anew, because it does not change what is learnt: sections, and fields of others.
 # ``data`` and the backbone are compared by content instead: files may move.
@@ -216,20 +218,23 @@ class RunCheckpoints:
             "num_processes": accelerator.num_processes,
             "notes": dict(notes),
         }
-        prepared.allocator.bind(prepared.optimizer)
+        if prepared.allocator:
+            prepared.allocator.bind(prepared.optimizer)
         if self._every and prepared.resumed is None:
-            self.save()
+            self.save(0)
 
     def due(self, num_done: int) -> bool:
         """Whether a checkpoint is to be written after ``num_done`` steps."""
         return self._every > 0 and (num_done % self._every == 0 or num_done == self._num_steps)
 
-    def save(self) -> None:
-        """Write one of this moment, between two steps, with all metrics logged. Collective."""
+    def save(self, num_done: int) -> None:
+        """Write one after ``num_done`` steps, all of them logged. Collective."""
         prepared = self._prepared
         run = {**self._run, "loss_scale": loss_scale(self._accelerator, prepared.optimizer)}
-        metrics = (self._folder / METRICS).read_bytes() if self._accelerator.is_main_process else b""
-        self._writer.save(prepared.parameters, prepared.optimizer, prepared.allocator, run, {METRICS: metrics})
+        logs = {}
+        if self._accelerator.is_main_process:
+            logs = {name: path.read_bytes() for name in LOGS if (path := self._folder / name).exists()}
+        self._writer.save(num_done, prepared.parameters, prepared.optimizer, prepared.allocator, run, logs)
 
     def finish(self) -> None:
         """Until the last one is on the disk."""
