@@ -14,20 +14,21 @@ from refusals import refusal
 from resume_runs import (
     FINAL,
     INTERVAL,
+    PAIRS,
     STEPS,
     WARMUP,
+    WORLD_SIZES,
     Result,
+    assert_continues_elsewhere,
+    assert_continues_exactly,
     configuration,
     deepspeed,
-    losses_in,
-    next_pattern,
+    new_project,
     rows,
     run,
-    whole_tensors,
     write_model,
 )
 
-from adalora_dist.checkpoint import checkpoint_at
 from adalora_dist.config import CommonsenseConfig, ModelConfig, TrainConfig
 from adalora_dist.data.batches import BatchPlan
 from adalora_dist.training.resume import (
@@ -40,8 +41,6 @@ from adalora_dist.training.resume import (
 )
 from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
 
-WORLD_SIZES = {"single": 1, "ddp": 2, "fsdp2": 2, "zero2": 2, "zero3": 2}
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -53,12 +52,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def project(model: Path, tmp_path: Path) -> Path:
     return new_project(model, tmp_path / "project")
-
-
-def new_project(model: Path, folder: Path) -> Path:
-    folder.mkdir()
-    (folder / "model").symlink_to(model)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -79,57 +72,25 @@ def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return of
 
 
-def assert_continues_exactly(
-    project: Path, engine: str, expected: list[Result], stop: tuple[int, int], **changes: Any
-) -> None:
-    """Stopped at (step, micro-step), continued in a new process: as if nothing had been."""
-    world_size = WORLD_SIZES[engine]
-    config = configuration(project, world_size, **changes)
-    assert run_ranks(world_size, run, engine, config, stop, timeout=400) == [None] * world_size
-    again = configuration(project, world_size, resume="auto", **changes)
-    for result, wanted in zip(run_ranks(world_size, run, engine, again, timeout=400), expected, strict=True):
-        assert result.first_step == stop[0] // config.train.checkpoint_every * config.train.checkpoint_every
-        assert result.engine == engine and result.losses == wanted.losses and len(result.losses) == STEPS
-        assert result.patterns == wanted.patterns
-        for name, tensor in (*wanted.state.items(), *wanted.adapters.items()):
-            assert torch.equal({**result.state, **result.adapters}[name], tensor), name
-        for mine, theirs in zip(result.averages, wanted.averages, strict=True):
-            assert all(torch.equal(mine[kind], theirs[kind]) for kind in ("sensitivity", "uncertainty"))
-        assert without_speed(result.metrics) == without_speed(wanted.metrics)
-
-
-def without_speed(metrics: str) -> list[dict[str, Any]]:
-    records = [json.loads(line) for line in metrics.splitlines()]
-    assert [record["step"] for record in records] == list(range(STEPS))
-    return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
-
-
 def test_the_run_is_worth_stopping(undisturbed: Any) -> None:
     """It learns, patterns move, pruning starts and ends, epochs end within it, dropout and a trained head take part."""
     [result] = undisturbed("single")
     patterns = [tuple(keep) for _, _, keep in result.patterns]
-    assert len(set(patterns)) >= 8 and sum(patterns[-1]) == 21
+    assert len(set(patterns)) >= 6 and sum(patterns[-1]) == 21
     assert [step for step, _, _ in result.patterns][0] > WARMUP and result.patterns[-1][0] == STEPS - FINAL
     assert sum(result.losses[-5:]) < 0.6 * sum(result.losses[:5])
     assert "lm_head.weight" in result.state and configuration(Path("x")).adapter.dropout > 0
     assert BatchPlan.of_rows(rows(), 6, 6).num_batches_per_epoch == 3
 
 
-# Warm-up, an epoch's edge in the middle of an accumulation, the last selection, the last step; others are slow.
-STOPS = [(WARMUP - 1, 0), (WARMUP + 2 * INTERVAL + 2, 1), (STEPS - FINAL, 1), (STEPS - 1, 1)]
-
-
-@pytest.mark.parametrize("stop", STOPS[1:3], ids=str)
+# In the middle of an accumulation, at an epoch's edge and a selection; then at the last selection.
+@pytest.mark.parametrize("stop", [(WARMUP + 2 * INTERVAL + 2, 1), (STEPS - FINAL, 1)], ids=str)
 def test_one_process_continues_bit_for_bit(project: Path, undisturbed: Any, stop: tuple[int, int]) -> None:
     assert_continues_exactly(project, "single", undisturbed("single"), stop)
 
 
 def test_continues_from_the_last_checkpoint_before_the_stop(project: Path, undisturbed: Any) -> None:
     assert_continues_exactly(project, "single", undisturbed("single"), (18, 1), checkpoint_every=10)
-
-
-def test_fsdp2_continues_bit_for_bit(project: Path, undisturbed: Any) -> None:
-    assert_continues_exactly(project, "fsdp2", undisturbed("fsdp2"), (21, 1))
 
 
 @pytest.mark.slow
@@ -154,41 +115,10 @@ def test_asynchronous_checkpoints_continue_bit_for_bit(project: Path, undisturbe
 
 # ---------------------------------------------------------------------------- another engine, another number of ranks
 
-STOP, LATER = 25, 29  # the next selection after the stop is that of step 27
-PAIRS = [
-    *(("single", 1, "ddp", 2), ("ddp", 2, "single", 1), ("ddp", 2, "ddp", 3)),
-    *(("fsdp2", 2, "fsdp2", 3), ("zero3", 2, "zero3", 3), ("zero3", 2, "single", 1), ("single", 1, "fsdp2", 2)),
-    *((a, 2, b, 2) for a in ("ddp", "fsdp2", "zero3") for b in ("ddp", "fsdp2", "zero3") if a != b),
-    *(("zero2", 2, "zero3", 3), ("fsdp2", 2, "zero2", 2)),
-]  # fmt: skip
 
-
-def assert_continues_elsewhere(
-    model: Path, folder: Path, engine: str, world_size: int, other: str, other_size: int
-) -> float:
-    """State equal bit for bit, next loss within 1e-6, next pattern identical. Returns the relative difference."""
-    project = new_project(model, folder / "project")
-    changes: dict[str, Any] = {"dropout": 0.0}
-    run_ranks(world_size, run, engine, configuration(project, world_size, **changes), (STOP, 1), timeout=400)
-    there = folder / "there"
-    shutil.copytree(project, there, symlinks=True)
-    for where, name, size, resaved in ((project, engine, world_size, None), (there, other, other_size, folder / "re")):
-        config = configuration(where, size, resume="auto", **changes)
-        run_ranks(size, run, name, config, (LATER, 0), resaved, timeout=400)
-    before = whole_tensors(checkpoint_at(project / "run" / "checkpoints" / f"step-{STOP:08d}"))
-    after = whole_tensors(checkpoint_at(folder / "re" / f"step-{STOP:08d}"))
-    assert before.keys() == after.keys() and len(before) > 100
-    for name, tensor in before.items():
-        assert torch.equal(tensor, after[name]), name
-    mine, theirs = losses_in(project), losses_in(there)
-    assert len(mine) == len(theirs) == LATER and mine[:STOP] == theirs[:STOP]
-    assert next_pattern(project, STOP) == next_pattern(there, STOP)
-    return abs(theirs[STOP] / mine[STOP] - 1)
-
-
-@pytest.mark.parametrize("pair", PAIRS[:1], ids=str)
-def test_continues_on_more_processes(model: Path, tmp_path: Path, pair: tuple[str, int, str, int]) -> None:
-    assert assert_continues_elsewhere(model, tmp_path, *pair) < 1e-6
+@pytest.mark.parametrize("pair", [("single", 1, "ddp", 2), ("fsdp2", 2, "zero3", 2)], ids=str)
+def test_continues_on_another_engine(model: Path, tmp_path: Path, pair: tuple[str, int, str, int]) -> None:
+    assert assert_continues_elsewhere(model, tmp_path, *pair, stop=WARMUP + 1) < 1e-6
 
 
 @pytest.mark.slow
