@@ -76,7 +76,7 @@ def snapshot(
         held = {"": values, **moments, **averages.get(name, {})}
         if span.stop > span.start:
             spans[name] = span
-            tensors |= {_key(kind, name): value.detach().to("cpu", copy=True) for kind, value in held.items()}
+            tensors |= {_key(kind, name): value.detach().flatten().to("cpu", copy=True) for kind, value in held.items()}
         table[name] = {"shape": list(shape), "step": float(state["step"]) if state else None, "state": sorted(moments)}
     description = {
         "step": step,

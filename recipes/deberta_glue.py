@@ -55,6 +55,7 @@ def main(config: GlueConfig) -> None:
     from adalora_dist.training.model import dtype_named, load_backbone
     from adalora_dist.training.quantization import bitsandbytes_config
     from adalora_dist.training.report import facts_line, metrics_table, rank_table, run_facts
+    from adalora_dist.training.resume import find_checkpoint
     from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
     from adalora_dist.training.trained import gather_trained
     from adalora_dist.training.verify import load_plainly
@@ -115,6 +116,9 @@ def main(config: GlueConfig) -> None:
     def one_run(config: GlueConfig) -> dict[str, float]:
         """Train and evaluate with one seed; the scores at the end."""
         set_seed(config.train.seed)
+        resumed = find_checkpoint(config)
+        if resumed is not None:
+            say(f"Continuing after step {resumed.step} from {resumed.path}")
         model, _ = load_backbone(config.model, AutoModelForSequenceClassification, quantization, changes)
         lengths = [len(row["input_ids"]) for row in inputs]
         settings = (config.train.batch_size, config.train.seed, config.train.group_by_length)
@@ -124,10 +128,10 @@ def main(config: GlueConfig) -> None:
         # --------------------------------------------------------------------------------------- adapters, engine
 
         inject_adapters(model, config.adapter, config.train.seed)
-        prepared = prepare(accelerator, model, config, num_steps)
+        prepared = prepare(accelerator, model, config, num_steps, resumed)
         allocator = prepared.allocator
         facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared)
-        folder = RunFolder(config, accelerator.is_main_process, facts)
+        folder = RunFolder(config, accelerator.is_main_process, facts, resumed)
         start_trackers(accelerator, config)
         say(facts_line(facts, allocator.schedule.freeze_step if allocator else None))
 
@@ -141,12 +145,15 @@ def main(config: GlueConfig) -> None:
                 scores |= score(name, task, logits[name], eval_labels[name])
             return scores, logits
 
-        columns = {"before": evaluate()[0]} if config.evaluation.evaluate_before else {}
+        if resumed is not None:
+            columns = resumed.run["notes"]
+        else:
+            columns = {"before": evaluate()[0]} if config.evaluation.evaluate_before else {}
 
         # -------------------------------------------------------------------------------------------------- train
 
         loss_sum = classification_loss(inputs, labels, task.num_labels, padding, accelerator.device)
-        train(accelerator, prepared, plan, loss_sum, config, folder, say)
+        train(accelerator, prepared, plan, loss_sum, config, folder, say, notes=columns)
         columns["after"], logits = evaluate()
 
         # ------------------------------------------------------------------------------------------------- export

@@ -53,6 +53,7 @@ def main(config: SquadConfig) -> None:
     from adalora_dist.training.model import dtype_named, load_backbone
     from adalora_dist.training.quantization import bitsandbytes_config
     from adalora_dist.training.report import facts_line, metrics_table, rank_table, run_facts
+    from adalora_dist.training.resume import find_checkpoint
     from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
     from adalora_dist.training.trained import gather_trained
     from adalora_dist.training.verify import load_plainly
@@ -98,6 +99,9 @@ def main(config: SquadConfig) -> None:
     def one_run(config: SquadConfig) -> dict[str, float]:
         """Train and evaluate with one seed; the scores at the end."""
         set_seed(config.train.seed)
+        resumed = find_checkpoint(config)
+        if resumed is not None:
+            say(f"Continuing after step {resumed.step} from {resumed.path}")
         model, _ = load_backbone(config.model, AutoModelForQuestionAnswering, quantization)
         lengths = [len(row["input_ids"]) for row in inputs]
         settings = (config.train.batch_size, config.train.seed, config.train.group_by_length)
@@ -107,10 +111,10 @@ def main(config: SquadConfig) -> None:
         # --------------------------------------------------------------------------------------- adapters, engine
 
         inject_adapters(model, config.adapter, config.train.seed)
-        prepared = prepare(accelerator, model, config, num_steps)
+        prepared = prepare(accelerator, model, config, num_steps, resumed)
         allocator = prepared.allocator
         facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared)
-        folder = RunFolder(config, accelerator.is_main_process, facts)
+        folder = RunFolder(config, accelerator.is_main_process, facts, resumed)
         start_trackers(accelerator, config)
         say(facts_line(facts, allocator.schedule.freeze_step if allocator else None))
 
@@ -134,12 +138,15 @@ def main(config: SquadConfig) -> None:
             outputs = ("start_logits", "end_logits")
             return predict(unwrapped, eval_inputs, padding, size, **ranks, description="validation", outputs=outputs)
 
-        columns = {"before": scores_of(answers_of(evaluate()))} if config.evaluation.evaluate_before else {}
+        if resumed is not None:
+            columns = resumed.run["notes"]
+        else:
+            columns = {"before": scores_of(answers_of(evaluate()))} if config.evaluation.evaluate_before else {}
 
         # -------------------------------------------------------------------------------------------------- train
 
         loss_sum = span_loss(inputs, [window.span for window in windows], padding, accelerator.device)
-        train(accelerator, prepared, plan, loss_sum, config, folder, say)
+        train(accelerator, prepared, plan, loss_sum, config, folder, say, notes=columns)
         logits = evaluate()
         answers = answers_of(logits)
         columns["after"] = scores_of(answers)

@@ -51,6 +51,7 @@ def main(config: E2EConfig) -> None:
     from adalora_dist.training.model import dtype_named, load_backbone
     from adalora_dist.training.quantization import bitsandbytes_config
     from adalora_dist.training.report import facts_line, metrics_table, rank_table, run_facts
+    from adalora_dist.training.resume import find_checkpoint
     from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
     from adalora_dist.training.trained import gather_trained
     from adalora_dist.training.verify import last_logits, logit_differences
@@ -64,6 +65,9 @@ def main(config: E2EConfig) -> None:
     say, engine = accelerator.print, engine_name(accelerator)
     quantization = bitsandbytes_config(config, engine)
     set_seed(config.train.seed)
+    resumed = find_checkpoint(config)
+    if resumed is not None:
+        say(f"Continuing after step {resumed.step} from {resumed.path}")
     for metric, reason in missing.items():
         say(f"{metric} is left out: {reason}")
 
@@ -98,10 +102,10 @@ def main(config: E2EConfig) -> None:
 
     # ----------------------------------------------------------------------------------------------------- engine
 
-    prepared = prepare(accelerator, model, config, num_steps)
+    prepared = prepare(accelerator, model, config, num_steps, resumed)
     allocator = prepared.allocator
     facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared)
-    folder = RunFolder(config, accelerator.is_main_process, facts)
+    folder = RunFolder(config, accelerator.is_main_process, facts, resumed)
     start_trackers(accelerator, config)
     say(facts_line(facts, allocator.schedule.freeze_step if allocator else None))
 
@@ -115,12 +119,15 @@ def main(config: E2EConfig) -> None:
         texts = generate_texts(unwrapped, tokenizer, prompts, lengths, config.evaluation, **ranks, synced_gpus=synced)
         return data_to_text_scores(texts, list(references.values())), texts
 
-    columns = {"before": evaluate()[0]} if config.evaluation.evaluate_before else {}
+    if resumed is not None:
+        columns = resumed.run["notes"]
+    else:
+        columns = {"before": evaluate()[0]} if config.evaluation.evaluate_before else {}
 
     # ------------------------------------------------------------------------------------------------------ train
 
     loss_sum = causal_loss(rows, padding_token(tokenizer), accelerator.device)
-    train(accelerator, prepared, plan, loss_sum, config, folder, say)
+    train(accelerator, prepared, plan, loss_sum, config, folder, say, notes=columns)
     columns["after"], texts = evaluate()
 
     # ----------------------------------------------------------------------------------------------------- export

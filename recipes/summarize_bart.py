@@ -52,6 +52,7 @@ def main(config: SummarizationConfig) -> None:
     from adalora_dist.training.model import dtype_named, load_backbone
     from adalora_dist.training.quantization import bitsandbytes_config
     from adalora_dist.training.report import facts_line, metrics_table, rank_table, run_facts
+    from adalora_dist.training.resume import find_checkpoint
     from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
     from adalora_dist.training.trained import gather_trained
     from adalora_dist.training.verify import last_logits, logit_differences
@@ -65,6 +66,9 @@ def main(config: SummarizationConfig) -> None:
     say, engine = accelerator.print, engine_name(accelerator)
     quantization = bitsandbytes_config(config, engine)
     set_seed(config.train.seed)
+    resumed = find_checkpoint(config)
+    if resumed is not None:
+        say(f"Continuing after step {resumed.step} from {resumed.path}")
 
     # ------------------------------------------------------------------------------------------------------ model
 
@@ -96,10 +100,10 @@ def main(config: SummarizationConfig) -> None:
 
     # ----------------------------------------------------------------------------------------------------- engine
 
-    prepared = prepare(accelerator, model, config, num_steps)
+    prepared = prepare(accelerator, model, config, num_steps, resumed)
     allocator = prepared.allocator
     facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared)
-    folder = RunFolder(config, accelerator.is_main_process, facts)
+    folder = RunFolder(config, accelerator.is_main_process, facts, resumed)
     start_trackers(accelerator, config)
     say(facts_line(facts, allocator.schedule.freeze_step if allocator else None))
 
@@ -114,13 +118,16 @@ def main(config: SummarizationConfig) -> None:
         texts = generate_texts(unwrapped, tokenizer, sources, lengths, config.evaluation, **ranks, synced_gpus=synced)
         return rouge_scores(texts, eval_rows["summary"], **ranks), texts
 
-    columns = {"before": evaluate()[0]} if config.evaluation.evaluate_before else {}
+    if resumed is not None:
+        columns = resumed.run["notes"]
+    else:
+        columns = {"before": evaluate()[0]} if config.evaluation.evaluate_before else {}
 
     # ------------------------------------------------------------------------------------------------------ train
 
     padding, start = padding_token(tokenizer), decoder_start_token(model)
     loss_sum = seq2seq_loss(train_rows, padding, start, accelerator.device)
-    train(accelerator, prepared, plan, loss_sum, config, folder, say)
+    train(accelerator, prepared, plan, loss_sum, config, folder, say, notes=columns)
     columns["after"], texts = evaluate()
 
     # ----------------------------------------------------------------------------------------------------- export

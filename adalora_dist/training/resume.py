@@ -29,7 +29,8 @@ _FREE_FIELDS = (
     *("model.name", "model.revision", "model.trust_remote_code"),
     *("train.output_dir", "train.overwrite", "train.resume", "train.log_every", "train.trackers"),
     *("train.checkpoint_every", "train.keep_checkpoints", "train.async_checkpoints"),
-    *("train.micro_batch_size", "train.gradient_checkpointing"),
+    *("train.micro_batch_size", "train.gradient_checkpointing", "train.dry_run"),
+    *("train.max_nonfinite_steps", "train.peer_timeout_seconds"),
 )
 _EDGE_BYTES = 1 << 16
 
@@ -48,7 +49,7 @@ def find_checkpoint(config: RunConfig) -> Checkpoint | None:
     if train.resume == "auto":
         found = newest_checkpoint(root)
         if found is None:
-            agreed(lambda: _refuse_lost_steps(train) if this_rank() == 0 else None)
+            agreed(lambda: refuse_lost_steps(train) if this_rank() == 0 else None)
             return None
     else:
         path = Path(train.resume)
@@ -72,7 +73,8 @@ def continues_in_place(train: TrainConfig) -> bool:
     return Path(train.resume).resolve().is_relative_to(Path(train.output_dir).resolve())
 
 
-def _refuse_lost_steps(train: TrainConfig) -> None:
+def refuse_lost_steps(train: TrainConfig) -> None:
+    """Raise before a run starts at step 0 in a folder whose run has made steps and is to be continued."""
     metrics = Path(train.output_dir) / METRICS
     if metrics.exists() and metrics.stat().st_size:
         raise UserError(
