@@ -45,11 +45,11 @@ def main(config: GlueConfig) -> None:
     from adalora_dist.data.glue import TASKS, encode_texts, load_glue
     from adalora_dist.evaluation.classification import largest_difference, predict, score
     from adalora_dist.evaluation.metrics import mean_and_deviation, require_metrics
-    from adalora_dist.export import base_folder_of, gather_adapters, merge, save_adapter, save_trained, write_task
+    from adalora_dist.export import base_folder_of, gather_adapters, merge, task_settings, write_task
     from adalora_dist.inject import inject_adapters
-    from adalora_dist.training.dequantized import quantized_weights
     from adalora_dist.training.dry_run import count_rows, dry_run
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
+    from adalora_dist.training.exports import write_adapters
     from adalora_dist.training.loop import prepare, total_steps, train
     from adalora_dist.training.losses import classification_loss
     from adalora_dist.training.model import dtype_named, load_backbone
@@ -161,18 +161,15 @@ def main(config: GlueConfig) -> None:
         adapters = gather_adapters(allocator) if allocator else []
         trained = gather_trained(accelerator.unwrap_model(prepared.model), keep=accelerator.is_main_process)
         if accelerator.is_main_process:
-            if adapters:
-                save_adapter(adapters, folder.path / "adapter", config.model.name, config.model.revision)
-                save_trained(trained, folder.path / "adapter")
+            base_weights = write_adapters(
+                config, accelerator.unwrap_model(prepared.model), adapters, trained, folder.path
+            )
             if "merged" in config.export.export_formats:
                 merged = folder.path / "merged"
-                base_weights = None
-                if config.export.merge_into == "dequantized":
-                    base_weights = quantized_weights(accelerator.unwrap_model(prepared.model), config)
                 dtype = dtype_named(config.export.export_dtype)
                 base = base_folder_of(config.model.name, config.model.revision)
                 merge(adapters, base, merged, dtype, trained, base_weights)
-                write_task(accelerator.unwrap_model(prepared.model), merged)
+                write_task(task_settings(accelerator.unwrap_model(prepared.model)), merged)
                 tokenizer.save_pretrained(merged)
             if "merged" in config.export.export_formats and config.export.verify_export:
                 plain = load_plainly(AutoModelForSequenceClassification, merged)

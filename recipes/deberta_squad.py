@@ -44,10 +44,10 @@ def main(config: SquadConfig) -> None:
     from adalora_dist.evaluation.metrics import mean_and_deviation
     from adalora_dist.evaluation.spans import Answer, find_answers
     from adalora_dist.evaluation.squad_metrics import best_thresholds, squad_scores
-    from adalora_dist.export import base_folder_of, gather_adapters, merge, save_adapter, save_trained, write_task
+    from adalora_dist.export import base_folder_of, gather_adapters, merge, task_settings, write_task
     from adalora_dist.inject import inject_adapters
-    from adalora_dist.training.dequantized import quantized_weights
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
+    from adalora_dist.training.exports import write_adapters
     from adalora_dist.training.loop import prepare, total_steps, train
     from adalora_dist.training.losses import span_loss
     from adalora_dist.training.model import dtype_named, load_backbone
@@ -157,18 +157,15 @@ def main(config: SquadConfig) -> None:
         pattern = {a.name: a.lam.numel() for a in adapters}
         trained = gather_trained(accelerator.unwrap_model(prepared.model), keep=accelerator.is_main_process)
         if accelerator.is_main_process:
-            if adapters:
-                save_adapter(adapters, folder.path / "adapter", config.model.name, config.model.revision)
-                save_trained(trained, folder.path / "adapter")
+            base_weights = write_adapters(
+                config, accelerator.unwrap_model(prepared.model), adapters, trained, folder.path
+            )
             if "merged" in config.export.export_formats:
                 merged = folder.path / "merged"
-                base_weights = None
-                if config.export.merge_into == "dequantized":
-                    base_weights = quantized_weights(accelerator.unwrap_model(prepared.model), config)
                 dtype = dtype_named(config.export.export_dtype)
                 base = base_folder_of(config.model.name, config.model.revision)
                 merge(adapters, base, merged, dtype, trained, base_weights)
-                write_task(accelerator.unwrap_model(prepared.model), merged)
+                write_task(task_settings(accelerator.unwrap_model(prepared.model)), merged)
                 tokenizer.save_pretrained(merged)
             if "merged" in config.export.export_formats and config.export.verify_export:
                 plain = load_plainly(AutoModelForQuestionAnswering, merged)

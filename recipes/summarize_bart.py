@@ -42,11 +42,11 @@ def main(config: SummarizationConfig) -> None:
     from adalora_dist.data.summarization import encode_summaries, load_summaries
     from adalora_dist.evaluation.rouge import rouge_scorer, rouge_scores
     from adalora_dist.evaluation.texts import generate_texts
-    from adalora_dist.export import base_folder_of, gather_adapters, merge, save_adapter, save_trained
+    from adalora_dist.export import base_folder_of, gather_adapters, merge
     from adalora_dist.inject import inject_adapters
-    from adalora_dist.training.dequantized import quantized_weights
     from adalora_dist.training.dry_run import count_rows, dry_run
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
+    from adalora_dist.training.exports import write_adapters
     from adalora_dist.training.loop import generates_together, prepare, total_steps, train
     from adalora_dist.training.losses import decoder_start_token, seq2seq_loss
     from adalora_dist.training.model import dtype_named, load_backbone
@@ -141,18 +141,13 @@ def main(config: SummarizationConfig) -> None:
         probe = {"input_ids": train_rows[0]["input_ids"], "decoder_input_ids": [start, *labels[:-1]]}
         logits = last_logits(accelerator.unwrap_model(prepared.model), probe, len(labels), accelerator.device)
     if accelerator.is_main_process:
-        if adapters:
-            save_adapter(adapters, folder.path / "adapter", config.model.name, config.model.revision)
-            save_trained(trained, folder.path / "adapter")
+        base_weights = write_adapters(config, accelerator.unwrap_model(prepared.model), adapters, trained, folder.path)
         folder.write_json("rank_pattern.json", pattern)
         folder.write_json("results.json", columns)
         folder.write_json("summaries.json", texts)
         if "merged" in config.export.export_formats:
             base = base_folder_of(config.model.name, config.model.revision)
             merged = folder.path / "merged"
-            base_weights = None
-            if config.export.merge_into == "dequantized":
-                base_weights = quantized_weights(accelerator.unwrap_model(prepared.model), config)
             merge(adapters, base, merged, dtype_named(config.export.export_dtype), trained, base_weights)
             tokenizer.save_pretrained(merged)
             if verified:
