@@ -103,7 +103,7 @@ def check_export(export: Path, ranks: Mapping[str, int] | None, token: str | Non
     _check_weights(export, paths, ranks)
     sha256 = {}
     for name, path in progress_bar(paths.items(), desc="check", unit="file"):
-        _refuse_token(path, token)
+        refuse_token(path, token)
         sha256[name] = _sha256(path)
     return ExportFiles(paths, sha256, tuple(left_out))
 
@@ -122,6 +122,20 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: must be a JSON object, not {type(content).__name__}: write it again")
     return content
+
+
+def refuse_token(path: Path, token: str | None) -> None:
+    """Weights are numbers; of their files only the header can hold text.
+
+    Raises:
+        UserError: ``token``, or what looks like one of the Hub's, is in the text.
+    """
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else path.stat().st_size
+        text = file.read(size) if path.suffix == ".safetensors" else path.read_bytes()
+    decoded = text.decode("utf-8", errors="replace")
+    if (token and token in decoded) or _TOKEN.search(decoded):
+        raise UserError(f"{path} holds a token of the Hub: revoke the token, remove it from the file, and push again")
 
 
 def _check_adapter_config(path: Path) -> None:
@@ -177,16 +191,6 @@ def _check_index(index: Path, stored: Mapping[str, Set[str]]) -> None:
     for tensor, file in files.items():
         if tensor not in stored.get(file.name, ()):
             raise UserError(f"{index}: {tensor!r} is said to be in {file.name}, and is not: export again")
-
-
-def _refuse_token(path: Path, token: str | None) -> None:
-    """Weights are numbers; of their files only the header can hold text."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else path.stat().st_size
-        text = file.read(size) if path.suffix == ".safetensors" else path.read_bytes()
-    decoded = text.decode("utf-8", errors="replace")
-    if (token and token in decoded) or _TOKEN.search(decoded):
-        raise UserError(f"{path} holds a token of the Hub: revoke the token, remove it from the file, and push again")
 
 
 def _sha256(path: Path) -> bytes:
