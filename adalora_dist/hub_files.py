@@ -18,7 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from adalora_dist.base_files import indexed_files
+from adalora_dist.base_files import indexed_files, is_module_pattern
 from adalora_dist.config import is_repo_id
 from adalora_dist.errors import UserError
 from adalora_dist.progress import progress_bar
@@ -36,7 +36,6 @@ LEGAL_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
 """The base's terms, which travel with what is derived from it."""
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_MODULE_PATTERN = re.compile(r"[\w.\\^$|()-]+")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}|\bhf_oauth_[\w.-]{20,}|\bapi_org_[A-Za-z0-9]{30,}")
 _READ_BYTES = 1 << 22
 
@@ -151,8 +150,7 @@ def _check_adapter_config(path: Path) -> None:
     for field in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(field) or {}
         keys = list(pattern) if isinstance(pattern, dict) else [pattern]
-        # Names and their alternatives, anchored or not; a repetition can keep whoever loads this busy for ever.
-        wrong = next((key for key in keys if not isinstance(key, str) or not _MODULE_PATTERN.fullmatch(key)), None)
+        wrong = next((key for key in keys if not is_module_pattern(key)), None)
         if wrong is not None:
             raise UserError(f"{path}: {field} has the key {wrong!r:.100}: must be the name of a module; export again")
 

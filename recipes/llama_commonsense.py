@@ -43,10 +43,12 @@ def main(config: CommonsenseConfig) -> None:
     from adalora_dist.data.encoding import encode_examples, padding_token
     from adalora_dist.evaluation.choices import evaluate_choices
     from adalora_dist.evaluation.generation import evaluate_generation
+    from adalora_dist.evaluation.results import TaskResult
     from adalora_dist.export import base_folder_of, gather_adapters, merge, save_adapter
     from adalora_dist.hub import check_push_of_run, push_run
     from adalora_dist.inject import inject_adapters
-    from adalora_dist.training.dequantized import quantized_weights
+    from adalora_dist.peft_format import save_adalora, save_lora
+    from adalora_dist.training.dequantized import describe, quantized_weights
     from adalora_dist.training.dry_run import count_rows, dry_run
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
     from adalora_dist.training.guard import Guard
@@ -55,6 +57,7 @@ def main(config: CommonsenseConfig) -> None:
     from adalora_dist.training.model import dtype_named, load_backbone
     from adalora_dist.training.quantization import bitsandbytes_config
     from adalora_dist.training.report import accuracy_table, facts_line, rank_table, run_facts
+    from adalora_dist.training.resume import find_checkpoint
     from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
     from adalora_dist.training.trained import gather_trained
     from adalora_dist.training.verify import last_logits, logit_differences
@@ -73,6 +76,9 @@ def main(config: CommonsenseConfig) -> None:
     say, engine = accelerator.print, engine_name(accelerator)
     quantization = bitsandbytes_config(config, engine)
     set_seed(config.train.seed)
+    resumed = find_checkpoint(config)
+    if resumed is not None:
+        say(f"Continuing after step {resumed.step} from {resumed.path}")
 
     # ------------------------------------------------------------------------------------------------------ data
 
@@ -110,11 +116,12 @@ def main(config: CommonsenseConfig) -> None:
 
     # ----------------------------------------------------------------------------------------------------- engine
 
-    prepared = prepare(accelerator, model, config, num_steps)
+    prepared = prepare(accelerator, model, config, num_steps, resumed)
     allocator = prepared.allocator
     facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared)
     facts["num_rows_left_out"] = dict(bad_rows.counts)
-    folder = RunFolder(config, accelerator.is_main_process, facts)
+    facts["model_class"] = type(model).__name__
+    folder = RunFolder(config, accelerator.is_main_process, facts, resumed)
     start_trackers(accelerator, config)
     say(facts_line(facts, allocator.schedule.freeze_step if allocator else None))
 
@@ -137,12 +144,16 @@ def main(config: CommonsenseConfig) -> None:
                 )
         return results
 
-    before = evaluate() if config.evaluation.evaluate_before else []
+    if resumed is not None:
+        before = [TaskResult(**result) for result in resumed.run["notes"]["before"]]
+    else:
+        before = evaluate() if config.evaluation.evaluate_before else []
 
     # ------------------------------------------------------------------------------------------------------ train
 
     loss_sum = causal_loss(rows, padding_token(tokenizer), accelerator.device)
-    train(accelerator, prepared, plan, loss_sum, config, folder, say, guard)
+    notes = {"before": [vars(result) for result in before]}
+    train(accelerator, prepared, plan, loss_sum, config, folder, say, guard, notes)
     after = evaluate()
 
     # ----------------------------------------------------------------------------------------------------- export
@@ -150,7 +161,8 @@ def main(config: CommonsenseConfig) -> None:
     adapters = gather_adapters(allocator) if allocator else []
     trained = gather_trained(accelerator.unwrap_model(prepared.model), keep=accelerator.is_main_process)
     pattern = {a.name: a.lam.numel() for a in adapters}
-    verified = config.export.export_merged and config.export.verify_export
+    formats = config.export.export_formats
+    verified = "merged" in formats and config.export.verify_export
     if verified:  # on every process: where the model is sharded, forwards are collective
         probe, num_reply = rows[0]["input_ids"], count_targets(rows[0]["labels"])
         logits = last_logits(accelerator.unwrap_model(prepared.model), probe, num_reply + 1, accelerator.device)
@@ -159,12 +171,17 @@ def main(config: CommonsenseConfig) -> None:
             save_adapter(adapters, folder.path / "adapter", config.model.name, config.model.revision)
         folder.write_json("rank_pattern.json", pattern)
         folder.write_json("results.json", {"before": [vars(r) for r in before], "after": [vars(r) for r in after]})
-        if config.export.export_merged:
+        for form, save in (("lora", save_lora), ("peft", save_adalora)):
+            if form in formats:
+                save(adapters, folder.path / form, config.model.name, config.model.revision)
+        base_weights = None
+        if quantization is not None:
+            quantized = quantized_weights(accelerator.unwrap_model(prepared.model), config)
+            folder.write_json("quantized.json", describe(quantized))
+            base_weights = quantized if config.export.merge_into == "dequantized" else None
+        if "merged" in formats:
             base = base_folder_of(config.model.name, config.model.revision)
             merged = folder.path / "merged"
-            base_weights = None
-            if config.export.merge_into == "dequantized":
-                base_weights = quantized_weights(accelerator.unwrap_model(prepared.model), config)
             merge(adapters, base, merged, dtype_named(config.export.export_dtype), trained, base_weights)
             tokenizer.save_pretrained(merged)
             if verified:

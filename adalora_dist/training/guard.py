@@ -102,7 +102,7 @@ class Guard:
         sys.excepthook = self._previous_hook
         atexit.unregister(self._on_exit)
         for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
 
     # -------------------------------------------------------------------------------------- when something happens
 
@@ -110,8 +110,7 @@ class Guard:
         if self._in_loop:
             self._peers.ask_to_stop()
             return
-        # Nothing is half done that a checkpoint would keep.
-        self._preempted = True
+        self._preempted = True  # there is nothing to save that the newest checkpoint does not have
         if self._accelerator.is_main_process:
             _write_status(None)
         raise SystemExit(EXIT_PREEMPTED)
@@ -142,6 +141,8 @@ class Guard:
         """The interpreter ends before the run has: the others must not wait."""
         if not self._closed:
             code = EXIT_PREEMPTED if self._preempted else EXIT_PEER
+            if self._preempted and self._accelerator.is_main_process:
+                print("\nended by a signal outside of training; run again with --resume auto", flush=True)
             self._peers.report("it has ended early", code)
             if self._lock is not None:
                 self._lock.release()
