@@ -46,6 +46,7 @@ def main(config: GlueConfig) -> None:
     from adalora_dist.evaluation.classification import largest_difference, predict, score
     from adalora_dist.evaluation.metrics import mean_and_deviation, require_metrics
     from adalora_dist.export import base_folder_of, gather_adapters, merge, task_settings, write_task
+    from adalora_dist.hub import check_push_of_run, push_run
     from adalora_dist.inject import inject_adapters
     from adalora_dist.training.dry_run import count_rows, dry_run
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
@@ -70,6 +71,7 @@ def main(config: GlueConfig) -> None:
         return dry_run(config, auto_class, num_rows, ARCHITECTURES, "all-MiniLM-L6-v2", num_labels=num_labels)
     require_metrics()
     refuse_used_folder(config)
+    check_push_of_run(config)
     accelerator = build_accelerator(config.train)
     say, engine = accelerator.print, engine_name(accelerator)
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
@@ -179,6 +181,7 @@ def main(config: GlueConfig) -> None:
                 )
                 columns["merged"] = score(name, task, again, eval_labels[name])
                 far = largest_difference(again, logits[name])
+                folder.write_json("verification.json", {"largest_logit_difference": far})
                 say(f"Merged model in plain transformers: logits differ from the trained model's by up to {far:.1e}")
             pattern = {a.name: a.lam.numel() for a in adapters}
             folder.write_json("rank_pattern.json", pattern)
@@ -218,6 +221,8 @@ def main(config: GlueConfig) -> None:
         for name, value in statistics.items():
             say(f"{name}  {value['mean']:.4f} +- {value['deviation']:.4f}  {majority[name]:.4f}")
     accelerator.end_training()
+    if accelerator.is_main_process:  # no process group is left that could wait for the network
+        push_run(config)
 
 
 if __name__ == "__main__":

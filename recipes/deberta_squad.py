@@ -45,6 +45,7 @@ def main(config: SquadConfig) -> None:
     from adalora_dist.evaluation.spans import Answer, find_answers
     from adalora_dist.evaluation.squad_metrics import best_thresholds, squad_scores
     from adalora_dist.export import base_folder_of, gather_adapters, merge, task_settings, write_task
+    from adalora_dist.hub import check_push_of_run, push_run
     from adalora_dist.inject import inject_adapters
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
     from adalora_dist.training.exports import write_adapters
@@ -59,6 +60,7 @@ def main(config: SquadConfig) -> None:
     from adalora_dist.training.verify import load_plainly
 
     refuse_used_folder(config)
+    check_push_of_run(config)
     accelerator = build_accelerator(config.train)
     say, engine = accelerator.print, engine_name(accelerator)
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
@@ -173,6 +175,7 @@ def main(config: SquadConfig) -> None:
                 again = predict(plain, eval_inputs, padding, size, description="merged", outputs=outputs, gather=list)
                 columns["merged"] = scores_of(answers_of(again))
                 far = largest_difference(again, logits)
+                folder.write_json("verification.json", {"largest_logit_difference": far})
                 say(f"Merged model in plain transformers: logits differ from the trained model's by up to {far:.1e}")
             ids = [question.id for question in eval_questions]
             given = [answer.given(threshold) for answer in answers]
@@ -207,6 +210,8 @@ def main(config: SquadConfig) -> None:
         for name, value in statistics.items():
             say(f"{name}  {value['mean']:.2f} +- {value['deviation']:.2f}")
     accelerator.end_training()
+    if accelerator.is_main_process:  # no process group is left that could wait for the network
+        push_run(config)
 
 
 if __name__ == "__main__":

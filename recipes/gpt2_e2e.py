@@ -42,6 +42,7 @@ def main(config: E2EConfig) -> None:
     from adalora_dist.evaluation.data_to_text import data_to_text_scores, missing_metrics
     from adalora_dist.evaluation.texts import generate_texts
     from adalora_dist.export import base_folder_of, gather_adapters, merge, save_adapter, save_trained
+    from adalora_dist.hub import check_push_of_run, push_run
     from adalora_dist.inject import inject_adapters
     from adalora_dist.training.dequantized import quantized_weights
     from adalora_dist.training.dry_run import count_rows, dry_run
@@ -60,6 +61,7 @@ def main(config: E2EConfig) -> None:
         num_rows = count_rows(config.data, ["e2e"], lambda: load_e2e(config.data, "train"))
         return dry_run(config, AutoModelForCausalLM, num_rows, ARCHITECTURES, "demo-gpt2")
     refuse_used_folder(config)
+    check_push_of_run(config)
     missing = missing_metrics()
     accelerator = build_accelerator(config.train)
     say, engine = accelerator.print, engine_name(accelerator)
@@ -135,7 +137,7 @@ def main(config: E2EConfig) -> None:
     adapters = gather_adapters(allocator) if allocator else []
     trained = gather_trained(accelerator.unwrap_model(prepared.model), keep=accelerator.is_main_process)
     pattern = {a.name: a.lam.numel() for a in adapters}
-    verified = config.export.export_merged and config.export.verify_export
+    verified = "merged" in config.export.export_formats and config.export.verify_export
     if verified:  # on every process: where the model is sharded, forwards are collective
         probe, num_text = rows[0]["input_ids"], count_targets(rows[0]["labels"])
         logits = last_logits(accelerator.unwrap_model(prepared.model), probe, num_text + 1, accelerator.device)
@@ -146,7 +148,7 @@ def main(config: E2EConfig) -> None:
         folder.write_json("rank_pattern.json", pattern)
         folder.write_json("results.json", columns)
         folder.write_json("texts.json", texts)
-        if config.export.export_merged:
+        if "merged" in config.export.export_formats:
             base = base_folder_of(config.model.name, config.model.revision)
             merged = folder.path / "merged"
             base_weights = None
@@ -156,6 +158,7 @@ def main(config: E2EConfig) -> None:
             tokenizer.save_pretrained(merged)
             if verified:
                 difference = logit_differences(AutoModelForCausalLM, merged, probe, logits)
+                folder.write_json("verification.json", difference.as_record(logits))
                 say(
                     "Merged model in plain transformers: a text's logits differ from the trained model's by at most "
                     f"{difference.largest:.1e}, on average by {difference.mean:.1e} (of up to {logits.abs().max():.1f})"
@@ -170,6 +173,8 @@ def main(config: E2EConfig) -> None:
         say(f"Total rank {sum(pattern.values())}, budget {allocator.schedule.target_budget}")
     say(f"\nFiles in {folder.path}: " + ", ".join(sorted(p.name for p in folder.path.iterdir())))
     accelerator.end_training()
+    if accelerator.is_main_process:  # no process group is left that could wait for the network
+        push_run(config)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ def main(config: SummarizationConfig) -> None:
     from adalora_dist.evaluation.rouge import rouge_scorer, rouge_scores
     from adalora_dist.evaluation.texts import generate_texts
     from adalora_dist.export import base_folder_of, gather_adapters, merge
+    from adalora_dist.hub import check_push_of_run, push_run
     from adalora_dist.inject import inject_adapters
     from adalora_dist.training.dry_run import count_rows, dry_run
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
@@ -61,6 +62,7 @@ def main(config: SummarizationConfig) -> None:
         num_rows = count_rows(config.data, [config.data.task], lambda: load_summaries(config.data)["train"])
         return dry_run(config, AutoModelForSeq2SeqLM, num_rows, ARCHITECTURES, "demo-bart")
     refuse_used_folder(config)
+    check_push_of_run(config)
     rouge_scorer()  # now, not after training
     accelerator = build_accelerator(config.train)
     say, engine = accelerator.print, engine_name(accelerator)
@@ -152,6 +154,7 @@ def main(config: SummarizationConfig) -> None:
             tokenizer.save_pretrained(merged)
             if verified:
                 difference = logit_differences(AutoModelForSeq2SeqLM, merged, probe, logits)
+                folder.write_json("verification.json", difference.as_record(logits))
                 say(
                     "Merged model in plain transformers: a summary's logits differ from the trained model's by at most "
                     f"{difference.largest:.1e}, on average by {difference.mean:.1e} (of up to {logits.abs().max():.1f})"
@@ -166,6 +169,8 @@ def main(config: SummarizationConfig) -> None:
         say(f"Total rank {sum(pattern.values())}, budget {allocator.schedule.target_budget}")
     say(f"\nFiles in {folder.path}: " + ", ".join(sorted(p.name for p in folder.path.iterdir())))
     accelerator.end_training()
+    if accelerator.is_main_process:  # no process group is left that could wait for the network
+        push_run(config)
 
 
 if __name__ == "__main__":
