@@ -39,6 +39,7 @@ def main(config: GlueConfig) -> None:
     from accelerate.utils import set_seed
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    from adalora_dist.data.bad_rows import BadRows
     from adalora_dist.data.batches import BatchPlan
     from adalora_dist.data.demo_sentences import TASK, demo_sentences, demo_sentences_folder
     from adalora_dist.data.encoding import padding_token
@@ -50,6 +51,7 @@ def main(config: GlueConfig) -> None:
     from adalora_dist.training.dequantized import quantized_weights
     from adalora_dist.training.dry_run import count_rows, dry_run
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
+    from adalora_dist.training.guard import Guard
     from adalora_dist.training.loop import prepare, total_steps, train
     from adalora_dist.training.losses import classification_loss
     from adalora_dist.training.model import dtype_named, load_backbone
@@ -70,6 +72,7 @@ def main(config: GlueConfig) -> None:
     require_metrics()
     refuse_used_folder(config)
     accelerator = build_accelerator(config.train)
+    guard = Guard(accelerator, config)
     say, engine = accelerator.print, engine_name(accelerator)
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     quantization = bitsandbytes_config(config, engine)
@@ -83,7 +86,10 @@ def main(config: GlueConfig) -> None:
         say(f"Data: built-in sentences, not SST-2 ({sentences}). Your own: --data FOLDER, or --data hub.")
         config = config.model_copy(update={"data": config.data.model_copy(update={"source": str(sentences)})})
     task = TASKS[config.data.task]
-    train_examples, eval_examples = load_glue(config.data)
+    bad_rows = BadRows(config.data.bad_rows)
+    train_examples, eval_examples = load_glue(config.data, bad_rows)
+    if summary := bad_rows.summary():
+        say(summary)
     say(
         f"{len(train_examples)} training rows; evaluation: "
         + ", ".join(f"{n} {len(e)}" for n, e in eval_examples.items())
@@ -127,6 +133,7 @@ def main(config: GlueConfig) -> None:
         prepared = prepare(accelerator, model, config, num_steps)
         allocator = prepared.allocator
         facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared)
+        facts["num_rows_left_out"] = dict(bad_rows.counts)
         folder = RunFolder(config, accelerator.is_main_process, facts)
         start_trackers(accelerator, config)
         say(facts_line(facts, allocator.schedule.freeze_step if allocator else None))
@@ -146,7 +153,7 @@ def main(config: GlueConfig) -> None:
         # -------------------------------------------------------------------------------------------------- train
 
         loss_sum = classification_loss(inputs, labels, task.num_labels, padding, accelerator.device)
-        train(accelerator, prepared, plan, loss_sum, config, folder, say)
+        train(accelerator, prepared, plan, loss_sum, config, folder, say, guard)
         columns["after"], logits = evaluate()
 
         # ------------------------------------------------------------------------------------------------- export
@@ -214,6 +221,7 @@ def main(config: GlueConfig) -> None:
         for name, value in statistics.items():
             say(f"{name}  {value['mean']:.4f} +- {value['deviation']:.4f}  {majority[name]:.4f}")
     accelerator.end_training()
+    guard.close()
 
 
 if __name__ == "__main__":

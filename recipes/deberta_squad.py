@@ -37,6 +37,7 @@ def main(config: SquadConfig) -> None:
     from accelerate.utils import set_seed
     from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
+    from adalora_dist.data.bad_rows import BadRows
     from adalora_dist.data.batches import BatchPlan
     from adalora_dist.data.encoding import padding_token
     from adalora_dist.data.squad import load_squad, make_windows
@@ -48,6 +49,7 @@ def main(config: SquadConfig) -> None:
     from adalora_dist.inject import inject_adapters
     from adalora_dist.training.dequantized import quantized_weights
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
+    from adalora_dist.training.guard import Guard
     from adalora_dist.training.loop import prepare, total_steps, train
     from adalora_dist.training.losses import span_loss
     from adalora_dist.training.model import dtype_named, load_backbone
@@ -59,6 +61,7 @@ def main(config: SquadConfig) -> None:
 
     refuse_used_folder(config)
     accelerator = build_accelerator(config.train)
+    guard = Guard(accelerator, config)
     say, engine = accelerator.print, engine_name(accelerator)
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     quantization = bitsandbytes_config(config, engine)
@@ -71,7 +74,10 @@ def main(config: SquadConfig) -> None:
         passages = demo_passages_folder(config.data.task)
         say(f"Data: built-in passages, not SQuAD ({passages}). Your own: --data FOLDER, or --data hub.")
         config = config.model_copy(update={"data": config.data.model_copy(update={"source": str(passages)})})
-    train_questions, eval_questions = load_squad(config.data)
+    bad_rows = BadRows(config.data.bad_rows)
+    train_questions, eval_questions = load_squad(config.data, bad_rows)
+    if summary := bad_rows.summary():
+        say(summary)
     right = [question.answers for question in eval_questions]
 
     # --------------------------------------------------------------------------------------------- model and tokens
@@ -110,6 +116,7 @@ def main(config: SquadConfig) -> None:
         prepared = prepare(accelerator, model, config, num_steps)
         allocator = prepared.allocator
         facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared)
+        facts["num_rows_left_out"] = dict(bad_rows.counts)
         folder = RunFolder(config, accelerator.is_main_process, facts)
         start_trackers(accelerator, config)
         say(facts_line(facts, allocator.schedule.freeze_step if allocator else None))
@@ -139,7 +146,7 @@ def main(config: SquadConfig) -> None:
         # -------------------------------------------------------------------------------------------------- train
 
         loss_sum = span_loss(inputs, [window.span for window in windows], padding, accelerator.device)
-        train(accelerator, prepared, plan, loss_sum, config, folder, say)
+        train(accelerator, prepared, plan, loss_sum, config, folder, say, guard)
         logits = evaluate()
         answers = answers_of(logits)
         columns["after"] = scores_of(answers)
@@ -203,6 +210,7 @@ def main(config: SquadConfig) -> None:
         for name, value in statistics.items():
             say(f"{name}  {value['mean']:.2f} +- {value['deviation']:.2f}")
     accelerator.end_training()
+    guard.close()
 
 
 if __name__ == "__main__":

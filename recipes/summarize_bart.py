@@ -46,6 +46,7 @@ def main(config: SummarizationConfig) -> None:
     from adalora_dist.training.dequantized import quantized_weights
     from adalora_dist.training.dry_run import count_rows, dry_run
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
+    from adalora_dist.training.guard import Guard
     from adalora_dist.training.loop import generates_together, prepare, total_steps, train
     from adalora_dist.training.losses import decoder_start_token, seq2seq_loss
     from adalora_dist.training.model import dtype_named, load_backbone
@@ -61,6 +62,7 @@ def main(config: SummarizationConfig) -> None:
     refuse_used_folder(config)
     rouge_scorer()  # now, not after training
     accelerator = build_accelerator(config.train)
+    guard = Guard(accelerator, config)
     say, engine = accelerator.print, engine_name(accelerator)
     quantization = bitsandbytes_config(config, engine)
     set_seed(config.train.seed)
@@ -116,7 +118,7 @@ def main(config: SummarizationConfig) -> None:
 
     padding, start = padding_token(tokenizer), decoder_start_token(model)
     loss_sum = seq2seq_loss(train_rows, padding, start, accelerator.device)
-    train(accelerator, prepared, plan, loss_sum, config, folder, say)
+    train(accelerator, prepared, plan, loss_sum, config, folder, say, guard)
     columns["after"], texts = evaluate()
 
     # ----------------------------------------------------------------------------------------------------- export
@@ -160,6 +162,7 @@ def main(config: SummarizationConfig) -> None:
         say(f"Total rank {sum(pattern.values())}, budget {allocator.schedule.target_budget}")
     say(f"\nFiles in {folder.path}: " + ", ".join(sorted(p.name for p in folder.path.iterdir())))
     accelerator.end_training()
+    guard.close()
 
 
 if __name__ == "__main__":

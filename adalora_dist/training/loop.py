@@ -137,7 +137,8 @@ def train(
                 accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
             losses += read
             unread = []
-            if bad_steps.too_many(read, prepared.allocator.num_skipped_steps):
+            num_skipped = 0 if prepared.allocator is None else prepared.allocator.num_skipped_steps
+            if bad_steps.too_many(read, num_skipped):
                 bar.close()
                 raise UserError(
                     f"max_nonfinite_steps={settings.max_nonfinite_steps}: no finite loss and gradients in "
