@@ -60,6 +60,8 @@ class Allocation:
     budget: int
     keep: torch.Tensor
     """(num_triplets,) bool in canonical order."""
+    lowest_kept_score: torch.Tensor | None = None
+    """What a triplet needed to stay, float64; infinite where none stayed."""
 
 
 class RankAllocator:
@@ -232,7 +234,8 @@ class RankAllocator:
             self.keep = select_local(scores, self.ranks, budget)
         else:
             self.keep = select(scores, budget)
-        self.allocations.append(Allocation(self.step, budget, self.keep))
+        lowest = torch.where(self.keep, scores, torch.inf).min()
+        self.allocations.append(Allocation(self.step, budget, self.keep, lowest))
         self._pending = False
         self.frozen = self.step >= self.schedule.freeze_step
 

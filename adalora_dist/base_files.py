@@ -1,4 +1,4 @@
-"""The weight files of a backbone's folder, and nothing outside it."""
+"""Where a backbone lies on disk: its folder, and the weight files in it and nowhere else."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 
 from adalora_dist.errors import UserError
+
+_BASE_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]  # weights, configurations, tokenizers
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -44,3 +46,20 @@ def indexed_files(index: Path) -> dict[str, Path]:
                 "model-00001-of-00002.safetensors, in the same folder; do not use this model"
             )
     return {key: index.with_name(name) for key, name in weight_map.items()}
+
+
+def base_folder_of(name: str, revision: str | None) -> Path:
+    """The local folder of a backbone: itself, or the Hub snapshot that loading it has cached.
+
+    Raises:
+        UserError: the snapshot cannot be had.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_BASE_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(f"model={name}: its files are not cached and the Hub cannot be reached ({error})") from error

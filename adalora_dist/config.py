@@ -112,6 +112,8 @@ class AdapterConfig(Section):
     """Dropout on the input of the adapter branch (the paper uses 0)."""
     init: Literal["gaussian", "orthonormal"] = "gaussian"
     """P and Q at the start: N(0, 0.02^2) as the authors, or std 1/sqrt(d); lambda is 0 either way."""
+    init_from: str | None = Field(None, min_length=1)
+    """Folder of a LoRA or AdaLoRA adapter of PEFT whose update the adapters start with, instead of 0."""
     initial_warmup_steps: int | None = Field(None, ge=0)
     """t_i: optimizer steps before the first pruning; default: 10 % of the run."""
     final_steps: int | None = Field(None, ge=0)
@@ -221,8 +223,9 @@ class EvaluationConfig(Section):
 
 
 class ExportConfig(Section):
-    export_merged: bool = True
-    """Write a merged model that loads in plain transformers."""
+    export_formats: tuple[Literal["merged", "lora", "peft"], ...] = ("merged",)
+    """What to write besides the adapter: a merged model for plain transformers; plain LoRA for PEFT and vLLM; PEFT's
+    AdaLoRA. All can be had later from the run folder: adalora-dist export."""
     export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the merged weights; auto: as the backbone's files."""
     merge_into: Literal["original", "dequantized"] = "original"
@@ -243,10 +246,10 @@ class ExportConfig(Section):
         check_branch(self.push_revision)
         if self.push_to_hub:
             check_repo_id(self.push_to_hub)
-            if not self.export_merged:
+            if "merged" not in self.export_formats:
                 raise ValueError(
-                    f"push_to_hub {self.push_to_hub} with export_merged false: there would be nothing to push; "
-                    "set export_merged to true"
+                    f"push_to_hub {self.push_to_hub} with export_formats {' '.join(self.export_formats) or '()'}: the "
+                    "merged model is what would be pushed; add merged, or use adalora-dist push when the run is done"
                 )
         return self
 
@@ -285,10 +288,10 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _mergeable_files(self) -> RunConfig:
-        if self.model.allow_pickle_weights and self.export.export_merged:
+        if self.model.allow_pickle_weights and "merged" in self.export.export_formats:
             raise ValueError(
-                "allow_pickle_weights true with export_merged true: merging goes through the backbone's safetensors "
-                "files; set export_merged to false, or save the backbone again with save_pretrained"
+                "allow_pickle_weights true with export_formats merged: merging goes through the backbone's safetensors "
+                "files; leave merged out of export_formats, or save the backbone again with save_pretrained"
             )
         return self
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from adalora_dist.allocator import RankAllocator
+from adalora_dist.base_files import base_folder_of as base_folder_of
 from adalora_dist.base_files import weight_files
 from adalora_dist.errors import UserError
 from adalora_dist.inject import AdaptedMatrix, linear_shape
@@ -26,12 +27,8 @@ from adalora_dist.layers import SVDLinear
 from adalora_dist.progress import progress_bar
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-_BASE_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]  # weights, configurations, tokenizers
 _FORMAT = 2
 _TASK_SETTINGS = ("id2label", "label2id", "problem_type", "classifier_dropout", "cls_dropout")
-
-FACTORS = ("P", "lam", "Q")
-"""Of one adapter, as they are called in files."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +54,14 @@ class AdapterWeights:
         d_out, d_in = len(self.P), self.Q.shape[1]
         return (d_in, d_out) if self.weight_is_transposed else (d_out, d_in)
 
+    def add_to(self, weight: torch.Tensor) -> torch.Tensor:
+        """Add s P diag(lambda) Q to a float32 weight in the layout of the base's, in place."""
+        p = self.P * (self.scale * self.lam)
+        return weight.addmm_(self.Q.T, p.T) if self.weight_is_transposed else weight.addmm_(p, self.Q)
+
     def delta(self) -> torch.Tensor:
         """s P diag(lambda) Q in the layout of the base's weight, float32."""
-        delta = (self.P * (self.scale * self.lam)) @ self.Q
-        return delta.T if self.weight_is_transposed else delta
+        return self.add_to(torch.zeros(self.weight_shape))
 
 
 def gather_adapters(allocator: RankAllocator) -> list[AdapterWeights]:
@@ -88,7 +89,7 @@ def _is_conv1d(base: nn.Module) -> bool:
 def save_adapter(adapters: Sequence[AdapterWeights], folder: Path, base_model: str, base_revision: str | None) -> None:
     """Write adapter.safetensors (NAME.P, NAME.lam, NAME.Q of the active triplets) and adapter.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{a.name}.{kind}": getattr(a, kind) for a in adapters for kind in FACTORS if a.rank}
+    tensors = {f"{a.name}.{kind}": getattr(a, kind) for a in adapters for kind in ("P", "lam", "Q") if a.rank}
     save_file(tensors, folder / "adapter.safetensors", metadata={"format": "pt"})
     description = {
         "format": _FORMAT,
@@ -249,10 +250,8 @@ def merge(
                 if name in whole:
                     tensor = whole[name].to(tensor.dtype)
                 elif name is not None:
-                    weight = bases[name](tensor) if name in bases else tensor.float()
-                    if name in replaced:
-                        weight = weight + replaced[name].delta()
-                    tensor = weight.to(dtype or tensor.dtype)
+                    weight = bases[name](tensor) if name in bases else tensor.to(torch.float32, copy=True)
+                    tensor = (replaced[name].add_to(weight) if name in replaced else weight).to(dtype or tensor.dtype)
                 tensors[key] = (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).contiguous()
             if shard == shards[-1]:
                 tensors |= {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in added.items()}
@@ -308,20 +307,3 @@ def _find_tensors(
             )
         places[key] = name
     return places
-
-
-def base_folder_of(name: str, revision: str | None) -> Path:
-    """The local folder of a backbone: itself, or the Hub snapshot that loading it has cached.
-
-    Raises:
-        UserError: the snapshot cannot be had.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_BASE_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"model={name}: its files are not cached and the Hub cannot be reached ({error})") from error

@@ -164,7 +164,7 @@ def main(config: GlueConfig) -> None:
             if adapters:
                 save_adapter(adapters, folder.path / "adapter", config.model.name, config.model.revision)
                 save_trained(trained, folder.path / "adapter")
-            if config.export.export_merged:
+            if "merged" in config.export.export_formats:
                 merged = folder.path / "merged"
                 base_weights = None
                 if config.export.merge_into == "dequantized":
@@ -174,7 +174,7 @@ def main(config: GlueConfig) -> None:
                 merge(adapters, base, merged, dtype, trained, base_weights)
                 write_task(accelerator.unwrap_model(prepared.model), merged)
                 tokenizer.save_pretrained(merged)
-            if config.export.export_merged and config.export.verify_export:
+            if "merged" in config.export.export_formats and config.export.verify_export:
                 plain = load_plainly(AutoModelForSequenceClassification, merged)
                 name, rows = next(iter(eval_inputs.items()))
                 again = predict(

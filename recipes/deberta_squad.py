@@ -160,7 +160,7 @@ def main(config: SquadConfig) -> None:
             if adapters:
                 save_adapter(adapters, folder.path / "adapter", config.model.name, config.model.revision)
                 save_trained(trained, folder.path / "adapter")
-            if config.export.export_merged:
+            if "merged" in config.export.export_formats:
                 merged = folder.path / "merged"
                 base_weights = None
                 if config.export.merge_into == "dequantized":
@@ -170,7 +170,7 @@ def main(config: SquadConfig) -> None:
                 merge(adapters, base, merged, dtype, trained, base_weights)
                 write_task(accelerator.unwrap_model(prepared.model), merged)
                 tokenizer.save_pretrained(merged)
-            if config.export.export_merged and config.export.verify_export:
+            if "merged" in config.export.export_formats and config.export.verify_export:
                 plain = load_plainly(AutoModelForQuestionAnswering, merged)
                 size, outputs = config.evaluation.eval_batch_size, ("start_logits", "end_logits")
                 again = predict(plain, eval_inputs, padding, size, description="merged", outputs=outputs, gather=list)

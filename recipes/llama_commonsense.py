@@ -46,7 +46,8 @@ def main(config: CommonsenseConfig) -> None:
     from adalora_dist.export import base_folder_of, gather_adapters, merge, save_adapter
     from adalora_dist.hub import check_push_of_rank0, push
     from adalora_dist.inject import inject_adapters
-    from adalora_dist.training.dequantized import quantized_weights
+    from adalora_dist.peft_format import save_adalora, save_lora
+    from adalora_dist.training.dequantized import describe, quantized_weights
     from adalora_dist.training.dry_run import count_rows, dry_run
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
     from adalora_dist.training.guard import Guard
@@ -115,6 +116,7 @@ def main(config: CommonsenseConfig) -> None:
     facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared)
     facts["num_rows_left_out"] = dict(bad_rows.counts)
     facts["base_commit"] = getattr(model.config, "_commit_hash", None)  # None: a local folder
+    facts["model_class"] = type(model).__name__
     folder = RunFolder(config, accelerator.is_main_process, facts)
     start_trackers(accelerator, config)
     say(facts_line(facts, allocator.schedule.freeze_step if allocator else None))
@@ -151,7 +153,8 @@ def main(config: CommonsenseConfig) -> None:
     adapters = gather_adapters(allocator) if allocator else []
     trained = gather_trained(accelerator.unwrap_model(prepared.model), keep=accelerator.is_main_process)
     pattern = {a.name: a.lam.numel() for a in adapters}
-    verified = config.export.export_merged and config.export.verify_export
+    formats = config.export.export_formats
+    verified = "merged" in formats and config.export.verify_export
     if verified:  # on every process: where the model is sharded, forwards are collective
         probe, num_reply = rows[0]["input_ids"], count_targets(rows[0]["labels"])
         logits = last_logits(accelerator.unwrap_model(prepared.model), probe, num_reply + 1, accelerator.device)
@@ -160,12 +163,17 @@ def main(config: CommonsenseConfig) -> None:
             save_adapter(adapters, folder.path / "adapter", config.model.name, config.model.revision)
         folder.write_json("rank_pattern.json", pattern)
         folder.write_json("results.json", {"before": [vars(r) for r in before], "after": [vars(r) for r in after]})
-        if config.export.export_merged:
+        for form, save in (("lora", save_lora), ("peft", save_adalora)):
+            if form in formats:
+                save(adapters, folder.path / form, config.model.name, config.model.revision)
+        base_weights = None
+        if quantization is not None:
+            quantized = quantized_weights(accelerator.unwrap_model(prepared.model), config)
+            folder.write_json("quantized.json", describe(quantized))
+            base_weights = quantized if config.export.merge_into == "dequantized" else None
+        if "merged" in formats:
             base = base_folder_of(config.model.name, config.model.revision)
             merged = folder.path / "merged"
-            base_weights = None
-            if config.export.merge_into == "dequantized":
-                base_weights = quantized_weights(accelerator.unwrap_model(prepared.model), config)
             merge(adapters, base, merged, dtype_named(config.export.export_dtype), trained, base_weights)
             tokenizer.save_pretrained(merged)
             if verified:

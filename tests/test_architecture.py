@@ -12,10 +12,10 @@ LEVELS = {
         *("errors", "config", "recipe_config", "schedule", "importance", "orthogonality", "spans", "agreement"),
         *("progress", "base_files", "markdown", "redaction"),
     ),
-    1: ("layers", "inject"),
+    1: ("layers", "inject", "peft_import"),
     2: ("sharding",),
     3: ("allocator", "export", "peft_format", "pictures", "hub_files", "card", "hub"),
-    4: ("cli", "main", "yaml_file", "presets", "training", "data", "evaluation", "integrations"),
+    4: ("cli", "main", "commands", "yaml_file", "presets", "training", "data", "evaluation", "integrations"),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

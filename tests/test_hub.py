@@ -12,15 +12,23 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
+import httpx2  # huggingface_hub's own client
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from local_hub import REPO, ROOT, TOKEN, LocalHub, write_run
-from safetensors.torch import load_file
+from refusals import refusal
 from tiny_project import write_data, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from adalora_dist.export import AdapterWeights
+from adalora_dist.hub import _asked_to_wait, _Persistence, check_push_of_rank0, push
+from adalora_dist.peft_format import save_adalora, save_lora
 
 COMMIT = "POST /api/models/somebody/.*/commit/"
 ERROR = re.compile(r"^error: .*$", re.MULTILINE)
@@ -88,7 +96,7 @@ def error_of(finished: subprocess.CompletedProcess[str]) -> str:
 def pushed(hub: LocalHub, run: Path) -> subprocess.CompletedProcess[str]:
     """A push through a server that fails once wherever it can. (Some failures are left to other tests: waits grow.)"""
     hub.faults(
-        {"match": "POST /api/repos/create", "do": "429", "retry_after": "1"},
+        {"match": "POST /api/repos/create", "do": "429", "retry_after": "3"},
         {"match": "POST .*/preupload/", "do": "429"},
         {"match": "POST .*/objects/batch", "do": "500"},
         {"match": "PUT /_lfs/[0-9a-f]+$", "do": "drop"},
@@ -98,13 +106,14 @@ def pushed(hub: LocalHub, run: Path) -> subprocess.CompletedProcess[str]:
         {"match": "POST /_lfs/[0-9a-f]+/verify", "do": "429"},
         {"match": COMMIT, "do": "drop_answer"},
     )
-    return hub.push(run, REPO, HF_HUB_VERBOSITY="debug")
+    return hub.push(run, REPO, HF_DEBUG="1")  # whatever the client can tell of its requests
 
 
 def test_push_gets_through_whatever_fails_once(pushed: Any, hub: LocalHub) -> None:
     assert pushed.returncode == 0, pushed.stderr[-4000:]
     assert hub.faults_left() == []
     assert f"{hub.address}/{REPO}/commit/" in pushed.stdout
+    assert "429" in pushed.stdout and "next attempt in 3 s" in pushed.stdout
     # The commit whose answer was lost had happened: no second one was made.
     assert hub.num_pushes() == 1
     assert [line for line in hub.log() if re.search(COMMIT, line)] == [f"POST /api/models/{REPO}/commit/main lost"]
@@ -185,6 +194,21 @@ def test_a_repository_is_private_unless_told_otherwise(pushed: Any, hub: LocalHu
     assert "is public: pass --public" in error_of(hub.push(plain, open_to_all))
     assert "is private: leave out --public" in error_of(hub.push(plain, REPO, "--public"))
     assert hub.num_pushes() == hub.num_pushes(open_to_all) == 1
+
+
+@pytest.mark.parametrize(("to", "save"), [("lora", save_lora), ("peft", save_adalora)])
+def test_adapters(hub: LocalHub, plain: Path, to: str, save: Any) -> None:
+    hub.faults()
+    factors = torch.arange(16.0).view(8, 2), torch.ones(2), torch.arange(16.0).view(2, 8)
+    adapters = [AdapterWeights(f"model.layers.{k}.mlp.up_proj", *factors, 0.5, False) for k in range(2)]
+    save(adapters, plain / to, "somebody/a-base")
+    repo = f"somebody/a-model-{to}"
+    finished = hub.push(plain, repo, "--to", to)
+    assert finished.returncode == 0, finished.stderr
+    files = hub.files(repo=repo)
+    assert without_card(files) == {path.name: path.read_bytes() for path in (plain / to).iterdir()}
+    assert files.keys() == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert b"library_name: peft" in files["README.md"]
 
 
 def test_a_branch(pushed: Any, hub: LocalHub, plain: Path, place: Path) -> None:
@@ -362,6 +386,50 @@ def test_what_the_hub_refuses_is_one_line(hub: LocalHub, plain: Path) -> None:
     assert hub.names(repo="somebody/x") == set()
 
 
+def test_a_refusal_is_final_and_what_can_pass_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    told: list[str] = []
+    monkeypatch.setattr("adalora_dist.hub.time.sleep", waits.append)
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    persist = _Persistence("a/b", told.append)
+    passing = RuntimeError("Error while uploading")
+    passing.__cause__ = ConnectionResetError(104, "Connection reset by peer")
+    assert "failed 8 times ([Errno 104] Connection reset by peer)" in refusal(persist, lambda: fail(passing))
+    assert waits == [1, 2, 4, 8, 16, 32, 60] and len(told) == 7
+    assert "cannot be pushed to" in refusal(persist, lambda: fail(FileNotFoundError(2, f"no {TOKEN}")))
+    assert "no ***" in refusal(persist, lambda: fail(ValueError(f"no {TOKEN}"))) and len(waits) == 7
+    with pytest.raises(TypeError):  # a mistake of the program's is not the Hub's
+        persist(lambda: fail(TypeError()))
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"Retry-After": "7"}, 7),
+        ({"Retry-After": format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)}, 90),
+        ({"Retry-After": "Sun, 06 Nov 1994 08:49:37 GMT"}, 0),
+        ({"Retry-After": "soon"}, 0),
+        ({"ratelimit": '"api";r=0;t=55'}, 55),
+        ({"ratelimit": '"api";r=3;t=55'}, 0),
+        ({}, 0),
+    ],
+)
+def test_how_long_the_server_asks_to_wait(headers: dict[str, str], seconds: float) -> None:
+    response = httpx2.Response(429, headers=headers, request=httpx2.Request("POST", "http://127.0.0.1/"))
+    assert _asked_to_wait(HfHubHTTPError("slow down", response=response)) == pytest.approx(seconds, abs=2)
+
+
+def test_no_login_is_told_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adalora_dist.hub.get_token", lambda: None)
+    assert "hf auth login" in refusal(check_push_of_rank0, "a/b", {"RANK": "0"})
+    assert "hf auth login" in refusal(check_push_of_rank0, "a/b", {})
+    check_push_of_rank0("a/b", {"RANK": "1"})
+    check_push_of_rank0("", {})
+
+
 def test_login_of_the_cache_is_enough(hub: LocalHub, plain: Path, tmp_path: Path) -> None:
     hub.faults()
     (tmp_path / "token").write_text(TOKEN)
@@ -402,17 +470,12 @@ def change(action: str, run: Path) -> None:
     ],
 )
 def test_an_export_that_is_not_whole_is_not_pushed(run: Path, tmp_path: Path, action: str, says: str) -> None:
-    from adalora_dist.errors import UserError
-    from adalora_dist.hub import push
-
     shutil.copytree(run, tmp_path / "run")
     change(action, tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_TOKEN", TOKEN)
         patch.setattr("adalora_dist.hub.HfApi", None)  # it must not come so far
-        with pytest.raises(UserError) as caught:
-            push(tmp_path / "run", "somebody/broken")
-    assert says in str(caught.value) and "\n" not in str(caught.value)
+        assert says in refusal(push, tmp_path / "run", "somebody/broken")
 
 
 # -------------------------------------------------------------------------------------------------------- the token
@@ -425,10 +488,9 @@ def files_with(needle: str, folder: Path) -> list[Path]:
 def test_the_token_is_in_no_file_and_no_log(pushed: Any, hub: LocalHub, place: Path) -> None:
     """Runs after the others, over all that they left: run folders, the server's blobs, caches, everything printed."""
     assert len(list((hub.folder / "blobs").iterdir())) > 20 and (place / "outputs.txt").stat().st_size > 10_000
-    assert "authenticated: True" in (place / "outputs.txt").read_text()  # the log of the client, at its wordiest
+    assert "authorization: Bearer <TOKEN>" in (place / "outputs.txt").read_text()  # the client's log at its wordiest
     assert files_with(TOKEN, place) == []
     planted = place / "run" / "merged" / "planted"
     planted.write_text(f"x{TOKEN}x")
     assert files_with(TOKEN, place) == [planted]  # the search finds what is there
     planted.unlink()
-    assert ROOT.is_dir() and load_file(next((place / "run" / "merged").glob("*.safetensors")))

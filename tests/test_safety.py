@@ -227,7 +227,7 @@ def test_pickled_weights_need_a_flag_and_even_then_run_no_code(tmp_path: Path) -
 
 
 def test_merging_into_pickled_weights_is_refused_before_anything_runs() -> None:
-    with pytest.raises(ValueError, match="allow_pickle_weights true with export_merged true"):
+    with pytest.raises(ValueError, match="allow_pickle_weights true with export_formats merged"):
         RunConfig(model=ModelConfig(allow_pickle_weights=True))
 
 

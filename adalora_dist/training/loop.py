@@ -20,6 +20,7 @@ from adalora_dist.config import RunConfig, TrainConfig
 from adalora_dist.data.batches import BatchPlan
 from adalora_dist.errors import UserError
 from adalora_dist.progress import progress_bar
+from adalora_dist.training.engine import tied_weights_in_one_group
 from adalora_dist.training.guard import Guard
 from adalora_dist.training.losses import LossSum
 from adalora_dist.training.nonfinite import BadSteps, find_origin
@@ -57,7 +58,8 @@ def prepare(accelerator: Accelerator, model: nn.Module, config: RunConfig, num_s
     allocator = RankAllocator.attach(model, optimizer, config.adapter, num_steps) if with_adapters else None
     if config.train.gradient_checkpointing:
         cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model, wrapped = accelerator.prepare(model, optimizer)
+    with tied_weights_in_one_group(accelerator, model):
+        model, wrapped = accelerator.prepare(model, optimizer)
     read_shards(model)
     return Prepared(model, wrapped, optimizer, allocator)
 
@@ -135,6 +137,7 @@ def train(
             for record in _records(prepared, config, len(losses), read, num_steps, num_tokens / seconds):
                 folder.log(record)
                 accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+            folder.log_allocations(prepared.allocator)
             losses += read
             unread = []
             num_skipped = 0 if prepared.allocator is None else prepared.allocator.num_skipped_steps

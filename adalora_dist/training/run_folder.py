@@ -1,8 +1,9 @@
-"""The run folder: resolved configuration, versions, commit and command, and one line of metrics per step."""
+"""The run folder: resolved configuration, versions, commit and command; a line per step and one per allocation."""
 
 from __future__ import annotations
 
 import json
+import math
 import platform
 import shutil
 import subprocess
@@ -12,8 +13,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
+from adalora_dist.allocator import RankAllocator
 from adalora_dist.config import RunConfig
 from adalora_dist.errors import UserError
 from adalora_dist.redaction import redacted, redacted_command
@@ -31,6 +34,7 @@ class RunFolder:
     def __init__(self, config: RunConfig, is_main_process: bool, facts: Mapping[str, Any]) -> None:
         self.path = Path(config.train.output_dir)
         self._metrics = None
+        self._num_allocations = 0  # written so far
         if not is_main_process:
             return
         if (self.path / "config.yaml").exists() and config.train.overwrite:
@@ -50,6 +54,30 @@ class RunFolder:
         if self._metrics is not None:
             self._metrics.write(json.dumps(record) + "\n")
             self._metrics.flush()
+
+    def log_allocations(self, allocator: RankAllocator) -> None:
+        """Append a JSON line to allocations.jsonl for every allocation since the last call. Reads from the device.
+
+        step, budget; lowest_kept_score (null: none stayed); pruned, returned: triplets that left and that came back
+        since the allocation before; ranks: active rank of each matrix, in the order of rank_pattern.json.
+        """
+        if self._metrics is None:
+            return
+        with (self.path / "allocations.jsonl").open("a", encoding="utf-8") as file:
+            for index in range(self._num_allocations, len(allocator.allocations)):
+                made, keep = allocator.allocations[index], allocator.allocations[index].keep.cpu()
+                before = allocator.allocations[index - 1].keep.cpu() if index else torch.ones_like(keep)
+                lowest = math.inf if made.lowest_kept_score is None else made.lowest_kept_score.item()
+                record = {
+                    "step": made.step,
+                    "budget": made.budget,
+                    "lowest_kept_score": lowest if math.isfinite(lowest) else None,
+                    "pruned": int((before & ~keep).sum()),
+                    "returned": int((keep & ~before).sum()),
+                    "ranks": [int(part.sum()) for part in keep.split(allocator.ranks)],
+                }
+                file.write(json.dumps(record) + "\n")
+        self._num_allocations = len(allocator.allocations)
 
     def write_json(self, name: str, content: Any) -> None:
         """Write ``content`` as NAME in the folder."""
