@@ -1,4 +1,4 @@
-"""Do all ranks hold the same pattern? Six numbers in a reduction that is made anyway, and nobody waits for them.
+"""What ranks must agree on: an error of one, learnt by all; and the pattern, in a reduction that is made anyway.
 
 Every rank adds its digest d (three numbers below 2^20) and d^2 to the sum. All digests are equal exactly if
 world * sum(d^2) = (sum d)^2, and in float64 these integers stay exact over 8192 ranks.
@@ -6,7 +6,15 @@ world * sum(d^2) = (sum d)^2, and in float64 these integers stay exact over 8192
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
+import torch.distributed as dist
+
+from adalora_dist.errors import UserError
+
+T = TypeVar("T")
 
 _BITS = 20
 
@@ -44,3 +52,45 @@ class DelayedSums:
             self._copied.synchronize()
         sums = [int(number) for number in self._sums.tolist()]
         return all(world_size * squares == total**2 for total, squares in zip(sums[:3], sums[3:], strict=True))
+
+
+def agreed(action: Callable[[], T], group: dist.ProcessGroup | None = None, keep: bool = True) -> Any:
+    """Run ``action`` on every process; if it fails anywhere, all raise. Collective.
+
+    Args:
+        group: whose processes agree; default: all.
+        keep: collect the results, which then must be plain data: numbers, texts, lists of them.
+
+    Returns what it gave on each rank, or with ``keep`` false on this one.
+
+    Raises:
+        UserError, RuntimeError: elsewhere it failed; with that rank and its message. Here: the error itself.
+    """
+    result: Any = None
+    error: Exception | None = None
+    try:
+        result = action()
+    except Exception as caught:
+        error = caught
+    if world_size() == 1:
+        if error is not None:
+            raise error
+        return [result] if keep else result
+    message = None if error is None else f"{type(error).__name__}: {error}"
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, (message, result if keep else None), group=group)
+    if error is not None:
+        raise error
+    for rank, (message, _) in enumerate(gathered):
+        if message is not None:
+            kind = UserError if message.startswith("UserError: ") else RuntimeError
+            raise kind(f"rank {rank}: {message.removeprefix('UserError: ')}")
+    return [value for _, value in gathered] if keep else result
+
+
+def this_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
