@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import math
 import os
+import resource
 import signal
 import sys
 import time
@@ -235,6 +236,8 @@ def _with_fault(loss_sum: LossSum, fault: Fault, rank: int, folder: Path, prepar
                 raise SystemExit(3)
             case "hang":
                 time.sleep(3600)
+            case "disk":  # no file may grow beyond this from now on
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
             case "slow":
                 time.sleep(0.2)
         return loss

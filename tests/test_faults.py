@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from faulty_runs import STEPS, Ended, Fault, Ranks, Untouched, corrupt, run
 
 from adalora_dist.training.guard import STATUS_FILE
@@ -122,6 +124,33 @@ def test_a_signal_stops_all_ranks_after_the_same_step(
     assert f"after step {last[0] + 1}; run again with --resume auto" in ended[0].log
     assert json.loads((tmp_path / "status").read_text()) == {"status": "preempted", "num_finished_steps": last[0] + 1}
     assert not errors(ended) and not list(tmp_path.glob("published-*"))
+
+
+def test_a_run_that_a_signal_stopped_continues_to_the_same_end(tmp_path: Path) -> None:
+    assert Ranks(2, tmp_path / "whole", run, tmp_path / "whole").wait(60)[0].code == 0
+    ranks = Ranks(2, tmp_path / "cut", run, tmp_path / "cut", "ddp", SLOW)
+    ranks.wait_for("step-6-1")
+    os.kill(ranks.pids[1], signal.SIGTERM)
+    assert [one.code for one in ranks.wait(30)] == [EXIT_PREEMPTED] * 2
+    again = Ranks(2, tmp_path / "again", run, tmp_path / "cut", "ddp", Fault(), {"resume": "auto"}).wait(60)
+    assert [one.code for one in again] == [0, 0], errors(again)
+    whole, cut = (torch.load(tmp_path / name / "final.pt", weights_only=True) for name in ("whole", "cut"))
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+# ----------------------------------------------------------------------------------------------------------- disk full
+
+
+def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(tmp_path: Path) -> None:
+    changes = {"checkpoint_every": 4}
+    ended = Ranks(2, tmp_path, run, tmp_path, "ddp", Fault("disk", step=6, rank=0), changes).wait(60)
+    assert ended[0].code == 2 and ended[1].code in (2, EXIT_PEER), errors(ended)
+    [line] = [line for one in ended for line in one.log.splitlines() if line.startswith("error:")]
+    assert re.search(r"a checkpoint needs [\d,]{5,} bytes, .* has [\d,]+ free", line), line
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert names == {"step-00000000", "step-00000004"}
+    again = Ranks(2, tmp_path / "again", run, tmp_path, "ddp", Fault(), {**changes, "resume": "auto"}).wait(60)
+    assert [one.code for one in again] == [0, 0], errors(again)
 
 
 # ---------------------------------------------------------------------------------------------------------- nan and inf
