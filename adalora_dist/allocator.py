@@ -37,12 +37,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from adalora_dist.agreement import DelayedSums, PatternDigest
 from adalora_dist.config import AdapterConfig
 from adalora_dist.errors import UserError
 from adalora_dist.importance import element_scores, select, select_local, update_averages
 from adalora_dist.inject import AdaptedMatrix, adapted_matrices
 from adalora_dist.layers import SVDLinear
+from adalora_dist.pattern_digest import DelayedSums, PatternDigest
 from adalora_dist.schedule import BudgetSchedule
 from adalora_dist.sharding import select_engine
 from adalora_dist.sharding.base import ShardEngine, sum_over
@@ -285,7 +285,7 @@ class RankAllocator:
         if self._engine is None:
             self._bind(optimizer)
 
-    def _bind(self, optimizer: Any) -> None:
+    def _bind(self, optimizer: torch.optim.Optimizer) -> None:
         """First step: the engine has taken over the parameters."""
         self._set_up(select_engine([getattr(layer, kind) for layer, kind in self._owners], optimizer))
 
@@ -348,8 +348,13 @@ class RankAllocator:
         return [f"{layer.name}.{kind}" for layer, kind in self._owners]
 
     def state(self) -> AllocatorState:
-        """A copy of the allocator's state between two steps, on the CPU. :meth:`bind` comes first."""
+        """A copy of the allocator's state between two steps, on the CPU. :meth:`bind` comes first.
+
+        Raises:
+            RuntimeError: patterns differ between ranks: such a state must not be kept.
+        """
         assert self._engine is not None
+        self._compare_digests()
         numbers = {
             "step": self.step,
             "num_skipped_steps": self.num_skipped_steps,
@@ -361,34 +366,36 @@ class RankAllocator:
         none = torch.zeros(0, sum(self.ranks), dtype=torch.bool)
         patterns = torch.stack([a.keep.cpu() for a in self.allocations]) if self.allocations else none
         averages: list[dict[str, torch.Tensor]] = [{} for _ in self._spans]
-        for name, flat in self._averages().items():
-            buffer = FlatBuffer(self._layout, device=flat.device)
-            buffer.data.copy_(flat)
-            pieces = [torch.empty(span.stop - span.start, device=flat.device) for span in self._spans]
-            local, views = self._layout.views(pieces, buffer)
+        for name, average in self._averages().items():
+            flat = FlatBuffer(self._layout)
+            flat.data.copy_(average)
+            pieces = [torch.empty(span.stop - span.start) for span in self._spans]
+            local, views = self._layout.views(pieces, flat)
             if local:
                 torch._foreach_copy_(local, views)
-            for average, piece in zip(averages, pieces, strict=True):
-                average[name] = piece.cpu()
+            for held, piece in zip(averages, pieces, strict=True):
+                held[name] = piece
         return AllocatorState(numbers, patterns, averages)
 
     def load_state(self, state: AllocatorState) -> None:
         """Continue from ``state``, whose averages are of this rank's spans now. :meth:`bind` comes first."""
         assert self._engine is not None
         numbers = state.numbers
-        self.step, self._num_missed = numbers["step"], numbers["num_skipped_steps"]
+        self.step, self._num_missed, self._num_skipped = numbers["step"], numbers["num_skipped_steps"], None
         self._pending, self.frozen = numbers["pending"], numbers["frozen"]
         made = zip(numbers["allocation_steps"], numbers["allocation_budgets"], state.patterns, strict=True)
         self.allocations = [Allocation(step, budget, keep.to(self._skip.device)) for step, budget, keep in made]
         self.keep = self.allocations[-1].keep if self.allocations else None
-        for name, flat in self._averages().items():
-            buffer = FlatBuffer(self._layout, device=flat.device)
-            self._layout.collect([average[name].to(flat.device) for average in state.averages], buffer)
-            flat.copy_(buffer.data)
+        for name, average in self._averages().items():
+            flat = FlatBuffer(self._layout)
+            self._layout.collect([held[name] for held in state.averages], flat)
+            average.copy_(flat.data)
 
     def _averages(self) -> dict[str, torch.Tensor]:
-        """The flat buffers that a run needs in order to go on."""
-        return {"sensitivity": self.sensitivity, "uncertainty": self.uncertainty} if self._adapts else {}
+        """The importance averages, while they are kept."""
+        if not self._adapts or self.sensitivity.numel() != self._layout.num_elements:
+            return {}
+        return {"sensitivity": self.sensitivity, "uncertainty": self.uncertainty}
 
     # ------------------------------------------------------------------ what loops and reports ask
 

@@ -135,18 +135,20 @@ class CheckpointWriter:
 
     def save(
         self,
+        step: int,
         parameters: Mapping[str, torch.Tensor],
         optimizer: Any,
-        allocator: RankAllocator,
+        allocator: RankAllocator | None,
         run: Mapping[str, Any],
         extra: Mapping[str, bytes] | None = None,
     ) -> None:
         """Write the checkpoint of this moment, between two steps. Collective.
 
         Args:
+            step: optimizer steps done.
             parameters: all that is trained, from :func:`trained_parameters`.
             optimizer: as the engine wraps it.
-            allocator: bound.
+            allocator: bound; None where there are no adapters.
             run: what JSON can hold, to be found again as :attr:`Checkpoint.run`; the main process's counts.
             extra: files to keep, by name; the main process's count.
 
@@ -155,7 +157,7 @@ class CheckpointWriter:
         """
         self.wait()
         engine = select_engine(list(parameters.values()), optimizer)
-        tensors, state = snapshot(list(parameters), engine, allocator)
+        tensors, state = snapshot(step, list(parameters), engine, allocator)
         state["run"] = dict(run)
         main = {STATE: (json.dumps(state, indent=1) + "\n").encode(), **(extra or {})}
         shard = tensors if writes_shard(engine) else None

@@ -62,10 +62,12 @@ class Shard:
     spans: dict[str, Span]
 
 
-def snapshot(names: Sequence[str], engine: ShardEngine, allocator: RankAllocator) -> tuple[Shard, dict[str, Any]]:
+def snapshot(
+    step: int, names: Sequence[str], engine: ShardEngine, allocator: RankAllocator | None
+) -> tuple[Shard, dict[str, Any]]:
     """A copy of everything that training changed, and the description of it."""
-    learnt = allocator.state()
-    averages = dict(zip(allocator.parameter_names, learnt.averages, strict=True))
+    learnt = allocator.state() if allocator else AllocatorState({}, torch.zeros(0, 0, dtype=torch.bool), [])
+    averages = dict(zip(allocator.parameter_names, learnt.averages, strict=True)) if allocator else {}
     tensors: dict[str, torch.Tensor] = {_PATTERNS: learnt.patterns} if this_rank() == 0 else {}
     spans, table = {}, {}
     parts = zip(names, engine.shapes(), engine.spans(), engine.values(), engine.states(), strict=True)
@@ -77,10 +79,10 @@ def snapshot(names: Sequence[str], engine: ShardEngine, allocator: RankAllocator
             tensors |= {_key(kind, name): value.detach().to("cpu", copy=True) for kind, value in held.items()}
         table[name] = {"shape": list(shape), "step": float(state["step"]) if state else None, "state": sorted(moments)}
     description = {
-        "step": allocator.step,
+        "step": step,
         "allocator": learnt.numbers,
         "parameters": table,
-        "triplets": {m.name: list(range(m.layer.rank)) for m in allocator.matrices},
+        "triplets": {m.name: list(range(m.layer.rank)) for m in (allocator.matrices if allocator else ())},
     }
     return Shard(tensors, spans), description
 
@@ -131,19 +133,20 @@ def held_triplets(checkpoint: Checkpoint, matrices: Sequence[AdaptedMatrix]) -> 
 
 
 def load_checkpoint(
-    checkpoint: Checkpoint, parameters: Mapping[str, torch.Tensor], optimizer: Any, allocator: RankAllocator
+    checkpoint: Checkpoint, parameters: Mapping[str, torch.Tensor], optimizer: Any, allocator: RankAllocator | None
 ) -> None:
     """Put weights, the optimizer's state and the allocator's into a prepared run, before its first step. Collective.
 
     Args:
         parameters: all that is trained, from :func:`trained_parameters`.
         optimizer: as the engine wraps it.
-        allocator: attached to it.
+        allocator: attached to it; None where there are no adapters.
 
     Raises:
         UserError: a parameter, a part of it or a part of its state is missing, or of another shape.
     """
-    allocator.bind(optimizer)
+    if allocator:
+        allocator.bind(optimizer)
     engine = select_engine(list(parameters.values()), optimizer)
 
     def read() -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]], AllocatorState]:
@@ -153,16 +156,14 @@ def load_checkpoint(
             spans = dict(zip(parameters, engine.spans(), strict=True))
             values = [stored.part("", name, span) for name, span in spans.items()]
             states = [stored.optimizer_state(name, span) for name, span in spans.items()]
-            kinds = allocator.state().averages
-            averages = [
-                {kind: stored.part(kind, name, spans[name]) for kind in kinds[index]}
-                for index, name in enumerate(allocator.parameter_names)
-            ]
+            kinds = zip(allocator.parameter_names, allocator.state().averages, strict=True) if allocator else ()
+            averages = [{kind: stored.part(kind, name, spans[name]) for kind in held} for name, held in kinds]
             return values, states, AllocatorState(checkpoint.state["allocator"], stored.patterns(), averages)
 
     values, states, learnt = agreed(read, keep=False)
     engine.restore(values, states)
-    allocator.load_state(learnt)
+    if allocator:
+        allocator.load_state(learnt)
 
 
 class _Stored:

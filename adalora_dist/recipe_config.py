@@ -126,7 +126,7 @@ class SummarizationConfig(RunConfig):
     evaluation: GenerationConfig = GenerationConfig()
 
 
-class E2EDataConfig(Section):
+class E2EDataConfig(DataConfig):
     source: Annotated[str, tyro.conf.arg(name="data")] = ""
     """Folder with train and test files (.jsonl or .parquet), or the word hub; empty: built-in places."""
     max_length: int = Field(512, ge=16)

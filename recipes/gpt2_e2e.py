@@ -46,6 +46,7 @@ def main(config: E2EConfig) -> None:
     from adalora_dist.training.dequantized import quantized_weights
     from adalora_dist.training.dry_run import count_rows, dry_run
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
+    from adalora_dist.training.guard import Guard
     from adalora_dist.training.loop import generates_together, prepare, total_steps, train
     from adalora_dist.training.losses import causal_loss
     from adalora_dist.training.model import dtype_named, load_backbone
@@ -61,6 +62,7 @@ def main(config: E2EConfig) -> None:
     refuse_used_folder(config)
     missing = missing_metrics()
     accelerator = build_accelerator(config.train)
+    guard = Guard(accelerator, config)
     say, engine = accelerator.print, engine_name(accelerator)
     quantization = bitsandbytes_config(config, engine)
     set_seed(config.train.seed)
@@ -120,7 +122,7 @@ def main(config: E2EConfig) -> None:
     # ------------------------------------------------------------------------------------------------------ train
 
     loss_sum = causal_loss(rows, padding_token(tokenizer), accelerator.device)
-    train(accelerator, prepared, plan, loss_sum, config, folder, say)
+    train(accelerator, prepared, plan, loss_sum, config, folder, say, guard)
     columns["after"], texts = evaluate()
 
     # ----------------------------------------------------------------------------------------------------- export
@@ -163,6 +165,7 @@ def main(config: E2EConfig) -> None:
         say(f"Total rank {sum(pattern.values())}, budget {allocator.schedule.target_budget}")
     say(f"\nFiles in {folder.path}: " + ", ".join(sorted(p.name for p in folder.path.iterdir())))
     accelerator.end_training()
+    guard.close()
 
 
 if __name__ == "__main__":

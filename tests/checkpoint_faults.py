@@ -43,7 +43,8 @@ class Run:
         self.allocator.step = step
         for number, parameter in enumerate(self.parameters.values()):
             parameter.fill_(step + number / 100)
-        self.writer.save(self.parameters, self.optimizer, self.allocator, {"step": step}, {"metrics.jsonl": b"{}\n"})
+        logs = {"metrics.jsonl": b"{}\n"}
+        self.writer.save(step, self.parameters, self.optimizer, self.allocator, {"step": step}, logs)
 
 
 class _RecordingOs:

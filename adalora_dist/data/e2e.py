@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from adalora_dist.data.bad_rows import BadRows
 from adalora_dist.data.demo_places import demo_places
 from adalora_dist.data.encoding import IGNORED, EncodedRow, eos_tokens
 from adalora_dist.data.files import file_rows, find_data_file
@@ -30,15 +31,16 @@ FILE_NAMES: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test"
 _FIELDS = (("mr", "meaning_representation"), ("ref", "human_reference"))
 
 
-def load_e2e(data: E2EDataConfig, split: Split) -> list[tuple[str, str]]:
+def load_e2e(data: E2EDataConfig, split: Split, bad_rows: BadRows | None = None) -> list[tuple[str, str]]:
     """(meaning representation, reference) of every row, in the order of the source. Never imports torch.
 
     ``max_train_rows`` keeps the first rows, ``max_eval_rows`` the rows of the first meaning representations.
+    ``bad_rows`` (by default with the policy of ``data``) counts the rows left out.
 
     Raises:
         UserError: a file or a field is missing, a file cannot be read, the Hub cannot be reached, or there is no row.
     """
-    rows = list(_rows(data, split))
+    rows = list(_rows(data, split, bad_rows or BadRows(data.bad_rows)))
     if not rows:
         raise UserError(f"data={data.source!r}: no {split} rows; it needs at least one")
     if split == "train":
@@ -99,23 +101,26 @@ def prompt_tokens(mrs: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> lis
     return [prompt[:-1] if prompt[-1] == eos else prompt for prompt in prompts]
 
 
-def _rows(data: E2EDataConfig, split: Split) -> Iterator[tuple[str, str]]:
+def _rows(data: E2EDataConfig, split: Split, bad: BadRows) -> Iterator[tuple[str, str]]:
     if not data.source:
         yield from demo_places(split)
         return
-    raw: Iterator[tuple[str, object]]
+    raw: Iterator[tuple[str, object] | UserError]
     if data.source == "hub":
         instead = "--data FOLDER with FOLDER/train.jsonl and FOLDER/test.jsonl"
         raw = raw_hub_rows(HUB_PATH, None, split, instead, HUB_REVISION)
     else:
         raw = file_rows(find_data_file(Path(data.source), FILE_NAMES[split]))
-    for origin, row in raw:
-        if not isinstance(row, Mapping):
-            raise UserError(f"{origin}: the row is a {type(row).__name__}; legal: an object with mr and ref")
-        values = []
-        for names in _FIELDS:
-            value = next((row[name] for name in names if name in row), None)
-            if not isinstance(value, str) or not value.strip():
-                raise UserError(f"{origin}: field {names[0]} is {value!r}; legal: a text; correct the row or remove it")
-            values.append(value)
-        yield values[0], values[1]
+    yield from bad.usable(raw, _checked)
+
+
+def _checked(row: object, origin: str) -> tuple[str, str]:
+    if not isinstance(row, Mapping):
+        raise UserError(f"{origin}: the row is a {type(row).__name__}; legal: an object with mr and ref")
+    values = []
+    for names in _FIELDS:
+        value = next((row[name] for name in names if name in row), None)
+        if not isinstance(value, str) or not value.strip():
+            raise UserError(f"{origin}: field {names[0]} is {value!r}; legal: a text; correct the row or remove it")
+        values.append(value)
+    return values[0], values[1]

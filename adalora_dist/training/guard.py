@@ -82,11 +82,10 @@ class Guard:
         if self._peers.was_asked():
             self._on_signal(signal.SIGTERM, None)
 
-    def leave_preempted(self, step: int, saved: bool = True) -> NoReturn:
-        """All ranks have saved, or there are no checkpoints: say so and exit with ``EXIT_PREEMPTED``."""
-        what = "run again with --resume auto" if saved else "nothing is saved: this run writes no checkpoints"
-        self._accelerator.print(f"stopped by a signal after step {step}; {what}", flush=True)
-        if self._accelerator.is_main_process and saved:
+    def leave_preempted(self, step: int) -> NoReturn:
+        """All ranks have saved: say so and exit with ``EXIT_PREEMPTED``."""
+        self._accelerator.print(f"stopped by a signal after step {step}; run again with --resume auto", flush=True)
+        if self._accelerator.is_main_process:
             _write_status(step)
         self._accelerator.end_training()
         self.close()

@@ -41,10 +41,8 @@ class Prepared:
     inner_optimizer: torch.optim.Optimizer  # the torch optimizer that updates the weights
     allocator: RankAllocator | None
     """None where there are no adapters: methods head and full."""
-    parameters: dict[str, torch.Tensor]
-    """All that is trained, as the optimizer has it, by name."""
-    resumed: Checkpoint | None = None
-    """Where the run continues from."""
+    parameters: dict[str, torch.Tensor]  # all that is trained, as the optimizer has it, by name
+    resumed: Checkpoint | None = None  # where the run continues from
 
 
 def total_steps(train: TrainConfig, plan: BatchPlan) -> int:
@@ -79,7 +77,6 @@ def prepare(
     read_shards(model)
     prepared = Prepared(model, wrapped, optimizer, allocator, trained_parameters(model), resumed)
     if resumed is not None:
-        assert allocator is not None
         load_checkpoint(resumed, prepared.parameters, wrapped, allocator)
         set_loss_scale(accelerator, wrapped, resumed.run["loss_scale"])
     return prepared
@@ -108,8 +105,8 @@ def train(
     config: RunConfig,
     folder: RunFolder,
     report: Callable[[str], None],
-    notes: Mapping[str, Any] | None = None,
     guard: Guard | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> list[float]:
     """Run all steps that are left; returns the loss of each of the run (mean over the targets of the global batch).
 
@@ -117,8 +114,8 @@ def train(
         notes: what checkpoints shall keep for the recipe.
 
     Raises:
-        UserError: too many steps in a row with a loss or gradients that are not finite; or the run that is continued
-            had other training rows.
+        UserError: too many steps in a row with a loss or gradients that are not finite; the run that is continued had
+            other training rows.
         RuntimeError: the allocator did not reach its budget, or its patterns differ between processes.
         SystemExit: a signal asked for an early end.
     """
@@ -130,18 +127,17 @@ def train(
     if prepared.resumed is not None:
         compare_data(prepared.resumed, plan, config)
         losses = [json.loads(line)["loss"] for line in prepared.resumed.read(METRICS).splitlines()]
-    checkpoints = None
-    if prepared.allocator is not None and settings.checkpoint_every:
-        checkpoints = RunCheckpoints(accelerator, prepared, plan, config, num_steps, notes or {})
+    checkpoints = RunCheckpoints(accelerator, prepared, plan, config, num_steps, notes or {})
     first_step = len(losses)
     unread: list[torch.Tensor] = []  # loss sums of this process, read together at every log line
-    bad_steps = BadSteps(settings.max_nonfinite_steps, _num_skipped(prepared))
+    bad_steps = BadSteps(
+        settings.max_nonfinite_steps, prepared.allocator.num_skipped_steps if prepared.allocator else 0
+    )
     num_tokens, started = 0, time.monotonic()
     bar = progress_bar(total=num_steps, initial=first_step, desc="train", unit="step", show=accelerator.is_main_process)
     model.train()
     if guard is not None:
         guard.begin(prepared, first_step)
-    stops = False
     for step in range(first_step, num_steps):
         _seed_step(settings.seed, step, accelerator.process_index)
         for group in prepared.inner_optimizer.param_groups:
@@ -167,8 +163,7 @@ def train(
         num_tokens += sum(plan.lengths[row] for row in plan.batch(step))
         bar.update()
         stops = guard is not None and guard.stops_after(step + 1)
-        saves = checkpoints is not None and (stops or checkpoints.due(step + 1))
-        if (step + 1) % settings.log_every == 0 or step + 1 == num_steps or saves or stops:
+        if (step + 1) % settings.log_every == 0 or step + 1 == num_steps or checkpoints.due(step + 1) or stops:
             read = accelerator.reduce(torch.stack(unread), reduction="sum").tolist()
             seconds = time.monotonic() - started
             for record in _records(prepared, config, len(losses), read, num_steps, num_tokens / seconds):
@@ -178,7 +173,8 @@ def train(
                 folder.log_allocations(prepared.allocator)
             losses += read
             unread = []
-            if bad_steps.too_many(read, _num_skipped(prepared)):
+            num_skipped = prepared.allocator.num_skipped_steps if prepared.allocator else 0
+            if bad_steps.too_many(read, num_skipped):
                 bar.close()
                 raise UserError(
                     f"max_nonfinite_steps={settings.max_nonfinite_steps}: no finite loss and gradients in "
@@ -190,24 +186,18 @@ def train(
             if not sys.stderr.isatty():
                 left = bar.format_interval(seconds / (step + 1 - first_step) * (num_steps - step - 1))
                 report(f"step {step + 1}/{num_steps}: {status}, {left} left")
-        if checkpoints is not None and saves:
-            checkpoints.save()
-        if stops:
-            break
+        if stops or checkpoints.due(step + 1):
+            checkpoints.save(step + 1)
+        if stops and guard is not None:
+            checkpoints.finish()
+            guard.leave_preempted(step + 1)
     bar.close()
-    if checkpoints is not None:
-        checkpoints.finish()
-    if guard is not None and stops:
-        guard.leave_preempted(len(losses), saved=checkpoints is not None)
     if guard is not None:
         guard.end()
+    checkpoints.finish()
     if prepared.allocator is not None:
         prepared.allocator.finish()
     return losses
-
-
-def _num_skipped(prepared: Prepared) -> int:
-    return 0 if prepared.allocator is None else prepared.allocator.num_skipped_steps
 
 
 def _seed_step(seed: int, step: int, process_index: int) -> None:

@@ -16,9 +16,12 @@ from adalora_dist.checkpoint_files import step_of
 from adalora_dist.config import ModelConfig, RunConfig, TrainConfig
 from adalora_dist.data.batches import BatchPlan
 from adalora_dist.errors import UserError
+from adalora_dist.redaction import redacted
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
+ALLOCATIONS = "allocations.jsonl"
+LOGS = (METRICS, ALLOCATIONS)
 
 # What a continued run may set anew, because it does not change what is learnt: sections, and fields of others.
 # ``data`` and the backbone are compared by content instead: files may move.
@@ -95,7 +98,7 @@ def _compare_settings(checkpoint: Checkpoint, config: RunConfig) -> None:
 def _changes(checkpoint: Checkpoint, config: RunConfig, free: bool) -> Iterator[str]:
     """'adapter.init_rank 12 -> 8' for every setting that differs; those that may, or those that may not."""
     stored = checkpoint.run["config"]
-    for section, fields in config.model_dump(mode="json").items():
+    for section, fields in redacted(config.model_dump(mode="json")).items():
         defaults = getattr(type(config)(), section).model_dump(mode="json")  # for settings newer than the checkpoint
         for field, now in fields.items():
             name = f"{section}.{field}"
@@ -210,27 +213,30 @@ class RunCheckpoints:
         self._every, self._folder = train.checkpoint_every, Path(train.output_dir)
         self._writer = CheckpointWriter(self._folder / CHECKPOINTS, train.keep_checkpoints, train.async_checkpoints)
         self._run = {
-            "config": config.model_dump(mode="json"),
+            "config": redacted(config.model_dump(mode="json")),
             "backbone": backbone_identity(config.model),
             "data": plan.fingerprint(),
             "num_steps": num_steps,
             "num_processes": accelerator.num_processes,
             "notes": dict(notes),
         }
-        prepared.allocator.bind(prepared.optimizer)
+        if prepared.allocator:
+            prepared.allocator.bind(prepared.optimizer)
         if self._every and prepared.resumed is None:
-            self.save()
+            self.save(0)
 
     def due(self, num_done: int) -> bool:
         """Whether a checkpoint is to be written after ``num_done`` steps."""
         return self._every > 0 and (num_done % self._every == 0 or num_done == self._num_steps)
 
-    def save(self) -> None:
-        """Write one of this moment, between two steps, with all metrics logged. Collective."""
+    def save(self, num_done: int) -> None:
+        """Write one after ``num_done`` steps, all of them logged. Collective."""
         prepared = self._prepared
         run = {**self._run, "loss_scale": loss_scale(self._accelerator, prepared.optimizer)}
-        metrics = (self._folder / METRICS).read_bytes() if self._accelerator.is_main_process else b""
-        self._writer.save(prepared.parameters, prepared.optimizer, prepared.allocator, run, {METRICS: metrics})
+        logs = {}
+        if self._accelerator.is_main_process:
+            logs = {name: path.read_bytes() for name in LOGS if (path := self._folder / name).exists()}
+        self._writer.save(num_done, prepared.parameters, prepared.optimizer, prepared.allocator, run, logs)
 
     def finish(self) -> None:
         """Until the last one is on the disk."""

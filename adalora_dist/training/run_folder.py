@@ -21,7 +21,7 @@ from adalora_dist.checkpoint_content import Checkpoint
 from adalora_dist.config import RunConfig
 from adalora_dist.errors import UserError
 from adalora_dist.redaction import redacted, redacted_command
-from adalora_dist.training.resume import METRICS, continues_in_place
+from adalora_dist.training.resume import ALLOCATIONS, LOGS, METRICS, continues_in_place
 
 _PACKAGES = ("adalora-dist", "torch", "transformers", "accelerate", "datasets", "deepspeed", "bitsandbytes")
 
@@ -50,9 +50,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             if resumed is not None:
                 shutil.rmtree(self.path / "merged", ignore_errors=True)  # an export that was interrupted
-                (self.path / "allocations.jsonl").unlink(missing_ok=True)  # written again, from the history
-                (self.path / "metrics.partial").write_bytes(resumed.read(METRICS))
-                (self.path / "metrics.partial").replace(self.path / METRICS)
+                self._restore_logs(resumed)
             self._metrics = (self.path / METRICS).open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(f"output_dir={self.path} cannot be written ({error}): choose another folder") from error
@@ -61,6 +59,15 @@ class RunFolder:
         first_step = {} if resumed is None else {"resumed_from": str(resumed.path), "first_step": resumed.step}
         about = {**_provenance(), **facts, **first_step}
         (self.path / "run.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+    def _restore_logs(self, resumed: Checkpoint) -> None:
+        """Back to what was logged when the checkpoint was written, so that no step is there twice or missing."""
+        for name in LOGS:
+            content = resumed.read(name) if name in resumed.files else b""
+            (self.path / f"{name}.partial").write_bytes(content)
+            (self.path / f"{name}.partial").replace(self.path / name)
+            if name == ALLOCATIONS:
+                self._num_allocations = content.count(b"\n")
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one JSON line to metrics.jsonl."""
@@ -76,7 +83,7 @@ class RunFolder:
         """
         if self._metrics is None:
             return
-        with (self.path / "allocations.jsonl").open("a", encoding="utf-8") as file:
+        with (self.path / ALLOCATIONS).open("a", encoding="utf-8") as file:
             for index in range(self._num_allocations, len(allocator.allocations)):
                 made, keep = allocator.allocations[index], allocator.allocations[index].keep.cpu()
                 before = allocator.allocations[index - 1].keep.cpu() if index else torch.ones_like(keep)
