@@ -39,6 +39,7 @@ from torch import nn
 
 from adalora_dist.config import AdapterConfig
 from adalora_dist.errors import UserError
+from adalora_dist.flat import FlatBuffer, SpanLayout
 from adalora_dist.importance import element_scores, select, select_local, update_averages
 from adalora_dist.inject import AdaptedMatrix, adapted_matrices
 from adalora_dist.layers import SVDLinear
@@ -46,7 +47,7 @@ from adalora_dist.pattern_digest import DelayedSums, PatternDigest
 from adalora_dist.schedule import BudgetSchedule
 from adalora_dist.sharding import select_engine
 from adalora_dist.sharding.base import ShardEngine, sum_over
-from adalora_dist.spans import FACTOR_KINDS, Factor, FlatBuffer, Span, SpanLayout
+from adalora_dist.spans import FACTOR_KINDS, Factor, Span
 
 _LAMBDA_TOLERANCE = 1e-3
 """Relative to the largest lambda; replicas on equal hardware have equal bits, on unequal hardware they drift apart."""
@@ -97,6 +98,7 @@ class RankAllocator:
         self._num_missed = 0  # steps that the engine left out by itself
         self._num_skipped: torch.Tensor | None = None  # those left out here, counted on the device
         self._unread: tuple[int, DelayedSums] | None = None  # the last allocation's step and digests
+        self._masks: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None  # a pattern, and its part per lambda
         self._engine: ShardEngine | None = None
         self._firing = 0
         self._finished = False
@@ -253,12 +255,12 @@ class RankAllocator:
     def _mask(self) -> None:
         """lambda_i <- 0 for every triplet that was not selected (eq. 6). P, Q and the moments stay."""
         assert self._engine is not None and self.keep is not None
-        if self._masks_of is not self.keep:
-            # split() cuts at every span's ends; each second part is a span
-            self._masks, self._masks_of = self.keep.float().split(self._lam_cuts)[1::2], self.keep
+        if self._masks is None or self._masks[0] is not self.keep:
+            # cut at both ends of every span, so that each second part is a span
+            self._masks = self.keep, self.keep.float().split(self._lam_cuts)[1::2]
         if self._lams:
             values = self._engine.values()
-            self._engine.write(self._lams, torch._foreach_mul([values[k] for k in self._lams], self._masks))
+            self._engine.write(self._lams, torch._foreach_mul([values[k] for k in self._lams], self._masks[1]))
 
     # ------------------------------------------------------------------ set-up and small parts
 
@@ -320,8 +322,7 @@ class RankAllocator:
                 gap = factor.first_triplet + span.start - sum(self._lam_cuts)
                 self._lam_cuts = [*self._lam_cuts[:-1], self._lam_cuts[-1] + gap, span.stop - span.start, 0]
         self._lam_cuts[-1] = self._layout.num_triplets - sum(self._lam_cuts)
-        self._masks: tuple[torch.Tensor, ...] = ()
-        self._masks_of: torch.Tensor | None = None
+        self._masks = None
         self._engine = engine
 
     def _collect_values(self) -> None:

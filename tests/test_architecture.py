@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "adalora_dist"
 LEVELS = {
     0: (
-        *("errors", "config", "recipe_config", "schedule", "importance", "orthogonality", "spans", "pattern_digest"),
-        *("progress", "base_files", "markdown", "redaction"),
+        *("errors", "config", "recipe_config", "schedule", "importance", "orthogonality", "spans", "flat"),
+        *("pattern_digest", "progress", "base_files", "markdown", "redaction"),
     ),
     1: ("agreement", "layers", "inject", "peft_import"),
     2: ("sharding",),
