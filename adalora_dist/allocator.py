@@ -31,22 +31,23 @@ import atexit
 import sys
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from adalora_dist.agreement import DelayedSums, PatternDigest
 from adalora_dist.config import AdapterConfig
 from adalora_dist.errors import UserError
+from adalora_dist.flat import FlatBuffer, SpanLayout
 from adalora_dist.importance import element_scores, select, select_local, update_averages
 from adalora_dist.inject import AdaptedMatrix, adapted_matrices
 from adalora_dist.layers import SVDLinear
+from adalora_dist.pattern_digest import DelayedSums, PatternDigest
 from adalora_dist.schedule import BudgetSchedule
 from adalora_dist.sharding import select_engine
 from adalora_dist.sharding.base import ShardEngine, sum_over
-from adalora_dist.spans import FACTOR_KINDS, Factor, FlatBuffer, Span, SpanLayout
+from adalora_dist.spans import FACTOR_KINDS, Factor, Span
 
 _LAMBDA_TOLERANCE = 1e-3
 """Relative to the largest lambda; replicas on equal hardware have equal bits, on unequal hardware they drift apart."""
@@ -62,6 +63,17 @@ class Allocation:
     """(num_triplets,) bool in canonical order."""
     lowest_kept_score: torch.Tensor | None = None
     """What a triplet needed to stay, float64; infinite where none stayed."""
+
+
+class AllocatorState(NamedTuple):
+    """Everything that an allocator has learnt; what differs between ranks is in ``averages`` alone."""
+
+    numbers: dict[str, Any]
+    """Plain numbers and lists of them, by name."""
+    patterns: torch.Tensor
+    """(allocations made, num_triplets) bool: every selection so far."""
+    averages: list[dict[str, torch.Tensor]]
+    """Per adapter parameter this rank's span of ``sensitivity`` and ``uncertainty``; empty without them."""
 
 
 class RankAllocator:
@@ -86,6 +98,7 @@ class RankAllocator:
         self._num_missed = 0  # steps that the engine left out by itself
         self._num_skipped: torch.Tensor | None = None  # those left out here, counted on the device
         self._unread: tuple[int, DelayedSums] | None = None  # the last allocation's step and digests
+        self._masks: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None  # a pattern, and its part per lambda
         self._engine: ShardEngine | None = None
         self._firing = 0
         self._finished = False
@@ -242,12 +255,12 @@ class RankAllocator:
     def _mask(self) -> None:
         """lambda_i <- 0 for every triplet that was not selected (eq. 6). P, Q and the moments stay."""
         assert self._engine is not None and self.keep is not None
-        if self._masks_of is not self.keep:
-            # split() cuts at every span's ends; each second part is a span
-            self._masks, self._masks_of = self.keep.float().split(self._lam_cuts)[1::2], self.keep
+        if self._masks is None or self._masks[0] is not self.keep:
+            # cut at both ends of every span, so that each second part is a span
+            self._masks = self.keep, self.keep.float().split(self._lam_cuts)[1::2]
         if self._lams:
             values = self._engine.values()
-            self._engine.write(self._lams, torch._foreach_mul([values[k] for k in self._lams], self._masks))
+            self._engine.write(self._lams, torch._foreach_mul([values[k] for k in self._lams], self._masks[1]))
 
     # ------------------------------------------------------------------ set-up and small parts
 
@@ -262,6 +275,17 @@ class RankAllocator:
                     self._factors.append(Factor(kind, rows, layer.rank, first))
                     self._owners.append((layer, kind))
             first += layer.rank
+
+    def bind(self, optimizer: Any) -> None:
+        """Before the first step, when the engine has taken over the parameters: see which spans this rank holds.
+
+        The first step does so by itself. Collective.
+
+        Args:
+            optimizer: as the engine wraps it.
+        """
+        if self._engine is None:
+            self._bind(optimizer)
 
     def _bind(self, optimizer: torch.optim.Optimizer) -> None:
         """First step: the engine has taken over the parameters."""
@@ -298,8 +322,7 @@ class RankAllocator:
                 gap = factor.first_triplet + span.start - sum(self._lam_cuts)
                 self._lam_cuts = [*self._lam_cuts[:-1], self._lam_cuts[-1] + gap, span.stop - span.start, 0]
         self._lam_cuts[-1] = self._layout.num_triplets - sum(self._lam_cuts)
-        self._masks: tuple[torch.Tensor, ...] = ()
-        self._masks_of: torch.Tensor | None = None
+        self._masks = None
         self._engine = engine
 
     def _collect_values(self) -> None:
@@ -317,6 +340,63 @@ class RankAllocator:
                     f"rank patterns differ between ranks before step {step}: the run cannot be trusted. Likely "
                     "causes: ranks started from different adapters or seeds, or a rank changed lambda by itself"
                 )
+
+    # ------------------------------------------------------------------ what a checkpoint holds
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Of the adapter parameters, in the order of their spans: MATRIX.P, MATRIX.lam, MATRIX.Qt."""
+        return [f"{layer.name}.{kind}" for layer, kind in self._owners]
+
+    def state(self) -> AllocatorState:
+        """A copy of the allocator's state between two steps, on the CPU. :meth:`bind` comes first.
+
+        Raises:
+            RuntimeError: patterns differ between ranks: such a state must not be kept.
+        """
+        assert self._engine is not None
+        self._compare_digests()
+        numbers = {
+            "step": self.step,
+            "num_skipped_steps": self.num_skipped_steps,
+            "pending": self._pending,
+            "frozen": self.frozen,
+            "allocation_steps": [a.step for a in self.allocations],
+            "allocation_budgets": [a.budget for a in self.allocations],
+        }
+        none = torch.zeros(0, sum(self.ranks), dtype=torch.bool)
+        patterns = torch.stack([a.keep.cpu() for a in self.allocations]) if self.allocations else none
+        averages: list[dict[str, torch.Tensor]] = [{} for _ in self._spans]
+        for name, average in self._averages().items():
+            flat = FlatBuffer(self._layout)
+            flat.data.copy_(average)
+            pieces = [torch.empty(span.stop - span.start) for span in self._spans]
+            local, views = self._layout.views(pieces, flat)
+            if local:
+                torch._foreach_copy_(local, views)
+            for held, piece in zip(averages, pieces, strict=True):
+                held[name] = piece
+        return AllocatorState(numbers, patterns, averages)
+
+    def load_state(self, state: AllocatorState) -> None:
+        """Continue from ``state``, whose averages are of this rank's spans now. :meth:`bind` comes first."""
+        assert self._engine is not None
+        numbers = state.numbers
+        self.step, self._num_missed, self._num_skipped = numbers["step"], numbers["num_skipped_steps"], None
+        self._pending, self.frozen = numbers["pending"], numbers["frozen"]
+        made = zip(numbers["allocation_steps"], numbers["allocation_budgets"], state.patterns, strict=True)
+        self.allocations = [Allocation(step, budget, keep.to(self._skip.device)) for step, budget, keep in made]
+        self.keep = self.allocations[-1].keep if self.allocations else None
+        for name, average in self._averages().items():
+            flat = FlatBuffer(self._layout)
+            self._layout.collect([held[name] for held in state.averages], flat)
+            average.copy_(flat.data)
+
+    def _averages(self) -> dict[str, torch.Tensor]:
+        """The importance averages, while they are kept."""
+        if not self._adapts or self.sensitivity.numel() != self._layout.num_elements:
+            return {}
+        return {"sensitivity": self.sensitivity, "uncertainty": self.uncertainty}
 
     # ------------------------------------------------------------------ what loops and reports ask
 

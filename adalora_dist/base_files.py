@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
+
+from safetensors import safe_open
 
 from adalora_dist.errors import UserError
 
@@ -46,6 +49,45 @@ def indexed_files(index: Path) -> dict[str, Path]:
                 "model-00001-of-00002.safetensors, in the same folder; do not use this model"
             )
     return {key: index.with_name(name) for key, name in weight_map.items()}
+
+
+def find_tensors(
+    shapes: Mapping[str, tuple[int, ...]], shards: Sequence[Path], base_folder: Path, may_lack: Container[str]
+) -> dict[str, str]:
+    """Key in the files -> parameter name. A base saved without its head lacks the leading 'model.' or the like."""
+    found: dict[str, tuple[int, ...]] = {}
+    for shard in shards:
+        with safe_open(shard, framework="pt") as file:
+            found |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    places = {}
+    for name, shape in shapes.items():
+        key = next((key for key in (name, name.partition(".")[2]) if key in found), None)
+        if key is None and name in may_lack:
+            continue
+        if key is None:
+            raise UserError(f"{base_folder}: no tensor {name} in its .safetensors files: merge into the run's own base")
+        if found[key] != shape:
+            raise UserError(
+                f"{base_folder}: tensor {key} has shape {found[key]}, the run's has {shape}: merge into the run's own "
+                "base, not quantised"
+            )
+        places[key] = name
+    return places
+
+
+def is_module_pattern(key: object) -> bool:
+    """Whether a key of PEFT's rank_pattern is a name or a simple pattern that can be matched without a second thought.
+
+    Anyone can have written it, and a regular expression with nested repetitions takes for ever. So the only repetition
+    is ``.*``, three times at most.
+    """
+    if not isinstance(key, str) or not re.fullmatch(r"(?:[\w\\^$|()-]|\.\*?)+", key) or key.count("*") > 3:
+        return False
+    try:
+        re.compile(key)
+    except re.error:
+        return False
+    return True
 
 
 def base_folder_of(name: str, revision: str | None) -> Path:

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from adalora_dist.errors import UserError
-from adalora_dist.export import AdapterWeights, base_folder_of, merge, read_adapter
+from adalora_dist.export import AdapterWeights, SavedAdapter, base_folder_of, merge, read_adapter, write_task
 from adalora_dist.peft_format import VLLM_MAX_RANKS, fold, save_adalora, save_lora
 from adalora_dist.pictures import draw_history, draw_rank_map
 from adalora_dist.training.dequantized import read_description
@@ -33,9 +33,7 @@ class FinishedRun:
     """A run folder, read. Of an adapter folder that stands alone, the settings are empty."""
 
     path: Path
-    adapters: list[AdapterWeights]
-    base_model: str
-    base_revision: str | None
+    saved: SavedAdapter
     settings: dict[str, dict[str, Any]]
     """config.yaml: the resolved configuration."""
     facts: dict[str, Any]
@@ -58,7 +56,7 @@ class FinishedRun:
         settings = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
         file = path / "run.json"
         facts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        return cls(path, saved.adapters, saved.base_model, saved.base_revision, settings, facts)
+        return cls(path, saved, settings, facts)
 
     @property
     def is_quantized(self) -> bool:
@@ -66,14 +64,16 @@ class FinishedRun:
 
     def usage(self, to: ExportFormat, out: Path, base: str) -> str:
         """Lines of Python that load an export, and for LoRA the options that vLLM needs."""
-        name = self.facts.get("model_class", "")
+        task = self.saved.task
+        name = task.get("architectures", [""])[0]
         auto = next((a for end, a in _AUTO_CLASSES.items() if name.endswith(end)), "AutoModelForCausalLM")
+        labels = f", num_labels={len(task['id2label'])}" if auto.endswith("SequenceClassification") else ""
         if to == "merged":
             return f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{out}")'
         lines = (
             "from peft import PeftModel\n"
             f"from transformers import {auto}\n\n"
-            f'model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"), "{out}")'
+            f'model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"{labels}), "{out}")'
         )
         if to == "lora" and auto == "AutoModelForCausalLM":
             largest = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))["r"]
@@ -111,21 +111,22 @@ def export_run(
     out = path / to if out is None else out
     if out.exists():
         raise UserError(f"--out {out} exists: give another folder, or remove it")
-    base = base or run.base_model
-    adapters = run.adapters
+    base = base or run.saved.base_model
+    adapters = run.saved.adapters
     if max_rank is not None:
         adapters = _within(adapters, max_rank, fold_ranks)
     if to == "merged":
-        base_folder = base_folder_of(base, run.base_revision if base == run.base_model else None)
+        base_folder = base_folder_of(base, run.saved.base_revision if base == run.saved.base_model else None)
         into = merge_into or run.settings.get("export", {}).get("merge_into", "original")
         base_weights = read_description(path / "quantized.json") if into == "dequantized" else None
         if run.is_quantized and into == "original":
             print("warning: the adapters were trained over quantised weights and are merged into the original ones;")
             print("warning: --merge-into dequantized gives exactly what was trained (docs/quantization.md)")
-        merge(adapters, base_folder, out, dtype_named(dtype), base_weights=base_weights)
+        merge(adapters, base_folder, out, dtype_named(dtype), run.saved.trained, base_weights)
+        write_task(run.saved.task, out)
     else:
         save = save_lora if to == "lora" else save_adalora
-        save(adapters, out, base, run.base_revision, dtype_named(dtype) or torch.float32)
+        save(adapters, out, base, run.saved.base_revision, dtype_named(dtype) or torch.float32, run.saved.trained)
     print(f"Wrote {out}. To use it:\n\n{run.usage(to, out, base)}")
 
 
@@ -152,11 +153,11 @@ def inspect_run(path: Path, pictures: bool = True) -> None:
         UserError: the run cannot be read, or matplotlib is not installed.
     """
     run = FinishedRun.read(path)
-    pattern = {a.name: a.rank for a in run.adapters}
+    pattern = {a.name: a.rank for a in run.saved.adapters}
     print("Active ranks\n" + rank_table(pattern) + "\n")
-    active = sum(a.P.numel() + a.lam.numel() + a.Q.numel() for a in run.adapters)
-    whole = sum(len(a.P) * a.Q.shape[1] for a in run.adapters)
-    print(f"Base model: {run.base_model}" + (f" at {run.base_revision}" if run.base_revision else ""))
+    active = sum(a.P.numel() + a.lam.numel() + a.Q.numel() for a in run.saved.adapters)
+    whole = sum(len(a.P) * a.Q.shape[1] for a in run.saved.adapters)
+    print(f"Base model: {run.saved.base_model}" + (f" at {run.saved.base_revision}" if run.saved.base_revision else ""))
     if "num_trainable_parameters" in run.facts:
         print(f"Trained parameters at the start: {run.facts['num_trainable_parameters']:,}")
     print(
@@ -173,7 +174,7 @@ def inspect_run(path: Path, pictures: bool = True) -> None:
         )
     found: list[ExportFormat] = [form for form in ("merged", "lora", "peft") if (path / form).is_dir()]
     for form in found or ():
-        print(f"\nTo use {path / form}:\n\n{run.usage(form, path / form, run.base_model)}")
+        print(f"\nTo use {path / form}:\n\n{run.usage(form, path / form, run.saved.base_model)}")
     if not found:
         print(f"\nNot exported yet: adalora-dist export {path} --to merged, lora or peft")
     if pictures:

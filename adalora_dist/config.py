@@ -193,6 +193,23 @@ class TrainConfig(Section):
     """All processes end when one has not been heard of for so long: it, or its machine, was stopped."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Experiment trackers to report to besides metrics.jsonl."""
+    checkpoint_every: int = Field(200, ge=0)
+    """Optimizer steps between checkpoints; one is written before the first step and one at the end, too. 0: none."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Number of checkpoints kept; an old one goes after a new one is complete."""
+    async_checkpoints: bool = False
+    """Write checkpoints while training goes on, from a copy in CPU memory."""
+    resume: str = Field("never", min_length=1)
+    """auto: continue the run in output_dir, or start one; PATH: continue from that checkpoint or run; never."""
+
+    @model_validator(mode="after")
+    def _overwrite_or_resume(self) -> TrainConfig:
+        if self.overwrite and self.resume == "auto":
+            raise ValueError(
+                "overwrite true with resume auto: one replaces the run in output_dir, the other continues it; leave "
+                "one out (on the command line: --no-overwrite, or --resume never)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> TrainConfig:

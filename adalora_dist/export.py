@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -20,7 +20,7 @@ from torch import nn
 
 from adalora_dist.allocator import RankAllocator
 from adalora_dist.base_files import base_folder_of as base_folder_of
-from adalora_dist.base_files import weight_files
+from adalora_dist.base_files import find_tensors, weight_files
 from adalora_dist.errors import UserError
 from adalora_dist.inject import AdaptedMatrix, linear_shape
 from adalora_dist.layers import SVDLinear
@@ -120,6 +120,10 @@ class SavedAdapter:
     adapters: list[AdapterWeights]
     base_model: str
     base_revision: str | None
+    trained: dict[str, torch.Tensor]
+    """What was trained in full, by parameter name."""
+    task: dict[str, Any]
+    """Of config.json, what makes the model one of its task; empty where nothing does."""
 
 
 def read_adapter(folder: Path) -> SavedAdapter:
@@ -131,6 +135,8 @@ def read_adapter(folder: Path) -> SavedAdapter:
     try:
         description = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "adapter.safetensors")
+        trained = load_file(file) if (file := folder / "trained.safetensors").is_file() else {}
+        task = json.loads(file.read_text(encoding="utf-8")) if (file := folder / "task.json").is_file() else {}
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder} does not hold an adapter (adapter.json, adapter.safetensors): {error}") from error
     if description.get("format") != _FORMAT:
@@ -149,7 +155,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
             p, lam, q = (tensors[f"{name}.{k}"] if rank else torch.empty(shape) for k, shape in shapes.items())
             scale, transposed = float(description["scales"][name]), name in description["transposed"]
             adapters.append(AdapterWeights(name, p, lam, q, scale, transposed))
-        return SavedAdapter(adapters, description["base_model"], description["base_revision"])
+        return SavedAdapter(adapters, description["base_model"], description["base_revision"], trained, task)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}/adapter.json is incomplete ({error!r}): copy it again") from error
 
@@ -234,7 +240,7 @@ def merge(
     bases = dict(base_weights or {})
     shapes = {name: base.shape for name, base in bases.items()}
     shapes |= {name: a.weight_shape for name, a in replaced.items()} | {n: tuple(t.shape) for n, t in whole.items()}
-    places = _find_tensors(shapes, shards, base_folder, may_lack=whole)
+    places = find_tensors(shapes, shards, base_folder, may_lack=whole)
     added = {name: whole[name].contiguous() for name in sorted(whole.keys() - set(places.values()))}
     building = folder.with_name(folder.name + ".partial")
     shutil.rmtree(building, ignore_errors=True)
@@ -275,35 +281,15 @@ def merge(
     building.rename(folder)
 
 
-def write_task(model: nn.Module, folder: Path) -> None:
-    """Make config.json of a merged model that of the task: its class, its labels, what else belongs to its head."""
-    path = folder / "config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
+def task_settings(model: nn.Module) -> dict[str, Any]:
+    """Of a model's config.json, what makes it one of its task: its class, its labels, what else belongs to its head."""
     own = cast(Any, model).config.to_dict()
-    settings |= {key: own[key] for key in _TASK_SETTINGS if own.get(key) is not None}
-    settings["architectures"] = [type(model).__name__]
+    name = type(model).__name__.removeprefix("FSDP")  # which fully_shard puts before it
+    return {"architectures": [name]} | {key: own[key] for key in _TASK_SETTINGS if own.get(key) is not None}
+
+
+def write_task(task: Mapping[str, Any], folder: Path) -> None:
+    """Put :func:`task_settings` into config.json of a merged model."""
+    path = folder / "config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) | dict(task)
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def _find_tensors(
-    shapes: Mapping[str, tuple[int, ...]], shards: Sequence[Path], base_folder: Path, may_lack: Container[str]
-) -> dict[str, str]:
-    """Key in the files -> parameter name. A base saved without its head lacks the leading 'model.' or the like."""
-    found: dict[str, tuple[int, ...]] = {}
-    for shard in shards:
-        with safe_open(shard, framework="pt") as file:
-            found |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    places = {}
-    for name, shape in shapes.items():
-        key = next((key for key in (name, name.partition(".")[2]) if key in found), None)
-        if key is None and name in may_lack:
-            continue
-        if key is None:
-            raise UserError(f"{base_folder}: no tensor {name} in its .safetensors files: merge into the run's own base")
-        if found[key] != shape:
-            raise UserError(
-                f"{base_folder}: tensor {key} has shape {found[key]}, the run's has {shape}: merge into the run's own "
-                "base, not quantised"
-            )
-        places[key] = name
-    return places

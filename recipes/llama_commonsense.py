@@ -43,19 +43,20 @@ def main(config: CommonsenseConfig) -> None:
     from adalora_dist.data.encoding import encode_examples, padding_token
     from adalora_dist.evaluation.choices import evaluate_choices
     from adalora_dist.evaluation.generation import evaluate_generation
-    from adalora_dist.export import base_folder_of, gather_adapters, merge, save_adapter
-    from adalora_dist.hub import check_push_of_rank0, push
+    from adalora_dist.evaluation.results import TaskResult
+    from adalora_dist.export import base_folder_of, gather_adapters, merge
+    from adalora_dist.hub import check_push_of_run, push_run
     from adalora_dist.inject import inject_adapters
-    from adalora_dist.peft_format import save_adalora, save_lora
-    from adalora_dist.training.dequantized import describe, quantized_weights
     from adalora_dist.training.dry_run import count_rows, dry_run
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
+    from adalora_dist.training.exports import write_adapters
     from adalora_dist.training.guard import Guard
     from adalora_dist.training.loop import is_sharded, prepare, total_steps, train
     from adalora_dist.training.losses import causal_loss
     from adalora_dist.training.model import dtype_named, load_backbone
     from adalora_dist.training.quantization import bitsandbytes_config
     from adalora_dist.training.report import accuracy_table, facts_line, rank_table, run_facts
+    from adalora_dist.training.resume import find_checkpoint
     from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
     from adalora_dist.training.trained import gather_trained
     from adalora_dist.training.verify import last_logits, logit_differences
@@ -68,12 +69,15 @@ def main(config: CommonsenseConfig) -> None:
         )
         return dry_run(config, AutoModelForCausalLM, num_rows, ARCHITECTURES, "SmolLM2-135M-Instruct")
     refuse_used_folder(config)
-    check_push_of_rank0(config.export.push_to_hub)
+    check_push_of_run(config)
     accelerator = build_accelerator(config.train)
     guard = Guard(accelerator, config)
     say, engine = accelerator.print, engine_name(accelerator)
     quantization = bitsandbytes_config(config, engine)
     set_seed(config.train.seed)
+    resumed = find_checkpoint(config)
+    if resumed is not None:
+        say(f"Continuing after step {resumed.step} from {resumed.path}")
 
     # ------------------------------------------------------------------------------------------------------ data
 
@@ -111,13 +115,10 @@ def main(config: CommonsenseConfig) -> None:
 
     # ----------------------------------------------------------------------------------------------------- engine
 
-    prepared = prepare(accelerator, model, config, num_steps)
+    prepared = prepare(accelerator, model, config, num_steps, resumed)
     allocator = prepared.allocator
-    facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared)
-    facts["num_rows_left_out"] = dict(bad_rows.counts)
-    facts["base_commit"] = getattr(model.config, "_commit_hash", None)  # None: a local folder
-    facts["model_class"] = type(model).__name__
-    folder = RunFolder(config, accelerator.is_main_process, facts)
+    facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared, bad_rows)
+    folder = RunFolder(config, accelerator.is_main_process, facts, resumed)
     start_trackers(accelerator, config)
     say(facts_line(facts, allocator.schedule.freeze_step if allocator else None))
 
@@ -140,12 +141,16 @@ def main(config: CommonsenseConfig) -> None:
                 )
         return results
 
-    before = evaluate() if config.evaluation.evaluate_before else []
+    if resumed is not None:
+        before = [TaskResult(**result) for result in resumed.run["notes"]["before"]]
+    else:
+        before = evaluate() if config.evaluation.evaluate_before else []
 
     # ------------------------------------------------------------------------------------------------------ train
 
     loss_sum = causal_loss(rows, padding_token(tokenizer), accelerator.device)
-    train(accelerator, prepared, plan, loss_sum, config, folder, say, guard)
+    notes = {"before": [vars(result) for result in before]}
+    train(accelerator, prepared, plan, loss_sum, config, folder, say, guard, notes)
     after = evaluate()
 
     # ----------------------------------------------------------------------------------------------------- export
@@ -159,18 +164,9 @@ def main(config: CommonsenseConfig) -> None:
         probe, num_reply = rows[0]["input_ids"], count_targets(rows[0]["labels"])
         logits = last_logits(accelerator.unwrap_model(prepared.model), probe, num_reply + 1, accelerator.device)
     if accelerator.is_main_process:
-        if adapters:
-            save_adapter(adapters, folder.path / "adapter", config.model.name, config.model.revision)
+        base_weights = write_adapters(config, accelerator.unwrap_model(prepared.model), adapters, trained, folder.path)
         folder.write_json("rank_pattern.json", pattern)
         folder.write_json("results.json", {"before": [vars(r) for r in before], "after": [vars(r) for r in after]})
-        for form, save in (("lora", save_lora), ("peft", save_adalora)):
-            if form in formats:
-                save(adapters, folder.path / form, config.model.name, config.model.revision)
-        base_weights = None
-        if quantization is not None:
-            quantized = quantized_weights(accelerator.unwrap_model(prepared.model), config)
-            folder.write_json("quantized.json", describe(quantized))
-            base_weights = quantized if config.export.merge_into == "dequantized" else None
         if "merged" in formats:
             base = base_folder_of(config.model.name, config.model.revision)
             merged = folder.path / "merged"
@@ -192,13 +188,8 @@ def main(config: CommonsenseConfig) -> None:
     say(f"\nFiles in {folder.path}: " + ", ".join(sorted(p.name for p in folder.path.glob("[!.]*"))))
     accelerator.end_training()
     guard.close()
-
-    # ------------------------------------------------------------------------------------------------------- push
-
-    if config.export.push_to_hub and accelerator.is_main_process:  # no process group is left that could wait for it
-        export = config.export
-        address = push(folder.path, export.push_to_hub, "merged", export.push_public, export.push_revision)
-        print(f"Pushed: {address}")
+    if accelerator.is_main_process:  # no process group is left that could wait for the network
+        push_run(config)
 
 
 if __name__ == "__main__":
