@@ -31,23 +31,26 @@ import atexit
 import sys
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from adalora_dist.agreement import DelayedSums, PatternDigest
 from adalora_dist.config import AdapterConfig
 from adalora_dist.errors import UserError
 from adalora_dist.flat import FlatBuffer, SpanLayout
 from adalora_dist.importance import element_scores, select, select_local, update_averages
 from adalora_dist.inject import AdaptedMatrix, adapted_matrices
 from adalora_dist.layers import SVDLinear
+from adalora_dist.pattern_digest import DelayedSums, PatternDigest
 from adalora_dist.schedule import BudgetSchedule
 from adalora_dist.sharding import select_engine
 from adalora_dist.sharding.base import ShardEngine, sum_over
 from adalora_dist.spans import FACTOR_KINDS, Factor, Span
+
+_LAMBDA_TOLERANCE = 1e-3
+"""Relative to the largest lambda; replicas on equal hardware have equal bits, on unequal hardware they drift apart."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,19 @@ class Allocation:
     budget: int
     keep: torch.Tensor
     """(num_triplets,) bool in canonical order."""
+    lowest_kept_score: torch.Tensor | None = None
+    """What a triplet needed to stay, float64; infinite where none stayed."""
+
+
+class AllocatorState(NamedTuple):
+    """Everything that an allocator has learnt; what differs between ranks is in ``averages`` alone."""
+
+    numbers: dict[str, Any]
+    """Plain numbers and lists of them, by name."""
+    patterns: torch.Tensor
+    """(allocations made, num_triplets) bool: every selection so far."""
+    averages: list[dict[str, torch.Tensor]]
+    """Per adapter parameter this rank's span of ``sensitivity`` and ``uncertainty``; empty without them."""
 
 
 class RankAllocator:
@@ -231,7 +247,8 @@ class RankAllocator:
             self.keep = select_local(scores, self.ranks, budget)
         else:
             self.keep = select(scores, budget)
-        self.allocations.append(Allocation(self.step, budget, self.keep))
+        lowest = torch.where(self.keep, scores, torch.inf).min()
+        self.allocations.append(Allocation(self.step, budget, self.keep, lowest))
         self._pending = False
         self.frozen = self.step >= self.schedule.freeze_step
 
@@ -258,6 +275,17 @@ class RankAllocator:
                     self._factors.append(Factor(kind, rows, layer.rank, first))
                     self._owners.append((layer, kind))
             first += layer.rank
+
+    def bind(self, optimizer: Any) -> None:
+        """Before the first step, when the engine has taken over the parameters: see which spans this rank holds.
+
+        The first step does so by itself. Collective.
+
+        Args:
+            optimizer: as the engine wraps it.
+        """
+        if self._engine is None:
+            self._bind(optimizer)
 
     def _bind(self, optimizer: torch.optim.Optimizer) -> None:
         """First step: the engine has taken over the parameters."""
@@ -312,6 +340,63 @@ class RankAllocator:
                     f"rank patterns differ between ranks before step {step}: the run cannot be trusted. Likely "
                     "causes: ranks started from different adapters or seeds, or a rank changed lambda by itself"
                 )
+
+    # ------------------------------------------------------------------ what a checkpoint holds
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Of the adapter parameters, in the order of their spans: MATRIX.P, MATRIX.lam, MATRIX.Qt."""
+        return [f"{layer.name}.{kind}" for layer, kind in self._owners]
+
+    def state(self) -> AllocatorState:
+        """A copy of the allocator's state between two steps, on the CPU. :meth:`bind` comes first.
+
+        Raises:
+            RuntimeError: patterns differ between ranks: such a state must not be kept.
+        """
+        assert self._engine is not None
+        self._compare_digests()
+        numbers = {
+            "step": self.step,
+            "num_skipped_steps": self.num_skipped_steps,
+            "pending": self._pending,
+            "frozen": self.frozen,
+            "allocation_steps": [a.step for a in self.allocations],
+            "allocation_budgets": [a.budget for a in self.allocations],
+        }
+        none = torch.zeros(0, sum(self.ranks), dtype=torch.bool)
+        patterns = torch.stack([a.keep.cpu() for a in self.allocations]) if self.allocations else none
+        averages: list[dict[str, torch.Tensor]] = [{} for _ in self._spans]
+        for name, average in self._averages().items():
+            flat = FlatBuffer(self._layout)
+            flat.data.copy_(average)
+            pieces = [torch.empty(span.stop - span.start) for span in self._spans]
+            local, views = self._layout.views(pieces, flat)
+            if local:
+                torch._foreach_copy_(local, views)
+            for held, piece in zip(averages, pieces, strict=True):
+                held[name] = piece
+        return AllocatorState(numbers, patterns, averages)
+
+    def load_state(self, state: AllocatorState) -> None:
+        """Continue from ``state``, whose averages are of this rank's spans now. :meth:`bind` comes first."""
+        assert self._engine is not None
+        numbers = state.numbers
+        self.step, self._num_missed, self._num_skipped = numbers["step"], numbers["num_skipped_steps"], None
+        self._pending, self.frozen = numbers["pending"], numbers["frozen"]
+        made = zip(numbers["allocation_steps"], numbers["allocation_budgets"], state.patterns, strict=True)
+        self.allocations = [Allocation(step, budget, keep.to(self._skip.device)) for step, budget, keep in made]
+        self.keep = self.allocations[-1].keep if self.allocations else None
+        for name, average in self._averages().items():
+            flat = FlatBuffer(self._layout)
+            self._layout.collect([held[name] for held in state.averages], flat)
+            average.copy_(flat.data)
+
+    def _averages(self) -> dict[str, torch.Tensor]:
+        """The importance averages, while they are kept."""
+        if not self._adapts or self.sensitivity.numel() != self._layout.num_elements:
+            return {}
+        return {"sensitivity": self.sensitivity, "uncertainty": self.uncertainty}
 
     # ------------------------------------------------------------------ what loops and reports ask
 
@@ -385,8 +470,11 @@ class RankAllocator:
     def finish(self) -> None:
         """End of the run: compare the final pattern over ranks and make sure that the budget was reached.
 
+        Ask before anything is published.
+
         Raises:
-            RuntimeError: the budget was not reached, with the likely cause, or patterns differ between ranks.
+            RuntimeError: the budget was not reached, with the likely cause, or patterns or lambdas differ between
+                ranks, or a lambda outside of the pattern is not 0.
         """
         self._finished = True
         if problem := self.problem():
@@ -395,6 +483,29 @@ class RankAllocator:
         world = dist.group.WORLD if dist.is_initialized() else None
         self._unread = self.step, DelayedSums(sum_over(world, self._digest.summands(self.keep)))
         self._compare_digests()
+        if self._adapts:
+            self._compare_lambdas()
+
+    def _compare_lambdas(self) -> None:
+        """Raise, on all ranks alike, if replicas hold different lambdas, or one outside of the pattern is not 0."""
+        assert self._engine is not None and self.keep is not None
+        world = dist.group.WORLD if dist.is_initialized() else None
+        values = self._engine.values()
+        lam = torch.zeros(self._layout.num_triplets, dtype=torch.float64, device=self.keep.device)
+        for k in self._lams:
+            first = self._factors[k].first_triplet
+            lam[first + self._spans[k].start : first + self._spans[k].stop] = values[k].flatten()
+        lam = sum_over(self._engine.shard_group, lam)  # whole, as this rank's replica has it
+        mean = sum_over(world, lam.clone()) / (dist.get_world_size() if dist.is_initialized() else 1)
+        differs = ~((lam - mean).abs().max() <= _LAMBDA_TOLERANCE * mean.abs().max())
+        outside = (lam * ~self.keep).any()
+        flags = sum_over(world, torch.stack([differs, outside]).double()).tolist()
+        for flag, what in zip(flags, ("differ between replicas", "outside of the pattern are not 0"), strict=True):
+            if flag:
+                raise RuntimeError(
+                    f"lambdas {what} at the end of the run: it cannot be trusted. A rank changed lambda by itself, or "
+                    "its memory is faulty"
+                )
 
     def problem(self) -> str | None:
         """Why the run, if it ended now, would not have met its budget; None if it has."""

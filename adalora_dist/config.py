@@ -14,6 +14,43 @@ from typing import Annotated, Literal, get_args
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from adalora_dist.errors import UserError
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether the Hub could have a repository of this name: NAMESPACE/NAME, or NAME alone as a few old models have."""
+    part = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
+    is_well_formed = re.fullmatch(f"(?:{part}/)?{part}", name) and len(name.rpartition("/")[2]) <= 96
+    return bool(is_well_formed) and "--" not in name and ".." not in name and not name.endswith(".git")
+
+
+def check_repo_id(repo_id: str) -> str:
+    """``repo_id`` itself, if something can be pushed there.
+
+    Raises:
+        UserError: it is not NAMESPACE/NAME.
+    """
+    if not (is_repo_id(repo_id) and "/" in repo_id):
+        raise UserError(
+            f"{repo_id!r} is not a repository of the Hub: must be NAMESPACE/NAME, each of letters, digits, '-', '_' "
+            "and '.', neither beginning nor ending with '-' or '.'; give your user name and a name for the model"
+        )
+    return repo_id
+
+
+def check_branch(name: str) -> str:
+    """``name`` itself, if a branch of a repository on the Hub can be called so.
+
+    Raises:
+        UserError: it cannot.
+    """
+    part = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
+    if not re.fullmatch(f"{part}(?:/{part})*", name) or ".." in name or name.endswith((".lock", ".")) or len(name) > 96:
+        raise UserError(
+            f"revision {name!r} is not a branch: must be of letters, digits, '-', '_', '.' and '/', such as main or v1"
+        )
+    return name
+
 
 class Section(BaseModel):
     """A group of settings; an unknown key, an infinite or nan number, or a list with a repetition is an error."""
@@ -39,6 +76,8 @@ class ModelConfig(Section):
     """Storage type of the frozen backbone; auto: as its files say. Adapters are always float32."""
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """Attention kernel; auto: transformers decides."""
+    allow_pickle_weights: bool = False
+    """Also load weights from pytorch_model.bin, a pickle; with FSDP2 every process then reads them whole."""
     trust_remote_code: bool = False
     """Run Python code from the model's repository. Needs revision to be a full commit hash."""
 
@@ -54,8 +93,9 @@ class ModelConfig(Section):
 
 
 class AdapterConfig(Section):
-    method: Literal["adalora", "lora"] = "adalora"
-    """adalora: ranks adapt to the budget; lora: plain LoRA of rank init_rank through the same loop."""
+    method: Literal["adalora", "lora", "head", "full"] = "adalora"
+    """What is trained besides train_modules: adapters whose ranks adapt to the budget; plain LoRA of rank init_rank;
+    nothing (head); every weight of the model (full)."""
     init_rank: int = Field(12, ge=1)
     """Rank r of every adapted matrix at the start."""
     target_rank: float = Field(8.0, ge=0)
@@ -67,11 +107,13 @@ class AdapterConfig(Section):
     targets: tuple[str, ...] = Field(("all-linear",), min_length=1)
     """Matrices to adapt: module names (q_proj), dotted names, regular expressions, or all-linear."""
     train_modules: tuple[str, ...] = ()
-    """Modules trained in full besides the adapters, a new classifier for instance."""
+    """Modules trained in full besides the adapters, by name; task-head: all that lies outside the backbone."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the input of the adapter branch (the paper uses 0)."""
     init: Literal["gaussian", "orthonormal"] = "gaussian"
     """P and Q at the start: N(0, 0.02^2) as the authors, or std 1/sqrt(d); lambda is 0 either way."""
+    init_from: str | None = Field(None, min_length=1)
+    """Folder of a LoRA or AdaLoRA adapter of PEFT whose update the adapters start with, instead of 0."""
     initial_warmup_steps: int | None = Field(None, ge=0)
     """t_i: optimizer steps before the first pruning; default: 10 % of the run."""
     final_steps: int | None = Field(None, ge=0)
@@ -111,6 +153,8 @@ class TrainConfig(Section):
     """Run folder: resolved configuration, metrics.jsonl, exports. A folder that holds a run is refused."""
     overwrite: bool = False
     """Replace the run that output_dir holds."""
+    dry_run: bool = False
+    """Only say what the run would be, without reading weights: steps, budgets, trainable parameters."""
     epochs: float = Field(3.0, gt=0)
     """Passes over the training data; ignored when max_steps is set."""
     max_steps: int | None = Field(None, ge=1)
@@ -129,6 +173,8 @@ class TrainConfig(Section):
     """Decay after the learning-rate warm-up."""
     lr_warmup_ratio: float = Field(0.05, ge=0, lt=1)
     """Share of the steps over which the learning rate rises from 0."""
+    lr_warmup_steps: int | None = Field(None, ge=0)
+    """The same as a number of steps; overrides lr_warmup_ratio."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Clip the task gradient to this global norm (0: off). The orthogonality gradient is added after it."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -141,8 +187,29 @@ class TrainConfig(Section):
     """Seed of initialisation and data order."""
     log_every: int = Field(10, ge=1)
     """Optimizer steps between console log lines; metrics.jsonl has every step."""
+    max_nonfinite_steps: int = Field(20, ge=1)
+    """End the run after so many steps in a row with a loss or gradients that are not finite; each is left out."""
+    peer_timeout_seconds: float = Field(60.0, ge=2)
+    """All processes end when one has not been heard of for so long: it, or its machine, was stopped."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Experiment trackers to report to besides metrics.jsonl."""
+    checkpoint_every: int = Field(200, ge=0)
+    """Optimizer steps between checkpoints; one is written before the first step and one at the end, too. 0: none."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Number of checkpoints kept; an old one goes after a new one is complete."""
+    async_checkpoints: bool = False
+    """Write checkpoints while training goes on, from a copy in CPU memory."""
+    resume: str = Field("never", min_length=1)
+    """auto: continue the run in output_dir, or start one; PATH: continue from that checkpoint or run; never."""
+
+    @model_validator(mode="after")
+    def _overwrite_or_resume(self) -> TrainConfig:
+        if self.overwrite and self.resume == "auto":
+            raise ValueError(
+                "overwrite true with resume auto: one replaces the run in output_dir, the other continues it; leave "
+                "one out (on the command line: --no-overwrite, or --resume never)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> TrainConfig:
@@ -166,25 +233,42 @@ class QuantizationConfig(Section):
 
 
 class EvaluationConfig(Section):
-    evaluate_by: tuple[Literal["likelihood", "generation"], ...] = ("likelihood", "generation")
-    """likelihood: the choice with the highest log-likelihood; generation: greedy decoding, then parsing."""
     evaluate_before: bool = True
     """Also evaluate the model as it is before training."""
     eval_batch_size: int = Field(16, ge=1)
     """Sequences per process in one evaluation forward."""
-    max_new_tokens: int = Field(12, ge=1)
-    """Length of the generated answers."""
 
 
 class ExportConfig(Section):
-    export_merged: bool = True
-    """Write a merged model that loads in plain transformers."""
+    export_formats: tuple[Literal["merged", "lora", "peft"], ...] = ("merged",)
+    """What to write besides the adapter: a merged model for plain transformers; plain LoRA for PEFT and vLLM; PEFT's
+    AdaLoRA. All can be had later from the run folder: adalora-dist export."""
     export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the merged weights; auto: as the backbone's files."""
     merge_into: Literal["original", "dequantized"] = "original"
     """Weights that the adapters of a quantised run are added to: the backbone's own, or their quantised values."""
     verify_export: bool = True
     """Load the merged model afresh and compare its logits with the trained model's."""
+    push_to_hub: str = ""
+    """Upload the merged model to this Hub repository, NAMESPACE/NAME, when the run is done; empty: do not."""
+    push_public: bool = False
+    """Let the repository be public; one that does not exist is private otherwise."""
+    push_revision: str = "main"
+    """Branch that is pushed to."""
+    base_license: str = ""
+    """Licence of the backbone, for the model card: apache-2.0, llama3.1, ...; empty: the card calls it unknown."""
+
+    @model_validator(mode="after")
+    def _pushed(self) -> ExportConfig:
+        check_branch(self.push_revision)
+        if self.push_to_hub:
+            check_repo_id(self.push_to_hub)
+            if "merged" not in self.export_formats:
+                raise ValueError(
+                    f"push_to_hub {self.push_to_hub} with export_formats {' '.join(self.export_formats) or '()'}: the "
+                    "merged model is what would be pushed; add merged, or use adalora-dist push when the run is done"
+                )
+        return self
 
 
 class RunConfig(Section):
@@ -207,6 +291,11 @@ class RunConfig(Section):
                 f"quant_storage {storage} with precision {self.train.precision}: engines would convert the packed "
                 f"weights to {compute} and so destroy them; must be auto, uint8 or {compute}; leave quant_storage out"
             )
+        if method != "none" and self.adapter.method == "full":
+            raise ValueError(
+                f"quantization {method} with method full: quantised weights cannot be trained; set quantization to "
+                "none, or method to adalora"
+            )
         if method == "none" and self.export.merge_into == "dequantized":
             raise ValueError(
                 "merge_into dequantized with quantization none: nothing was quantised; set merge_into to original, or "
@@ -215,9 +304,28 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _mergeable_files(self) -> RunConfig:
+        if self.model.allow_pickle_weights and "merged" in self.export.export_formats:
+            raise ValueError(
+                "allow_pickle_weights true with export_formats merged: merging goes through the backbone's safetensors "
+                "files; leave merged out of export_formats, or save the backbone again with save_pretrained"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _reachable_budget(self) -> RunConfig:
         adapter = self.adapter
-        if adapter.method == "lora":  # plain LoRA has no budget: the target_* settings are not read
+        if adapter.method == "full" and self.model.dtype in ("bfloat16", "float16"):
+            raise ValueError(
+                f"method full with dtype {self.model.dtype}: small updates of 16-bit weights are rounded away; set "
+                "dtype to float32, and precision to bf16 for speed"
+            )
+        if adapter.method == "head" and not adapter.train_modules:
+            raise ValueError(
+                "method head with no train_modules: nothing would be trained; name modules in train_modules, or set it "
+                "to task-head for all that lies outside the backbone"
+            )
+        if adapter.method != "adalora":  # nothing has a budget: the target_* settings are not read
             return self
         if adapter.target_budget is None and adapter.target_rank > adapter.init_rank:
             raise ValueError(
@@ -236,7 +344,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _steps_left_to_prune(self) -> RunConfig:
         adapter, total = self.adapter, self.train.max_steps
-        if adapter.method == "lora" or total is None:
+        if adapter.method != "adalora" or total is None:
             return self
         given = {"initial_warmup_steps": adapter.initial_warmup_steps, "final_steps": adapter.final_steps}
         known = {name: steps for name, steps in given.items() if steps is not None}
@@ -253,7 +361,12 @@ CommonsenseTask = Literal["boolq", "piqa", "siqa", "hellaswag", "winogrande", "a
 COMMONSENSE_TASKS: tuple[str, ...] = get_args(CommonsenseTask)
 
 
-class CommonsenseDataConfig(Section):
+class DataConfig(Section):
+    bad_rows: Literal["error", "skip"] = "error"
+    """A row that cannot be used: error names file, row and field; skip leaves it out and counts it in run.json."""
+
+
+class CommonsenseDataConfig(DataConfig):
     source: Annotated[str, tyro.conf.arg(name="data")] = ""
     """Folder with TASK/train and TASK/test files (.jsonl or .parquet), or the word hub; empty: built-in questions."""
     tasks: tuple[CommonsenseTask, ...] = ()
@@ -268,5 +381,13 @@ class CommonsenseDataConfig(Section):
     """Use at most this many evaluation rows per task."""
 
 
+class CommonsenseEvaluationConfig(EvaluationConfig):
+    evaluate_by: tuple[Literal["likelihood", "generation"], ...] = ("likelihood", "generation")
+    """likelihood: the choice with the highest log-likelihood; generation: greedy decoding, then parsing."""
+    max_new_tokens: int = Field(12, ge=1)
+    """Length of the generated answers."""
+
+
 class CommonsenseConfig(RunConfig):
     data: CommonsenseDataConfig = CommonsenseDataConfig()
+    evaluation: CommonsenseEvaluationConfig = CommonsenseEvaluationConfig()

@@ -8,11 +8,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "adalora_dist"
 LEVELS = {
-    0: ("errors", "config", "schedule", "importance", "orthogonality", "spans", "flat", "agreement", "progress"),
-    1: ("layers", "inject"),
+    0: (
+        *("errors", "config", "recipe_config", "schedule", "importance", "orthogonality", "spans", "flat"),
+        *("pattern_digest", "progress", "base_files", "markdown", "redaction"),
+    ),
+    1: ("agreement", "layers", "inject", "peft_import"),
     2: ("sharding",),
-    3: ("allocator", "export"),
-    4: ("cli", "yaml_file", "training", "data", "evaluation", "integrations"),
+    3: (
+        *("allocator", "checkpoint", "checkpoint_content", "checkpoint_files"),
+        *("export", "peft_format", "pictures", "hub_files", "card", "hub"),
+    ),
+    4: ("cli", "main", "commands", "yaml_file", "presets", "training", "data", "evaluation", "integrations"),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

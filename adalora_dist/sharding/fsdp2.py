@@ -16,7 +16,15 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from adalora_dist.errors import UserError
-from adalora_dist.sharding.base import assemble, nonfinite_flag, optimizer_gradients, skip_step_if
+from adalora_dist.sharding.base import (
+    State,
+    assemble,
+    local_state,
+    nonfinite_flag,
+    optimizer_gradients,
+    restore_state,
+    skip_step_if,
+)
 from adalora_dist.spans import Span
 
 
@@ -67,15 +75,30 @@ class Fsdp2Engine:
     def write(self, indices: Sequence[int], values: Sequence[torch.Tensor]) -> None:
         torch._foreach_copy_([_local(self._params[k]) for k in indices], list(values))
 
+    def shapes(self) -> list[torch.Size]:
+        return [p.shape for p in self._params]
+
+    def states(self) -> list[State]:
+        return [local_state(self._optimizer.state.get(p, {}), p, _flat) for p in self._params]
+
+    def restore(self, values: Sequence[torch.Tensor], states: Sequence[State]) -> None:
+        for p, local, state in zip(self._params, values, states, strict=True):
+            _flat(p).copy_(local.reshape(-1))
+            restore_state(self._optimizer, p, _flat, state)
+
     def full(self, index: int) -> torch.Tensor:
         p = self._params[index]
-        return assemble(_local(p).view(-1), self._spans[index], p.shape, self.shard_group)
+        return assemble(_flat(p), self._spans[index], p.shape, self.shard_group)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's rows. (``to_local`` would make a new view of every parameter, at every step.)"""
     assert isinstance(tensor, DTensor)
     return tensor._local_tensor
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    return _local(tensor).view(-1)
 
 
 def _shard_axis(p: DTensor) -> int:

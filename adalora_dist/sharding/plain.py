@@ -10,7 +10,14 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from adalora_dist.sharding.base import nonfinite_flag, optimizer_gradients, skip_step_if
+from adalora_dist.sharding.base import (
+    State,
+    local_state,
+    nonfinite_flag,
+    optimizer_gradients,
+    restore_state,
+    skip_step_if,
+)
 from adalora_dist.spans import Span
 
 
@@ -45,5 +52,20 @@ class PlainEngine:
     def write(self, indices: Sequence[int], values: Sequence[torch.Tensor]) -> None:
         torch._foreach_copy_([self._params[k] for k in indices], list(values))
 
+    def shapes(self) -> list[torch.Size]:
+        return [p.shape for p in self._params]
+
+    def states(self) -> list[State]:
+        return [local_state(self._optimizer.state.get(p, {}), p, _flat) for p in self._params]
+
+    def restore(self, values: Sequence[torch.Tensor], states: Sequence[State]) -> None:
+        for p, local, state in zip(self._params, values, states, strict=True):
+            _flat(p).copy_(local.reshape(-1))
+            restore_state(self._optimizer, p, _flat, state)
+
     def full(self, index: int) -> torch.Tensor:
         return self._params[index].detach().to(torch.float32, copy=True)
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().view(-1)

@@ -22,14 +22,14 @@ engine clears them, for the whole model, once they have been consumed.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from adalora_dist.errors import UserError
-from adalora_dist.sharding.base import assemble, nonfinite_flag
+from adalora_dist.sharding.base import State, assemble, local_state, nonfinite_flag, restore_state
 from adalora_dist.spans import Span
 
 
@@ -53,6 +53,11 @@ _STAGE_1_BF16 = ("fp32_groups_flat_partition", "bf16_groups")
 _KINDS = (_STAGE_3, _STAGE_1_OR_2, _STAGE_1_BF16)
 
 
+def is_zero_optimizer(optimizer: Any) -> bool:
+    """Whether this is one of DeepSpeed's ZeRO optimizers."""
+    return any(hasattr(optimizer, kind[0]) for kind in _KINDS)
+
+
 def running_zero_optimizer(optimizer: torch.optim.Optimizer) -> Any | None:
     """The ZeRO optimizer that is just stepping ``optimizer``; None outside of its step or without ZeRO.
 
@@ -62,7 +67,7 @@ def running_zero_optimizer(optimizer: torch.optim.Optimizer) -> Any | None:
     frame = inspect.currentframe()
     while frame is not None:
         caller = frame.f_locals.get("self")
-        if getattr(caller, "optimizer", None) is optimizer and any(hasattr(caller, kind[0]) for kind in _KINDS):
+        if getattr(caller, "optimizer", None) is optimizer and is_zero_optimizer(caller):
             return caller
         frame = frame.f_back
     return None
@@ -104,7 +109,7 @@ class ZeroEngine:
         self._held: list[tuple[Any, torch.Tensor | None]] = []
         self._addresses: list[int] = []
         self._views: list[torch.Tensor] = []
-        optimizer.register_step_post_hook(self._after_firing)
+        self._steps = False  # whether this engine takes part in steps; one that only reads and restores does not
 
     @property
     def _masters(self) -> list[Any]:
@@ -124,7 +129,7 @@ class ZeroEngine:
         return list(self._views)
 
     def _values_of(self, fragment: _Fragment) -> torch.Tensor:
-        return self._masters[fragment.group].detach().narrow(0, fragment.offset, fragment.length)
+        return self._cut(fragment)(self._masters[fragment.group])
 
     def gradients(self) -> list[torch.Tensor | None]:
         firing, masters = {id(master) for master in self._firing_masters()}, self._masters
@@ -139,6 +144,9 @@ class ZeroEngine:
         Without a norm (``compute_grad_norm: false``) the first firing looks at the gradients of every group: the
         masters' where they have been made, those still waiting in ``averaged_gradients`` otherwise.
         """
+        if not self._steps:
+            self._steps = True
+            self._optimizer.register_step_post_hook(self._after_firing)
         norm = self._zero._global_grad_norm
         if norm is not None:
             return (~torch.isfinite(torch.as_tensor(norm, dtype=torch.float32))).float()
@@ -176,10 +184,47 @@ class ZeroEngine:
             return p.ds_tensor.detach().narrow(0, 0, fragment.length)
         return p.detach().view(-1)[fragment.span.start : fragment.span.stop]
 
+    def shapes(self) -> list[torch.Size]:
+        return [p.ds_shape if self._kind == _STAGE_3 else p.shape for p in self._params]
+
+    def states(self) -> list[State]:
+        return [
+            local_state(self._optimizer.state.get(self._masters[f.group], {}), self._masters[f.group], self._cut(f))
+            for f in self._fragments
+        ]
+
+    def restore(self, values: Sequence[torch.Tensor], states: Sequence[State]) -> None:
+        counters: dict[int, set[float]] = {}
+        for f, state in zip(self._fragments, states, strict=True):
+            counters.setdefault(f.group, set()).update({float(state["step"])} if state else ())
+        for group, steps in counters.items():
+            if len(steps) > 1:
+                raise UserError(
+                    f"the parameters of a ZeRO group made different numbers of steps ({sorted(steps)}), and ZeRO "
+                    "counts them together: continue on one process, with DDP or with FSDP2"
+                )
+            self._optimizer.state.pop(self._masters[group], None)
+        self.write(range(len(values)), values)
+        for f, state in zip(self._fragments, states, strict=True):
+            if state:
+                restore_state(self._optimizer, self._masters[f.group], self._cut(f), state)
+        self._publish()
+
+    @staticmethod
+    def _cut(fragment: _Fragment) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda flat: flat.detach().narrow(0, fragment.offset, fragment.length)
+
+    def _publish(self) -> None:
+        """Working copies as ZeRO leaves them after a step: whole where it keeps them whole. Collective."""
+        if self._kind != _STAGE_3:
+            self._zero.update_lp_params()
+        elif kept := self._zero.persistent_parameters:
+            kept[0].partition(kept)
+            kept[0].all_gather(kept)
+
     def full(self, index: int) -> torch.Tensor:
-        p, fragment = self._params[index], self._fragments[index]
-        shape = p.ds_shape if self._kind == _STAGE_3 else p.shape
-        return assemble(self._values_of(fragment), fragment.span, shape, self.shard_group)
+        fragment = self._fragments[index]
+        return assemble(self._values_of(fragment), fragment.span, self.shapes()[index], self.shard_group)
 
 
 def _fragments_of_flat_groups(zero: Any, kind: tuple[str, str]) -> dict[torch.Tensor, _Fragment]:
