@@ -85,13 +85,12 @@ def test_backward_keeps_no_more_than_loras():
         layer = filled(nn.Linear(d_in, 8), d_in, 8, rank)
         layer.base.requires_grad_(False)
         layer.lam.requires_grad_(trains_lambda)
-        kept: dict[int, int] = {}
+        kept: list[torch.Tensor] = []
         x = torch.randn(tokens, d_in, requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: kept.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t
-        ):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
             layer(x)
-        assert sum(n for n in kept.values() if n >= tokens) == 4 * tokens * (d_in + rank)
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+        assert sum(size for size in storages.values() if size >= 4 * tokens) == 4 * tokens * (d_in + rank)
 
 
 def test_injection_freezes_the_rest_and_is_the_same_every_time():
