@@ -116,8 +116,10 @@ def _rows(data: E2EDataConfig, split: Split, bad_rows: BadRows) -> Iterator[tupl
 def _pair(row: object, origin: str) -> tuple[str, str]:
     if not isinstance(row, Mapping):
         raise UserError(f"{origin}: the row is a {type(row).__name__}; legal: an object with mr and ref")
-    mr, ref = (next((row[name] for name in names if name in row), None) for names in _FIELDS)
-    for name, value in (("mr", mr), ("ref", ref)):
+    values = []
+    for names in _FIELDS:
+        value = next((row[name] for name in names if name in row), None)
         if not isinstance(value, str) or not value.strip():
-            raise UserError(f"{origin}: field {name} is {value!r}; legal: a text; correct the row or remove it")
-    return mr, ref
+            raise UserError(f"{origin}: field {names[0]} is {value!r}; legal: a text; correct the row or remove it")
+        values.append(value)
+    return values[0], values[1]

@@ -27,7 +27,7 @@ LOGS = (METRICS, ALLOCATIONS)
 # ``data`` and the backbone are compared by content instead: files may move.
 _FREE_SECTIONS = ("data", "evaluation", "export")
 _FREE_FIELDS = (
-    *("model.name", "model.revision", "model.trust_remote_code"),
+    *("model.name", "model.revision", "model.trust_remote_code", "model.allow_pickle_weights"),
     *("train.output_dir", "train.overwrite", "train.resume", "train.log_every", "train.trackers"),
     *("train.checkpoint_every", "train.keep_checkpoints", "train.async_checkpoints"),
     *("train.micro_batch_size", "train.gradient_checkpointing", "train.dry_run"),
