@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from faulty_runs import STEPS, Ended, Fault, Ranks, Untouched, corrupt, run
 
 from adalora_dist.training.guard import STATUS_FILE
+from adalora_dist.training.peers import Peers
 from adalora_dist.training.verdict import EXIT_PEER, EXIT_PREEMPTED
 
 SLOW = Fault("slow", step=0, rank=None, num_steps=STEPS)
@@ -96,6 +98,35 @@ def test_nobody_is_missed_while_all_are_stopped(tmp_path: Path) -> None:
         time.sleep(pause)
     ended = ranks.wait(60)
     assert [one.code for one in ended] == [0, 0], errors(ended)
+
+
+def strangers(rank: int, world_size: int) -> None:
+    """Both ends of the watch in one process, and others who call."""
+    shared: list[Any] = []
+    first = Peers(0, 2, 5, lambda value: shared.extend(value) or value)
+    second = Peers(1, 2, 5, lambda value: shared)
+    host, port, *_ = first._meeting
+    for words in (
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"{}\n",
+        b"[]\n",
+        b'{"token": "x", "identity": []}\n',
+        b"x" * 200_000,
+        b"",
+    ):
+        with socket.create_connection((host, port)) as line:
+            line.sendall(words)
+    time.sleep(1)
+    assert first._thread is not None and second._thread is not None
+    assert first._thread.is_alive() and second._thread.is_alive() and first.verdict is None
+    second.close()
+    first.close()
+    assert not first._thread.is_alive() and not second._thread.is_alive()
+
+
+def test_strangers_on_the_port_change_nothing(tmp_path: Path) -> None:
+    [ended] = Ranks(1, tmp_path, strangers).wait(30)
+    assert ended.code == 0, ended.log
 
 
 # ------------------------------------------------------------------------------------------------------------ signals
