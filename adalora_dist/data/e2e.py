@@ -7,6 +7,7 @@ several references: each trains, and a generated text is scored against all of t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -22,6 +23,8 @@ from adalora_dist.recipe_config import E2EDataConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 Split = Literal["train", "test"]
 
@@ -109,7 +112,10 @@ def _rows(data: E2EDataConfig, split: Split, bad_rows: BadRows) -> Iterator[tupl
         instead = "--data FOLDER with FOLDER/train.jsonl and FOLDER/test.jsonl"
         raw = raw_hub_rows(HUB_PATH, None, split, instead, HUB_REVISION)
     else:
-        raw = file_rows(find_data_file(Path(data.source), FILE_NAMES[split]))
+        path = find_data_file(Path(data.source), FILE_NAMES[split])
+        if path.stem != split:
+            logger.warning("%s has no test file: evaluating on %s", path.parent, path.name)
+        raw = file_rows(path)
     return bad_rows.usable(raw, _pair)
 
 
