@@ -284,7 +284,8 @@ class SpanLayout:
         """Write dR/dw of every local element to ``out``, 0 for lambda, from the summed ``partials``."""
         num_matrices = sum(self._num_of_rank.values())
         factors = {}
-        out.fragments.zero_()
+        if self.fragments:
+            out.fragments.zero_()
         for r, slots in self._split_slots.items():
             rows, grams = self._rows[r], self._grams[r]
             if len(slots):

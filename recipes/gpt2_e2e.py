@@ -144,7 +144,8 @@ def main(config: E2EConfig) -> None:
     adapters = gather_adapters(allocator) if allocator else []
     trained = gather_trained(accelerator.unwrap_model(prepared.model), keep=accelerator.is_main_process)
     pattern = {a.name: a.lam.numel() for a in adapters}
-    verified = "merged" in config.export.export_formats and config.export.verify_export
+    formats = config.export.export_formats
+    verified = "merged" in formats and config.export.verify_export
     if verified:  # on every process: where the model is sharded, forwards are collective
         probe, num_text = rows[0]["input_ids"], count_targets(rows[0]["labels"])
         logits = last_logits(accelerator.unwrap_model(prepared.model), probe, num_text + 1, accelerator.device)
@@ -153,7 +154,7 @@ def main(config: E2EConfig) -> None:
         folder.write_json("rank_pattern.json", pattern)
         folder.write_json("results.json", columns)
         folder.write_json("texts.json", texts)
-        if "merged" in config.export.export_formats:
+        if "merged" in formats:
             base = base_folder_of(config.model.name, config.model.revision)
             merged = folder.path / "merged"
             merge(adapters, base, merged, dtype_named(config.export.export_dtype), trained, base_weights)

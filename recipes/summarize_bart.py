@@ -150,7 +150,7 @@ def main(config: SummarizationConfig) -> None:
         folder.write_json("rank_pattern.json", pattern)
         folder.write_json("results.json", columns)
         folder.write_json("texts.json", texts)
-        if "merged" in config.export.export_formats:
+        if "merged" in formats:
             base = base_folder_of(config.model.name, config.model.revision)
             merged = folder.path / "merged"
             merge(adapters, base, merged, dtype_named(config.export.export_dtype), trained, base_weights)

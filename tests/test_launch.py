@@ -108,7 +108,6 @@ def test_every_recipe_has_a_script_and_every_script_is_both() -> None:
         assert text.startswith("#!/usr/bin/env bash\n") and path.stat().st_mode & 0o100
         *_, call = ast.parse(text).body  # it is Python
         assert ast.unparse(call) == f"run_recipe('{path.stem}')"
-        assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
         assert f"deepspeed launch/{path.name}" in text
 
 

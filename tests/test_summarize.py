@@ -95,7 +95,7 @@ def test_rows_without_text_are_counted_and_left_out(tmp_path: Path, caplog: pyte
     with caplog.at_level(logging.WARNING):
         loaded = load_summaries(SummarizationDataConfig(source=str(tmp_path), task="cnn_dailymail"))
     assert [loaded[split]["document"][:] for split in ("train", "test")] == [["a fire"], ["a fire"]]
-    assert "2 of 3 rows have no text" in caplog.text
+    assert "2 of 3 rows have no text" in caplog.text and "evaluating on validation.jsonl" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ several references: each trains, and a generated text is scored against all of t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -22,6 +23,8 @@ from adalora_dist.recipe_config import E2EDataConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 Split = Literal["train", "test"]
 
@@ -109,15 +112,20 @@ def _rows(data: E2EDataConfig, split: Split, bad_rows: BadRows) -> Iterator[tupl
         instead = "--data FOLDER with FOLDER/train.jsonl and FOLDER/test.jsonl"
         raw = raw_hub_rows(HUB_PATH, None, split, instead, HUB_REVISION)
     else:
-        raw = file_rows(find_data_file(Path(data.source), FILE_NAMES[split]))
+        path = find_data_file(Path(data.source), FILE_NAMES[split])
+        if path.stem != split:
+            logger.warning("%s has no test file: evaluating on %s", path.parent, path.name)
+        raw = file_rows(path)
     return bad_rows.usable(raw, _pair)
 
 
 def _pair(row: object, origin: str) -> tuple[str, str]:
     if not isinstance(row, Mapping):
         raise UserError(f"{origin}: the row is a {type(row).__name__}; legal: an object with mr and ref")
-    mr, ref = (next((row[name] for name in names if name in row), None) for names in _FIELDS)
-    for name, value in (("mr", mr), ("ref", ref)):
+    values = []
+    for names in _FIELDS:
+        value = next((row[name] for name in names if name in row), None)
         if not isinstance(value, str) or not value.strip():
-            raise UserError(f"{origin}: field {name} is {value!r}; legal: a text; correct the row or remove it")
-    return mr, ref
+            raise UserError(f"{origin}: field {names[0]} is {value!r}; legal: a text; correct the row or remove it")
+        values.append(value)
+    return values[0], values[1]
