@@ -155,7 +155,7 @@ def rows() -> list[dict[str, list[int]]]:
 def configuration(folder: Path, **changes: Any) -> RunConfig:
     settings: dict[str, Any] = dict(
         output_dir=str(folder / "run"), max_steps=STEPS, batch_size=GLOBAL_BATCH, micro_batch_size=GLOBAL_BATCH,
-        learning_rate=2e-2, lr_warmup_ratio=0, log_every=4, peer_timeout_seconds=3,
+        learning_rate=2e-2, lr_warmup_ratio=0, log_every=4,
     )  # fmt: skip
     return RunConfig(
         model=ModelConfig(name="tiny"),

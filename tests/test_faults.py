@@ -65,7 +65,7 @@ def test_out_of_memory_says_what_to_change(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rank", [0, also_slow(1)])
 def test_a_stopped_rank_is_named_and_does_not_outlive_the_run(tmp_path: Path, rank: int) -> None:
-    ranks = Ranks(3, tmp_path, run, tmp_path, "ddp", SLOW)
+    ranks = Ranks(3, tmp_path, run, tmp_path, "ddp", SLOW, {"peer_timeout_seconds": TIMEOUT_SECONDS})
     ranks.wait_for(f"step-3-{rank}")
     os.kill(ranks.pids[rank], signal.SIGSTOP)
     ended = ranks.wait(TIMEOUT_SECONDS + 30)

@@ -138,12 +138,11 @@ class Peers:
         self._all_asked = False
         self._lock = threading.Lock()
         self._changed = threading.Event()
-        self._me = Identity.of_this_process(rank)
         self._thread: threading.Thread | None = None
         self._judged = threading.Event()  # a verdict, or the decision where to stop
         if world_size == 1:
             return
-        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        host, self._me = os.environ.get("MASTER_ADDR", "127.0.0.1"), Identity.of_this_process(rank)
         self._listener = listen(host) if rank == 0 else None
         port = self._listener.getsockname()[1] if self._listener else 0
         self._meeting = Meeting(*share([host, port, secrets.token_hex(16), list(self._me)]))
