@@ -220,9 +220,8 @@ def main(config: GlueConfig) -> None:
             runs.append(one_run(config.model_copy(update={"train": config.train.model_copy(update=own)})))
             accelerator.free_memory()
         statistics = mean_and_deviation(runs)
-        overview.write_json(
-            "results.json", {"seeds": config.train.seeds, "runs": runs, "majority": majority, **statistics}
-        )
+        results = {"seeds": config.train.seeds, "runs": runs, "majority": majority, "summary": statistics}
+        overview.write_json("results.json", results)
         say(f"\n{len(runs)} seeds, mean and sample standard deviation; always the most frequent label")
         for name, value in statistics.items():
             say(f"{name}  {value['mean']:.4f} +- {value['deviation']:.4f}  {majority[name]:.4f}")
