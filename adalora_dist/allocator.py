@@ -6,8 +6,12 @@ every engine:
 1. before: the orthogonality gradient is added to the local gradients, then the importance averages of the local
    elements advance;
 2. after: on the schedule's steps the b best triplets of the whole model are selected and lambda of all others is
-   zeroed; once the pattern is frozen, at every step. Between selections a zeroed lambda may grow again, so that its
-   triplet can come back, as in the authors' code.
+   zeroed. Between selections a zeroed lambda may grow again, so that its triplet can come back, as in the authors'
+   code.
+
+Once the pattern is frozen, the triplets that were not selected are out of everything: lambda and P are held at 0, so
+that they have no gradient (nor a part in the clipping norm), and the regulariser leaves them out. ``compaction.py``
+then removes them, which changes nothing but time and memory.
 
 Communication beyond plain LoRA's own, in whole:
 
@@ -25,6 +29,7 @@ from __future__ import annotations
 import atexit
 import sys
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +70,8 @@ class RankAllocator:
     def __init__(self, matrices: list[AdaptedMatrix], config: AdapterConfig, schedule: BudgetSchedule) -> None:
         self.matrices, self.config, self.schedule = matrices, config, schedule
         self._adapts = config.method == "adalora"
-        self.ranks = [m.layer.rank for m in matrices]
+        self.ranks = [m.layer.init_rank for m in matrices]
+        """Triplets of each matrix at the start of the run; patterns are about these, removed ones included."""
         self.step = 0
         """Training steps seen so far; the next one is the schedule's t."""
         self.num_skipped_steps = 0
@@ -74,21 +80,15 @@ class RankAllocator:
         self.keep: torch.Tensor | None = None
         """(num_triplets,) bool: the triplets of the last selection; None before the first."""
         self.frozen = False
+        self.compacted = any(m.layer.rank < m.layer.init_rank for m in matrices)
+        """The triplets that were pruned for good have been removed from memory."""
         self._pending = False  # a selection is due and could not be made yet
         self._engine: ShardEngine | None = None
         self._firing = 0
         self._finite = True
         self._finished = False
 
-        self._factors: list[Factor] = []
-        self._owners: list[tuple[SVDLinear, str]] = []  # of each factor: its layer, its name there
-        first = 0
-        for layer in (m.layer for m in matrices if m.layer.rank):
-            for kind, rows in zip(FACTOR_KINDS, (layer.d_out, 1, layer.d_in), strict=True):
-                if self._adapts or kind != "lam":  # plain LoRA does not train lambda
-                    self._factors.append(Factor(kind, rows, layer.rank, first))
-                    self._owners.append((layer, kind))
-            first += layer.rank
+        self._list_factors()
 
     @classmethod
     def attach(cls, model: nn.Module, optimizer: Any, config: AdapterConfig, total_steps: int) -> RankAllocator:
@@ -107,7 +107,7 @@ class RankAllocator:
         matrices = adapted_matrices(model)
         if not matrices:
             raise UserError("the model has no adapters: call inject_adapters(model, config) before attach")
-        num_triplets = sum(m.layer.rank for m in matrices)
+        num_triplets = sum(m.layer.init_rank for m in matrices)
         target = round(config.target_rank * len(matrices)) if config.target_budget is None else config.target_budget
         if config.method == "lora":
             target = num_triplets
@@ -174,7 +174,7 @@ class RankAllocator:
             if self._pending:
                 self._allocate()
                 self._mask()
-            elif self.frozen:
+            elif self.frozen and not self.compacted:
                 self._mask()
         self.step += 1
 
@@ -191,7 +191,11 @@ class RankAllocator:
         self._finite = bool(reduced[-1] == 0)
         if regularised and self._finite:
             self._regulariser = self._layout.orthogonality_gradient(
-                self._values, reduced[:-1], self.config.orthogonality_form, self.config.orthogonality
+                self._values,
+                reduced[:-1],
+                self.config.orthogonality_form,
+                self.config.orthogonality,
+                self.keep if self.frozen and not self.compacted else None,
             )
 
     def _update_importance(self, values: torch.Tensor) -> None:
@@ -234,20 +238,49 @@ class RankAllocator:
         self.frozen = self.step >= self.schedule.freeze_step
 
     def _mask(self) -> None:
-        """lambda_i <- 0 for every triplet that was not selected (eq. 6). P, Q and the moments stay."""
+        """lambda_i <- 0 for every triplet that was not selected (eq. 6). P, Q and the moments stay.
+
+        Once the pattern is frozen, P_i <- 0 as well: then lambda_i has no gradient any more.
+        """
         assert self._engine is not None and self.keep is not None
         values = self._engine.values()
         for k, (factor, span) in enumerate(zip(self._factors, self._spans, strict=True)):
-            if factor.kind == "lam" and span.stop > span.start:
-                keep = self.keep[factor.first_triplet + span.start : factor.first_triplet + span.stop]
-                self._engine.write(k, values[k] * keep)
+            if (factor.kind == "lam" or factor.kind == "P" and self.frozen) and span.stop > span.start:
+                columns = torch.arange(span.start, span.stop, device=self.keep.device) % factor.rank
+                self._engine.write(k, values[k] * self.keep[factor.first_triplet + columns])
 
     # ------------------------------------------------------------------ set-up and small parts
 
+    def _list_factors(self) -> None:
+        """The adapter parameters as the layers have them now, in canonical order, and where each is to be found."""
+        self._factors: list[Factor] = []
+        self._owners: list[tuple[SVDLinear, str]] = []  # of each factor: its layer, its name there
+        first = 0
+        for layer in (m.layer for m in self.matrices if m.layer.rank):
+            for kind, rows in zip(FACTOR_KINDS, (layer.d_out, 1, layer.d_in), strict=True):
+                if self._adapts or kind != "lam":  # plain LoRA does not train lambda
+                    self._factors.append(Factor(kind, rows, layer.rank, first))
+                    self._owners.append((layer, kind))
+            first += layer.rank
+
+    def rebind(self, make_engine: Callable[[list[torch.Tensor]], ShardEngine]) -> None:
+        """The pruned triplets have been removed: go on with the parameters that the layers have now.
+
+        Importance is not needed any more, because the pattern is frozen: its state is given up. Collective.
+
+        Args:
+            make_engine: from the adapter parameters in canonical order to the engine that now holds them.
+        """
+        self.compacted = True
+        self._list_factors()
+        self._set_up(make_engine([getattr(layer, kind) for layer, kind in self._owners]))
+
     def _bind(self, optimizer: torch.optim.Optimizer) -> None:
-        """First step: the engine has taken over the parameters; see which spans this rank holds."""
-        parameters = [getattr(layer, kind) for layer, kind in self._owners]
-        engine = select_engine(parameters, optimizer)
+        """First step: the engine has taken over the parameters."""
+        self._set_up(select_engine([getattr(layer, kind) for layer, kind in self._owners], optimizer))
+
+    def _set_up(self, engine: ShardEngine) -> None:
+        """See which spans this rank holds, and lay them out."""
         self._spans = engine.spans()
         device = engine.values()[0].device
         spans_of_ranks: list[list[Span]] | None = None
@@ -259,13 +292,15 @@ class RankAllocator:
                 spans_of_ranks = [[]] * num_shards
                 dist.all_gather_object(spans_of_ranks, self._spans, group=engine.shard_group)
         self._num_replicas = world_size // num_shards
-        self._layout = SpanLayout(self._factors, self._spans, spans_of_ranks, device)
+        num_matrices = 2 * sum(rank > 0 for rank in self.ranks)
+        self._layout = SpanLayout(self._factors, self._spans, spans_of_ranks, device, num_matrices)
         size = self._layout.num_elements
         self._gradients = torch.zeros(size, dtype=torch.float32, device=device)
-        self.sensitivity = torch.zeros(size, dtype=torch.float32, device=device)
-        self.uncertainty = torch.zeros(size, dtype=torch.float32, device=device)
+        num_scored = 0 if self.compacted else size  # importance decides nothing any more
+        self.sensitivity = torch.zeros(num_scored, dtype=torch.float32, device=device)
+        self.uncertainty = torch.zeros(num_scored, dtype=torch.float32, device=device)
         generator = torch.Generator().manual_seed(0)
-        weights = torch.randint(1, 2**_DIGEST_BITS, (self._layout.num_triplets, 3), generator=generator)
+        weights = torch.randint(1, 2**_DIGEST_BITS, (sum(self.ranks), 3), generator=generator)
         self._digest_weights = weights.to(device)
         self._engine = engine
 
@@ -292,6 +327,17 @@ class RankAllocator:
                 )
 
     # ------------------------------------------------------------------ what loops and reports ask
+
+    @property
+    def engine(self) -> ShardEngine:
+        """What says which spans of the adapters this rank holds.
+
+        Raises:
+            RuntimeError: no step has been made, so it is not known yet.
+        """
+        if self._engine is None:
+            raise RuntimeError("the adapters can be gathered after the first optimizer step, not before")
+        return self._engine
 
     @property
     def budget(self) -> int:
@@ -322,11 +368,12 @@ class RankAllocator:
     def full_factors(self) -> list[dict[str, torch.Tensor]]:
         """P (d_out, r), lam (r,) and Qt (d_in, r) of each adapted matrix, whole, float32. Collective.
 
+        Columns are the triplets that the layer holds (``SVDLinear.triplets``).
+
         Raises:
             RuntimeError: no step has been made, so it is not known yet how the parameters are sharded.
         """
-        if self._engine is None:
-            raise RuntimeError("the adapters can be gathered after the first optimizer step, not before")
+        engine = self.engine
         layers = [m.layer for m in self.matrices]
         # What stands where there is nothing to gather: no columns at rank 0, lambda = 1 in plain LoRA.
         whole = {
@@ -334,7 +381,7 @@ class RankAllocator:
             for x in layers
         }
         for k, (layer, kind) in enumerate(self._owners):
-            whole[id(layer)][kind] = self._engine.full(k).cpu()
+            whole[id(layer)][kind] = engine.full(k).cpu()
         return [whole[id(x)] for x in layers]
 
     def catch_up(self, num_steps: int) -> None:
@@ -365,6 +412,14 @@ class RankAllocator:
         self._finished = True
         if problem := self.problem():
             raise RuntimeError(problem)
+        self.compare_patterns()
+
+    def compare_patterns(self) -> None:
+        """Make sure that all ranks hold the same pattern. Collective.
+
+        Raises:
+            RuntimeError: they do not.
+        """
         digest = self._digest()
         world = dist.group.WORLD if dist.is_initialized() else None
         reduced = sum_over(world, torch.cat([digest, digest * digest]))

@@ -113,6 +113,8 @@ class SpanLayout:
         spans_of_ranks: every shard rank's spans, this rank's included; needed to agree on the split rows. Leave out
             where one rank holds everything.
         device: where the index tensors live.
+        num_matrices: 2n, how many P and Q the mean of the regulariser's ``norm`` form runs over; default: those of
+            rank > 0 among ``factors``.
 
     Sizes, for communication budgets: ``num_gram_elements`` and ``num_split_row_elements`` float32 per step.
     """
@@ -123,6 +125,7 @@ class SpanLayout:
         spans: Sequence[Span],
         spans_of_ranks: Sequence[Sequence[Span]] | None = None,
         device: torch.device | str = "cpu",
+        num_matrices: int | None = None,
     ) -> None:
         self.factors = tuple(factors)
         self.num_triplets = max((f.first_triplet + f.rank for f in factors), default=0)
@@ -131,6 +134,7 @@ class SpanLayout:
         self._place(spans)
         self._index_triplets(device)
         self._index_grams(spans_of_ranks or [spans], device)
+        self._num_matrices = sum(self._num_of_rank.values()) if num_matrices is None else num_matrices
 
     def _place(self, spans: Sequence[Span]) -> None:
         bodies: dict[tuple[str, int, int], list[int]] = {}
@@ -180,6 +184,12 @@ class SpanLayout:
                 index = self._num_of_rank.get(factor.rank, 0)
                 self._slot[k] = (factor.rank, index)
                 self._num_of_rank[factor.rank] = index + 1
+        firsts: dict[int, list[int]] = {r: [] for r in self._num_of_rank}
+        for k, (r, _) in self._slot.items():
+            firsts[r].append(self.factors[k].first_triplet)
+        self._gram_triplets = {  # (matrices, r): the triplet of each column
+            r: (torch.tensor(first)[:, None] + torch.arange(r)).to(device) for r, first in firsts.items()
+        }
         split = {(f.factor, f.row) for spans in spans_of_ranks for f in cut_rows(self.factors, spans)}
         self.split_rows = sorted((k, row) for k, row in split if k in self._slot)
         position: dict[tuple[int, int], int] = {}
@@ -266,9 +276,17 @@ class SpanLayout:
         return torch.cat([t.flatten() for t in (*grams.values(), *rows.values())]) if grams else values.new_zeros(0)
 
     def orthogonality_gradient(
-        self, values: torch.Tensor, reduced: torch.Tensor, form: OrthogonalityForm, gamma: float
+        self,
+        values: torch.Tensor,
+        reduced: torch.Tensor,
+        form: OrthogonalityForm,
+        gamma: float,
+        keep: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """dR/dw for every local element, from the summed :meth:`gram_partials`; 0 for lambda."""
+        """dR/dw for every local element, from the summed :meth:`gram_partials`; 0 for lambda.
+
+        With ``keep``, (num_triplets,) bool, R is about the columns of these triplets alone.
+        """
         gradient = torch.zeros_like(values)
         grams, rows, start = {}, {}, 0
         for r, n in self._num_of_rank.items():
@@ -277,11 +295,11 @@ class SpanLayout:
         for r, n in self._num_split_of_rank.items():
             rows[r] = reduced[start : start + n * r].view(n, r)
             start += n * r
-        num_matrices = sum(self._num_of_rank.values())
         factors = {}
         for r, slots in self._split_slots.items():
             complete = grams[r].index_add(0, slots, rows[r].unsqueeze(2) * rows[r].unsqueeze(1))
-            factors[r] = gradient_factor(complete, form, gamma, num_matrices)
+            active = None if keep is None else keep[self._gram_triplets[r]]
+            factors[r] = gradient_factor(complete, form, gamma, self._num_matrices, active)
             flat_index, row_index = self._split_elements[r]
             row_gradients = torch.bmm(rows[r].unsqueeze(1), factors[r][slots])
             gradient[flat_index] = row_gradients.flatten()[row_index]

@@ -11,7 +11,7 @@ LEVELS = {
     0: ("errors", "config", "schedule", "importance", "orthogonality", "spans", "progress"),
     1: ("layers", "inject"),
     2: ("sharding",),
-    3: ("allocator", "export"),
+    3: ("allocator", "compaction", "export"),
     4: ("cli", "yaml_file", "training", "data", "evaluation", "integrations"),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from adalora_dist.errors import UserError
-from adalora_dist.sharding.base import ShardEngine
+from adalora_dist.sharding.base import ShardEngine, Shrink
 from adalora_dist.sharding.fsdp2 import Fsdp2Engine
-from adalora_dist.sharding.plain import PlainEngine
+from adalora_dist.sharding.plain import PlainEngine, shrink_plain
 from adalora_dist.sharding.zero import ZeroEngine, running_zero_optimizer
 
 
@@ -44,3 +46,27 @@ def select_engine(params: Sequence[torch.Tensor], optimizer: torch.optim.Optimiz
             "fully_shard on the whole model too, and do not ignore adapters"
         )
     return Fsdp2Engine(sharded, optimizer)
+
+
+def shrink_parameters(
+    engine: ShardEngine, model: nn.Module, optimizer: Any, shrinks: Sequence[Shrink]
+) -> Callable[[list[torch.Tensor]], ShardEngine]:
+    """Replace adapter parameters by their columns that stay: in the model, the engine's buffers and the optimizer.
+
+    Args:
+        engine: that holds them now.
+        model: as the engine wraps it.
+        optimizer: a torch optimizer, or wrappers around one.
+        shrinks: every adapter parameter, in the same order on every rank.
+
+    Returns:
+        From the adapter parameters that are left to the engine that holds them.
+
+    Raises:
+        UserError: model, engine or optimizer cannot be rebuilt. Nothing has been changed then.
+    """
+    inner = optimizer
+    while hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    shrink_plain(model, inner, shrinks)
+    return lambda params: select_engine(params, inner)

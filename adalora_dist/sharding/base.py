@@ -8,11 +8,12 @@ spans and flat values only; see ``docs/sharding.md`` for the drawing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.utils import get_total_norm
 
 from adalora_dist.spans import Span as Span
@@ -67,6 +68,47 @@ class ShardEngine(Protocol):
     def full(self, index: int) -> torch.Tensor:
         """The whole parameter, float32, in its full shape, on every rank. Collective; for reports and export."""
         ...
+
+
+class Shrink(NamedTuple):
+    """A parameter that keeps some of its columns (the last dimension); with none left it goes."""
+
+    module: nn.Module
+    name: str
+    columns: torch.Tensor
+    """(number kept,) long, ascending, on the parameter's device."""
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return getattr(self.module, self.name)
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The columns of ``tensor`` that stay, a copy."""
+        return tensor.index_select(-1, self.columns)
+
+
+def replace_parameter(
+    optimizer: torch.optim.Optimizer,
+    old: nn.Parameter,
+    new: nn.Parameter | None,
+    shrink: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """``optimizer`` goes on with ``new`` in place of ``old`` (None: with neither), and with its moments.
+
+    Args:
+        shrink: from a tensor of the old parameter's shape to one of the new.
+    """
+    state = optimizer.state.pop(old, {})
+    for group in optimizer.param_groups:
+        for index, p in enumerate(group["params"]):
+            if p is old:
+                group["params"][index : index + 1] = [] if new is None else [new]
+                break
+    if new is not None and state:
+        optimizer.state[new] = {
+            key: shrink(value) if torch.is_tensor(value) and value.shape == old.shape else value
+            for key, value in state.items()
+        }
 
 
 def nonfinite_flag(gradients: Iterable[torch.Tensor]) -> torch.Tensor:

@@ -6,11 +6,15 @@ DDP's gradients are equal on all ranks before the optimizer's step, and so is ev
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from adalora_dist.sharding.base import drop_gradients, nonfinite_flag, optimizer_gradients
+from adalora_dist.errors import UserError
+from adalora_dist.sharding.base import Shrink, drop_gradients, nonfinite_flag, optimizer_gradients, replace_parameter
 from adalora_dist.spans import Span
 
 
@@ -51,3 +55,45 @@ class PlainEngine:
 
     def full(self, index: int) -> torch.Tensor:
         return self._params[index].detach().to(torch.float32, copy=True)
+
+
+@torch.no_grad()
+def shrink_plain(model: nn.Module, optimizer: torch.optim.Optimizer, shrinks: Sequence[Shrink]) -> None:
+    """Replace parameters, in the model and in its optimizer, by their columns that stay; between two steps.
+
+    Raises:
+        UserError: DDP was set up in a way that cannot be repeated.
+    """
+    wrappers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+    for ddp in wrappers:
+        if ddp.mixed_precision is not None or ddp._delay_all_reduce_params:
+            raise UserError(
+                "DistributedDataParallel with mixed_precision or delay_all_reduce_named_params cannot be rebuilt for "
+                "smaller adapters: set compact to false, or use autocast"
+            )
+    drop_gradients(optimizer)
+    for shrink in shrinks:
+        old, new = shrink.parameter, None
+        if len(shrink.columns):
+            new = nn.Parameter(shrink.of(old))
+            setattr(shrink.module, shrink.name, new)
+        else:
+            delattr(shrink.module, shrink.name)
+        replace_parameter(optimizer, old, new, shrink.of)
+    for ddp in wrappers:
+        _rebuild_reducer(ddp)
+
+
+def _rebuild_reducer(ddp: Any) -> None:
+    """Sort the gradients into buckets anew, as the constructor did. The wrapper stays the same object."""
+    ddp._remove_autograd_hooks()
+    ddp._module_parameters = [p for name, p in ddp.module.named_parameters() if name not in ddp.parameters_to_ignore]
+    parameters, expect_sparse_gradient = ddp._build_params_for_reducer()
+    names = ddp._build_debug_param_to_name_mapping(parameters)
+    ddp._ddp_init_helper(parameters, expect_sparse_gradient, names, ddp.static_graph)
+    ddp._has_rebuilt_buckets = False
+    if ddp.static_graph:
+        ddp.reducer._set_static_graph()
+        ddp.logger._set_static_graph()
+    for hook, state in ddp._comm_hooks:
+        dist._register_comm_hook(ddp.reducer, state, hook)
