@@ -29,7 +29,6 @@ from __future__ import annotations
 import atexit
 import sys
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -263,24 +262,23 @@ class RankAllocator:
                     self._owners.append((layer, kind))
             first += layer.rank
 
-    def rebind(self, make_engine: Callable[[list[torch.Tensor]], ShardEngine]) -> None:
+    def rebind(self, optimizer: Any) -> None:
         """The pruned triplets have been removed: go on with the parameters that the layers have now.
 
         Importance is not needed any more, because the pattern is frozen: its state is given up. Collective.
 
         Args:
-            make_engine: from the adapter parameters in canonical order to the engine that now holds them.
+            optimizer: the outermost one, as for ``select_engine``.
         """
+        self.engine.retire()
         self.compacted = True
         self._list_factors()
-        self._set_up(make_engine([getattr(layer, kind) for layer, kind in self._owners]))
+        self._bind(optimizer)
 
-    def _bind(self, optimizer: torch.optim.Optimizer) -> None:
-        """First step: the engine has taken over the parameters."""
-        self._set_up(select_engine([getattr(layer, kind) for layer, kind in self._owners], optimizer))
-
-    def _set_up(self, engine: ShardEngine) -> None:
-        """See which spans this rank holds, and lay them out."""
+    def _bind(self, optimizer: Any) -> None:
+        """The engine has taken over the parameters: see which spans this rank holds."""
+        parameters = [getattr(layer, kind) for layer, kind in self._owners]
+        engine = select_engine(parameters, optimizer)
         self._spans = engine.spans()
         device = engine.values()[0].device
         spans_of_ranks: list[list[Span]] | None = None

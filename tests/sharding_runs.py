@@ -100,7 +100,7 @@ class Probe:
     """The allocator's place in the hooks, with a script instead of a method."""
 
     def __init__(self, model: Model, optimizer: torch.optim.Optimizer, trace: Trace) -> None:
-        self.model, self.trace = model, trace
+        self.model, self.trace, self.optimizer = model, trace, optimizer
         self.engine: ShardEngine | None = None
         self.firing, self.step = 0, 0
         optimizer.register_step_pre_hook(lambda opt, *_: self.before(opt))
@@ -203,6 +203,47 @@ def train(rank: int, world_size: int, case: Case) -> Trace:
         trace.steps[-1]["lam_seen"] = [a.lam_seen for a in model.adapters]
         trace.steps[-1]["full"] = [probe.engine.full(k) for k in range(9)]
     return trace
+
+
+@dataclass
+class Held:
+    """Of every trained parameter, the head's included: what one rank holds of it and of the optimizer's state."""
+
+    shapes: list[torch.Size]
+    values: list[torch.Tensor]
+    states: list[dict[str, torch.Tensor]]
+
+
+def hold(engine: ShardEngine) -> Held:
+    states = [{name: t.clone() for name, t in state.items()} for state in engine.states()]
+    return Held(engine.shapes(), [v.clone() for v in engine.values()], states)
+
+
+def stop_and_go_on(
+    rank: int, world_size: int, case: Case, stop: int, saved: list[Held] | None = None
+) -> tuple[Held, Held, list[torch.Tensor]]:
+    """Trains to ``stop`` and two steps more, or those two alone, in a fresh engine that gets ``saved``.
+
+    Returns what was held at ``stop`` and at the end, and the lambdas that the first forward after ``stop`` used.
+    """
+    torch.manual_seed(0)
+    model = Model()
+    step_with, probe, forward = _set_up(case, model, dict(case.options), Trace())
+    wrapped = forward if case.engine.startswith("zero") else probe.optimizer
+    engine = select_engine([p for p in model.parameters() if p.requires_grad], wrapped)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(case.precision, torch.float32)
+    if saved is not None:
+        engine.restore(saved[rank].values, saved[rank].states)
+        held, probe.step = hold(engine), stop
+    for step in range(0 if saved is None else stop, stop + 2):
+        if step == stop and saved is None:
+            held = hold(engine)
+        x = torch.randn(world_size, 6, 5, generator=torch.Generator().manual_seed(step))[rank]
+        for micro in range(case.accumulation):
+            step_with(forward(x.to(dtype), -1, False).float().square().mean(), micro == case.accumulation - 1)
+        if step == stop:
+            seen = [adapter.lam_seen for adapter in model.adapters]
+    return held, hold(engine), seen
 
 
 def _set_up(case: Case, model: Model, options: dict[str, Any], trace: Trace) -> tuple[Callable, Probe, Callable]:

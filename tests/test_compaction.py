@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from distributed import import_deepspeed, run_ranks
 from models import adapted_net, config, global_batch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from adalora_dist.allocator import RankAllocator
@@ -43,31 +45,79 @@ class Case:
         return "-".join([*parts, *self.options])
 
 
+def deepspeed_engine(case: Case, model: Any, optimizer: torch.optim.Optimizer) -> Any:
+    zero: dict[str, Any] = {"stage": int(case.engine[-1])}
+    if zero["stage"] == 3:
+        zero |= {"stage3_param_persistence_threshold": case.persist}
+    if "sub_groups" in case.options:
+        zero |= {"sub_group_size": 40}
+    if "offload" in case.options:
+        zero |= {"offload_optimizer": {"device": "cpu"}}
+        if zero["stage"] == 3:
+            zero |= {"offload_param": {"device": "cpu"}}
+    settings = {
+        "train_micro_batch_size_per_gpu": GLOBAL_BATCH // case.world_size // case.accumulation,
+        "gradient_accumulation_steps": case.accumulation,
+        "gradient_clipping": case.clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": case.dtype == torch.bfloat16},
+    }
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+
+
 def run(rank: int, world_size: int, case: Case) -> dict[str, Any]:
     """One whole run with weight decay; what this rank saw."""
     model: Any = adapted_net(case.settings)
     model.head.requires_grad_("head" in case.options)  # trained, but no adapter
+    if case.engine in ("fsdp2", "hsdp"):
+        shape = (2, world_size // 2) if case.engine == "hsdp" else (world_size,)
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+        kwargs: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": "no_reshard" not in case.options}
+        if case.dtype != torch.float32:
+            kwargs["mp_policy"] = MixedPrecisionPolicy(param_dtype=case.dtype, reduce_dtype=torch.float32)
+        if "offload" in case.options:
+            kwargs["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
+        for block in model.blocks:
+            if "every_layer" in case.options:  # a group of its own, which loses all its parameters
+                for layer in (block.up, block.down):
+                    fully_shard(layer.base, **kwargs)
+                    fully_shard(layer, **kwargs)
+            fully_shard(block, **kwargs)
+        fully_shard(model, **kwargs)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-2, weight_decay=0.1)
     allocator = RankAllocator.attach(model, optimizer, case.settings, STEPS)
     if case.engine == "ddp":
         model = DistributedDataParallel(model, gradient_as_bucket_view="views" in case.options)
+    elif case.engine.startswith("zero"):
+        model, optimizer = deepspeed_engine(case, model, optimizer), None
     losses = []
     for step in range(STEPS):
         x, y = (t.chunk(world_size)[rank] for t in global_batch(step, GLOBAL_BATCH))
         total = torch.zeros(())
         for micro in range(case.accumulation):
             micro_x, micro_y = (t.chunk(case.accumulation)[micro] for t in (x, y))
+            if optimizer is None and case.dtype != torch.float32:
+                micro_x = micro_x.to(case.dtype)
             last = micro + 1 == case.accumulation
+            if case.engine in ("fsdp2", "hsdp"):
+                model.set_requires_gradient_sync(last)
             if case.engine == "ddp":
                 model.require_backward_grad_sync = last
             loss = (model(micro_x).float() - micro_y).square().mean()
             total += loss.detach() / case.accumulation
-            (loss / case.accumulation).backward()
-        if case.clip:
-            torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], case.clip)
-        optimizer.step()
-        optimizer.zero_grad()
+            if optimizer is None:
+                model.backward(loss)
+                model.step()
+            else:
+                (loss / case.accumulation).backward()
+        if optimizer is not None:
+            if case.clip:
+                torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], case.clip)
+            optimizer.step()
+            optimizer.zero_grad()
         dist.all_reduce(total)
         losses.append(total.item() / world_size)
         if case.compact:
@@ -104,6 +154,13 @@ def check(case: Case) -> None:
         Case("plain", clip=0, accumulation=3, options=("head",)),
         Case("ddp", 2, accumulation=2),
         Case("ddp", 3, options=("head", "views")),
+        Case("fsdp2", 2),
+        Case("fsdp2", 3, accumulation=2, options=("every_layer", "head")),
+        Case("hsdp", 4, options=("no_reshard",)),
+        Case("zero1", 2, options=("head",)),
+        Case("zero2", 2, accumulation=2),
+        Case("zero3", 2, accumulation=2),
+        Case("zero3", 3, persist=0, options=("head",)),
     ],
     ids=str,
 )

@@ -23,6 +23,7 @@ from sharding_runs import (
     Trace,
     deepspeed,
     make_optimizer,
+    stop_and_go_on,
     train,
 )
 from torch import nn
@@ -197,6 +198,52 @@ def test_some_rank_holds_nothing(case: Case) -> None:
     assert run(case)[-1].spans[1] == (3, 3)
 
 
+RESTORED = [
+    case("plain", 1),
+    case("fsdp2", 3),
+    case("zero1", 2, precision="bf16", num_groups=2),
+    case("zero3", 2, stage3_param_persistence_threshold=0),
+]
+MORE_RESTORED = [
+    case("ddp", 2, num_groups=2),
+    case("fsdp2", 4, mesh=(2, 2)),
+    case("fsdp2", 2, cpu_offload=True),
+    case("zero1", 3, precision="bf16", grad_accum_dtype="fp32"),
+    case("zero2", 3, accumulation=2, num_groups=2, round_robin_gradients=True),
+    case("zero2", 2, offload_optimizer="cpu"),
+    case("zero3", 3, stage3_param_persistence_threshold=10, sub_group_size=10, num_groups=2),
+    case("zero3", 2, precision="bf16", offload_optimizer="cpu", offload_param="cpu"),
+]
+
+
+@pytest.mark.parametrize("case", RESTORED)
+def test_a_fresh_engine_goes_on_from_what_another_held(case: Case) -> None:
+    assert_goes_on(case, stop=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "stop"), [(c.values[0], stop) for c in RESTORED + MORE_RESTORED for stop in (0, 3)], ids=str
+)
+def test_every_fresh_engine_goes_on_from_what_another_held(case: Case, stop: int) -> None:
+    assert_goes_on(case, stop)
+
+
+def assert_goes_on(case: Case, stop: int) -> None:
+    """Bit for bit, weights and optimizer state; at 0 there is no state yet."""
+    first = run_ranks(case.world_size, stop_and_go_on, case, stop)
+    again = run_ranks(case.world_size, stop_and_go_on, case, stop, [held for held, _, _ in first])
+    for (held, end, seen), (held_again, end_again, seen_again) in zip(first, again, strict=True):
+        assert held.shapes == [(7, 3), (3,), (5, 3), (5, 3), (3,), (7, 3), (5, 3), (3,), (5, 3), (2, 5), (2,)]
+        assert all(map(torch.equal, seen, seen_again)), "the first forward used other weights"
+        for old, new in ((held, held_again), (end, end_again)):
+            assert all(map(torch.equal, old.values, new.values))
+            for a, b in zip(old.states, new.states, strict=True):
+                assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+        assert all(not state for state in held.states) if stop == 0 else all(s["step"] == 3 for s in held.states)
+        assert any(not torch.equal(a, b) for a, b in zip(held.values, end.values, strict=True))
+
+
 NO_CHECK = [
     c for c in FP32 + LOW_PRECISION if {"compute_grad_norm", "check_grad_overflow"} & dict(c.values[0].options).keys()
 ]
@@ -243,8 +290,8 @@ def _refusals(rank: int, world_size: int) -> list[str]:
 def test_refusals_name_what_is_wrong() -> None:
     for messages in run_ranks(2, _refusals):
         missing, mixed, columns = messages
-        assert "1 of 9 adapter parameters are not in the optimizer" in missing
-        assert "3 of 9 adapter parameters are sharded" in mixed
+        assert "1 of 9 parameters are not in the optimizer" in missing
+        assert "3 of 9 parameters are sharded" in mixed
         assert "(7, 4)" in columns and "Shard(dim=1)" in columns
 
 

@@ -8,22 +8,27 @@ spans and flat values only; see ``docs/sharding.md`` for the drawing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import get_total_norm
 
+from adalora_dist.errors import UserError
 from adalora_dist.spans import Span as Span
+
+State = dict[str, torch.Tensor]
+"""What an optimizer remembers of one parameter, by the optimizer's own names: the local span of what has an entry per
+weight (``exp_avg``, ``exp_avg_sq``), and ``step`` as a tensor without dimension. Empty before the first step."""
 
 
 class ShardEngine(Protocol):
-    """One training engine, seen from the innermost optimizer's step hooks.
+    """One training engine, seen from the innermost optimizer's step hooks, and between two steps.
 
-    Constructed after the engine has taken the parameters over (at the first step), from the adapter parameters
-    in a fixed order that is the same on every rank, and from the innermost torch optimizer.
+    Constructed after the engine has taken the parameters over, from any of the trainable parameters in a fixed order
+    that is the same on every rank, and from the innermost torch optimizer.
     """
 
     shard_group: dist.ProcessGroup | None
@@ -65,50 +70,77 @@ class ShardEngine(Protocol):
         """
         ...
 
+    def shapes(self) -> list[torch.Size]:
+        """The full shape of each parameter."""
+        ...
+
+    def states(self) -> list[State]:
+        """Per parameter the optimizer's state of the local span, as views where it has an entry per weight.
+
+        Raises:
+            UserError: the optimizer keeps something else than an entry per weight, in blocks for instance.
+        """
+        ...
+
+    def restore(self, values: Sequence[torch.Tensor], states: Sequence[State]) -> None:
+        """Between two steps, set the local span of every parameter, in all its copies, and the optimizer's state of it.
+
+        State that the optimizer has not made yet is made as its first step would. Collective: the engine sends new
+        values to the ranks that read them.
+
+        Raises:
+            UserError: the optimizer is not torch's Adam or AdamW and has made no state yet, or keeps other state; or
+                parameters that share one step counter in this engine come with different ones.
+        """
+        ...
+
+    def retire(self) -> None:
+        """Another engine takes over: leave the optimizer's hooks."""
+        ...
+
     def full(self, index: int) -> torch.Tensor:
         """The whole parameter, float32, in its full shape, on every rank. Collective; for reports and export."""
         ...
 
 
 class Shrink(NamedTuple):
-    """A parameter that keeps some of its columns (the last dimension); with none left it goes."""
+    """An adapter parameter that keeps some of its columns, its last dimension; with none left it goes."""
 
     module: nn.Module
     name: str
     columns: torch.Tensor
-    """(number kept,) long, ascending, on the parameter's device."""
+    """Indices of those that stay."""
 
     @property
     def parameter(self) -> nn.Parameter:
         return getattr(self.module, self.name)
 
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The columns of ``tensor`` that stay, a copy."""
-        return tensor.index_select(-1, self.columns)
+    def replace(self, shape: torch.Size, optimizer: torch.optim.Optimizer, **options: Any) -> nn.Parameter | None:
+        """Put a smaller parameter of zeros in its place, in the module and in the optimizer's group; return it.
+
+        Args:
+            shape: the full shape of the parameter that there is.
+            options: dtype and device.
+        """
+        old, new = self.parameter, None
+        if len(self.columns):
+            zeros = torch.zeros(*shape[:-1], len(self.columns), **options)
+            new = nn.Parameter(zeros, requires_grad=old.requires_grad)
+            setattr(self.module, self.name, new)
+        else:
+            delattr(self.module, self.name)
+        replace_in_optimizer(optimizer, old, new)
+        return new
 
 
-def replace_parameter(
-    optimizer: torch.optim.Optimizer,
-    old: nn.Parameter,
-    new: nn.Parameter | None,
-    shrink: Callable[[torch.Tensor], torch.Tensor],
-) -> None:
-    """``optimizer`` goes on with ``new`` in place of ``old`` (None: with neither), and with its moments.
-
-    Args:
-        shrink: from a tensor of the old parameter's shape to one of the new.
-    """
-    state = optimizer.state.pop(old, {})
+def replace_in_optimizer(optimizer: torch.optim.Optimizer, old: torch.Tensor, new: torch.Tensor | None) -> None:
+    """``optimizer`` goes on with ``new`` in the place of ``old`` (None: without), and forgets its state."""
+    optimizer.state.pop(old, None)
     for group in optimizer.param_groups:
         for index, p in enumerate(group["params"]):
             if p is old:
                 group["params"][index : index + 1] = [] if new is None else [new]
                 break
-    if new is not None and state:
-        optimizer.state[new] = {
-            key: shrink(value) if torch.is_tensor(value) and value.shape == old.shape else value
-            for key, value in state.items()
-        }
 
 
 def nonfinite_flag(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -127,6 +159,61 @@ def drop_gradients(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         for p in group["params"]:
             p.grad = None
+
+
+def local_state(state: Mapping[str, Any], holder: torch.Tensor, cut: Callable[[Any], torch.Tensor]) -> State:
+    """The part of ``state`` that ``cut`` takes out of a tensor shaped as ``holder``, which the optimizer steps."""
+    found = {}
+    for name, value in state.items():
+        if name == "step":
+            found[name] = torch.as_tensor(value).detach()
+        elif torch.is_tensor(value) and value.shape == holder.shape:
+            found[name] = cut(value)
+        else:
+            raise UserError(
+                f"the optimizer's state {name} does not have one entry per weight: use torch.optim.AdamW or another "
+                "optimizer that keeps its moments unpacked"
+            )
+    return found
+
+
+def ready_state(optimizer: torch.optim.Optimizer, holder: torch.Tensor) -> dict[str, Any]:
+    """The optimizer's state of ``holder``; made as torch's Adam and AdamW make it at their first step if it is not."""
+    state = optimizer.state[holder]
+    if not state:
+        if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+            raise UserError(
+                f"the state of {type(optimizer).__name__} cannot be restored before its first step: use "
+                "torch.optim.AdamW or torch.optim.Adam"
+            )
+        options = optimizer.defaults
+        on_device = options["capturable"] or options["fused"]
+        state["step"] = torch.zeros((), dtype=torch.float32, device=holder.device if on_device else "cpu")
+        for name in ("exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * options["amsgrad"]):
+            state[name] = torch.zeros_like(holder, memory_format=torch.preserve_format)
+    return state
+
+
+def restore_state(
+    optimizer: torch.optim.Optimizer, holder: torch.Tensor, cut: Callable[[Any], torch.Tensor], saved: State
+) -> None:
+    """Set what ``cut`` takes out of the optimizer's state of ``holder``; all of it goes if nothing was saved."""
+    if not saved:
+        optimizer.state.pop(holder, None)
+        return
+    state = ready_state(optimizer, holder)
+    if state.keys() != saved.keys():
+        raise UserError(
+            f"the optimizer keeps {', '.join(sorted(state))}, saved were {', '.join(sorted(saved))}: continue with the "
+            "optimizer that the run was started with"
+        )
+    for name, value in saved.items():
+        if name != "step":
+            cut(state[name]).copy_(value)
+        elif torch.is_tensor(state[name]):
+            state[name].fill_(float(value))
+        else:
+            state[name] = int(value)
 
 
 def assemble(local: torch.Tensor, span: Span, shape: torch.Size, group: dist.ProcessGroup | None) -> torch.Tensor:

@@ -14,7 +14,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from adalora_dist.errors import UserError
-from adalora_dist.sharding.base import Shrink, drop_gradients, nonfinite_flag, optimizer_gradients, replace_parameter
+from adalora_dist.sharding.base import (
+    Shrink,
+    State,
+    drop_gradients,
+    local_state,
+    nonfinite_flag,
+    optimizer_gradients,
+    restore_state,
+)
 from adalora_dist.spans import Span
 
 
@@ -32,7 +40,7 @@ class PlainEngine:
         return [Span(0, p.numel()) for p in self._params]
 
     def values(self) -> list[torch.Tensor]:
-        return [p.detach().view(-1) for p in self._params]
+        return [_flat(p) for p in self._params]
 
     def gradients(self) -> list[torch.Tensor | None]:
         views: list[torch.Tensor | None] = []
@@ -51,18 +59,35 @@ class PlainEngine:
         drop_gradients(self._optimizer)
 
     def write(self, index: int, values: torch.Tensor) -> None:
-        self._params[index].detach().view(-1).copy_(values)
+        _flat(self._params[index]).copy_(values)
+
+    def shapes(self) -> list[torch.Size]:
+        return [p.shape for p in self._params]
+
+    def states(self) -> list[State]:
+        return [local_state(self._optimizer.state.get(p, {}), p, _flat) for p in self._params]
+
+    def restore(self, values: Sequence[torch.Tensor], states: Sequence[State]) -> None:
+        for index, (p, local, state) in enumerate(zip(self._params, values, states, strict=True)):
+            self.write(index, local)
+            restore_state(self._optimizer, p, _flat, state)
+
+    def retire(self) -> None:
+        pass
 
     def full(self, index: int) -> torch.Tensor:
         return self._params[index].detach().to(torch.float32, copy=True)
 
 
-@torch.no_grad()
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().view(-1)
+
+
 def shrink_plain(model: nn.Module, optimizer: torch.optim.Optimizer, shrinks: Sequence[Shrink]) -> None:
-    """Replace parameters, in the model and in its optimizer, by their columns that stay; between two steps.
+    """Put smaller parameters, all 0, in the place of those there are; between two steps.
 
     Raises:
-        UserError: DDP was set up in a way that cannot be repeated.
+        UserError: DDP was set up in a way that cannot be repeated. Nothing has been changed then.
     """
     wrappers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
     for ddp in wrappers:
@@ -73,13 +98,8 @@ def shrink_plain(model: nn.Module, optimizer: torch.optim.Optimizer, shrinks: Se
             )
     drop_gradients(optimizer)
     for shrink in shrinks:
-        old, new = shrink.parameter, None
-        if len(shrink.columns):
-            new = nn.Parameter(shrink.of(old))
-            setattr(shrink.module, shrink.name, new)
-        else:
-            delattr(shrink.module, shrink.name)
-        replace_parameter(optimizer, old, new, shrink.of)
+        old = shrink.parameter
+        shrink.replace(old.shape, optimizer, dtype=old.dtype, device=old.device)
     for ddp in wrappers:
         _rebuild_reducer(ddp)
 

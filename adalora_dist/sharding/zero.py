@@ -22,14 +22,15 @@ engine clears them, for the whole model, once they have been consumed.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.utils.hooks import RemovableHandle
 
 from adalora_dist.errors import UserError
-from adalora_dist.sharding.base import assemble, nonfinite_flag
+from adalora_dist.sharding.base import Shrink, State, assemble, local_state, nonfinite_flag, restore_state
 from adalora_dist.spans import Span
 
 
@@ -53,6 +54,11 @@ _STAGE_1_BF16 = ("fp32_groups_flat_partition", "bf16_groups")
 _KINDS = (_STAGE_3, _STAGE_1_OR_2, _STAGE_1_BF16)
 
 
+def is_zero_optimizer(optimizer: Any) -> bool:
+    """Whether this is one of DeepSpeed's ZeRO optimizers."""
+    return any(hasattr(optimizer, kind[0]) for kind in _KINDS)
+
+
 def running_zero_optimizer(optimizer: torch.optim.Optimizer) -> Any | None:
     """The ZeRO optimizer that is just stepping ``optimizer``; None outside of its step or without ZeRO.
 
@@ -62,7 +68,7 @@ def running_zero_optimizer(optimizer: torch.optim.Optimizer) -> Any | None:
     frame = inspect.currentframe()
     while frame is not None:
         caller = frame.f_locals.get("self")
-        if getattr(caller, "optimizer", None) is optimizer and any(hasattr(caller, kind[0]) for kind in _KINDS):
+        if getattr(caller, "optimizer", None) is optimizer and is_zero_optimizer(caller):
             return caller
         frame = frame.f_back
     return None
@@ -102,7 +108,12 @@ class ZeroEngine:
             )
         self.num_firings = 1 if self._kind == _STAGE_1_BF16 else len(self._masters)
         self._held: list[tuple[Any, torch.Tensor | None]] = []
-        optimizer.register_step_post_hook(self._after_firing)
+        # Set once this engine takes part in steps; one that only reads and restores does not.
+        self._hook: RemovableHandle | None = None
+
+    def retire(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
 
     @property
     def _masters(self) -> list[Any]:
@@ -119,7 +130,7 @@ class ZeroEngine:
         return [self._values_of(f) for f in self._fragments]
 
     def _values_of(self, fragment: _Fragment) -> torch.Tensor:
-        return self._masters[fragment.group].detach().narrow(0, fragment.offset, fragment.length)
+        return self._cut(fragment)(self._masters[fragment.group])
 
     def gradients(self) -> list[torch.Tensor | None]:
         firing, masters = {id(master) for master in self._firing_masters()}, self._masters
@@ -134,6 +145,8 @@ class ZeroEngine:
         Without a norm (``compute_grad_norm: false``) the first firing looks at the gradients of every group: the
         masters' where they have been made, those still waiting in ``averaged_gradients`` otherwise.
         """
+        if self._hook is None:
+            self._hook = self._optimizer.register_step_post_hook(self._after_firing)
         norm = self._zero._global_grad_norm
         if norm is not None:
             return (~torch.isfinite(torch.as_tensor(norm, dtype=torch.float32))).float()
@@ -170,10 +183,47 @@ class ZeroEngine:
             return p.ds_tensor.detach().narrow(0, 0, fragment.length)
         return p.detach().view(-1)[fragment.span.start : fragment.span.stop]
 
+    def shapes(self) -> list[torch.Size]:
+        return [p.ds_shape if self._kind == _STAGE_3 else p.shape for p in self._params]
+
+    def states(self) -> list[State]:
+        return [
+            local_state(self._optimizer.state.get(self._masters[f.group], {}), self._masters[f.group], self._cut(f))
+            for f in self._fragments
+        ]
+
+    def restore(self, values: Sequence[torch.Tensor], states: Sequence[State]) -> None:
+        counters: dict[int, set[float]] = {}
+        for f, state in zip(self._fragments, states, strict=True):
+            counters.setdefault(f.group, set()).update({float(state["step"])} if state else ())
+        for group, steps in counters.items():
+            if len(steps) > 1:
+                raise UserError(
+                    f"the parameters of a ZeRO group made different numbers of steps ({sorted(steps)}), and ZeRO "
+                    "counts them together: continue on one process, with DDP or with FSDP2"
+                )
+            self._optimizer.state.pop(self._masters[group], None)
+        for index, (f, local, state) in enumerate(zip(self._fragments, values, states, strict=True)):
+            self.write(index, local)
+            if state:
+                restore_state(self._optimizer, self._masters[f.group], self._cut(f), state)
+        self._publish()
+
+    @staticmethod
+    def _cut(fragment: _Fragment) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda flat: flat.detach().narrow(0, fragment.offset, fragment.length)
+
+    def _publish(self) -> None:
+        """Working copies as ZeRO leaves them after a step: whole where it keeps them whole. Collective."""
+        if self._kind != _STAGE_3:
+            self._zero.update_lp_params()
+        elif kept := self._zero.persistent_parameters:
+            kept[0].partition(kept)
+            kept[0].all_gather(kept)
+
     def full(self, index: int) -> torch.Tensor:
-        p, fragment = self._params[index], self._fragments[index]
-        shape = p.ds_shape if self._kind == _STAGE_3 else p.shape
-        return assemble(self._values_of(fragment), fragment.span, shape, self.shard_group)
+        fragment = self._fragments[index]
+        return assemble(self._values_of(fragment), fragment.span, self.shapes()[index], self.shard_group)
 
 
 def _fragments_of_flat_groups(zero: Any, kind: tuple[str, str]) -> dict[torch.Tensor, _Fragment]:
@@ -228,3 +278,36 @@ def _refuse_unsupported(params: Sequence[torch.Tensor], zero: Any) -> None:
         )
     if any(getattr(p, "use_muon", False) for p in params):
         raise UserError("ZeRO replaces the gradients of Muon's parameters by updates: use another optimizer (AdamW)")
+
+
+def shrink_zero(engine: Any, shrinks: Sequence[Shrink]) -> None:
+    """Put smaller parameters, all 0, in the place of those there are; between two steps. Collective.
+
+    The flat buffers of the ZeRO optimizer are made for its parameters, so the DeepSpeed engine gets a new one, in the
+    way its constructor makes it, around the same torch optimizer. Its state and the masters' values are lost: whoever
+    calls this keeps and restores them. The engine stays the same object; frozen parameters stay as they are, those of
+    stage 3 partitioned.
+    """
+    zero = engine.optimizer
+    inner, kind = zero.optimizer, next(kind for kind in _KINDS if hasattr(zero, kind[0]))
+    groups = getattr(zero, kind[1])
+    for group in inner.param_groups:
+        group["params"] = []
+    for index, params in enumerate(groups):
+        inner.param_groups[zero.sub_group_to_group_id[index] if kind == _STAGE_3 else index]["params"] += params
+    if kind == _STAGE_3:
+        zero.parameter_offload.partition_all_parameters()
+    zero.destroy()
+    inner.state.clear()
+    for shrink in shrinks:
+        old: Any = shrink.parameter
+        shape = old.ds_shape if kind == _STAGE_3 else old.shape
+        new = shrink.replace(shape, inner, dtype=old.dtype, device=engine.device)
+        if kind == _STAGE_3 and new is not None:
+            old.convert_to_zero_parameters(param_list=[new])
+    engine.param_names = {p: name for name, p in engine.module.named_parameters()}
+    engine._configure_optimizer(inner, None)
+    if hasattr(zero, "loss_scaler"):
+        engine.optimizer.loss_scaler = zero.loss_scaler
+    if engine._support_torch_style_backward:
+        engine.optimizer.register_grad_acc_post_hook(engine._backward_post_hook)
