@@ -13,6 +13,11 @@ Once the pattern is frozen, the triplets that were not selected are out of every
 that they have no gradient (nor a part in the clipping norm), and the regulariser leaves them out. ``compaction.py``
 then removes them, which changes nothing but time and memory.
 
+All of this is a constant number of operations on flat buffers, however many matrices there are, and the host waits for
+none of them: a step that is left out because of a non-finite gradient is left out on the device, by the optimizer's own
+kernel and by a weight of 0 for the importance averages, and what ranks say of each other's patterns is looked at one
+allocation later. (Optimizers that cannot skip on the device cost one read per step; see docs/sharding.md.)
+
 Communication beyond plain LoRA's own, in whole:
 
 - per step, over the shard group only (nothing on one process or under DDP): one float32 sum of
@@ -36,6 +41,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from adalora_dist.agreement import DelayedSums, PatternDigest
 from adalora_dist.config import AdapterConfig
 from adalora_dist.errors import UserError
 from adalora_dist.importance import element_scores, select, select_local, update_averages
@@ -44,9 +50,7 @@ from adalora_dist.layers import SVDLinear
 from adalora_dist.schedule import BudgetSchedule
 from adalora_dist.sharding import select_engine
 from adalora_dist.sharding.base import ShardEngine, sum_over
-from adalora_dist.spans import FACTOR_KINDS, Factor, Span, SpanLayout
-
-_DIGEST_BITS = 20  # three numbers below 2^20: their squares add up exactly in float64 over 8192 ranks
+from adalora_dist.spans import FACTOR_KINDS, Factor, FlatBuffer, Span, SpanLayout
 
 
 @dataclass(frozen=True)
@@ -69,22 +73,25 @@ class RankAllocator:
     def __init__(self, matrices: list[AdaptedMatrix], config: AdapterConfig, schedule: BudgetSchedule) -> None:
         self.matrices, self.config, self.schedule = matrices, config, schedule
         self._adapts = config.method == "adalora"
+        self._regularised = self._adapts and config.orthogonality > 0
         self.ranks = [m.layer.init_rank for m in matrices]
         """Triplets of each matrix at the start of the run; patterns are about these, removed ones included."""
         self.step = 0
         """Training steps seen so far; the next one is the schedule's t."""
-        self.num_skipped_steps = 0
-        """Steps left out because a gradient somewhere was not finite."""
         self.allocations: list[Allocation] = []
         self.keep: torch.Tensor | None = None
         """(num_triplets,) bool: the triplets of the last selection; None before the first."""
         self.frozen = False
         self.compacted = any(m.layer.rank < m.layer.init_rank for m in matrices)
         """The triplets that were pruned for good have been removed from memory."""
-        self._pending = False  # a selection is due and could not be made yet
+        self._pending = False  # a selection is due
+        self._num_missed = 0  # steps that the engine left out by itself
+        self._num_skipped: torch.Tensor | None = None  # those left out here, counted on the device
+        self._unread: tuple[int, DelayedSums] | None = None  # the last allocation's step and digests
+        self._masks: list[torch.Tensor] = []  # of what is masked, for the pattern _masks_of
+        self._masks_of: torch.Tensor | None = None
         self._engine: ShardEngine | None = None
         self._firing = 0
-        self._finite = True
         self._finished = False
 
         self._list_factors()
@@ -141,21 +148,15 @@ class RankAllocator:
             )
         if self._firing == 0:
             self._begin_step()
-        if not self._finite:
-            self._engine.skip_firing()
-            return
-        if not self._adapts:
-            return
-        gradients = self._engine.gradients()
-        local, flat = self._layout.views(gradients, self._gradients)
-        if local:
-            torch._foreach_copy_(flat, local)
-            if self.config.orthogonality:
-                _, regulariser = self._layout.views(gradients, self._regulariser)
-                torch._foreach_add_(flat, regulariser)
-                torch._foreach_copy_(local, flat)
-        if self._firing == self._engine.num_firings - 1 and self.config.importance_order == "before":
-            self._update_importance(self._values)
+        if self._adapts:
+            local, flat = self._layout.views(self._engine.gradients(), self._gradients)
+            if local and self._regularised:
+                torch._foreach_add_(local, flat)
+            if local and self._measures:
+                torch._foreach_copy_(flat, local)
+            if self._firing == self._engine.num_firings - 1 and self.config.importance_order == "before":
+                self._update_importance()
+        self._engine.skip_firing_if(self._skip)
 
     @torch.no_grad()
     def _after_firing(self) -> None:
@@ -165,11 +166,10 @@ class RankAllocator:
             return
         self._firing = 0
         self._pending |= self._due(self.step)
-        if not self._finite:
-            self.num_skipped_steps += 1
-        elif self._adapts:
-            if self.config.importance_order == "after":
-                self._update_importance(self._collect_values())
+        if self._adapts:
+            if self.config.importance_order == "after" and self._measures:
+                self._collect_values()
+                self._update_importance()
             if self._pending:
                 self._allocate()
                 self._mask()
@@ -178,30 +178,41 @@ class RankAllocator:
         self.step += 1
 
     def _begin_step(self) -> None:
-        """Values and regulariser of this step; agree over the shard group whether its gradients are finite."""
+        """Values and regulariser of this step; agree over the shard group whether its gradients are finite.
+
+        Leaves the regulariser's gradient in the gradient buffer: both hooks of a firing add and overwrite its part.
+        """
         assert self._engine is not None
-        regularised = self._adapts and self.config.orthogonality > 0
-        parts = [self._engine.nonfinite().reshape(1).to(self._gradients)]
-        if self._adapts:
-            self._values = self._collect_values()
-        if regularised:
-            parts.insert(0, self._layout.gram_partials(self._values))
-        reduced = sum_over(self._engine.shard_group, torch.cat(parts))
-        self._finite = bool(reduced[-1] == 0)
-        if regularised and self._finite:
-            self._regulariser = self._layout.orthogonality_gradient(
+        if self._regularised or self._measures:
+            self._collect_values()
+        if self._regularised:
+            self._layout.gram_partials(self._values)
+        self._skip.copy_(self._engine.nonfinite())
+        partials = self._layout.partials if self._regularised else self._layout.partials[-1:]
+        reduced = sum_over(self._engine.shard_group, partials)
+        if reduced is not partials:
+            partials.copy_(reduced)
+        self._skip.clamp_(max=1)
+        self._num_skipped = self._skip.clone() if self._num_skipped is None else self._num_skipped.add_(self._skip)
+        if self._regularised:
+            self._layout.orthogonality_gradient(
                 self._values,
-                reduced[:-1],
                 self.config.orthogonality_form,
                 self.config.orthogonality,
-                self.keep if self.frozen and not self.compacted else None,
+                out=self._gradients,
+                keep=self.keep if self.frozen and not self.compacted else None,
             )
 
-    def _update_importance(self, values: torch.Tensor) -> None:
-        if not self.frozen and self.config.importance != "magnitude":
-            update_averages(
-                self.sensitivity, self.uncertainty, values, self._gradients, self.config.beta1, self.config.beta2
-            )
+    @property
+    def _measures(self) -> bool:
+        """Whether importance averages advance."""
+        return self._adapts and not self.frozen and self.config.importance != "magnitude"
+
+    def _update_importance(self) -> None:
+        if self._measures:
+            beta1, beta2 = self.config.beta1, self.config.beta2
+            values, gradients = self._values.data, self._gradients.data
+            update_averages(self.sensitivity, self.uncertainty, values, gradients, beta1, beta2, self._skip)
 
     def _due(self, step: int) -> bool:
         """A selection is due at its steps, and at any later step if the last one was missed."""
@@ -209,24 +220,23 @@ class RankAllocator:
         return due and self._adapts and not self.frozen
 
     def _allocate(self) -> None:
-        """Select the budget's triplets from the scores of all ranks: one reduction."""
-        assert self._engine is not None
-        if self.config.importance == "magnitude":
-            values = self._collect_values()
-            elements = torch.zeros_like(values)
-            for piece in self._layout.pieces:
-                if self._factors[piece.factor].kind == "lam":
-                    part = slice(piece.flat_start, piece.flat_start + piece.length)
-                    elements[part] = values[part].abs()
+        """Select the budget's triplets from the scores of all ranks: one reduction.
+
+        If this step's gradients were not finite, importance is that of the last step that happened.
+        """
+        self._compare_digests()
+        elements, of_values = self._gradients, self.config.importance == "magnitude"
+        if of_values:
+            self._collect_values()
+            torch.abs(self._values.data, out=elements.data)
         else:
-            elements = element_scores(self.config.importance, self.sensitivity, self.uncertainty)
-        partials = self._layout.score_partials(elements)
-        digest = self._digest()
-        reduced = sum_over(
-            dist.group.WORLD if dist.is_initialized() else None,
-            torch.cat([partials / self._num_replicas, digest, digest * digest]),
-        )
-        self._compare_digests(reduced[-6:-3], reduced[-3:])
+            element_scores(self.config.importance, self.sensitivity, self.uncertainty, out=elements.data)
+        scores = self._layout.score_partials(elements, lam_only=of_values)
+        if self._num_replicas > 1:
+            scores /= self._num_replicas
+        world = dist.group.WORLD if dist.is_initialized() else None
+        reduced = sum_over(world, torch.cat([scores, self._digest.summands(self.keep)]))
+        self._unread = self.step, DelayedSums(reduced[-6:])
         scores, budget = reduced[:-6], self.schedule.budget(self.step)
         if self.config.budget_scope == "local":
             self.keep = select_local(scores, self.ranks, budget)
@@ -242,11 +252,22 @@ class RankAllocator:
         Once the pattern is frozen, P_i <- 0 as well: then lambda_i has no gradient any more.
         """
         assert self._engine is not None and self.keep is not None
-        values = self._engine.values()
-        for k, (factor, span) in enumerate(zip(self._factors, self._spans, strict=True)):
-            if (factor.kind == "lam" or factor.kind == "P" and self.frozen) and span.stop > span.start:
-                columns = torch.arange(span.start, span.stop, device=self.keep.device) % factor.rank
-                self._engine.write(k, values[k] * self.keep[factor.first_triplet + columns])
+        masked = self._lams + self._ps if self.frozen else self._lams
+        values = [self._engine.values()[k] for k in masked]
+        if self._masks_of is not self.keep:
+            # split() cuts at every span's ends; each second part is a span
+            self._masks, self._masks_of = [*self.keep.float().split(self._lam_cuts)[1::2]], self.keep
+            self._masks += [self._mask_of(k, x) for k, x in zip(masked, values, strict=True) if k in self._ps]
+        if masked:
+            self._engine.write(masked, torch._foreach_mul(values, self._masks))
+
+    def _mask_of(self, k: int, values: torch.Tensor) -> torch.Tensor:
+        """1 for the elements of kept triplets in the local span of parameter k, else 0; shaped as ``values``."""
+        assert self.keep is not None
+        factor, span = self._factors[k], self._spans[k]
+        row = self.keep[factor.first_triplet : factor.first_triplet + factor.rank].float()
+        length = span.stop - span.start
+        return row.roll(-(span.start % factor.rank)).repeat(-(-length // factor.rank))[:length].view(values.shape)
 
     # ------------------------------------------------------------------ set-up and small parts
 
@@ -276,11 +297,14 @@ class RankAllocator:
         self._bind(optimizer)
 
     def _bind(self, optimizer: Any) -> None:
-        """The engine has taken over the parameters: see which spans this rank holds."""
-        parameters = [getattr(layer, kind) for layer, kind in self._owners]
-        engine = select_engine(parameters, optimizer)
+        """The engine has taken over the parameters."""
+        self._set_up(select_engine([getattr(layer, kind) for layer, kind in self._owners], optimizer))
+
+    def _set_up(self, engine: ShardEngine) -> None:
+        """See which spans this rank holds; lay them out and make all buffers and views."""
         self._spans = engine.spans()
-        device = engine.values()[0].device
+        values = engine.values()
+        device = values[0].device
         spans_of_ranks: list[list[Span]] | None = None
         num_shards, world_size = 1, 1
         if dist.is_initialized():
@@ -291,36 +315,41 @@ class RankAllocator:
                 dist.all_gather_object(spans_of_ranks, self._spans, group=engine.shard_group)
         self._num_replicas = world_size // num_shards
         num_matrices = 2 * sum(rank > 0 for rank in self.ranks)
-        self._layout = SpanLayout(self._factors, self._spans, spans_of_ranks, device, num_matrices)
-        size = self._layout.num_elements
-        self._gradients = torch.zeros(size, dtype=torch.float32, device=device)
-        num_scored = 0 if self.compacted else size  # importance decides nothing any more
-        self.sensitivity = torch.zeros(num_scored, dtype=torch.float32, device=device)
-        self.uncertainty = torch.zeros(num_scored, dtype=torch.float32, device=device)
-        generator = torch.Generator().manual_seed(0)
-        weights = torch.randint(1, 2**_DIGEST_BITS, (sum(self.ranks), 3), generator=generator)
-        self._digest_weights = weights.to(device)
+        self._layout = SpanLayout(self._factors, self._spans, spans_of_ranks, device, num_matrices=num_matrices)
+        self._skip = self._layout.partials[-1]  # 1 where this step has a non-finite gradient
+        self._digest = PatternDigest(sum(self.ranks), device)
+        if self._adapts:
+            shapes = [v.shape for v in values]
+            self._values = FlatBuffer(self._layout, shapes, device)
+            self._gradients = FlatBuffer(self._layout, shapes, device)
+            num_scored = 0 if self.compacted else len(self._values.data)  # importance decides nothing any more
+            self.sensitivity = torch.zeros(num_scored, dtype=torch.float32, device=device)
+            self.uncertainty = torch.zeros(num_scored, dtype=torch.float32, device=device)
+        self._lams: list[int] = []  # the lambdas of which this rank holds something
+        self._ps = [k for k, f in enumerate(self._factors) if f.kind == "P" and values[k].numel()]  # the same of P
+        self._lam_cuts = [0]
+        for k, (factor, span) in enumerate(zip(self._factors, self._spans, strict=True)):
+            if factor.kind == "lam" and span.stop > span.start:
+                self._lams.append(k)
+                gap = factor.first_triplet + span.start - sum(self._lam_cuts)
+                self._lam_cuts = [*self._lam_cuts[:-1], self._lam_cuts[-1] + gap, span.stop - span.start, 0]
+        self._lam_cuts[-1] = self._layout.num_triplets - sum(self._lam_cuts)
+        self._masks, self._masks_of = [], None
         self._engine = engine
 
-    def _collect_values(self) -> torch.Tensor:
-        """All local elements in the flat layout, float32."""
+    def _collect_values(self) -> None:
+        """All local elements into the flat layout, float32."""
         assert self._engine is not None
-        return self._layout.collect(self._engine.values(), torch.empty_like(self._gradients))
+        self._layout.collect(self._engine.values(), self._values)
 
-    def _digest(self) -> torch.Tensor:
-        """Three numbers below 2^20 that change with any change of the current pattern, float64."""
-        if self.keep is None:
-            return torch.zeros(3, dtype=torch.float64, device=self._gradients.device)
-        sums = (self._digest_weights * self.keep.unsqueeze(1)).sum(0)
-        return (sums % 2**_DIGEST_BITS).double()
-
-    def _compare_digests(self, sums: torch.Tensor, sums_of_squares: torch.Tensor) -> None:
-        """All ranks hold the same pattern exactly if world * sum(d^2) = (sum d)^2, in integers."""
-        world_size = dist.get_world_size() if dist.is_initialized() else 1
-        for total, squares in zip(sums.tolist(), sums_of_squares.tolist(), strict=True):
-            if world_size * int(squares) != int(total) ** 2:
+    def _compare_digests(self) -> None:
+        """Raise, on all ranks alike, if the patterns of two ranks differed at the last allocation."""
+        if self._unread is not None:
+            step, digests = self._unread
+            self._unread = None
+            if not digests.agree(dist.get_world_size() if dist.is_initialized() else 1):
                 raise RuntimeError(
-                    f"rank patterns differ between ranks before step {self.step}: the run cannot be trusted. Likely "
+                    f"rank patterns differ between ranks before step {step}: the run cannot be trusted. Likely "
                     "causes: ranks started from different adapters or seeds, or a rank changed lambda by itself"
                 )
 
@@ -347,13 +376,17 @@ class RankAllocator:
         """What this rank puts into the per-step reduction; 0 where nothing is sharded. Known after the first step."""
         if self._engine is None or self._engine.shard_group is None:
             return 0
-        layout, regularised = self._layout, self._adapts and self.config.orthogonality > 0
-        return 4 * (1 + regularised * (layout.num_gram_elements + layout.num_split_row_elements))
+        return 4 * (self._layout.partials.numel() if self._regularised else 1)
 
     @property
     def bytes_per_allocation(self) -> int:
         """What this rank puts into the reduction of one allocation; 0 on one process."""
         return 8 * (sum(self.ranks) + 6) if dist.is_initialized() and dist.get_world_size() > 1 else 0
+
+    @property
+    def num_skipped_steps(self) -> int:
+        """Steps left out because a gradient somewhere was not finite. Reads from the device."""
+        return self._num_missed + (0 if self._num_skipped is None else int(self._num_skipped))
 
     def rank_pattern(self) -> dict[str, int]:
         """Active rank of each adapted matrix, by name. Reads from the device."""
@@ -398,7 +431,7 @@ class RankAllocator:
             )
         for missed in range(self.step, num_steps):
             self._pending |= self._due(missed)
-            self.num_skipped_steps += 1
+            self._num_missed += 1
         self.step = max(self.step, num_steps)
 
     def finish(self) -> None:
@@ -413,15 +446,15 @@ class RankAllocator:
         self.compare_patterns()
 
     def compare_patterns(self) -> None:
-        """Make sure that all ranks hold the same pattern. Collective.
+        """Make sure that all ranks hold the same pattern. Collective; reads from the device.
 
         Raises:
             RuntimeError: they do not.
         """
-        digest = self._digest()
+        self._compare_digests()
         world = dist.group.WORLD if dist.is_initialized() else None
-        reduced = sum_over(world, torch.cat([digest, digest * digest]))
-        self._compare_digests(reduced[:3], reduced[3:])
+        self._unread = self.step, DelayedSums(sum_over(world, self._digest.summands(self.keep)))
+        self._compare_digests()
 
     def problem(self) -> str | None:
         """Why the run, if it ended now, would not have met its budget; None if it has."""

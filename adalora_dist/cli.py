@@ -1,8 +1,9 @@
 """From a command line and a YAML file to a validated run, and from a user's mistake to one line.
 
-Order of precedence: the schema's defaults, then ``--config file.yaml``, then flags (of a repeated flag the last).
-Both sources become one nested mapping that pydantic validates, so a mistake reads the same wherever it was made;
-tyro renders ``--help`` from the same schema. Nothing here imports torch: a typing error must not cost half a minute.
+Order of precedence: the schema's defaults, then a row of the recipe's table of presets (``presets.py``), then
+``--config file.yaml``, then flags (of a repeated flag the last). All become one nested mapping that pydantic validates,
+so a mistake reads the same wherever it was made; tyro renders ``--help`` from the same schema. Nothing here imports
+torch: a typing error must not cost half a minute.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pydantic_core import ErrorDetails
 
 from adalora_dist.config import RunConfig
 from adalora_dist.errors import UserError
+from adalora_dist.presets import PresetTable
 from adalora_dist.yaml_file import read_yaml
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
@@ -41,22 +43,25 @@ class Setting(NamedTuple):
     info: FieldInfo
 
 
-def parse_config(schema: type[ConfigT], argv: list[str] | None = None, description: str = "") -> ConfigT:
+def parse_config(
+    schema: type[ConfigT], argv: list[str] | None = None, description: str = "", table: Path | None = None
+) -> ConfigT:
     """The run that the command line asks for.
 
     Args:
         schema: ``RunConfig`` or a recipe's subclass of it.
         argv: arguments without the program's name; None: ``sys.argv[1:]``.
         description: first paragraph of ``--help``.
+        table: YAML file of the recipe's presets; gives it the flags ``--preset`` and what else picks a row.
 
     Raises:
         SystemExit: code 0 after ``--help``; code 2 after a mistake, told in one line on standard error.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     if "--help" in arguments or "-h" in arguments:
-        _print_help(schema, description)
+        _print_help(schema, description, table)
     try:
-        return _parse(schema, arguments)
+        return _parse(schema, arguments, table)
     except UserError as error:
         fail(error)
 
@@ -85,27 +90,44 @@ def user_errors() -> Iterator[None]:
         fail(error)
 
 
-def _print_help(schema: type[RunConfig], description: str) -> NoReturn:
+def _print_help(schema: type[RunConfig], description: str, path: Path | None) -> NoReturn:
     config_flag: Any = (
         Annotated[str, tyro.conf.arg(metavar="FILE.yaml")],
         Field("", description="YAML file with nested sections; flags override what it sets."),
     )
-    with_config: Any = create_model(schema.__name__, __base__=schema, config=config_flag)
+    table = PresetTable(path, tuple(schema.model_fields)) if path else None
+    picks: Any = {}
+    if table is not None:
+        for axis in table.axes_besides(_settings(schema)):
+            words = ", ".join(table.words(axis))
+            picks[axis] = (str, Field("", description=f"Picks a row of {table.path.name}: {words}."))
+    with_config: Any = create_model(schema.__name__, __base__=schema, config=config_flag, **picks)
     tyro.cli(with_config, args=["--help"], description=description, config=(tyro.conf.OmitArgPrefixes,))
     raise AssertionError("unreachable: tyro exits after --help")
 
 
-def _parse(schema: type[ConfigT], arguments: Sequence[str]) -> ConfigT:
+def _parse(schema: type[ConfigT], arguments: Sequence[str], path: Path | None) -> ConfigT:
     settings = _settings(schema)
-    given = _split(arguments, settings)
+    table = PresetTable(path, tuple(schema.model_fields)) if path else None
+    picks = table.axes_besides(settings) if table else []
+    given = _split(arguments, settings, picks)
     # What a recipe's schema presets in a section must survive when the user sets another field of that section.
     values = {
         name: section.get_default(call_default_factory=True).model_dump(exclude_unset=True)
         for name, section in schema.model_fields.items()
     }
     origins: dict[tuple[str, str], str] = {}
+    from_file: dict[str, dict[str, Any]] = {section: {} for section in values}
     if "config" in given:
-        _merge_yaml(schema, Path(given.pop("config")[0]), values, origins)
+        _merge_yaml(schema, Path(given.pop("config")[0]), from_file, origins)
+    picked = {axis: given.pop(axis)[0] for axis in picks if axis in given}
+    if table is not None and picked:
+        for axis in (a for a in table.axes if a not in picks):  # a setting that picks rows, too
+            section, name, info = settings[axis]
+            known = {name: info.get_default()} | values[section] | from_file[section]
+            picked[axis] = given[axis][0] if axis in given else str(known[name])
+        _merge(table.resolve(picked), values)
+    _merge(from_file, values)
     for flag, words in given.items():
         setting = settings[flag]
         values[setting.section][setting.name] = _flag_value(setting.info, words)
@@ -133,8 +155,13 @@ def _settings(schema: type[RunConfig]) -> dict[str, Setting]:
 # ------------------------------------------------------------------------------------------------ the command line
 
 
-def _split(arguments: Sequence[str], settings: Mapping[str, Setting]) -> dict[str, list[str]]:
-    """Flags as typed, ``{"epochs": ["3"], "tasks": ["boolq", "piqa"]}``; ``--no-x`` becomes ``{"x": ["false"]}``."""
+def _split(
+    arguments: Sequence[str], settings: Mapping[str, Setting], picks: Sequence[str] = ()
+) -> dict[str, list[str]]:
+    """Flags as typed, ``{"epochs": ["3"], "tasks": ["boolq", "piqa"]}``; ``--no-x`` becomes ``{"x": ["false"]}``.
+
+    ``picks`` are flags that pick a row of a table of presets.
+    """
     switches = {f"no-{flag}": flag for flag, setting in settings.items() if setting.info.annotation is bool}
     given: dict[str, list[str]] = {}
     words: list[str] | None = None
@@ -151,8 +178,8 @@ def _split(arguments: Sequence[str], settings: Mapping[str, Setting]) -> dict[st
             if equals:
                 raise UserError(f"{typed} takes no value: write {typed} or --{switches[flag]}")
             flag, words = switches[flag], ["false"]
-        elif not typed.startswith("--") or flag not in (*settings, "config", "local-rank"):
-            near = _near(flag.rpartition(".")[2].lstrip("-"), [*settings, *switches, "config"])
+        elif not typed.startswith("--") or flag not in (*settings, *picks, "config", "local-rank"):
+            near = _near(flag.rpartition(".")[2].lstrip("-"), [*settings, *switches, *picks, "config"])
             hint = f"did you mean --{' or --'.join(near)}?" if near else "see --help for all of them"
             raise UserError(f"{typed} is not a flag: {hint}")
         if flag == "config" and flag in given:
@@ -169,7 +196,8 @@ def _check_arity(flag: str, words: list[str], info: FieldInfo | None) -> None:
     if info is not None and info.annotation is bool and not words:
         words.append("true")
     if not words or "" in words:  # an empty word is mostly a shell variable that was never set
-        legal = _legal(info) if info else "the path of a YAML file" if flag == "config" else "an integer"
+        legal = _legal(info) if info else {"config": "the path of a YAML file", "local-rank": "an integer"}.get(flag)
+        legal = legal or "a row of the recipe's table"
         hint = ", or the word none for an empty list" if takes_list else ""
         raise UserError(f"--{flag} has no value: give it {legal}{hint}")
     if len(words) > 1 and not takes_list:
@@ -223,6 +251,11 @@ def _merge_yaml(
             if isinstance(value, bool) and names[name].annotation is not bool:  # pydantic would read true as 1
                 raise UserError(f"{origins[section, name]}: must be {_legal(names[name])}; {_remedy(names[name])}")
             values[section][name] = value
+
+
+def _merge(new: Mapping[str, Mapping[str, Any]], values: dict[str, dict[str, Any]]) -> None:
+    for section, content in new.items():
+        values[section] |= content
 
 
 def _owners(key: Any, settings: Mapping[str, Setting]) -> list[str]:

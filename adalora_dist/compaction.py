@@ -25,7 +25,8 @@ from adalora_dist.sharding import select_engine
 from adalora_dist.sharding.base import Shrink, assemble
 from adalora_dist.sharding.fsdp2 import Fsdp2Engine, shrink_fsdp2
 from adalora_dist.sharding.plain import shrink_plain
-from adalora_dist.sharding.zero import is_zero_optimizer, shrink_zero
+from adalora_dist.sharding.zero import is_zero_optimizer
+from adalora_dist.sharding.zero_shrink import shrink_zero
 from adalora_dist.spans import FACTOR_KINDS, Span
 
 
@@ -105,7 +106,7 @@ def _shrink(model: nn.Module, optimizer: Any, shrinks: Sequence[Shrink]) -> Any:
 
     def move(local: torch.Tensor, k: int, span: Span) -> torch.Tensor:
         """``span`` of the reduced parameter k, from the local span of the whole one."""
-        whole, kept = assemble(local, spans[k], shapes[k], old.shard_group), columns[k]
+        whole, kept = assemble(local.reshape(-1), spans[k], shapes[k], old.shard_group), columns[k]
         return (whole if kept is None else whole.index_select(-1, kept)).flatten()[span.start : span.stop].clone()
 
     new_values, new_states = [], []

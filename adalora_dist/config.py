@@ -54,8 +54,9 @@ class ModelConfig(Section):
 
 
 class AdapterConfig(Section):
-    method: Literal["adalora", "lora"] = "adalora"
-    """adalora: ranks adapt to the budget; lora: plain LoRA of rank init_rank through the same loop."""
+    method: Literal["adalora", "lora", "head", "full"] = "adalora"
+    """What is trained besides train_modules: adapters whose ranks adapt to the budget; plain LoRA of rank init_rank;
+    nothing (head); every weight of the model (full)."""
     init_rank: int = Field(12, ge=1)
     """Rank r of every adapted matrix at the start."""
     target_rank: float = Field(8.0, ge=0)
@@ -67,7 +68,7 @@ class AdapterConfig(Section):
     targets: tuple[str, ...] = Field(("all-linear",), min_length=1)
     """Matrices to adapt: module names (q_proj), dotted names, regular expressions, or all-linear."""
     train_modules: tuple[str, ...] = ()
-    """Modules trained in full besides the adapters, a new classifier for instance."""
+    """Modules trained in full besides the adapters, by name; task-head: all that lies outside the backbone."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the input of the adapter branch (the paper uses 0)."""
     init: Literal["gaussian", "orthonormal"] = "gaussian"
@@ -90,6 +91,10 @@ class AdapterConfig(Section):
     """Smoothing of the uncertainty."""
     importance_order: Literal["before", "after"] = "before"
     """Weights in |w g|: before the optimizer step (Algorithm 1) or after it (the authors' code)."""
+    compact: bool = True
+    """Remove pruned triplets from memory once the pattern is frozen; false: keep them, at 0, to the end.
+
+    For the recipes' loop; HF Trainer keeps them (AdaLoraCallback)."""
     orthogonality: float = Field(0.1, ge=0)
     """gamma: coefficient of the orthogonality regulariser; 0 turns it off."""
     orthogonality_form: Literal["norm", "squared"] = "norm"
@@ -111,6 +116,8 @@ class TrainConfig(Section):
     """Run folder: resolved configuration, metrics.jsonl, exports. A folder that holds a run is refused."""
     overwrite: bool = False
     """Replace the run that output_dir holds."""
+    dry_run: bool = False
+    """Only say what the run would be, without reading weights: steps, budgets, trainable parameters."""
     epochs: float = Field(3.0, gt=0)
     """Passes over the training data; ignored when max_steps is set."""
     max_steps: int | None = Field(None, ge=1)
@@ -129,6 +136,8 @@ class TrainConfig(Section):
     """Decay after the learning-rate warm-up."""
     lr_warmup_ratio: float = Field(0.05, ge=0, lt=1)
     """Share of the steps over which the learning rate rises from 0."""
+    lr_warmup_steps: int | None = Field(None, ge=0)
+    """The same as a number of steps; overrides lr_warmup_ratio."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Clip the task gradient to this global norm (0: off). The orthogonality gradient is added after it."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -166,14 +175,10 @@ class QuantizationConfig(Section):
 
 
 class EvaluationConfig(Section):
-    evaluate_by: tuple[Literal["likelihood", "generation"], ...] = ("likelihood", "generation")
-    """likelihood: the choice with the highest log-likelihood; generation: greedy decoding, then parsing."""
     evaluate_before: bool = True
     """Also evaluate the model as it is before training."""
     eval_batch_size: int = Field(16, ge=1)
     """Sequences per process in one evaluation forward."""
-    max_new_tokens: int = Field(12, ge=1)
-    """Length of the generated answers."""
 
 
 class ExportConfig(Section):
@@ -207,6 +212,11 @@ class RunConfig(Section):
                 f"quant_storage {storage} with precision {self.train.precision}: engines would convert the packed "
                 f"weights to {compute} and so destroy them; must be auto, uint8 or {compute}; leave quant_storage out"
             )
+        if method != "none" and self.adapter.method == "full":
+            raise ValueError(
+                f"quantization {method} with method full: quantised weights cannot be trained; set quantization to "
+                "none, or method to adalora"
+            )
         if method == "none" and self.export.merge_into == "dequantized":
             raise ValueError(
                 "merge_into dequantized with quantization none: nothing was quantised; set merge_into to original, or "
@@ -217,7 +227,17 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _reachable_budget(self) -> RunConfig:
         adapter = self.adapter
-        if adapter.method == "lora":  # plain LoRA has no budget: the target_* settings are not read
+        if adapter.method == "full" and self.model.dtype in ("bfloat16", "float16"):
+            raise ValueError(
+                f"method full with dtype {self.model.dtype}: small updates of 16-bit weights are rounded away; set "
+                "dtype to float32, and precision to bf16 for speed"
+            )
+        if adapter.method == "head" and not adapter.train_modules:
+            raise ValueError(
+                "method head with no train_modules: nothing would be trained; name modules in train_modules, or set it "
+                "to task-head for all that lies outside the backbone"
+            )
+        if adapter.method != "adalora":  # nothing has a budget: the target_* settings are not read
             return self
         if adapter.target_budget is None and adapter.target_rank > adapter.init_rank:
             raise ValueError(
@@ -236,7 +256,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _steps_left_to_prune(self) -> RunConfig:
         adapter, total = self.adapter, self.train.max_steps
-        if adapter.method == "lora" or total is None:
+        if adapter.method != "adalora" or total is None:
             return self
         given = {"initial_warmup_steps": adapter.initial_warmup_steps, "final_steps": adapter.final_steps}
         known = {name: steps for name, steps in given.items() if steps is not None}
@@ -268,5 +288,13 @@ class CommonsenseDataConfig(Section):
     """Use at most this many evaluation rows per task."""
 
 
+class CommonsenseEvaluationConfig(EvaluationConfig):
+    evaluate_by: tuple[Literal["likelihood", "generation"], ...] = ("likelihood", "generation")
+    """likelihood: the choice with the highest log-likelihood; generation: greedy decoding, then parsing."""
+    max_new_tokens: int = Field(12, ge=1)
+    """Length of the generated answers."""
+
+
 class CommonsenseConfig(RunConfig):
     data: CommonsenseDataConfig = CommonsenseDataConfig()
+    evaluation: CommonsenseEvaluationConfig = CommonsenseEvaluationConfig()

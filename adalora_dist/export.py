@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,13 +19,19 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from adalora_dist.allocator import RankAllocator
+from adalora_dist.base_files import weight_files
 from adalora_dist.errors import UserError
 from adalora_dist.inject import AdaptedMatrix, linear_shape
 from adalora_dist.layers import SVDLinear
 from adalora_dist.progress import progress_bar
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-_FORMAT = 1
+_BASE_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]  # weights, configurations, tokenizers
+_FORMAT = 2
+_TASK_SETTINGS = ("id2label", "label2id", "problem_type", "classifier_dropout", "cls_dropout")
+
+FACTORS = ("P", "lam", "Q")
+"""Of one adapter, as they are called in files."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,11 @@ class AdapterWeights:
     scale: float
     weight_is_transposed: bool
     """Whether the base stores its weight as (d_in, d_out), as transformers' Conv1D does."""
+
+    @property
+    def rank(self) -> int:
+        """Number of active triplets, k."""
+        return self.lam.numel()
 
     @property
     def weight_shape(self) -> tuple[int, int]:
@@ -78,7 +89,7 @@ def _is_conv1d(base: nn.Module) -> bool:
 def save_adapter(adapters: Sequence[AdapterWeights], folder: Path, base_model: str, base_revision: str | None) -> None:
     """Write adapter.safetensors (NAME.P, NAME.lam, NAME.Q of the active triplets) and adapter.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{a.name}.{kind}": getattr(a, kind) for a in adapters for kind in ("P", "lam", "Q") if a.lam.numel()}
+    tensors = {f"{a.name}.{kind}": getattr(a, kind) for a in adapters for kind in FACTORS if a.rank}
     save_file(tensors, folder / "adapter.safetensors", metadata={"format": "pt"})
     description = {
         "format": _FORMAT,
@@ -86,16 +97,36 @@ def save_adapter(adapters: Sequence[AdapterWeights], folder: Path, base_model: s
         "base_revision": base_revision,
         "update": "W = W0 + scale * P diag(lam) Q",
         "scales": {a.name: a.scale for a in adapters},
-        "rank_pattern": {a.name: a.lam.numel() for a in adapters},
+        "rank_pattern": {a.name: a.rank for a in adapters},
+        "shapes": {a.name: [len(a.P), a.Q.shape[1]] for a in adapters},
+        "transposed": [a.name for a in adapters if a.weight_is_transposed],
     }
     (folder / "adapter.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
-def load_adapter(model: nn.Module, folder: Path) -> list[AdaptedMatrix]:
-    """Put a saved adapter into its plain backbone, every matrix at its own rank (0: no branch).
+def save_trained(trained: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Write trained.safetensors beside an adapter: what was trained in full, by parameter name; nothing if it is empty.
+
+    ``model.load_state_dict(load_file(...), strict=False)`` puts it back.
+    """
+    if trained:
+        save_file(dict(trained), folder / "trained.safetensors", metadata={"format": "pt"})
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter folder, read."""
+
+    adapters: list[AdapterWeights]
+    base_model: str
+    base_revision: str | None
+
+
+def read_adapter(folder: Path) -> SavedAdapter:
+    """What :func:`save_adapter` wrote; needs no model.
 
     Raises:
-        UserError: the folder is not an adapter of this format, or does not fit the model.
+        UserError: the folder is not an adapter of this format, or is incomplete.
     """
     try:
         description = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
@@ -104,33 +135,53 @@ def load_adapter(model: nn.Module, folder: Path) -> list[AdaptedMatrix]:
         raise UserError(f"{folder} does not hold an adapter (adapter.json, adapter.safetensors): {error}") from error
     if description.get("format") != _FORMAT:
         raise UserError(f"{folder}/adapter.json: format {description.get('format')} is not {_FORMAT}")
-    ranks = description["rank_pattern"]
-    for key in (f"{name}.{kind}" for name, rank in ranks.items() if rank for kind in ("P", "lam", "Q")):
-        if key not in tensors:
-            raise UserError(f"{folder}/adapter.safetensors has no tensor {key}, which adapter.json promises: copy both")
+    adapters = []
+    try:
+        for name, rank in description["rank_pattern"].items():
+            d_out, d_in = description["shapes"][name]
+            shapes = {"P": (d_out, rank), "lam": (rank,), "Q": (rank, d_in)}
+            for kind, shape in shapes.items() if rank else ():
+                if (key := f"{name}.{kind}") not in tensors or tensors[key].shape != shape:
+                    raise UserError(
+                        f"{folder}/adapter.safetensors has no tensor {key} of shape {shape}, which adapter.json "
+                        "promises: copy both"
+                    )
+            p, lam, q = (tensors[f"{name}.{k}"] if rank else torch.empty(shape) for k, shape in shapes.items())
+            scale, transposed = float(description["scales"][name]), name in description["transposed"]
+            adapters.append(AdapterWeights(name, p, lam, q, scale, transposed))
+        return SavedAdapter(adapters, description["base_model"], description["base_revision"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}/adapter.json is incomplete ({error!r}): copy it again") from error
+
+
+def load_adapter(model: nn.Module, folder: Path) -> list[AdaptedMatrix]:
+    """Put a saved adapter into its plain backbone, every matrix at its own rank (0: no branch).
+
+    Raises:
+        UserError: the folder is not an adapter of this format, or does not fit the model.
+    """
     modules = dict(model.named_modules())
     matrices = []
-    for name, rank in ranks.items():
-        parent, _, child = name.rpartition(".")
-        base = modules.get(name)
+    for adapter in read_adapter(folder).adapters:
+        base = modules.get(adapter.name)
         shape = linear_shape(base) if base is not None else None
         if base is None or shape is None:
-            raise UserError(f"{folder}: the adapter's matrix {name} is not in this model: load its plain base model")
+            raise UserError(f"{folder}: the adapter's matrix {adapter.name} is not in this model: load its base model")
         d_in, d_out = shape
-        layer = SVDLinear(base, d_in, d_out, rank, description["scales"][name], name=name)
-        if rank:
-            p, q = tensors[f"{name}.P"], tensors[f"{name}.Q"]
-            if p.shape != (d_out, rank) or q.shape != (rank, d_in):
-                raise UserError(
-                    f"{folder}: {name} has P {tuple(p.shape)} and Q {tuple(q.shape)}, but the model's matrix is "
-                    f"{d_out} x {d_in}: load its base model"
-                )
+        if (len(adapter.P), adapter.Q.shape[1]) != (d_out, d_in):
+            raise UserError(
+                f"{folder}: {adapter.name} has P {tuple(adapter.P.shape)} and Q {tuple(adapter.Q.shape)}, but the "
+                f"model's matrix is {d_out} x {d_in}: load its base model"
+            )
+        layer = SVDLinear(base, d_in, d_out, adapter.rank, adapter.scale, name=adapter.name)
+        if adapter.rank:
             with torch.no_grad():
-                layer.P.copy_(p)
-                layer.lam.copy_(tensors[f"{name}.lam"])
-                layer.Qt.copy_(q.T)
+                layer.P.copy_(adapter.P)
+                layer.lam.copy_(adapter.lam)
+                layer.Qt.copy_(adapter.Q.T)
+        parent, _, child = adapter.name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
-        matrices.append(AdaptedMatrix(name, layer))
+        matrices.append(AdaptedMatrix(adapter.name, layer))
     return matrices
 
 
@@ -165,27 +216,31 @@ def merge(
         base_folder: the backbone as transformers saved it, in safetensors.
         folder: must not exist.
         dtype: of all floating-point weights written.
-        trained: full tensors that training replaced (``train_modules``), by parameter name.
+        trained: full tensors that training replaced (``train_modules``), by parameter name. Those that the files lack,
+            a new classifier's, are added to the last file.
         base_weights: by parameter name, what takes the place of a tensor of the files before its update is added,
             for instance its quantised value. Default: W0 as the files have it.
 
     Raises:
         UserError: the base has no safetensors, or lacks the weight of an adapted matrix in its shape.
     """
-    shards = _weight_files(base_folder)
+    shards = weight_files(base_folder)
     if not shards:
         raise UserError(
             f"{base_folder} has no .safetensors files to merge into: save the base model with save_pretrained"
         )
-    replaced = {f"{a.name}.weight": a for a in adapters if a.lam.numel()}
+    replaced = {f"{a.name}.weight": a for a in adapters if a.rank}
     whole = dict(trained or {})
     bases = dict(base_weights or {})
     shapes = {name: base.shape for name, base in bases.items()}
     shapes |= {name: a.weight_shape for name, a in replaced.items()} | {n: tuple(t.shape) for n, t in whole.items()}
-    places = _find_tensors(shapes, shards, base_folder)
+    places = _find_tensors(shapes, shards, base_folder, may_lack=whole)
+    added = {name: whole[name].contiguous() for name in sorted(whole.keys() - set(places.values()))}
     building = folder.with_name(folder.name + ".partial")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
+    weight_map: dict[str, str] = {}
+    total_size = 0
     for shard in progress_bar(shards, desc="merge", unit="file", show=show_progress):
         tensors = {}
         with safe_open(shard, framework="pt") as file:
@@ -200,10 +255,20 @@ def merge(
                         weight = weight + replaced[name].delta()
                     tensor = weight.to(dtype or tensor.dtype)
                 tensors[key] = (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).contiguous()
+            if shard == shards[-1]:
+                tensors |= {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in added.items()}
             save_file(tensors, building / shard.name, metadata=file.metadata() or {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, shard.name)
+        total_size += sum(tensor.nbytes for tensor in tensors.values())
     for path in base_folder.iterdir():
         if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES):
             shutil.copyfile(path, building / path.name)
+    index = building / "model.safetensors.index.json"
+    if index.is_file():
+        content = json.loads(index.read_text(encoding="utf-8"))
+        metadata = {**content.get("metadata", {}), "total_size": total_size}
+        content = {"metadata": metadata, "weight_map": weight_map}
+        index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if dtype is not None:
         config = json.loads((building / "config.json").read_text(encoding="utf-8"))
         config.pop("torch_dtype", None)
@@ -212,20 +277,19 @@ def merge(
     building.rename(folder)
 
 
-def _weight_files(base_folder: Path) -> list[Path]:
-    """The safetensors files that transformers loads: those of its index, else model.safetensors, else none.
-
-    A folder may hold others, such as the consolidated.safetensors that some publishers put beside them.
-    """
-    index = base_folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return sorted(base_folder / name for name in names)
-    single = base_folder / "model.safetensors"
-    return [single] if single.is_file() else []
+def write_task(model: nn.Module, folder: Path) -> None:
+    """Make config.json of a merged model that of the task: its class, its labels, what else belongs to its head."""
+    path = folder / "config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    own = cast(Any, model).config.to_dict()
+    settings |= {key: own[key] for key in _TASK_SETTINGS if own.get(key) is not None}
+    settings["architectures"] = [type(model).__name__]
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _find_tensors(shapes: Mapping[str, tuple[int, ...]], shards: Sequence[Path], base_folder: Path) -> dict[str, str]:
+def _find_tensors(
+    shapes: Mapping[str, tuple[int, ...]], shards: Sequence[Path], base_folder: Path, may_lack: Container[str]
+) -> dict[str, str]:
     """Key in the files -> parameter name. A base saved without its head lacks the leading 'model.' or the like."""
     found: dict[str, tuple[int, ...]] = {}
     for shard in shards:
@@ -234,6 +298,8 @@ def _find_tensors(shapes: Mapping[str, tuple[int, ...]], shards: Sequence[Path],
     places = {}
     for name, shape in shapes.items():
         key = next((key for key in (name, name.partition(".")[2]) if key in found), None)
+        if key is None and name in may_lack:
+            continue
         if key is None:
             raise UserError(f"{base_folder}: no tensor {name} in its .safetensors files: merge into the run's own base")
         if found[key] != shape:
@@ -257,6 +323,6 @@ def base_folder_of(name: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.model"]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_BASE_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"model={name}: its files are not cached and the Hub cannot be reached ({error})") from error

@@ -14,6 +14,9 @@ import torch
 ImportanceKind = Literal["sensitivity_uncertainty", "sensitivity", "magnitude"]
 
 
+_CHUNK = 2**16  # elements that a CPU core works on at a time: the five vectors then stay in its cache
+
+
 def update_averages(
     sensitivity: torch.Tensor,  # (num_elements,) float32, I-bar, updated in place
     uncertainty: torch.Tensor,  # (num_elements,) float32, U-bar, updated in place
@@ -21,23 +24,35 @@ def update_averages(
     gradients: torch.Tensor,  # (num_elements,) dL/dw of this optimizer step; overwritten (scratch)
     beta1: float,
     beta2: float,
+    skip: torch.Tensor | None = None,  # scalar: 1 leaves both averages as they are, bit for bit, else 0
 ) -> None:
     """Advance the smoothed sensitivity and uncertainty by one step (eqs. 8-10), without bias correction.
 
     I = |w g|;  I-bar <- beta1 I-bar + (1 - beta1) I;  U-bar <- beta2 U-bar + (1 - beta2) |I - I-bar|, with the
-    updated I-bar.
+    updated I-bar. Gradients that are not finite may come with ``skip`` only.
     """
-    instant = gradients.mul_(values).abs_()
-    sensitivity.lerp_(instant, 1 - beta1)
-    uncertainty.lerp_(instant.sub_(sensitivity).abs_(), 1 - beta2)
+    share1, share2 = 1 - beta1, 1 - beta2
+    if skip is not None:
+        done = 1 - skip
+        share1, share2 = share1 * done, share2 * done
+    vectors = [sensitivity, uncertainty, values, gradients]
+    chunked = values.device.type == "cpu" and len(values) > _CHUNK
+    for i_bar, u_bar, w, g in zip(*(v.split(_CHUNK) for v in vectors), strict=True) if chunked else [vectors]:
+        instant = g.mul_(w).abs_()
+        if skip is not None:
+            instant.nan_to_num_(0.0, 0.0, 0.0)
+        i_bar.lerp_(instant, share1)
+        u_bar.lerp_(instant.sub_(i_bar).abs_(), share2)
 
 
-def element_scores(kind: ImportanceKind, sensitivity: torch.Tensor, uncertainty: torch.Tensor) -> torch.Tensor:
-    """s(w) per element (eq. 9, or the sensitivity alone), the shape of the inputs."""
+def element_scores(
+    kind: ImportanceKind, sensitivity: torch.Tensor, uncertainty: torch.Tensor, out: torch.Tensor
+) -> torch.Tensor:
+    """Write s(w) per element (eq. 9, or the sensitivity alone) to ``out``, of the inputs' shape; returns it."""
     if kind == "sensitivity_uncertainty":
-        return sensitivity * uncertainty
+        return torch.mul(sensitivity, uncertainty, out=out)
     if kind == "sensitivity":
-        return sensitivity
+        return out.copy_(sensitivity)
     raise ValueError(f"importance {kind!r} is not a sum over elements")
 
 
@@ -51,11 +66,9 @@ def select(scores: torch.Tensor, budget: int) -> torch.Tensor:
     Returns:
         (num_triplets,) bool. Equal scores are kept in canonical order, so the result is deterministic.
     """
-    scores = torch.where(scores.isnan(), -torch.inf, scores)
+    scores = scores.nan_to_num(-torch.inf, torch.inf, -torch.inf)
     order = torch.sort(scores, descending=True, stable=True).indices
-    keep = torch.zeros_like(scores, dtype=torch.bool)
-    keep[order[:budget]] = True
-    return keep
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(0, order[:budget], True)
 
 
 def local_budgets(ranks: list[int], budget: int) -> list[int]:

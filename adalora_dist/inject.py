@@ -25,14 +25,25 @@ class AdaptedMatrix:
 def inject_adapters(model: nn.Module, config: AdapterConfig, seed: int = 0) -> list[AdaptedMatrix]:
     """Wrap every target in an :class:`SVDLinear` and leave only adapters and ``train_modules`` trainable.
 
+    With ``method="head"`` there are no adapters; with ``method="full"`` neither, and every parameter is trainable.
+
     Returns the matrices in the order of ``model.named_modules()``, which fixes the order of triplets everywhere.
 
     Raises:
         UserError: a target or train module that matches nothing, is not a linear map, is shared between two places,
-            or has a weight tied to another module's.
+            or has a weight tied to another module's; ``full`` with weights that are not float32.
     """
-    names = _find_targets(model, config.targets)
-    trained = _match(model, config.train_modules, "train_modules") if config.train_modules else []
+    if config.method == "full":
+        for name, parameter in model.named_parameters():
+            if parameter.dtype != torch.float32:
+                raise UserError(
+                    f"method=full: {name} is {parameter.dtype}, in which small updates are rounded away: set dtype to "
+                    "float32"
+                )
+            parameter.requires_grad_(True)
+        return []
+    names = _find_targets(model, config.targets) if config.method != "head" else []
+    trained = trained_modules(model, config)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name in trained:
@@ -55,6 +66,32 @@ def inject_adapters(model: nn.Module, config: AdapterConfig, seed: int = 0) -> l
         setattr(model.get_submodule(parent), child, layer)
         matrices.append(AdaptedMatrix(name, layer))
     return matrices
+
+
+def trained_modules(model: nn.Module, config: AdapterConfig) -> list[str]:
+    """Names of the modules that ``train_modules`` asks for; ``task-head`` stands for all modules outside the backbone.
+
+    Raises:
+        UserError: a name that matches nothing; ``task-head`` where the model is a backbone alone, or where its head is
+            tied to the embeddings.
+    """
+    matched = []
+    if explicit := tuple(pattern for pattern in config.train_modules if pattern != "task-head"):
+        matched = _match(model, explicit, "train_modules")
+    if "task-head" not in config.train_modules:
+        return matched
+    backbone = getattr(model, "base_model", model)
+    inside = {id(p) for p in backbone.parameters()}
+    heads = [name for name, module in model.named_children() if module is not backbone and list(module.parameters())]
+    if not heads:
+        raise UserError(f"train_modules=task-head: {type(model).__name__} has nothing outside its backbone")
+    for name in heads:
+        if any(id(p) in inside for p in model.get_submodule(name).parameters()):
+            raise UserError(
+                f"train_modules=task-head: {name} is tied to the backbone's embeddings, which would be trained, too: "
+                "leave task-head out of train_modules"
+            )
+    return [*matched, *heads]
 
 
 def adapted_matrices(model: nn.Module) -> list[AdaptedMatrix]:

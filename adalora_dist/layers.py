@@ -63,9 +63,10 @@ class SVDLinear(nn.Module):
         y = self.base(tokens)
         if self.rank:
             branch_in = tokens if self.dropout is None else self.dropout(tokens)
+            # lam goes into P, not into the hidden values: backward then needs one (tokens, r) tensor, as LoRA's does.
+            weight = (self.P * (self.lam * self.scale)).to(y.dtype)
             hidden = branch_in.to(y.dtype) @ self.Qt.to(y.dtype)  # (tokens, r)
-            hidden = hidden * (self.lam * self.scale).to(y.dtype)
-            y = y.addmm_(hidden, self.P.to(y.dtype).T)
+            y = y.addmm_(hidden, weight.T)
         return y.view(*x.shape[:-1], self.d_out)
 
     def extra_repr(self) -> str:

@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 from adalora_dist.cli import parse_config, user_errors
-from adalora_dist.config import CommonsenseConfig
-from adalora_dist.errors import UserError
+from adalora_dist.config import COMMONSENSE_TASKS, CommonsenseConfig
 
+ARCHITECTURES = Path(__file__).parent / "configs" / "architectures"
 DEMO_CONFIG = Path(__file__).parent / "configs" / "llama_commonsense_demo.yaml"
 
 
@@ -38,26 +38,31 @@ def main(config: CommonsenseConfig) -> None:
 
     from adalora_dist.data.batches import BatchPlan, count_targets
     from adalora_dist.data.commonsense import load_tasks
+    from adalora_dist.data.demo_questions import demo_questions, demo_questions_folder
     from adalora_dist.data.encoding import encode_examples, padding_token
     from adalora_dist.evaluation.choices import evaluate_choices
     from adalora_dist.evaluation.generation import evaluate_generation
     from adalora_dist.export import base_folder_of, gather_adapters, merge, save_adapter
     from adalora_dist.inject import inject_adapters
     from adalora_dist.training.dequantized import quantized_weights
+    from adalora_dist.training.dry_run import count_rows, dry_run
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
     from adalora_dist.training.loop import is_sharded, prepare, total_steps, train
     from adalora_dist.training.losses import causal_loss
     from adalora_dist.training.model import dtype_named, load_backbone
     from adalora_dist.training.quantization import bitsandbytes_config
-    from adalora_dist.training.report import accuracy_table, rank_table
+    from adalora_dist.training.report import accuracy_table, facts_line, rank_table, run_facts
     from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
+    from adalora_dist.training.trained import gather_trained
     from adalora_dist.training.verify import last_logits, logit_differences
 
-    if config.adapter.train_modules:
-        raise UserError(
-            f"train_modules={' '.join(config.adapter.train_modules)}: this recipe exports adapters only, what else was "
-            "trained would be lost; leave train_modules out and name linear modules in targets"
+    if config.train.dry_run:
+        tasks = config.data.tasks or COMMONSENSE_TASKS
+        built_in = not config.data.source
+        num_rows = count_rows(
+            config.data, tasks, lambda: demo_questions("train") if built_in else load_tasks(config.data)[0]
         )
+        return dry_run(config, AutoModelForCausalLM, num_rows, ARCHITECTURES, "SmolLM2-135M-Instruct")
     refuse_used_folder(config)
     accelerator = build_accelerator(config.train)
     say, engine = accelerator.print, engine_name(accelerator)
@@ -67,12 +72,10 @@ def main(config: CommonsenseConfig) -> None:
     # ------------------------------------------------------------------------------------------------------ data
 
     if not config.data.source:
-        from adalora_dist.data.demo_questions import demo_questions_folder
-
         with accelerator.main_process_first():
-            questions = demo_questions_folder()
-        say(f"Data: built-in questions ({questions}). Your own: --data FOLDER, or --data hub for the eight tasks.")
-        config = config.model_copy(update={"data": config.data.model_copy(update={"source": str(questions)})})
+            source = str(demo_questions_folder())
+        say(f"Data: built-in questions ({source}). Your own: --data FOLDER, or --data hub for the eight tasks.")
+        config = config.model_copy(update={"data": config.data.model_copy(update={"source": source})})
     train_examples, eval_examples = load_tasks(config.data)
     say(
         f"{len(train_examples)} training rows; evaluation: "
@@ -95,29 +98,16 @@ def main(config: CommonsenseConfig) -> None:
 
     # --------------------------------------------------------------------------------------------------- adapters
 
-    matrices = inject_adapters(model, config.adapter, config.train.seed)
-    num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    inject_adapters(model, config.adapter, config.train.seed)
 
     # ----------------------------------------------------------------------------------------------------- engine
 
     prepared = prepare(accelerator, model, config, num_steps)
-    schedule = prepared.allocator.schedule
-    facts = {
-        "engine": engine,
-        "num_processes": accelerator.num_processes,
-        "num_steps": num_steps,
-        "num_matrices": len(matrices),
-        "num_trainable_parameters": num_trainable,
-        "initial_budget": schedule.initial_budget,
-        "target_budget": schedule.target_budget,
-    }
+    allocator = prepared.allocator
+    facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared)
     folder = RunFolder(config, accelerator.is_main_process, facts)
     start_trackers(accelerator, config)
-    say(
-        f"{engine} on {accelerator.num_processes} process(es), {num_steps} steps; {len(matrices)} matrices, "
-        f"{num_trainable:,} trainable parameters; budget {schedule.initial_budget} -> {schedule.target_budget} "
-        f"triplets by step {schedule.freeze_step + 1}"
-    )
+    say(facts_line(facts, allocator.schedule.freeze_step if allocator else None))
 
     # --------------------------------------------------------------------------------------------------- evaluate
 
@@ -148,14 +138,16 @@ def main(config: CommonsenseConfig) -> None:
 
     # ----------------------------------------------------------------------------------------------------- export
 
-    adapters = gather_adapters(prepared.allocator)
+    adapters = gather_adapters(allocator) if allocator else []
+    trained = gather_trained(accelerator.unwrap_model(prepared.model), keep=accelerator.is_main_process)
     pattern = {a.name: a.lam.numel() for a in adapters}
     verified = config.export.export_merged and config.export.verify_export
     if verified:  # on every process: where the model is sharded, forwards are collective
         probe, num_reply = rows[0]["input_ids"], count_targets(rows[0]["labels"])
         logits = last_logits(accelerator.unwrap_model(prepared.model), probe, num_reply + 1, accelerator.device)
     if accelerator.is_main_process:
-        save_adapter(adapters, folder.path / "adapter", config.model.name, config.model.revision)
+        if adapters:
+            save_adapter(adapters, folder.path / "adapter", config.model.name, config.model.revision)
         folder.write_json("rank_pattern.json", pattern)
         folder.write_json("results.json", {"before": [vars(r) for r in before], "after": [vars(r) for r in after]})
         if config.export.export_merged:
@@ -164,7 +156,7 @@ def main(config: CommonsenseConfig) -> None:
             base_weights = None
             if config.export.merge_into == "dequantized":
                 base_weights = quantized_weights(accelerator.unwrap_model(prepared.model), config)
-            merge(adapters, base, merged, dtype_named(config.export.export_dtype), base_weights=base_weights)
+            merge(adapters, base, merged, dtype_named(config.export.export_dtype), trained, base_weights)
             tokenizer.save_pretrained(merged)
             if verified:
                 difference = logit_differences(AutoModelForCausalLM, merged, probe, logits)
@@ -175,8 +167,9 @@ def main(config: CommonsenseConfig) -> None:
     accelerator.wait_for_everyone()
 
     say("\n" + accuracy_table(before, after))
-    say("\nActive ranks\n" + rank_table(pattern))
-    say(f"Total rank {sum(pattern.values())}, budget {schedule.target_budget}")
+    if allocator:
+        say("\nActive ranks\n" + rank_table(pattern))
+        say(f"Total rank {sum(pattern.values())}, budget {allocator.schedule.target_budget}")
     say(f"\nFiles in {folder.path}: " + ", ".join(sorted(p.name for p in folder.path.iterdir())))
     accelerator.end_training()
 

@@ -116,21 +116,22 @@ class Probe:
                 self.trace.shards = dist.get_world_size(self.engine.shard_group)
                 self.trace.shard_rank = dist.get_rank(self.engine.shard_group)
         if self.firing == 0:
-            values = [v.float().clone() for v in self.engine.values()]
+            values = [v.float().flatten().clone() for v in self.engine.values()]
             flag = float(sum_over(self.engine.shard_group, self.engine.nonfinite()))
             self.record = {"values": values, "gradients": [None] * len(values), "nonfinite": flag}
             self.moments = _moments(optimizer)
             self.trace.steps.append(self.record)
             self.skip = flag > 0 or self.step == SKIPPED
         if self.skip:
-            self.engine.skip_firing()
+            self.engine.skip_firing_if(torch.ones(()))
             return
+        self.engine.skip_firing_if(torch.zeros(()))
         for k, gradient in enumerate(self.engine.gradients()):
             if gradient is not None:
                 assert self.record["gradients"][k] is None, "seen in two firings"
-                self.record["gradients"][k] = gradient.float().clone()
+                self.record["gradients"][k] = gradient.float().flatten().clone()
                 if self.step == EDITED:
-                    gradient.add_(self.record["values"][k], alpha=0.1)
+                    gradient.add_(self.record["values"][k].view_as(gradient), alpha=0.1)
         if self.step == STILL:
             for group in optimizer.param_groups:
                 group["lr"] = 0.0
@@ -150,10 +151,10 @@ class Probe:
             pairs = zip(_moments(optimizer), self.moments, strict=True)
             self.record["moments_untouched"] = all(torch.equal(a, b) for a, b in pairs)
         if self.step == MASKED:
-            for k in range(1, len(values), 3):
-                start, stop = self.trace.spans[k]
-                self.engine.write(k, values[k] * MASK[start:stop].to(values[k]))
-        self.record["values_after"] = [v.float().clone() for v in self.engine.values()]
+            lams = range(1, len(values), 3)
+            masks = [MASK[slice(*self.trace.spans[k])].to(values[k]) for k in lams]
+            self.engine.write(lams, [values[k] * mask for k, mask in zip(lams, masks, strict=True)])
+        self.record["values_after"] = [v.float().flatten().clone() for v in self.engine.values()]
         self.step += 1
 
 

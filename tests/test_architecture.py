@@ -8,11 +8,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "adalora_dist"
 LEVELS = {
-    0: ("errors", "config", "schedule", "importance", "orthogonality", "spans", "progress"),
+    0: (
+        *("errors", "config", "recipe_config", "schedule", "importance", "orthogonality", "spans", "agreement"),
+        *("progress", "base_files"),
+    ),
     1: ("layers", "inject"),
     2: ("sharding",),
-    3: ("allocator", "compaction", "export"),
-    4: ("cli", "yaml_file", "training", "data", "evaluation", "integrations"),
+    3: ("allocator", "compaction", "export", "peft_format", "pictures"),
+    4: ("cli", "main", "yaml_file", "presets", "training", "data", "evaluation", "integrations"),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

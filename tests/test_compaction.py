@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+import quantized_runs
 import torch
 import torch.distributed as dist
 from distributed import import_deepspeed, run_ranks
 from models import adapted_net, config, global_batch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from adalora_dist.allocator import RankAllocator
@@ -37,6 +40,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     persist: int = 100_000
     options: tuple[str, ...] = ()
+    sizes: tuple[tuple[str, int], ...] = ()
     settings: AdapterConfig = SETTINGS
     compact: bool = True
 
@@ -67,9 +71,22 @@ def deepspeed_engine(case: Case, model: Any, optimizer: torch.optim.Optimizer) -
     return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
 
 
+def live_bytes() -> int:
+    """Bytes of all tensors that Python can reach, whoever keeps them."""
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.device.type == "cpu"]
+    tensors = [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
+    return sum({s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in tensors)}.values())
+
+
+def num_local(allocator: RankAllocator) -> int:
+    """Adapter elements whose moments are on this rank."""
+    return sum(span.stop - span.start for span in allocator.engine.spans())
+
+
 def run(rank: int, world_size: int, case: Case) -> dict[str, Any]:
     """One whole run with weight decay; what this rank saw."""
-    model: Any = adapted_net(case.settings)
+    model: Any = adapted_net(case.settings, **dict(case.sizes))
     model.head.requires_grad_("head" in case.options)  # trained, but no adapter
     if case.engine in ("fsdp2", "hsdp"):
         shape = (2, world_size // 2) if case.engine == "hsdp" else (world_size,)
@@ -95,7 +112,7 @@ def run(rank: int, world_size: int, case: Case) -> dict[str, Any]:
         model, optimizer = deepspeed_engine(case, model, optimizer), None
     losses = []
     for step in range(STEPS):
-        x, y = (t.chunk(world_size)[rank] for t in global_batch(step, GLOBAL_BATCH))
+        x, y = (t.chunk(world_size)[rank] for t in global_batch(step, GLOBAL_BATCH, dict(case.sizes).get("d", 7)))
         total = torch.zeros(())
         for micro in range(case.accumulation):
             micro_x, micro_y = (t.chunk(case.accumulation)[micro] for t in (x, y))
@@ -121,7 +138,11 @@ def run(rank: int, world_size: int, case: Case) -> dict[str, Any]:
         dist.all_reduce(total)
         losses.append(total.item() / world_size)
         if case.compact:
-            assert compact(allocator, model, optimizer) == (step == allocator.schedule.freeze_step)
+            at_freeze = step == allocator.schedule.freeze_step
+            if at_freeze:
+                before = live_bytes(), num_local(allocator)
+            assert compact(allocator, model, optimizer) == at_freeze
+    after = live_bytes(), num_local(allocator)
     allocator.finish()
     return {
         "losses": losses,
@@ -129,6 +150,7 @@ def run(rank: int, world_size: int, case: Case) -> dict[str, Any]:
         "ranks": list(allocator.rank_pattern().values()),
         "held": [m.layer.triplets for m in allocator.matrices],
         "adapters": gather_adapters(allocator),
+        "memory": (before, after) if case.compact else None,
     }
 
 
@@ -147,22 +169,76 @@ def check(case: Case) -> None:
             torch.testing.assert_close(own.delta(), other.delta(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case("plain"),
-        Case("plain", clip=0, accumulation=3, options=("head",)),
-        Case("ddp", 2, accumulation=2),
-        Case("ddp", 3, options=("head", "views")),
-        Case("fsdp2", 2),
-        Case("fsdp2", 3, accumulation=2, options=("every_layer", "head")),
-        Case("hsdp", 4, options=("no_reshard",)),
-        Case("zero1", 2, options=("head",)),
-        Case("zero2", 2, accumulation=2),
-        Case("zero3", 2, accumulation=2),
-        Case("zero3", 3, persist=0, options=("head",)),
-    ],
-    ids=str,
-)
+EVERY = [
+    Case("plain"),
+    Case("ddp", 2, accumulation=2),
+    Case("fsdp2", 2),
+    Case("zero1", 2, options=("head",)),
+    Case("zero2", 2, accumulation=2),
+    Case("zero3", 2),
+]
+MORE = [
+    Case("plain", clip=0, accumulation=3, options=("head",)),
+    Case("ddp", 3, options=("head", "views")),
+    Case("fsdp2", 3, accumulation=2, options=("every_layer", "head")),
+    Case("fsdp2", 2, options=("offload", "no_reshard")),
+    Case("hsdp", 4, options=("no_reshard",)),
+    Case("zero1", 3),
+    Case("zero1", 2, options=("offload",)),
+    Case("zero2", 3, options=("head",)),
+    Case("zero2", 2, options=("offload",)),
+    Case("zero3", 3, persist=0, options=("head",)),
+    Case("zero3", 2, accumulation=2, options=("sub_groups",)),
+    Case("zero3", 2, persist=0, options=("offload",)),
+]
+
+
+@pytest.mark.parametrize("case", [*EVERY, *(pytest.param(c, marks=pytest.mark.slow) for c in MORE)], ids=str)
 def test_losses_after_compaction_are_those_of_the_masked_run(case):
     check(case)
+
+
+@pytest.mark.parametrize("engine", ["plain", "ddp", "fsdp2", "zero1", "zero2", "zero3"])
+def test_memory_falls_to_the_final_budget(engine):
+    """Weights, moments (4 and 8 bytes per local element), the step's flat buffers (8); Ī and Ū (8) go altogether."""
+    sizes = (("d", 64), ("hidden", 96))
+    world_size = 1 if engine == "plain" else 2
+    for result in run_ranks(world_size, run, Case(engine, world_size, sizes=sizes)):
+        (bytes_before, num_before), (bytes_after, num_after) = result["memory"]
+        assert 0 < num_after < 0.5 * num_before
+        assert bytes_before - bytes_after > 0.97 * (28 * num_before - 20 * num_after)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", [Case("fsdp2", 2, dtype=torch.bfloat16), *(Case(f"zero{s}", 2, dtype=torch.bfloat16) for s in (1, 2, 3))],
+    ids=str,
+)  # fmt: skip
+def test_bf16_goes_on_as_the_masked_run_does(case):
+    compacted, masked = (run_ranks(2, run, replace(case, compact=c))[0] for c in (True, False))
+    assert compacted["patterns"] == masked["patterns"] and sum(compacted["ranks"]) == 7
+    torch.testing.assert_close(compacted["losses"], masked["losses"], rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", pytest.param("zero3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["none", pytest.param("nf4", marks=pytest.mark.slow)])
+def test_the_loop_compacts_under_accelerate(engine, method, tmp_path, monkeypatch):
+    """Evaluation, export and memory of a run whose engine was rebuilt behind accelerate's wrappers."""
+    folder = quantized_runs.write_llama(tmp_path / "llama")
+    runs = {}
+    for switch in (True, False):
+        monkeypatch.setattr(quantized_runs, "ADAPTER", quantized_runs.ADAPTER.model_copy(update={"compact": switch}))
+        runs[switch] = run_ranks(
+            2, quantized_runs.run, quantized_runs.Case(engine, method, evaluate_first=True), folder
+        )
+    for compacted, masked in zip(runs[True], runs[False], strict=True):
+        assert compacted.engine == engine and compacted.patterns == masked.patterns
+        torch.testing.assert_close(compacted.losses, masked.losses, rtol=1e-6, atol=0)
+        torch.testing.assert_close(compacted.logits, masked.logits, rtol=1e-4, atol=1e-5)
+        for own, other in zip(compacted.adapters, masked.adapters, strict=True):
+            torch.testing.assert_close(own.delta(), other.delta(), rtol=1e-4, atol=1e-6)
+        held, before = compacted.held, masked.held
+        assert held["linear_bytes"] == before["linear_bytes"] and held["other_bytes"] == before["other_bytes"]
+        assert held["adapter_bytes"] < 0.7 * before["adapter_bytes"]  # half the triplets, of unequal matrices
+        assert held["optimizer_bytes"] < 0.7 * before["optimizer_bytes"]
+        assert held["importance_bytes"] == 0 < before["importance_bytes"]

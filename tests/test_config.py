@@ -19,7 +19,7 @@ from adalora_dist.config import COMMONSENSE_TASKS, AdapterConfig, CommonsenseCon
 from adalora_dist.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG_FILES = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+CONFIG_FILES = sorted((ROOT / "recipes" / "configs").glob("llama_commonsense*.yaml"))
 ONE_RUN = "from adalora_dist.cli import parse_config\nfrom adalora_dist.config import CommonsenseConfig\n"
 
 

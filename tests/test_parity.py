@@ -68,7 +68,7 @@ def run(rank: int, world_size: int, case: Case) -> dict[str, Any]:
     if "two_groups" in case.options:
         trainable = groups[0]["params"]
         groups = [{"params": trainable[::2]}, {"params": trainable[1::2], "weight_decay": 0.01}]
-    optimizer = torch.optim.AdamW(groups, lr=2e-2, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(groups, lr=2e-2, weight_decay=0.01, fused="fused" in case.options)
     allocator = RankAllocator.attach(model, optimizer, case.settings, STEPS)
     engine = None
     if case.engine == "ddp":
@@ -218,6 +218,9 @@ SPECIAL = [
     Case("zero3", 2, options=("offload",)),
     Case("fsdp2", 4, sizes=(("d", 3), ("hidden", 5))),  # more ranks than r and than d: empty spans
     Case("zero2", 4, sizes=UNEVEN),
+    Case("ddp", 2, options=("fused",)),
+    Case("fsdp2", 3, options=("fused", "two_groups"), sizes=UNEVEN),
+    Case("zero3", 2, options=("fused",)),
     Case("ddp", 2, options=("unused_once",)),
     Case("fsdp2", 2, options=("unused_once",)),
     Case("zero1", 2, options=("unused_once",)),

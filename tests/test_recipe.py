@@ -332,7 +332,6 @@ def flags(*words: str) -> Callable[[Project, Path], list[str]]:
 MISTAKES = {
     "unknown target": (flags("--targets", "q_prj"), ["targets", "q_prj", "q_proj"]),
     "target that is no linear map": (flags("--targets", "embed_tokens"), ["embed_tokens", "Embedding"]),
-    "module that the exports would lose": (flags("--train-modules", "lm_head"), ["train_modules=lm_head", "lost"]),
     "no data folder": (flags("--data", "no/such/folder"), ["no/such/folder", "no such folder"]),
     "row without its answer": (
         with_bad_row(3, '{"instruction": "Is it?", "input": "", "output": "yes"}'),

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adalora_dist.orthogonality import gradient_factor
-from adalora_dist.spans import Factor, Span, SpanLayout
+from adalora_dist.spans import Factor, FlatBuffer, Span, SpanLayout
 
 FORMS = ["norm", "squared"]
 
@@ -30,7 +30,7 @@ def partitioned(draw):
 
 def flatten(layout, spans, tensors):
     local = [t.flatten()[a:b] for t, (a, b) in zip(tensors, spans, strict=True)]
-    return layout.collect(local, torch.zeros(layout.num_elements, dtype=tensors[0].dtype))
+    return layout.collect(local, FlatBuffer(layout, dtype=tensors[0].dtype))
 
 
 @settings(max_examples=200, deadline=None)
@@ -39,7 +39,7 @@ def test_partials_of_any_partition_add_up(case):
     factors, spans, seed, form = case
     generator = torch.Generator().manual_seed(seed)
     tensors = [torch.randn(f.rows, f.rank, generator=generator, dtype=torch.float64) for f in factors]
-    layouts = [SpanLayout(factors, own, spans) for own in spans]
+    layouts = [SpanLayout(factors, own, spans, dtype=torch.float64) for own in spans]
     assert sum(layout.num_elements for layout in layouts) == sum(f.numel for f in factors)
 
     # Scores, eq. 7, written out.
@@ -52,15 +52,18 @@ def test_partials_of_any_partition_add_up(case):
 
     # Orthogonality gradients: every rank's elements from the one reduced vector.
     reduced = sum(layout.gram_partials(flat) for layout, flat in zip(layouts, flats, strict=True))
-    assert reduced.numel() == layouts[0].num_gram_elements + layouts[0].num_split_row_elements
+    assert reduced.numel() == layouts[0].num_gram_elements + layouts[0].num_split_row_elements + 1
     num_matrices = sum(f.orthogonal and f.rank > 0 for f in factors)
     wanted = [
         x @ gradient_factor(x.T @ x, form, 0.2, num_matrices) if f.orthogonal and f.rank else torch.zeros_like(x)
         for f, x in zip(factors, tensors, strict=True)
     ]
     for layout, own, flat in zip(layouts, spans, flats, strict=True):
-        gradient = layout.orthogonality_gradient(flat, reduced, form, 0.2)
-        torch.testing.assert_close(gradient, flatten(layout, own, wanted), rtol=0, atol=1e-10)
+        layout.partials.copy_(reduced)
+        scratch = FlatBuffer(layout, dtype=torch.float64)
+        scratch.data.fill_(torch.nan)
+        gradient = layout.orthogonality_gradient(flat, form, 0.2, out=scratch)
+        torch.testing.assert_close(gradient.data, flatten(layout, own, wanted).data, rtol=0, atol=1e-10)
 
     # The same of a part of the triplets: that of matrices with these columns alone, and 0 for the others.
     keep = torch.rand(layouts[0].num_triplets, generator=generator) < 0.5
@@ -70,8 +73,8 @@ def test_partials_of_any_partition_add_up(case):
             gradient[:, ~kept] = 0
             gradient[:, kept] = x[:, kept] @ gradient_factor(x[:, kept].T @ x[:, kept], form, 0.2, num_matrices)
     for layout, own, flat in zip(layouts, spans, flats, strict=True):
-        gradient = layout.orthogonality_gradient(flat, reduced, form, 0.2, keep)
-        torch.testing.assert_close(gradient, flatten(layout, own, wanted), rtol=0, atol=1e-10)
+        gradient = layout.orthogonality_gradient(flat, form, 0.2, FlatBuffer(layout, dtype=torch.float64), keep)
+        torch.testing.assert_close(gradient.data, flatten(layout, own, wanted).data, rtol=0, atol=1e-10)
 
 
 def test_bodies_of_equal_shape_are_one_group():

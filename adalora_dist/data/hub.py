@@ -91,28 +91,42 @@ def hub_rows(task: str, split: str) -> Iterator[tuple[str, Row]]:
     Raises:
         UserError: the data set cannot be loaded, or a row has another form than its mapping expects.
     """
-    import datasets
-
     hub_task = HUB_TASKS[task]
     hub_split = hub_task.evaluation_split if split == "test" else split
-    origin = "/".join(part for part in (hub_task.path, hub_task.name, hub_split) if part)
-    try:
-        rows = datasets.load_dataset(hub_task.path, hub_task.name, split=hub_split)
-    except Exception as error:  # whatever HTTP client, cache or parser failed, the user can do the same about it
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"data='hub': cannot load {origin} ({reason}); check the network and HF_HUB_OFFLINE, "
-            f"or use local files: --data FOLDER with FOLDER/{task}/train.jsonl and FOLDER/{task}/test.jsonl"
-        ) from error
-    for number, raw in enumerate(rows, start=1):
+    instead = f"--data FOLDER with FOLDER/{task}/train.jsonl and FOLDER/{task}/test.jsonl"
+    for origin, raw in raw_hub_rows(hub_task.path, hub_task.name, hub_split, instead):
         try:
             row = hub_task.to_row(raw)
         except (KeyError, ValueError, AttributeError, TypeError) as error:
             raise UserError(
-                f"{origin}:{number}: the row cannot be used ({type(error).__name__}: {error}); the data set may have "
+                f"{origin}: the row cannot be used ({type(error).__name__}: {error}); the data set may have "
                 f"changed: use local files with --data FOLDER"
             ) from error
-        yield f"{origin}:{number}", row
+        yield origin, row
+
+
+def raw_hub_rows(path: str, name: str | None, split: str, instead: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (origin, row) of one split of a data set as the Hub has it; origin is ``path/name/split:row``.
+
+    Args:
+        instead: how to use local files, for the error.
+
+    Raises:
+        UserError: the data set cannot be loaded.
+    """
+    import datasets
+
+    origin = "/".join(part for part in (path, name, split) if part)
+    try:
+        rows = datasets.load_dataset(path, name, split=split)
+    except Exception as error:  # whatever HTTP client, cache or parser failed, the user can do the same about it
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"data='hub': cannot load {origin} ({reason}); check the network and HF_HUB_OFFLINE, or use local files: "
+            f"{instead}"
+        ) from error
+    for number, raw in enumerate(rows, start=1):
+        yield f"{origin}:{number}", raw
 
 
 def _lettered(question: str, raw: Mapping[str, Any]) -> Row:

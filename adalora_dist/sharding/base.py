@@ -41,13 +41,17 @@ class ShardEngine(Protocol):
         ...
 
     def values(self) -> list[torch.Tensor]:
-        """Per parameter the local span, 1-D, as the optimizer updates it (the fp32 master where there is one)."""
+        """Per parameter the local span as the optimizer updates it (the fp32 master where there is one).
+
+        The tensors themselves or views, not copies; of any shape whose row-major order is the span's.
+        """
         ...
 
     def gradients(self) -> list[torch.Tensor | None]:
-        """Per parameter a writable 1-D view of the gradient that the step about to run will consume.
+        """Per parameter the gradient that the step about to run will consume, to be changed in place.
 
-        A parameter that received no gradient gets zeros. None: not part of this firing.
+        Shapes are those of :meth:`values`. A parameter that received no gradient gets zeros. None: not part of this
+        firing.
         """
         ...
 
@@ -58,12 +62,16 @@ class ShardEngine(Protocol):
         """
         ...
 
-    def skip_firing(self) -> None:
-        """Make the firing about to run change neither weights nor optimizer state."""
+    def skip_firing_if(self, flag: torch.Tensor) -> None:
+        """Where ``flag`` is 1 (else 0; float32 scalar), make the firing about to run change nothing.
+
+        Neither weights nor optimizer state. The flag is read on the host only if the optimizer cannot look at it on the
+        device. Ask last in a pre hook: the gradients may be gone afterwards.
+        """
         ...
 
-    def write(self, index: int, values: torch.Tensor) -> None:
-        """Set the local span of parameter ``index`` so that the next forward sees it and the next step keeps it.
+    def write(self, indices: Sequence[int], values: Sequence[torch.Tensor]) -> None:
+        """Set local spans of some parameters so that the next forward sees them and the next step keeps them.
 
         Only inside the post hook of a training step's last firing: the engine then sends new values to the ranks
         that read them. No collective.
@@ -154,11 +162,19 @@ def optimizer_gradients(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
-def drop_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """torch optimizers pass over a parameter whose gradient is None: weight, moments and step count stay."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            p.grad = None
+def skip_step_if(optimizer: torch.optim.Optimizer, flag: torch.Tensor) -> None:
+    """Where ``flag`` (float32 scalar, 1 or 0) is 1, the optimizer's next step leaves weights and state untouched.
+
+    Fused Adam and AdamW look at the flag inside their kernel, as for loss scaling. (Fused SGD and Adagrad would,
+    too, but SGD's first momentum is uninitialised memory if its first step is skipped.) For others the host reads it:
+    torch optimizers pass over a parameter whose gradient is None.
+    """
+    if isinstance(optimizer, torch.optim.Adam) and all(group["fused"] for group in optimizer.param_groups):
+        optimizer.found_inf = flag  # type: ignore[attr-defined]
+    elif flag.item():
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = None
 
 
 def local_state(state: Mapping[str, Any], holder: torch.Tensor, cut: Callable[[Any], torch.Tensor]) -> State:

@@ -23,12 +23,12 @@ from adalora_dist.sharding.base import (
     Shrink,
     State,
     assemble,
-    drop_gradients,
     local_state,
     nonfinite_flag,
     optimizer_gradients,
     replace_in_optimizer,
     restore_state,
+    skip_step_if,
 )
 from adalora_dist.spans import Span
 
@@ -74,36 +74,40 @@ class Fsdp2Engine:
         gradients = optimizer_gradients(self._optimizer)
         return nonfinite_flag(_local(g) if isinstance(g, DTensor) else g for g in gradients)
 
-    def skip_firing(self) -> None:
-        drop_gradients(self._optimizer)
+    def skip_firing_if(self, flag: torch.Tensor) -> None:
+        skip_step_if(self._optimizer, flag)
 
-    def write(self, index: int, values: torch.Tensor) -> None:
-        _local(self._params[index]).copy_(values)
+    def write(self, indices: Sequence[int], values: Sequence[torch.Tensor]) -> None:
+        torch._foreach_copy_([_local(self._params[k]) for k in indices], list(values))
 
     def shapes(self) -> list[torch.Size]:
         return [p.shape for p in self._params]
 
     def states(self) -> list[State]:
-        return [local_state(self._optimizer.state.get(p, {}), p, _local) for p in self._params]
+        return [local_state(self._optimizer.state.get(p, {}), p, _flat) for p in self._params]
 
     def restore(self, values: Sequence[torch.Tensor], states: Sequence[State]) -> None:
-        for index, (p, local, state) in enumerate(zip(self._params, values, states, strict=True)):
-            self.write(index, local)
-            restore_state(self._optimizer, p, _local, state)
+        for p, local, state in zip(self._params, values, states, strict=True):
+            _flat(p).copy_(local.reshape(-1))
+            restore_state(self._optimizer, p, _flat, state)
 
     def retire(self) -> None:
         pass
 
     def full(self, index: int) -> torch.Tensor:
         p = self._params[index]
-        return assemble(_local(p), self._spans[index], p.shape, self.shard_group)
+        return assemble(_flat(p), self._spans[index], p.shape, self.shard_group)
 
 
 @torch.no_grad()
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's rows as a flat view. Without autograd ``to_local`` is a mere attribute access."""
+    """This rank's rows. Without autograd ``to_local`` is a mere attribute access."""
     assert isinstance(tensor, DTensor)
-    return tensor.to_local().detach().view(-1)
+    return tensor.to_local()
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    return _local(tensor).view(-1)
 
 
 def _shard_axis(p: DTensor) -> int:
@@ -139,7 +143,7 @@ def shrink_fsdp2(model: nn.Module, optimizer: torch.optim.Optimizer, shrinks: Se
     Every sharded parameter has an object of its own (``FSDPParam``) in its module's group, so only those of adapters
     are made anew, in the way the group's constructor makes them; the frozen backbone is not touched.
     """
-    drop_gradients(optimizer)
+    optimizer.zero_grad(set_to_none=True)
     places: dict[tuple[nn.Module, str], tuple[Any, Any]] = {}
     states = []
     for module in model.modules():

@@ -17,11 +17,11 @@ from adalora_dist.errors import UserError
 from adalora_dist.sharding.base import (
     Shrink,
     State,
-    drop_gradients,
     local_state,
     nonfinite_flag,
     optimizer_gradients,
     restore_state,
+    skip_step_if,
 )
 from adalora_dist.spans import Span
 
@@ -40,26 +40,22 @@ class PlainEngine:
         return [Span(0, p.numel()) for p in self._params]
 
     def values(self) -> list[torch.Tensor]:
-        return [_flat(p) for p in self._params]
+        return list(self._params)
 
     def gradients(self) -> list[torch.Tensor | None]:
-        views: list[torch.Tensor | None] = []
         for p in self._params:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-            elif not p.grad.is_contiguous():  # assigned by hand; autograd keeps the parameter's own layout
-                p.grad = p.grad.contiguous()
-            views.append(p.grad.view(-1))
-        return views
+        return [p.grad for p in self._params]
 
     def nonfinite(self) -> torch.Tensor:
         return nonfinite_flag(optimizer_gradients(self._optimizer))
 
-    def skip_firing(self) -> None:
-        drop_gradients(self._optimizer)
+    def skip_firing_if(self, flag: torch.Tensor) -> None:
+        skip_step_if(self._optimizer, flag)
 
-    def write(self, index: int, values: torch.Tensor) -> None:
-        _flat(self._params[index]).copy_(values)
+    def write(self, indices: Sequence[int], values: Sequence[torch.Tensor]) -> None:
+        torch._foreach_copy_([self._params[k] for k in indices], list(values))
 
     def shapes(self) -> list[torch.Size]:
         return [p.shape for p in self._params]
@@ -68,8 +64,8 @@ class PlainEngine:
         return [local_state(self._optimizer.state.get(p, {}), p, _flat) for p in self._params]
 
     def restore(self, values: Sequence[torch.Tensor], states: Sequence[State]) -> None:
-        for index, (p, local, state) in enumerate(zip(self._params, values, states, strict=True)):
-            self.write(index, local)
+        for p, local, state in zip(self._params, values, states, strict=True):
+            _flat(p).copy_(local.reshape(-1))
             restore_state(self._optimizer, p, _flat, state)
 
     def retire(self) -> None:
@@ -96,7 +92,7 @@ def shrink_plain(model: nn.Module, optimizer: torch.optim.Optimizer, shrinks: Se
                 "DistributedDataParallel with mixed_precision or delay_all_reduce_named_params cannot be rebuilt for "
                 "smaller adapters: set compact to false, or use autocast"
             )
-    drop_gradients(optimizer)
+    optimizer.zero_grad(set_to_none=True)
     for shrink in shrinks:
         old = shrink.parameter
         shrink.replace(old.shape, optimizer, dtype=old.dtype, device=old.device)

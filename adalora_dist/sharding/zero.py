@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch.utils.hooks import RemovableHandle
 
 from adalora_dist.errors import UserError
-from adalora_dist.sharding.base import Shrink, State, assemble, local_state, nonfinite_flag, restore_state
+from adalora_dist.sharding.base import State, assemble, local_state, nonfinite_flag, restore_state
 from adalora_dist.spans import Span
 
 
@@ -48,15 +48,15 @@ class _Fragment(NamedTuple):
 
 
 # Where the three kinds of ZeRO optimizer keep (masters, the model's parameters by group).
-_STAGE_3 = ("fp32_partitioned_groups_flat", "fp16_groups")
+STAGE_3 = ("fp32_partitioned_groups_flat", "fp16_groups")
 _STAGE_1_OR_2 = ("single_partition_of_fp32_groups", "bit16_groups")
 _STAGE_1_BF16 = ("fp32_groups_flat_partition", "bf16_groups")
-_KINDS = (_STAGE_3, _STAGE_1_OR_2, _STAGE_1_BF16)
+KINDS = (STAGE_3, _STAGE_1_OR_2, _STAGE_1_BF16)
 
 
 def is_zero_optimizer(optimizer: Any) -> bool:
     """Whether this is one of DeepSpeed's ZeRO optimizers."""
-    return any(hasattr(optimizer, kind[0]) for kind in _KINDS)
+    return any(hasattr(optimizer, kind[0]) for kind in KINDS)
 
 
 def running_zero_optimizer(optimizer: torch.optim.Optimizer) -> Any | None:
@@ -92,8 +92,8 @@ class ZeroEngine:
         self._params = list(params)
         self._optimizer = optimizer
         self._zero = zero
-        self._kind = next(kind for kind in _KINDS if hasattr(zero, kind[0]))
-        located = _fragments_stage_3(zero) if self._kind == _STAGE_3 else _fragments_of_flat_groups(zero, self._kind)
+        self._kind = next(kind for kind in KINDS if hasattr(zero, kind[0]))
+        located = _fragments_stage_3(zero) if self._kind == STAGE_3 else _fragments_of_flat_groups(zero, self._kind)
         if missing := sum(p not in located for p in params):
             raise UserError(
                 f"{missing} of {len(params)} adapter parameters are not in the ZeRO optimizer: pass all trainable "
@@ -108,6 +108,8 @@ class ZeroEngine:
             )
         self.num_firings = 1 if self._kind == _STAGE_1_BF16 else len(self._masters)
         self._held: list[tuple[Any, torch.Tensor | None]] = []
+        self._addresses: list[int] = []
+        self._views: list[torch.Tensor] = []
         # Set once this engine takes part in steps; one that only reads and restores does not.
         self._hook: RemovableHandle | None = None
 
@@ -127,7 +129,10 @@ class ZeroEngine:
         return [f.span for f in self._fragments]
 
     def values(self) -> list[torch.Tensor]:
-        return [self._values_of(f) for f in self._fragments]
+        addresses = [master.data_ptr() for master in self._masters]
+        if addresses != self._addresses:  # at first, and should DeepSpeed ever move its buffers
+            self._addresses, self._views = addresses, [self._values_of(f) for f in self._fragments]
+        return list(self._views)
 
     def _values_of(self, fragment: _Fragment) -> torch.Tensor:
         return self._cut(fragment)(self._masters[fragment.group])
@@ -155,7 +160,9 @@ class ZeroEngine:
             gradients += [g for g in waiting or () if g is not None]
         return nonfinite_flag(gradients)
 
-    def skip_firing(self) -> None:
+    def skip_firing_if(self, flag: torch.Tensor) -> None:
+        if not flag.item():
+            return
         for master in self._firing_masters():
             self._held.append((master, master.grad))
             master.grad = None
@@ -169,22 +176,21 @@ class ZeroEngine:
         for master in firing:
             if master.grad is not None:
                 master.grad.zero_()
-        if self._kind == _STAGE_3 and any(master is self._masters[-1] for master in firing):
+        if self._kind == STAGE_3 and any(master is self._masters[-1] for master in firing):
             self._zero.grad_partitions_flat_buffer.zero_()
 
-    def write(self, index: int, values: torch.Tensor) -> None:
-        fragment = self._fragments[index]
-        self._values_of(fragment).copy_(values)
-        self._working_copy(index).copy_(values)
+    def write(self, indices: Sequence[int], values: Sequence[torch.Tensor]) -> None:
+        torch._foreach_copy_([self._values_of(self._fragments[k]) for k in indices], list(values))
+        torch._foreach_copy_([self._working_copy(k) for k in indices], list(values))
 
     def _working_copy(self, index: int) -> torch.Tensor:
         p, fragment = self._params[index], self._fragments[index]
-        if self._kind == _STAGE_3:
+        if self._kind == STAGE_3:
             return p.ds_tensor.detach().narrow(0, 0, fragment.length)
         return p.detach().view(-1)[fragment.span.start : fragment.span.stop]
 
     def shapes(self) -> list[torch.Size]:
-        return [p.ds_shape if self._kind == _STAGE_3 else p.shape for p in self._params]
+        return [p.ds_shape if self._kind == STAGE_3 else p.shape for p in self._params]
 
     def states(self) -> list[State]:
         return [
@@ -203,8 +209,8 @@ class ZeroEngine:
                     "counts them together: continue on one process, with DDP or with FSDP2"
                 )
             self._optimizer.state.pop(self._masters[group], None)
-        for index, (f, local, state) in enumerate(zip(self._fragments, values, states, strict=True)):
-            self.write(index, local)
+        self.write(range(len(values)), values)
+        for f, state in zip(self._fragments, states, strict=True):
             if state:
                 restore_state(self._optimizer, self._masters[f.group], self._cut(f), state)
         self._publish()
@@ -215,7 +221,7 @@ class ZeroEngine:
 
     def _publish(self) -> None:
         """Working copies as ZeRO leaves them after a step: whole where it keeps them whole. Collective."""
-        if self._kind != _STAGE_3:
+        if self._kind != STAGE_3:
             self._zero.update_lp_params()
         elif kept := self._zero.persistent_parameters:
             kept[0].partition(kept)
@@ -278,36 +284,3 @@ def _refuse_unsupported(params: Sequence[torch.Tensor], zero: Any) -> None:
         )
     if any(getattr(p, "use_muon", False) for p in params):
         raise UserError("ZeRO replaces the gradients of Muon's parameters by updates: use another optimizer (AdamW)")
-
-
-def shrink_zero(engine: Any, shrinks: Sequence[Shrink]) -> None:
-    """Put smaller parameters, all 0, in the place of those there are; between two steps. Collective.
-
-    The flat buffers of the ZeRO optimizer are made for its parameters, so the DeepSpeed engine gets a new one, in the
-    way its constructor makes it, around the same torch optimizer. Its state and the masters' values are lost: whoever
-    calls this keeps and restores them. The engine stays the same object; frozen parameters stay as they are, those of
-    stage 3 partitioned.
-    """
-    zero = engine.optimizer
-    inner, kind = zero.optimizer, next(kind for kind in _KINDS if hasattr(zero, kind[0]))
-    groups = getattr(zero, kind[1])
-    for group in inner.param_groups:
-        group["params"] = []
-    for index, params in enumerate(groups):
-        inner.param_groups[zero.sub_group_to_group_id[index] if kind == _STAGE_3 else index]["params"] += params
-    if kind == _STAGE_3:
-        zero.parameter_offload.partition_all_parameters()
-    zero.destroy()
-    inner.state.clear()
-    for shrink in shrinks:
-        old: Any = shrink.parameter
-        shape = old.ds_shape if kind == _STAGE_3 else old.shape
-        new = shrink.replace(shape, inner, dtype=old.dtype, device=engine.device)
-        if kind == _STAGE_3 and new is not None:
-            old.convert_to_zero_parameters(param_list=[new])
-    engine.param_names = {p: name for name, p in engine.module.named_parameters()}
-    engine._configure_optimizer(inner, None)
-    if hasattr(zero, "loss_scaler"):
-        engine.optimizer.loss_scaler = zero.loss_scaler
-    if engine._support_torch_style_backward:
-        engine.optimizer.register_grad_acc_post_hook(engine._backward_post_hook)

@@ -15,6 +15,7 @@ from accelerate.utils import (
     is_trackio_available,
     is_wandb_available,
 )
+from torch.distributed.tensor import DTensor
 
 from adalora_dist.config import RunConfig, TrainConfig
 from adalora_dist.errors import UserError
@@ -95,6 +96,18 @@ def engine_name(accelerator: Accelerator) -> str:
     if accelerator.distributed_type == DistributedType.FSDP:
         return "fsdp2"
     return "ddp" if accelerator.num_processes > 1 else "single"
+
+
+def full_tensor(parameter: torch.Tensor) -> torch.Tensor:
+    """The whole parameter, detached, on every process, as the next forward has it. Collective where it is sharded."""
+    if isinstance(parameter, DTensor):
+        return parameter.full_tensor().detach()
+    if hasattr(parameter, "ds_id"):  # ZeRO-3
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return parameter.detach()
 
 
 def _installed_trackers(names: Sequence[str]) -> list[str] | None:

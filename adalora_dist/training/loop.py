@@ -13,8 +13,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from adalora_dist.allocator import RankAllocator
+from adalora_dist.compaction import compact
 from adalora_dist.config import RunConfig, TrainConfig
 from adalora_dist.data.batches import BatchPlan
 from adalora_dist.progress import progress_bar
@@ -30,7 +32,8 @@ class Prepared:
     model: nn.Module
     optimizer: torch.optim.Optimizer  # as the engine wraps it
     inner_optimizer: torch.optim.Optimizer  # the torch optimizer that updates the weights
-    allocator: RankAllocator
+    allocator: RankAllocator | None
+    """None where there are no adapters: methods head and full."""
 
 
 def total_steps(train: TrainConfig, plan: BatchPlan) -> int:
@@ -42,8 +45,14 @@ def prepare(accelerator: Accelerator, model: nn.Module, config: RunConfig, num_s
     """Optimizer over the trainable parameters, allocator attached, both handed to the engine; weights read last."""
     read_trained_modules(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=config.train.learning_rate, weight_decay=config.train.weight_decay)
-    allocator = RankAllocator.attach(model, optimizer, config.adapter, num_steps)
+    optimizer = torch.optim.AdamW(
+        trainable,
+        lr=config.train.learning_rate,
+        weight_decay=config.train.weight_decay,
+        fused=config.train.precision != "fp16",  # its kernel would unscale gradients after the allocator has seen them
+    )
+    with_adapters = config.adapter.method in ("adalora", "lora")
+    allocator = RankAllocator.attach(model, optimizer, config.adapter, num_steps) if with_adapters else None
     if config.train.gradient_checkpointing:
         cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model, wrapped = accelerator.prepare(model, optimizer)
@@ -53,7 +62,9 @@ def prepare(accelerator: Accelerator, model: nn.Module, config: RunConfig, num_s
 
 def learning_rate(train: TrainConfig, step: int, num_steps: int) -> float:
     """Linear warm-up from 0, then linear or cosine decay to 0, or constant. A pure function of the 0-based step."""
-    num_warmup = math.ceil(train.lr_warmup_ratio * num_steps)
+    num_warmup = train.lr_warmup_steps
+    if num_warmup is None:
+        num_warmup = math.ceil(train.lr_warmup_ratio * num_steps)
     if step < num_warmup:
         return train.learning_rate * (step + 1) / num_warmup
     done = (step - num_warmup) / max(1, num_steps - num_warmup)
@@ -105,7 +116,11 @@ def train(
                     accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-        prepared.allocator.catch_up(step + 1)
+        if prepared.allocator is not None:
+            prepared.allocator.catch_up(step + 1)
+            if config.adapter.compact and compact(prepared.allocator, model, optimizer):
+                parameters = [p for p in model.parameters() if p.requires_grad]
+                report(f"step {step + 1}/{num_steps}: pattern frozen, pruned triplets removed from memory")
         unread.append(loss_of_step / num_targets)
         num_tokens += sum(plan.lengths[row] for row in plan.batch(step))
         bar.update()
@@ -124,12 +139,15 @@ def train(
                 left = bar.format_interval(seconds / (step + 1) * (num_steps - step - 1))
                 report(f"step {step + 1}/{num_steps}: {status}, {left} left")
     bar.close()
-    prepared.allocator.finish()
+    if prepared.allocator is not None:
+        prepared.allocator.finish()
     return losses
 
 
-def rank_summary(allocator: RankAllocator) -> str:
-    """'budget 288, ranks 0/4.0/12 (min/mean/max), ' for the progress line."""
+def rank_summary(allocator: RankAllocator | None) -> str:
+    """'budget 288, ranks 0/4.0/12 (min/mean/max), ' for the progress line; nothing without adapters."""
+    if allocator is None:
+        return ""
     ranks = list(allocator.rank_pattern().values())
     mean = sum(ranks) / len(ranks)
     return f"budget {allocator.budget}, ranks {min(ranks)}/{mean:.1f}/{max(ranks)}, "
@@ -140,6 +158,17 @@ def is_sharded(accelerator: Accelerator) -> bool:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return accelerator.state.deepspeed_plugin.zero_stage == 3
     return accelerator.distributed_type == DistributedType.FSDP
+
+
+def generates_together(accelerator: Accelerator, model: nn.Module) -> bool:
+    """Whether processes must take the same number of decoding steps; makes ``model.generate`` ready for FSDP2.
+
+    FSDP2 gathers what lies outside the layers (embeddings) when the model's forward is called; ``generate`` of an
+    encoder-decoder calls the encoder first, by itself.
+    """
+    if accelerator.distributed_type == DistributedType.FSDP:
+        register_fsdp_forward_method(model, "generate")
+    return is_sharded(accelerator) and accelerator.num_processes > 1
 
 
 def _records(
@@ -159,7 +188,7 @@ def _records(
             "learning_rate": learning_rate(config.train, step, num_steps),
             "tokens_per_second": round(tokens_per_second, 1),
         }
-        if config.adapter.method == "adalora":
+        if allocator is not None and config.adapter.method == "adalora":
             made = [a for a in allocator.allocations if a.step <= step]
             record["budget"] = made[-1].budget if made else allocator.schedule.initial_budget
             record["allocated"] = int(bool(made) and made[-1].step == step)

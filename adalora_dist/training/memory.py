@@ -35,12 +35,13 @@ def held_bytes(prepared: Prepared) -> dict[str, int]:
     moments = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
     masters = [p for group in optimizer.param_groups for p in group["params"]]
     allocator = prepared.allocator
+    importance = [] if allocator is None else [allocator.sensitivity, allocator.uncertainty]
     return {
         "linear_bytes": _storage_bytes(frozen_linear),
         "other_bytes": _storage_bytes(other),
         "adapter_bytes": _storage_bytes(adapters),
         "optimizer_bytes": _storage_bytes([t for p in [*moments, *masters] for t in _held(p)], without=adapters),
-        "importance_bytes": _storage_bytes([allocator.sensitivity, allocator.uncertainty]),
+        "importance_bytes": _storage_bytes(importance),
     }
 
 

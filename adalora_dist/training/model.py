@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedType
+from torch import nn
 
 from adalora_dist.config import ModelConfig
 from adalora_dist.errors import UserError
@@ -18,7 +20,10 @@ if TYPE_CHECKING:
 
 
 def load_backbone(
-    config: ModelConfig, auto_class: Any, quantization: BitsAndBytesConfig | None = None
+    config: ModelConfig,
+    auto_class: Any,
+    quantization: BitsAndBytesConfig | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The pre-trained model, safetensors only, and its tokenizer.
 
@@ -29,6 +34,7 @@ def load_backbone(
     Args:
         auto_class: ``AutoModelForCausalLM`` or a sibling.
         quantization: from :func:`adalora_dist.training.quantization.bitsandbytes_config`.
+        changes: to the model's own configuration, ``{"num_labels": 3}`` for instance.
 
     Raises:
         UserError: the model cannot be found or loaded, or quantised, or it has no tokenizer.
@@ -36,10 +42,17 @@ def load_backbone(
     from transformers import AutoConfig, AutoTokenizer
 
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    extra = {} if config.attn_implementation == "auto" else {"attn_implementation": config.attn_implementation}
+    extra: dict[str, Any] = (
+        {} if config.attn_implementation == "auto" else {"attn_implementation": config.attn_implementation}
+    )
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.name, **options)
-        is_quantized = hasattr(AutoConfig.from_pretrained(config.name, **options), "quantization_config")
+        own = AutoConfig.from_pretrained(config.name, **options)
+        is_quantized = hasattr(own, "quantization_config")
+        if changes:
+            for key, value in changes.items():
+                setattr(own, key, value)
+            extra["config"] = own
         options |= {"dtype": config.dtype, "use_safetensors": True, **extra}
         if quantization is not None:
             if is_quantized:
@@ -70,7 +83,16 @@ def load_backbone(
     if quantization is not None:
         settle_quantized(model)
     model.config.use_cache = False
+    _name_blocks(model)
     return model, tokenizer
+
+
+def _name_blocks(model: PreTrainedModel) -> None:
+    """Name the layers that FSDP2 gathers one by one, where the model class does not (DeBERTa: DebertaV2Layer)."""
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    if not model._no_split_modules and stacks:
+        largest = max(stacks, key=lambda stack: sum(getattr(p, "ds_numel", p.numel()) for p in stack.parameters()))
+        model._no_split_modules = sorted({type(layer).__name__ for layer in largest})
 
 
 def _under_fsdp2() -> bool:

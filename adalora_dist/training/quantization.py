@@ -30,7 +30,7 @@ REFUSED = {
 """(method, engine) that cannot work, and why. Every other combination is tested, see ``support_table``."""
 
 # Modules after the backbone, by the names that transformers gives them.
-_HEADS = ("lm_head", "embed_out", "classifier", "score", "qa_outputs")
+_HEADS = ("lm_head", "embed_out", "classifier", "score", "qa_outputs", "pooler")
 _COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

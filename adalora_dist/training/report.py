@@ -2,10 +2,40 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from adalora_dist.config import RunConfig
 from adalora_dist.evaluation.results import TaskResult
+from adalora_dist.pictures import rank_grid
+from adalora_dist.training.loop import Prepared
+
+
+def run_facts(config: RunConfig, engine: str, num_processes: int, num_steps: int, prepared: Prepared) -> dict[str, Any]:
+    """What run.json says of a run beyond its configuration. The number of parameters is that of the whole model."""
+    allocator = prepared.allocator
+    facts = {"engine": engine, "num_processes": num_processes, "num_steps": num_steps, "method": config.adapter.method}
+    facts["num_trainable_parameters"] = sum(
+        getattr(p, "ds_numel", p.numel()) for p in prepared.model.parameters() if p.requires_grad
+    )
+    if allocator is not None:
+        facts["num_matrices"] = len(allocator.matrices)
+        facts["initial_budget"] = allocator.schedule.initial_budget
+        facts["target_budget"] = allocator.schedule.target_budget
+    return facts
+
+
+def facts_line(facts: Mapping[str, Any], freeze_step: int | None) -> str:
+    """:func:`run_facts` in one line for the console."""
+    line = (
+        f"{facts['engine']} on {facts['num_processes']} process(es), {facts['num_steps']} steps; method "
+        f"{facts['method']}, {facts['num_trainable_parameters']:,} trainable parameters"
+    )
+    if "num_matrices" in facts:
+        line += f", {facts['num_matrices']} matrices"
+    if facts["method"] == "adalora" and freeze_step is not None:
+        line += f"; budget {facts['initial_budget']} -> {facts['target_budget']} triplets by step {freeze_step + 1}"
+    return line
 
 
 def accuracy_table(before: Sequence[TaskResult], after: Sequence[TaskResult]) -> str:
@@ -22,20 +52,18 @@ def accuracy_table(before: Sequence[TaskResult], after: Sequence[TaskResult]) ->
     return aligned(rows)
 
 
+def metrics_table(columns: Mapping[str, Mapping[str, float]]) -> str:
+    """One line per metric, one column per occasion; a metric that an occasion lacks is a dash."""
+    names = dict.fromkeys(name for scores in columns.values() for name in scores)
+    rows = [("metric", *columns)]
+    for name in names:
+        rows.append((name, *(f"{scores[name]:.4f}" if name in scores else "-" for scores in columns.values())))
+    return aligned(rows)
+
+
 def rank_table(pattern: Mapping[str, int]) -> str:
     """Active ranks, layers down and matrices across; names without a layer number get a line of their own."""
-    cells: dict[tuple[str, str], int] = {}
-    columns: list[str] = []
-    lines: list[str] = []
-    for name, rank in pattern.items():
-        match = re.match(r"(?P<stack>.*?)\.?(?P<layer>\d+)\.(?P<matrix>.*)$", name)
-        layer, matrix = (f"{match['stack']}.{match['layer']}", match["matrix"]) if match else (name, "")
-        column = matrix.rpartition(".")[2] if matrix else "rank"
-        if (layer, column) in cells:
-            column = matrix  # two matrices of one layer with the same last name
-        cells[layer, column] = rank
-        columns += [column] if column not in columns else []
-        lines += [layer] if layer not in lines else []
+    lines, columns, cells = rank_grid(pattern)
     rows = [("layer", *columns, "total")]
     for layer in lines:
         ranks = [cells.get((layer, c)) for c in columns]

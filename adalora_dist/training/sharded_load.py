@@ -9,7 +9,6 @@ Under ZeRO-3 transformers' own loading does the like: every module is partitione
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from adalora_dist.base_files import indexed_files
 from adalora_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -152,8 +152,7 @@ def _find_sources(model: PreTrainedModel, name: str, options: dict[str, Any]) ->
             files = dict.fromkeys(opened.keys(), Path(path))
     else:
         index = Path(cast(str, cached_file(name, "model.safetensors.index.json", **where)))
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {key: index.with_name(file) for key, file in weight_map.items()}
+        files = indexed_files(index)
 
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,15 +12,30 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from adalora_dist.evaluation.results import evaluating
 
+Probe = Sequence[int] | Mapping[str, Sequence[int]]
+"""Tokens of one sequence for a causal model, or for an encoder-decoder input_ids and decoder_input_ids."""
 
-def last_logits(model: nn.Module, input_ids: Sequence[int], num_last: int, device: torch.device) -> torch.Tensor:
+
+def last_logits(model: nn.Module, probe: Probe, num_last: int, device: torch.device) -> torch.Tensor:
     """Logits of the last ``num_last`` tokens of one sequence, (num_last, vocabulary), float32 on the CPU.
 
     Collective where the model is sharded.
     """
+    if isinstance(probe, Mapping):
+        batch: dict[str, Any] = {name: torch.tensor([list(ids)], device=device) for name, ids in probe.items()}
+    else:
+        batch = {"input_ids": torch.tensor([list(probe)], device=device), "logits_to_keep": num_last}
     with evaluating(model):
-        batch = torch.tensor([list(input_ids)], device=device)
-        return model(input_ids=batch, logits_to_keep=num_last).logits[0].float().cpu()
+        return model(**batch).logits[0, -num_last:].float().cpu()
+
+
+def load_plainly(auto_class: Any, folder: Path) -> nn.Module:
+    """The model in ``folder`` as plain transformers loads it, float32 if its files are, in evaluation mode.
+
+    For one process, at the end of a run: under ZeRO-3, loading would otherwise be collective, so that is turned off.
+    """
+    unset_hf_deepspeed_config()
+    return auto_class.from_pretrained(folder, use_safetensors=True).eval()
 
 
 class LogitDifference(NamedTuple):
@@ -30,14 +45,11 @@ class LogitDifference(NamedTuple):
     mean: float
 
 
-def logit_differences(
-    auto_class: Any, folder: Path, input_ids: Sequence[int], expected: torch.Tensor
-) -> LogitDifference:
+def logit_differences(auto_class: Any, folder: Path, probe: Probe, expected: torch.Tensor) -> LogitDifference:
     """How far the last logits of the model in ``folder``, loaded afresh in plain transformers, are from ``expected``.
 
-    For one process, at the end of a run: under ZeRO-3, loading would otherwise be collective, so that is turned off.
+    For one process, at the end of a run: see :func:`load_plainly`.
     """
-    unset_hf_deepspeed_config()
-    model = auto_class.from_pretrained(folder, use_safetensors=True)
-    difference = (last_logits(model, input_ids, len(expected), torch.device("cpu")) - expected).abs()
+    model = load_plainly(auto_class, folder)
+    difference = (last_logits(model, probe, len(expected), torch.device("cpu")) - expected).abs()
     return LogitDifference(difference.max().item(), difference.mean().item())

@@ -1,0 +1,125 @@
+"""Documents and their summaries: XSum and CNN/DailyMail from the Hub, or local files, to rows of tokens.
+
+A local source is a folder ``SOURCE/TASK/{train,test}.{jsonl,parquet}`` with the columns document and summary; the word
+``hub`` reads the public data sets; an empty source is the built-in reports. Reading and tokenising go through
+``datasets``: both are kept in its cache (``HF_DATASETS_CACHE``), and rows stay on disk until a batch needs them.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from adalora_dist.data.demo_reports import demo_reports
+from adalora_dist.data.files import find_data_file, read_table
+from adalora_dist.errors import UserError
+from adalora_dist.recipe_config import SummarizationDataConfig
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+Split = Literal["train", "test"]
+
+# Only the test split has stand-ins: a folder with train and dev files is common, and dev rows are held out as well.
+FILE_NAMES: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "validation", "dev")}
+
+logger = logging.getLogger(__name__)
+
+
+class HubTask(NamedTuple):
+    """Where a task lives on the Hub, its two columns, and how many rows its splits have."""
+
+    path: str
+    name: str | None
+    document: str
+    summary: str
+
+
+HUB_TASKS = {
+    "xsum": HubTask("EdinburghNLP/xsum", None, "document", "summary"),
+    "cnn_dailymail": HubTask("abisee/cnn_dailymail", "3.0.0", "article", "highlights"),
+}
+
+
+def load_summaries(data: SummarizationDataConfig) -> dict[Split, Dataset]:
+    """Both splits, with the columns document and summary, in the order of the source.
+
+    Rows without any text in one of them are left out, with a warning that counts them. ``max_train_rows`` and
+    ``max_eval_rows`` keep the first rows.
+
+    Raises:
+        UserError: a file or a column is missing, a file cannot be read, the Hub cannot be reached, or no row is left.
+    """
+    return {"train": _load(data, "train", data.max_train_rows), "test": _load(data, "test", data.max_eval_rows)}
+
+
+def encode_summaries(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: SummarizationDataConfig) -> Dataset:
+    """Add the columns input_ids (document), labels (summary), and the two lengths in tokens, length and num_targets.
+
+    Both are cut on their right to ``max_source_length`` and ``max_target_length``, special tokens included.
+    """
+
+    def encode(batch: dict[str, list[str]]) -> dict[str, Any]:
+        sources = tokenizer(batch["document"], truncation=True, max_length=data.max_source_length)["input_ids"]
+        labels = tokenizer(text_target=batch["summary"], truncation=True, max_length=data.max_target_length)
+        targets = labels["input_ids"]
+        return {
+            "input_ids": sources,
+            "labels": targets,
+            "length": [len(source) + len(target) for source, target in zip(sources, targets, strict=True)],
+            "num_targets": [len(target) for target in targets],
+        }
+
+    # A fast tokenizer remembers how it was called last, and datasets' cache is keyed by its whole state.
+    encode({"document": ["a"], "summary": ["a"]})
+    return rows.map(encode, batched=True, desc="tokenise")
+
+
+def _load(data: SummarizationDataConfig, split: Split, max_rows: int | None) -> Dataset:
+    from datasets import Dataset
+
+    if not data.source:
+        rows, columns = Dataset.from_list([report._asdict() for report in demo_reports(split)]), ("document", "summary")
+        origin = "built-in reports"
+    elif data.source == "hub":
+        task = HUB_TASKS[data.task]
+        rows, columns, origin = _hub_rows(task, data.task, split), (task.document, task.summary), task.path
+    else:
+        path = find_data_file(Path(data.source) / data.task, FILE_NAMES[split])
+        rows, columns, origin = read_table(path), ("document", "summary"), str(path)
+    for column in columns:
+        if column not in rows.column_names:
+            raise UserError(
+                f"{origin}: no column {column} (it has {', '.join(rows.column_names)}); every row needs "
+                f"{' and '.join(columns)}"
+            )
+    rows = rows.select_columns(list(columns)).rename_columns(
+        {old: new for old, new in zip(columns, ("document", "summary"), strict=True) if old != new}
+    )
+    if max_rows is not None:
+        rows = rows.select(range(min(max_rows, len(rows))))
+    kept = rows.filter(_has_text, desc="check rows")
+    if len(kept) < len(rows):
+        logger.warning("%s: %d of %d rows have no text and are left out", origin, len(rows) - len(kept), len(rows))
+    if not len(kept):
+        raise UserError(f"{origin}: no row with a document and a summary; give at least 1 row")
+    return kept
+
+
+def _has_text(row: dict[str, Any]) -> bool:
+    return all(isinstance(row[column], str) and row[column].strip() for column in ("document", "summary"))
+
+
+def _hub_rows(task: HubTask, name: str, split: Split) -> Dataset:
+    import datasets
+
+    try:
+        return datasets.load_dataset(task.path, task.name, split=split)
+    except Exception as error:  # whatever HTTP client, cache or parser failed, the user can do the same about it
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"data='hub': cannot load {task.path} {split} ({reason}); check the network and HF_HUB_OFFLINE, or use "
+            f"local files: --data FOLDER with FOLDER/{name}/train.jsonl and FOLDER/{name}/test.jsonl"
+        ) from error

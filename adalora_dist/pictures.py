@@ -1,0 +1,114 @@
+"""A run's ranks as pictures (SVG): the map of layers and matrices, and how budget, scores and churn went."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adalora_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def rank_grid(pattern: Mapping[str, int]) -> tuple[list[str], list[str], dict[tuple[str, str], int]]:
+    """Lines (layers), columns (matrices) and the rank in each cell that there is, by line and column.
+
+    A name without a layer number gets a line of its own.
+    """
+    cells: dict[tuple[str, str], int] = {}
+    columns: list[str] = []
+    lines: list[str] = []
+    for name, rank in pattern.items():
+        match = re.match(r"(?P<stack>.*?)\.?(?P<layer>\d+)\.(?P<matrix>.*)$", name)
+        layer, matrix = (f"{match['stack']}.{match['layer']}", match["matrix"]) if match else (name, "")
+        column = matrix.rpartition(".")[2] if matrix else "rank"
+        if (layer, column) in cells:
+            column = matrix  # two matrices of one layer with the same last name
+        cells[layer, column] = rank
+        columns += [column] if column not in columns else []
+        lines += [layer] if layer not in lines else []
+    return lines, columns, cells
+
+
+def draw_rank_map(pattern: Mapping[str, int], path: Path) -> None:
+    """Heat map of active ranks, layers down and matrices across, one number in each cell.
+
+    Args:
+        pattern: active rank by name of the adapted matrix.
+        path: of the SVG to write.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    lines, columns, cells = rank_grid(pattern)
+    figure = _figure(2.6 + 0.75 * len(columns), 1.3 + 0.24 * len(lines))
+    axes = figure.add_subplot()
+    values = [[cells.get((line, column), float("nan")) for column in columns] for line in lines]
+    image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0)
+    for (line, column), rank in cells.items():
+        dark = rank < 0.6 * max(1, *pattern.values())
+        axes.text(
+            columns.index(column), lines.index(line), str(rank), ha="center", va="center", fontsize=7,
+            color="white" if dark else "black",
+        )  # fmt: skip
+    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", fontsize=8)
+    axes.set_yticks(range(len(lines)), lines, fontsize=8)
+    axes.set_title(f"Active ranks: {sum(pattern.values())} triplets in {len(pattern)} matrices", fontsize=10)
+    figure.colorbar(image, ax=axes, label="rank")
+    _save(figure, path)
+
+
+def draw_history(allocations: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Over the steps of the run: budget, the score that a triplet needed to stay, triplets that left and came back.
+
+    Args:
+        allocations: the lines of a run's allocations.jsonl, see ``RunFolder.log_allocations``; at least one.
+        path: of the SVG to write.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    steps = [record["step"] for record in allocations]
+    figure = _figure(7, 6)
+    budget, score, churn = figure.subplots(3, sharex=True)
+    budget.step(steps, [record["budget"] for record in allocations], where="post")
+    _label(budget, "budget, triplets")
+    needed = [(s, record["lowest_kept_score"]) for s, record in zip(steps, allocations, strict=True)]
+    score.plot(*zip(*[(s, value) for s, value in needed if value] or [(steps[0], float("nan"))], strict=True))
+    score.set_yscale("log")
+    _label(score, "lowest score kept")
+    width = 0.4 * min([b - a for a, b in zip(steps, steps[1:], strict=False)], default=1)
+    churn.bar([s - width / 2 for s in steps], [record["pruned"] for record in allocations], width, label="pruned")
+    churn.bar([s + width / 2 for s in steps], [record["returned"] for record in allocations], width, label="came back")
+    churn.legend(fontsize=8)
+    _label(churn, "triplets changed")
+    churn.set_xlabel("step", fontsize=8)
+    _save(figure, path)
+
+
+def _label(axes: Axes, text: str) -> None:
+    axes.set_ylabel(text, fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+
+
+def _figure(width_inches: float, height_inches: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(
+            "pictures need matplotlib, which is not installed: pip install 'adalora-dist[plots]'"
+        ) from error
+    return Figure(figsize=(width_inches, height_inches), layout="constrained")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """The same bytes for the same numbers: no date, fixed names; text stays text."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "adalora-dist", "svg.fonttype": "none"}):
+        figure.savefig(path, format="svg", metadata={"Date": None})

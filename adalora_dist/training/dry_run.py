@@ -1,0 +1,191 @@
+"""What a run would be: steps, budgets, trainable parameters. Reads no weights, starts no engine, writes no files.
+
+The model is built on the meta device from its configuration alone. Configurations of the models that presets name come
+with the recipes (recipes/configs/architectures), and so do the sizes of the public data sets: no network is needed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adalora_dist.config import RunConfig
+from adalora_dist.data.batches import BatchPlan
+from adalora_dist.errors import UserError
+from adalora_dist.inject import inject_adapters
+from adalora_dist.schedule import BudgetSchedule
+from adalora_dist.training.loop import total_steps
+
+PUBLIC_ROWS = {
+    **{"cola": 8551, "sst2": 67349, "mrpc": 3668, "stsb": 5749, "qqp": 363846, "mnli": 392702, "qnli": 104743},
+    **{"rte": 2490, "v1.1": 87599, "v2.0": 130319, "xsum": 204045, "cnn_dailymail": 287113, "e2e": 42061},
+    **{"boolq": 9427, "piqa": 16113, "siqa": 33410, "hellaswag": 39905, "winogrande": 40398, "arc_easy": 2251},
+    **{"arc_challenge": 1119, "openbookqa": 4957},
+}
+"""Training rows of the public data sets, by task."""
+
+SHOWN_ALLOCATIONS = 3
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """The plan of a run. Parameters are counted in numbers, budgets in triplets."""
+
+    model: str
+    num_parameters: int
+    """Of the backbone with its head, without adapters."""
+    num_rows: int
+    num_steps: int
+    num_matrices: int
+    num_adapter_parameters: int
+    """At the start: every matrix at init_rank."""
+    num_other_trained: int
+    """Trained in full besides: a new head, or the whole model."""
+    sizes: tuple[int, ...]
+    """Parameters of one triplet, d_in + d_out + 1 (plain LoRA: without the 1), of each matrix."""
+    schedule: BudgetSchedule | None
+    """None where no budget falls: every method but adalora."""
+
+    @property
+    def allocations(self) -> list[tuple[int, int]]:
+        """(0-based step, budget after it) of every allocation."""
+        if self.schedule is None:
+            return []
+        steps = range(self.schedule.total_steps)
+        return [(step, self.schedule.budget(step)) for step in steps if self.schedule.allocates(step)]
+
+    @property
+    def num_final(self) -> int:
+        """Adapter parameters at the end, if the final budget is spread evenly over the matrices."""
+        if self.schedule is None:
+            return self.num_adapter_parameters
+        return round(self.schedule.target_budget * sum(self.sizes) / len(self.sizes))
+
+    def final_range(self, init_rank: int) -> tuple[int, int]:
+        """Fewest and most adapter parameters that the final budget can leave: all in small matrices, or in large."""
+        assert self.schedule is not None
+        each = sorted(size for size in self.sizes for _ in range(init_rank))
+        budget = self.schedule.target_budget
+        return sum(each[:budget]), sum(each[len(each) - budget :])
+
+
+def count_rows(data: Any, tasks: Sequence[str], load: Callable[[], Sized]) -> int:
+    """Training rows: of public data sets from the table above, of all others by loading them."""
+    if data.source != "hub":
+        return len(load())
+    return sum(min(PUBLIC_ROWS[task], data.max_train_rows or PUBLIC_ROWS[task]) for task in tasks)
+
+
+def plan_run(
+    config: RunConfig, auto_class: Any, num_rows: int, architectures: Path, demo: str, **changes: Any
+) -> DryRun:
+    """Resolve everything that does not need weights.
+
+    Args:
+        auto_class: ``AutoModelForCausalLM`` or a sibling.
+        num_rows: of the training data.
+        architectures: folder with NAME.json, a configuration for every model name that ends with NAME.
+        demo: NAME of the recipe's demonstration model, for an empty model name.
+        changes: to the model's configuration, such as num_labels.
+
+    Raises:
+        UserError: the model's configuration cannot be had, or what the run itself would refuse.
+    """
+    name = config.model.name or demo
+    settings = _architecture(config, name, architectures)
+    for key, value in changes.items():
+        setattr(settings, key, value)
+    with torch.device("meta"):
+        model = auto_class.from_config(settings)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    if config.adapter.method == "full":
+        model.float()
+    matrices = inject_adapters(model, config.adapter, config.train.seed)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    adapters = sum(p.numel() for m in matrices for p in (m.layer.P, m.layer.lam, m.layer.Qt) if p.requires_grad)
+    plan = BatchPlan([1] * num_rows, [1] * num_rows, config.train.batch_size, config.train.seed)
+    num_steps = total_steps(config.train, plan)
+    schedule = None
+    if config.adapter.method == "adalora":
+        # As the allocator does it.
+        adapter = config.adapter
+        target = adapter.target_budget
+        schedule = BudgetSchedule.for_run(
+            total_steps=num_steps,
+            initial_budget=adapter.init_rank * len(matrices),
+            target_budget=round(adapter.target_rank * len(matrices)) if target is None else target,
+            initial_warmup_steps=adapter.initial_warmup_steps,
+            final_steps=adapter.final_steps,
+            mask_interval_steps=adapter.mask_interval_steps,
+            kind=adapter.budget_schedule,
+        )
+    sizes = tuple(m.layer.d_in + m.layer.d_out + int(schedule is not None) for m in matrices)
+    return DryRun(
+        name, num_parameters, num_rows, num_steps, len(matrices), adapters, trained - adapters, sizes, schedule
+    )
+
+
+def dry_run(config: RunConfig, *args: Any, **changes: Any) -> None:
+    """Print :func:`plan_run` of the same arguments, on rank 0 alone."""
+    run = plan_run(config, *args, **changes)
+    if os.environ.get("RANK", "0") == "0":
+        print(describe(run, config))
+
+
+def describe(run: DryRun, config: RunConfig) -> str:
+    """The plan in a few lines."""
+
+    def share(count: int) -> str:
+        return f"{count:,} ({count / run.num_parameters:.2%} of the model)"
+
+    adapter, train = config.adapter, config.train
+    length = f"{train.epochs:g} epochs" if train.max_steps is None else "max_steps"
+    lines = [
+        "Dry run: no weights are read, nothing is trained or written.",
+        f"Model      {run.model}, {run.num_parameters:,} parameters",
+        f"Steps      {run.num_steps:,}: {length} of {run.num_rows:,} rows in batches of {train.batch_size}",
+        f"Method     {adapter.method}, {run.num_matrices} matrices",
+    ]
+    if run.num_matrices:
+        lines.append(f"Adapters   {share(run.num_adapter_parameters)} at rank {adapter.init_rank}")
+    if run.num_other_trained:
+        lines.append(f"Besides    {share(run.num_other_trained)} trained in full")
+    if (schedule := run.schedule) is not None:
+        fewest, most = run.final_range(adapter.init_rank)
+        lines.append(f"           {share(run.num_final)} in the end, if the budget is spread evenly")
+        lines.append(f"           {fewest:,} to {most:,}, wherever ranks end up")
+        lines.append(
+            f"Budget     {schedule.initial_budget:,} -> {schedule.target_budget:,} triplets: warm-up to step "
+            f"{schedule.initial_warmup_steps:,}, an allocation every {schedule.mask_interval_steps}, frozen from step "
+            f"{schedule.freeze_step + 1:,}"
+        )
+        made = run.allocations
+        cut = len(made) > 2 * SHOWN_ALLOCATIONS
+        shown = [*made[:SHOWN_ALLOCATIONS], None, *made[-SHOWN_ALLOCATIONS:]] if cut else made
+        listed = ", ".join("..." if a is None else f"{a[1]:,} at {a[0]:,}" for a in shown)
+        lines.append(f"           {len(made):,} allocations (triplets at step): {listed}")
+    return "\n".join(lines)
+
+
+def _architecture(config: RunConfig, name: str, architectures: Path) -> Any:
+    from transformers import AutoConfig
+
+    shipped = architectures / f"{name.rpartition('/')[2]}.json"
+    is_shipped = shipped.is_file() and not Path(name).is_dir()
+    try:
+        return AutoConfig.from_pretrained(
+            shipped if is_shipped else name,
+            **({} if is_shipped else {"revision": config.model.revision}),
+            trust_remote_code=config.model.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"model={name!r}: its config.json cannot be had ({reason}): give a local folder, or a Hub id that can be "
+            f"reached; those in {architectures} need no network"
+        ) from error

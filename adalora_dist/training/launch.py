@@ -1,0 +1,71 @@
+"""From a launch script to its recipe, under DeepSpeed.
+
+``deepspeed launch/summarize_bart.sh`` makes the launcher run that file with Python, once per process, with
+``--local_rank=N`` added. The scripts are bash and Python at once: their Python half calls :func:`run_recipe`. Nothing
+here imports torch, so that a mistake in a flag is told at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+from adalora_dist.cli import user_errors
+from adalora_dist.errors import UserError
+
+CONFIG_FLAG = "--deepspeed-config"
+
+
+def run_recipe(name: str, default_config: str = "zero2") -> None:
+    """Run ``recipes/NAME.py`` as the main program, with the flags of this one.
+
+    Args:
+        name: of a recipe of the repository that the launch script lies in.
+        default_config: of ``ds_configs``, without suffix; ``--deepspeed-config FILE`` among the flags names another.
+
+    A mistake ends the program with one line and code 2.
+    """
+    root = Path(sys.argv[0]).resolve().parents[1]
+    with user_errors():
+        path, flags = _take_config(sys.argv[1:], root / "ds_configs" / f"{default_config}.json")
+        stage = _zero_stage(path)
+    os.environ.update(
+        ACCELERATE_USE_DEEPSPEED="true",
+        ACCELERATE_DEEPSPEED_CONFIG_FILE=str(path),
+        ACCELERATE_DEEPSPEED_ZERO3_INIT="true" if stage == 3 else "false",
+    )
+    # Else every process of this machine would take all of its cores.
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores // int(os.environ.get("LOCAL_SIZE", 1)))))
+    recipe = root / "recipes" / f"{name}.py"
+    sys.argv = [str(recipe), *flags]
+    runpy.run_path(str(recipe), run_name="__main__")
+
+
+def _take_config(arguments: list[str], default: Path) -> tuple[Path, list[str]]:
+    """The DeepSpeed configuration, and the arguments without its flag."""
+    rest, path = [], default
+    words = iter(arguments)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag.replace("_", "-") != CONFIG_FLAG:
+            rest.append(word)
+            continue
+        value = value if equals else next(words, "")
+        if not value or value.startswith("--"):
+            raise UserError(f"{CONFIG_FLAG} has no value: give it a file, such as ds_configs/zero3.json")
+        path = Path(value)
+    return path, rest
+
+
+def _zero_stage(path: Path) -> int:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0)
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{CONFIG_FLAG} {path}: no DeepSpeed configuration ({error}); give a JSON file, such as "
+            "ds_configs/zero3.json"
+        ) from error

@@ -1,0 +1,221 @@
+"""Fine-tune an encoder on a GLUE task with adaptive ranks, and compare with LoRA, a trained head, or full fine-tuning.
+
+    accelerate launch recipes/deberta_glue.py                                        a demonstration, no Hub needed
+    accelerate launch recipes/deberta_glue.py --preset paper --task cola --budget 0.3M     the paper's set-up
+    accelerate launch recipes/deberta_glue.py --preset paper --task cola --budget 0.3M --method lora --seeds 1 2 3
+    accelerate launch recipes/deberta_glue.py --model FOLDER_OR_HUB_ID --data FOLDER --task rte
+
+Presets are in recipes/configs/tables/deberta_glue.yaml; flags override what they set. Engines are chosen by the
+launcher, not here: add --config_file launch/accelerate/{ddp,fsdp2,zero2,zero3}.yaml to ``accelerate launch``.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from adalora_dist.cli import parse_config, user_errors
+from adalora_dist.errors import UserError
+from adalora_dist.recipe_config import GlueConfig
+
+TABLE = Path(__file__).parent / "configs" / "tables" / "deberta_glue.yaml"
+ARCHITECTURES = Path(__file__).parent / "configs" / "architectures"
+DEMO_CONFIG = Path(__file__).parent / "configs" / "deberta_glue_demo.yaml"
+
+
+# ---------------------------------------------------------------------------------------------------- configuration
+
+
+def configuration(argv: list[str]) -> GlueConfig:
+    """Flags over a YAML file over a preset. Without any of them, nor model or data, the demonstration's file."""
+    given = {argument.partition("=")[0] for argument in argv}
+    if not given & {"--config", "--preset", "--model", "--data"}:
+        argv = ["--config", str(DEMO_CONFIG), *argv]
+    return parse_config(GlueConfig, argv, __doc__ or "", TABLE)
+
+
+def main(config: GlueConfig) -> None:
+    # Heavy imports wait until the configuration is known to be right.
+    from accelerate.utils import set_seed
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from adalora_dist.data.batches import BatchPlan
+    from adalora_dist.data.demo_sentences import TASK, demo_sentences, demo_sentences_folder
+    from adalora_dist.data.encoding import padding_token
+    from adalora_dist.data.glue import TASKS, encode_texts, load_glue
+    from adalora_dist.evaluation.classification import largest_difference, predict, score
+    from adalora_dist.evaluation.metrics import mean_and_deviation, require_metrics
+    from adalora_dist.export import base_folder_of, gather_adapters, merge, save_adapter, save_trained, write_task
+    from adalora_dist.inject import inject_adapters
+    from adalora_dist.training.dequantized import quantized_weights
+    from adalora_dist.training.dry_run import count_rows, dry_run
+    from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
+    from adalora_dist.training.loop import prepare, total_steps, train
+    from adalora_dist.training.losses import classification_loss
+    from adalora_dist.training.model import dtype_named, load_backbone
+    from adalora_dist.training.quantization import bitsandbytes_config
+    from adalora_dist.training.report import facts_line, metrics_table, rank_table, run_facts
+    from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
+    from adalora_dist.training.trained import gather_trained
+    from adalora_dist.training.verify import load_plainly
+
+    if config.train.dry_run:
+        num_rows = count_rows(
+            config.data,
+            [config.data.task],
+            lambda: load_glue(config.data)[0] if config.data.source else demo_sentences("train"),
+        )
+        auto_class, num_labels = AutoModelForSequenceClassification, TASKS[config.data.task].num_labels
+        return dry_run(config, auto_class, num_rows, ARCHITECTURES, "all-MiniLM-L6-v2", num_labels=num_labels)
+    require_metrics()
+    refuse_used_folder(config)
+    accelerator = build_accelerator(config.train)
+    say, engine = accelerator.print, engine_name(accelerator)
+    ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    quantization = bitsandbytes_config(config, engine)
+
+    # ------------------------------------------------------------------------------------------------------ data
+
+    if not config.data.source:
+        if config.data.task != TASK:
+            raise UserError(f"task={config.data.task} needs data: --data FOLDER or --data hub; built in is {TASK} only")
+        sentences = demo_sentences_folder()
+        say(f"Data: built-in sentences, not SST-2 ({sentences}). Your own: --data FOLDER, or --data hub.")
+        config = config.model_copy(update={"data": config.data.model_copy(update={"source": str(sentences)})})
+    task = TASKS[config.data.task]
+    train_examples, eval_examples = load_glue(config.data)
+    say(
+        f"{len(train_examples)} training rows; evaluation: "
+        + ", ".join(f"{n} {len(e)}" for n, e in eval_examples.items())
+    )
+
+    # --------------------------------------------------------------------------------------------- model and tokens
+
+    if not config.model.name:
+        from adalora_dist.data.demo_encoder import demo_encoder_folder
+
+        with accelerator.main_process_first():
+            name = str(demo_encoder_folder(say))
+        say("Model: all-MiniLM-L6-v2, 22.7 million parameters. Your own: --model FOLDER_OR_HUB_ID.")
+        config = config.model_copy(update={"model": config.model.model_copy(update={"name": name})})
+    changes = {"num_labels": task.num_labels, "problem_type": "regression" if task.num_labels == 1 else None}
+    if config.model.classifier_dropout is not None:  # BERT's name for it, and DeBERTa's
+        changes |= dict.fromkeys(("classifier_dropout", "cls_dropout"), config.model.classifier_dropout)
+
+    tokenizer = AutoTokenizer.from_pretrained(config.model.name, revision=config.model.revision)
+    padding = padding_token(tokenizer)
+    with accelerator.main_process_first():  # the others find it in the cache
+        common = (tokenizer, config.data.max_length)
+        show = accelerator.is_main_process
+        inputs = encode_texts(train_examples, *common, "tokenise train", show)
+        eval_inputs = {n: encode_texts(e, *common, f"tokenise {n}", show) for n, e in eval_examples.items()}
+    labels = [example.label for example in train_examples]
+    eval_labels = {name: [example.label for example in examples] for name, examples in eval_examples.items()}
+
+    def one_run(config: GlueConfig) -> dict[str, float]:
+        """Train and evaluate with one seed; the scores at the end."""
+        set_seed(config.train.seed)
+        model, _ = load_backbone(config.model, AutoModelForSequenceClassification, quantization, changes)
+        lengths = [len(row["input_ids"]) for row in inputs]
+        settings = (config.train.batch_size, config.train.seed, config.train.group_by_length)
+        plan = BatchPlan(lengths, [1] * len(lengths), *settings)
+        num_steps = total_steps(config.train, plan)
+
+        # --------------------------------------------------------------------------------------- adapters, engine
+
+        inject_adapters(model, config.adapter, config.train.seed)
+        prepared = prepare(accelerator, model, config, num_steps)
+        allocator = prepared.allocator
+        facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared)
+        folder = RunFolder(config, accelerator.is_main_process, facts)
+        start_trackers(accelerator, config)
+        say(facts_line(facts, allocator.schedule.freeze_step if allocator else None))
+
+        # ----------------------------------------------------------------------------------------------- evaluate
+
+        def evaluate() -> tuple[dict[str, float], dict[str, list]]:
+            scores, logits = {}, {}
+            unwrapped, size = accelerator.unwrap_model(prepared.model), config.evaluation.eval_batch_size
+            for name, rows in eval_inputs.items():
+                logits[name] = predict(unwrapped, rows, padding, size, **ranks, description=name)
+                scores |= score(name, task, logits[name], eval_labels[name])
+            return scores, logits
+
+        columns = {"before": evaluate()[0]} if config.evaluation.evaluate_before else {}
+
+        # -------------------------------------------------------------------------------------------------- train
+
+        loss_sum = classification_loss(inputs, labels, task.num_labels, padding, accelerator.device)
+        train(accelerator, prepared, plan, loss_sum, config, folder, say)
+        columns["after"], logits = evaluate()
+
+        # ------------------------------------------------------------------------------------------------- export
+
+        adapters = gather_adapters(allocator) if allocator else []
+        trained = gather_trained(accelerator.unwrap_model(prepared.model), keep=accelerator.is_main_process)
+        if accelerator.is_main_process:
+            if adapters:
+                save_adapter(adapters, folder.path / "adapter", config.model.name, config.model.revision)
+                save_trained(trained, folder.path / "adapter")
+            if config.export.export_merged:
+                merged = folder.path / "merged"
+                base_weights = None
+                if config.export.merge_into == "dequantized":
+                    base_weights = quantized_weights(accelerator.unwrap_model(prepared.model), config)
+                dtype = dtype_named(config.export.export_dtype)
+                base = base_folder_of(config.model.name, config.model.revision)
+                merge(adapters, base, merged, dtype, trained, base_weights)
+                write_task(accelerator.unwrap_model(prepared.model), merged)
+                tokenizer.save_pretrained(merged)
+            if config.export.export_merged and config.export.verify_export:
+                plain = load_plainly(AutoModelForSequenceClassification, merged)
+                name, rows = next(iter(eval_inputs.items()))
+                again = predict(
+                    plain, rows, padding, config.evaluation.eval_batch_size, description="merged", gather=list
+                )
+                columns["merged"] = score(name, task, again, eval_labels[name])
+                far = largest_difference(again, logits[name])
+                say(f"Merged model in plain transformers: logits differ from the trained model's by up to {far:.1e}")
+            pattern = {a.name: a.lam.numel() for a in adapters}
+            folder.write_json("rank_pattern.json", pattern)
+            folder.write_json("results.json", columns)
+        accelerator.wait_for_everyone()
+
+        say("\n" + metrics_table(columns))
+        if allocator and config.adapter.method == "adalora":
+            ranks_of = {a.name: a.lam.numel() for a in adapters}
+            say("\nActive ranks\n" + rank_table(ranks_of))
+            say(f"Total rank {sum(ranks_of.values())}, budget {allocator.schedule.target_budget}")
+        say(f"\nFiles in {folder.path}: " + ", ".join(sorted(p.name for p in folder.path.iterdir())))
+        return columns["after"]
+
+    # ------------------------------------------------------------------------------------------------------- seeds
+
+    majority = {}
+    for name, values in eval_labels.items():
+        most_frequent = max(sorted(set(values)), key=values.count)
+        majority |= score(name, task, most_frequent, values)
+    if not config.train.seeds:
+        one_run(config)
+        say("\nAlways the most frequent label: " + ", ".join(f"{n} {v:.4f}" for n, v in majority.items()))
+    else:
+        summary = RunFolder(config, accelerator.is_main_process, {})
+        runs = []
+        for seed in config.train.seeds:
+            own = {"seed": seed, "seeds": (), "output_dir": f"{config.train.output_dir}/seed_{seed}"}
+            say(f"\nSeed {seed}")
+            runs.append(one_run(config.model_copy(update={"train": config.train.model_copy(update=own)})))
+            accelerator.free_memory()
+        statistics = mean_and_deviation(runs)
+        summary.write_json(
+            "results.json", {"seeds": config.train.seeds, "runs": runs, "majority": majority, **statistics}
+        )
+        say(f"\n{len(runs)} seeds, mean and sample standard deviation; always the most frequent label")
+        for name, value in statistics.items():
+            say(f"{name}  {value['mean']:.4f} +- {value['deviation']:.4f}  {majority[name]:.4f}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main(configuration(sys.argv[1:]))

@@ -1,0 +1,210 @@
+"""Fine-tune an encoder to answer questions on passages (SQuAD v1.1, v2.0) with adaptive ranks, and compare.
+
+    accelerate launch recipes/deberta_squad.py                                       a demonstration, no Hub needed
+    accelerate launch recipes/deberta_squad.py --preset paper --task v1.1 --budget 0.08%        the paper's set-up
+    accelerate launch recipes/deberta_squad.py --preset paper --task v2.0 --budget 0.08% --method lora --seeds 1 2 3
+    accelerate launch recipes/deberta_squad.py --model FOLDER_OR_HUB_ID --data FOLDER
+
+Presets are in recipes/configs/tables/deberta_squad.yaml; flags override what they set. Engines are chosen by the
+launcher, not here: add --config_file launch/accelerate/{ddp,fsdp2,zero2,zero3}.yaml to ``accelerate launch``.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from adalora_dist.cli import parse_config, user_errors
+from adalora_dist.recipe_config import SquadConfig
+
+TABLE = Path(__file__).parent / "configs" / "tables" / "deberta_squad.yaml"
+DEMO_CONFIG = Path(__file__).parent / "configs" / "deberta_squad_demo.yaml"
+
+
+# ---------------------------------------------------------------------------------------------------- configuration
+
+
+def configuration(argv: list[str]) -> SquadConfig:
+    """Flags over a YAML file over a preset. Without any of them, nor model or data, the demonstration's file."""
+    given = {argument.partition("=")[0] for argument in argv}
+    if not given & {"--config", "--preset", "--model", "--data"}:
+        argv = ["--config", str(DEMO_CONFIG), *argv]
+    return parse_config(SquadConfig, argv, __doc__ or "", TABLE)
+
+
+def main(config: SquadConfig) -> None:
+    # Heavy imports wait until the configuration is known to be right.
+    from accelerate.utils import set_seed
+    from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+
+    from adalora_dist.data.batches import BatchPlan
+    from adalora_dist.data.encoding import padding_token
+    from adalora_dist.data.squad import load_squad, make_windows
+    from adalora_dist.evaluation.classification import largest_difference, predict
+    from adalora_dist.evaluation.metrics import mean_and_deviation
+    from adalora_dist.evaluation.spans import Answer, find_answers
+    from adalora_dist.evaluation.squad_metrics import best_thresholds, squad_scores
+    from adalora_dist.export import base_folder_of, gather_adapters, merge, save_adapter, save_trained, write_task
+    from adalora_dist.inject import inject_adapters
+    from adalora_dist.training.dequantized import quantized_weights
+    from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
+    from adalora_dist.training.loop import prepare, total_steps, train
+    from adalora_dist.training.losses import span_loss
+    from adalora_dist.training.model import dtype_named, load_backbone
+    from adalora_dist.training.quantization import bitsandbytes_config
+    from adalora_dist.training.report import facts_line, metrics_table, rank_table, run_facts
+    from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
+    from adalora_dist.training.trained import gather_trained
+    from adalora_dist.training.verify import load_plainly
+
+    refuse_used_folder(config)
+    accelerator = build_accelerator(config.train)
+    say, engine = accelerator.print, engine_name(accelerator)
+    ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    quantization = bitsandbytes_config(config, engine)
+
+    # ------------------------------------------------------------------------------------------------------ data
+
+    if not config.data.source:
+        from adalora_dist.data.demo_passages import demo_passages_folder
+
+        passages = demo_passages_folder(config.data.task)
+        say(f"Data: built-in passages, not SQuAD ({passages}). Your own: --data FOLDER, or --data hub.")
+        config = config.model_copy(update={"data": config.data.model_copy(update={"source": str(passages)})})
+    train_questions, eval_questions = load_squad(config.data)
+    right = [question.answers for question in eval_questions]
+
+    # --------------------------------------------------------------------------------------------- model and tokens
+
+    if not config.model.name:
+        from adalora_dist.data.demo_encoder import demo_encoder_folder
+
+        with accelerator.main_process_first():
+            name = str(demo_encoder_folder(say))
+        say("Model: all-MiniLM-L6-v2, 22.7 million parameters. Your own: --model FOLDER_OR_HUB_ID.")
+        config = config.model_copy(update={"model": config.model.model_copy(update={"name": name})})
+    tokenizer = AutoTokenizer.from_pretrained(config.model.name, revision=config.model.revision)
+    padding = padding_token(tokenizer)
+    with accelerator.main_process_first():  # the others find it in the cache
+        show = accelerator.is_main_process
+        windows = make_windows(train_questions, tokenizer, config.data, "tokenise train", show)
+        eval_windows = make_windows(eval_questions, tokenizer, config.data, "tokenise validation", show)
+    inputs, eval_inputs = ([window.inputs for window in part] for part in (windows, eval_windows))
+    say(
+        f"{len(train_questions)} training questions in {len(windows)} windows; evaluation: {len(eval_questions)} in "
+        f"{len(eval_windows)}"
+    )
+
+    def one_run(config: SquadConfig) -> dict[str, float]:
+        """Train and evaluate with one seed; the scores at the end."""
+        set_seed(config.train.seed)
+        model, _ = load_backbone(config.model, AutoModelForQuestionAnswering, quantization)
+        lengths = [len(row["input_ids"]) for row in inputs]
+        settings = (config.train.batch_size, config.train.seed, config.train.group_by_length)
+        plan = BatchPlan(lengths, [1] * len(lengths), *settings)
+        num_steps = total_steps(config.train, plan)
+
+        # --------------------------------------------------------------------------------------- adapters, engine
+
+        inject_adapters(model, config.adapter, config.train.seed)
+        prepared = prepare(accelerator, model, config, num_steps)
+        allocator = prepared.allocator
+        facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared)
+        folder = RunFolder(config, accelerator.is_main_process, facts)
+        start_trackers(accelerator, config)
+        say(facts_line(facts, allocator.schedule.freeze_step if allocator else None))
+
+        # ----------------------------------------------------------------------------------------------- evaluate
+
+        threshold = config.data.null_threshold if config.data.task == "v2.0" else None
+
+        def answers_of(logits: list) -> list[Answer]:
+            settings = (config.data.num_best, config.data.max_answer_length)
+            return find_answers(eval_questions, eval_windows, logits, *settings)
+
+        def scores_of(answers: list[Answer]) -> dict[str, float]:
+            scores = squad_scores(config.data.task, [answer.given(threshold) for answer in answers], right)
+            if threshold is not None:
+                null_scores = [answer.null_score for answer in answers]
+                scores |= best_thresholds([answer.text for answer in answers], null_scores, right)
+            return scores
+
+        def evaluate() -> list:
+            unwrapped, size = accelerator.unwrap_model(prepared.model), config.evaluation.eval_batch_size
+            outputs = ("start_logits", "end_logits")
+            return predict(unwrapped, eval_inputs, padding, size, **ranks, description="validation", outputs=outputs)
+
+        columns = {"before": scores_of(answers_of(evaluate()))} if config.evaluation.evaluate_before else {}
+
+        # -------------------------------------------------------------------------------------------------- train
+
+        loss_sum = span_loss(inputs, [window.span for window in windows], padding, accelerator.device)
+        train(accelerator, prepared, plan, loss_sum, config, folder, say)
+        logits = evaluate()
+        answers = answers_of(logits)
+        columns["after"] = scores_of(answers)
+
+        # ------------------------------------------------------------------------------------------------- export
+
+        adapters = gather_adapters(allocator) if allocator else []
+        pattern = {a.name: a.lam.numel() for a in adapters}
+        trained = gather_trained(accelerator.unwrap_model(prepared.model), keep=accelerator.is_main_process)
+        if accelerator.is_main_process:
+            if adapters:
+                save_adapter(adapters, folder.path / "adapter", config.model.name, config.model.revision)
+                save_trained(trained, folder.path / "adapter")
+            if config.export.export_merged:
+                merged = folder.path / "merged"
+                base_weights = None
+                if config.export.merge_into == "dequantized":
+                    base_weights = quantized_weights(accelerator.unwrap_model(prepared.model), config)
+                dtype = dtype_named(config.export.export_dtype)
+                base = base_folder_of(config.model.name, config.model.revision)
+                merge(adapters, base, merged, dtype, trained, base_weights)
+                write_task(accelerator.unwrap_model(prepared.model), merged)
+                tokenizer.save_pretrained(merged)
+            if config.export.export_merged and config.export.verify_export:
+                plain = load_plainly(AutoModelForQuestionAnswering, merged)
+                size, outputs = config.evaluation.eval_batch_size, ("start_logits", "end_logits")
+                again = predict(plain, eval_inputs, padding, size, description="merged", outputs=outputs, gather=list)
+                columns["merged"] = scores_of(answers_of(again))
+                far = largest_difference(again, logits)
+                say(f"Merged model in plain transformers: logits differ from the trained model's by up to {far:.1e}")
+            ids = [question.id for question in eval_questions]
+            given = [answer.given(threshold) for answer in answers]
+            folder.write_json("predictions.json", dict(zip(ids, given, strict=True)))
+            folder.write_json("nbest_predictions.json", {i: a.best for i, a in zip(ids, answers, strict=True)})
+            folder.write_json("rank_pattern.json", pattern)
+            folder.write_json("results.json", columns)
+        accelerator.wait_for_everyone()
+
+        say("\n" + metrics_table(columns))
+        if allocator and config.adapter.method == "adalora":
+            say("\nActive ranks\n" + rank_table(pattern))
+            say(f"Total rank {sum(pattern.values())}, budget {allocator.schedule.target_budget}")
+        say(f"\nFiles in {folder.path}: " + ", ".join(sorted(p.name for p in folder.path.iterdir())))
+        return columns["after"]
+
+    # ------------------------------------------------------------------------------------------------------- seeds
+
+    if not config.train.seeds:
+        one_run(config)
+    else:
+        summary = RunFolder(config, accelerator.is_main_process, {})
+        runs = []
+        for seed in config.train.seeds:
+            own = {"seed": seed, "seeds": (), "output_dir": f"{config.train.output_dir}/seed_{seed}"}
+            say(f"\nSeed {seed}")
+            runs.append(one_run(config.model_copy(update={"train": config.train.model_copy(update=own)})))
+            accelerator.free_memory()
+        statistics = mean_and_deviation(runs)
+        summary.write_json("results.json", {"seeds": config.train.seeds, "runs": runs, "summary": statistics})
+        say(f"\n{len(runs)} seeds, mean and sample standard deviation")
+        for name, value in statistics.items():
+            say(f"{name}  {value['mean']:.2f} +- {value['deviation']:.2f}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main(configuration(sys.argv[1:]))

@@ -1,0 +1,167 @@
+"""Fine-tune BART, or another encoder-decoder, to write summaries, with adaptive ranks.
+
+    deepspeed launch/summarize_bart.sh                        a demonstration, no Hub needed
+    deepspeed launch/summarize_bart.sh --preset paper --task xsum --budget 0.65% --data hub
+    deepspeed launch/summarize_bart.sh --model FOLDER_OR_HUB_ID --data FOLDER_OR_hub --task cnn_dailymail
+
+DeepSpeed is the launch script's doing; this file runs under every engine: ``accelerate launch [--config_file
+launch/accelerate/{ddp,fsdp2,zero2,zero3}.yaml] recipes/summarize_bart.py`` takes the same flags.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from adalora_dist.cli import parse_config, user_errors
+from adalora_dist.recipe_config import SummarizationConfig
+
+TABLE = Path(__file__).parent / "configs" / "tables" / "summarize_bart.yaml"
+ARCHITECTURES = Path(__file__).parent / "configs" / "architectures"
+DEMO_CONFIG = Path(__file__).parent / "configs" / "summarize_bart_demo.yaml"
+
+
+# ---------------------------------------------------------------------------------------------------- configuration
+
+
+def configuration(argv: list[str]) -> SummarizationConfig:
+    """Flags over a YAML file over a preset. Without any of them, nor model or data, the demonstration's file."""
+    given = {argument.partition("=")[0] for argument in argv}
+    if not given & {"--config", "--preset", "--model", "--data"}:
+        argv = ["--config", str(DEMO_CONFIG), *argv]
+    return parse_config(SummarizationConfig, argv, __doc__ or "", TABLE)
+
+
+def main(config: SummarizationConfig) -> None:
+    # Heavy imports wait until the configuration is known to be right.
+    from accelerate.utils import set_seed
+    from transformers import AutoModelForSeq2SeqLM
+
+    from adalora_dist.data.batches import BatchPlan
+    from adalora_dist.data.encoding import padding_token
+    from adalora_dist.data.summarization import encode_summaries, load_summaries
+    from adalora_dist.evaluation.summaries import Summaries, evaluate_summaries, rouge_scorer
+    from adalora_dist.export import base_folder_of, gather_adapters, merge, save_adapter, save_trained
+    from adalora_dist.inject import inject_adapters
+    from adalora_dist.training.dequantized import quantized_weights
+    from adalora_dist.training.dry_run import count_rows, dry_run
+    from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
+    from adalora_dist.training.loop import generates_together, prepare, total_steps, train
+    from adalora_dist.training.losses import decoder_start_token, seq2seq_loss
+    from adalora_dist.training.model import dtype_named, load_backbone
+    from adalora_dist.training.quantization import bitsandbytes_config
+    from adalora_dist.training.report import facts_line, metrics_table, rank_table, run_facts
+    from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
+    from adalora_dist.training.trained import gather_trained
+    from adalora_dist.training.verify import last_logits, logit_differences
+
+    if config.train.dry_run:
+        num_rows = count_rows(config.data, [config.data.task], lambda: load_summaries(config.data)["train"])
+        return dry_run(config, AutoModelForSeq2SeqLM, num_rows, ARCHITECTURES, "demo-bart")
+    refuse_used_folder(config)
+    rouge_scorer()  # now, not after training
+    accelerator = build_accelerator(config.train)
+    say, engine = accelerator.print, engine_name(accelerator)
+    quantization = bitsandbytes_config(config, engine)
+    set_seed(config.train.seed)
+
+    # ------------------------------------------------------------------------------------------------------ model
+
+    if not config.model.name:
+        from adalora_dist.data.demo_seq2seq import demo_seq2seq_folder
+
+        with accelerator.main_process_first():
+            name = str(demo_seq2seq_folder(say))
+        say("Model: a tiny BART, pre-trained here on built-in reports. Your own: --model FOLDER_OR_HUB_ID.")
+        config = config.model_copy(update={"model": config.model.model_copy(update={"name": name})})
+    model, tokenizer = load_backbone(config.model, AutoModelForSeq2SeqLM, quantization)
+
+    # ------------------------------------------------------------------------------------------------------ data
+
+    if not config.data.source:
+        say("Data: built-in reports. Your own: --data FOLDER, or --data hub for XSum and CNN/DailyMail.")
+    with accelerator.main_process_first():  # the others find its work in the cache
+        splits = load_summaries(config.data)
+        train_rows, eval_rows = (encode_summaries(splits[name], tokenizer, config.data) for name in ("train", "test"))
+    say(f"{len(train_rows):,} training rows, {len(eval_rows):,} evaluation rows")
+    settings = (config.train.batch_size, config.train.seed, config.train.group_by_length)
+    plan = BatchPlan(train_rows["length"][:], train_rows["num_targets"][:], *settings)
+    num_steps = total_steps(config.train, plan)
+
+    # --------------------------------------------------------------------------------------------------- adapters
+
+    inject_adapters(model, config.adapter, config.train.seed)
+
+    # ----------------------------------------------------------------------------------------------------- engine
+
+    prepared = prepare(accelerator, model, config, num_steps)
+    allocator = prepared.allocator
+    facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared)
+    folder = RunFolder(config, accelerator.is_main_process, facts)
+    start_trackers(accelerator, config)
+    say(facts_line(facts, allocator.schedule.freeze_step if allocator else None))
+
+    # --------------------------------------------------------------------------------------------------- evaluate
+
+    def evaluate() -> Summaries:
+        return evaluate_summaries(
+            accelerator.unwrap_model(prepared.model), tokenizer, eval_rows, config.evaluation,
+            accelerator.process_index, accelerator.num_processes,
+            synced_gpus=generates_together(accelerator, prepared.model),
+        )  # fmt: skip
+
+    columns = {"before": evaluate().scores} if config.evaluation.evaluate_before else {}
+
+    # ------------------------------------------------------------------------------------------------------ train
+
+    padding, start = padding_token(tokenizer), decoder_start_token(model)
+    loss_sum = seq2seq_loss(train_rows, padding, start, accelerator.device)
+    train(accelerator, prepared, plan, loss_sum, config, folder, say)
+    columns["after"], texts = evaluate()
+
+    # ----------------------------------------------------------------------------------------------------- export
+
+    adapters = gather_adapters(allocator) if allocator else []
+    trained = gather_trained(accelerator.unwrap_model(prepared.model), keep=accelerator.is_main_process)
+    pattern = {a.name: a.lam.numel() for a in adapters}
+    verified = config.export.export_merged and config.export.verify_export
+    if verified:  # on every process: where the model is sharded, forwards are collective
+        labels = train_rows[0]["labels"]
+        probe = {"input_ids": train_rows[0]["input_ids"], "decoder_input_ids": [start, *labels[:-1]]}
+        logits = last_logits(accelerator.unwrap_model(prepared.model), probe, len(labels), accelerator.device)
+    if accelerator.is_main_process:
+        if adapters:
+            save_adapter(adapters, folder.path / "adapter", config.model.name, config.model.revision)
+            save_trained(trained, folder.path / "adapter")
+        folder.write_json("rank_pattern.json", pattern)
+        folder.write_json("results.json", columns)
+        folder.write_json("summaries.json", texts)
+        if config.export.export_merged:
+            base = base_folder_of(config.model.name, config.model.revision)
+            merged = folder.path / "merged"
+            base_weights = None
+            if config.export.merge_into == "dequantized":
+                base_weights = quantized_weights(accelerator.unwrap_model(prepared.model), config)
+            merge(adapters, base, merged, dtype_named(config.export.export_dtype), trained, base_weights)
+            tokenizer.save_pretrained(merged)
+            if verified:
+                difference = logit_differences(AutoModelForSeq2SeqLM, merged, probe, logits)
+                say(
+                    "Merged model in plain transformers: a summary's logits differ from the trained model's by at most "
+                    f"{difference.largest:.1e}, on average by {difference.mean:.1e} (of up to {logits.abs().max():.1f})"
+                )
+    accelerator.wait_for_everyone()
+
+    say("\nA document: " + eval_rows[0]["document"][:500])
+    say("Its summary: " + eval_rows[0]["summary"] + "\nWritten now: " + texts[0])
+    say("\n" + metrics_table(columns))
+    if allocator and config.adapter.method == "adalora":
+        say("\nActive ranks\n" + rank_table(pattern))
+        say(f"Total rank {sum(pattern.values())}, budget {allocator.schedule.target_budget}")
+    say(f"\nFiles in {folder.path}: " + ", ".join(sorted(p.name for p in folder.path.iterdir())))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main(configuration(sys.argv[1:]))
