@@ -35,22 +35,26 @@ import atexit
 import sys
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from adalora_dist.agreement import DelayedSums, PatternDigest
 from adalora_dist.config import AdapterConfig
 from adalora_dist.errors import UserError
+from adalora_dist.flat import FlatBuffer, SpanLayout
 from adalora_dist.importance import element_scores, select, select_local, update_averages
 from adalora_dist.inject import AdaptedMatrix, adapted_matrices
 from adalora_dist.layers import SVDLinear
+from adalora_dist.pattern_digest import DelayedSums, PatternDigest
 from adalora_dist.schedule import BudgetSchedule
 from adalora_dist.sharding import select_engine
 from adalora_dist.sharding.base import ShardEngine, sum_over
-from adalora_dist.spans import FACTOR_KINDS, Factor, FlatBuffer, Span, SpanLayout
+from adalora_dist.spans import FACTOR_KINDS, Factor, Span
+
+_LAMBDA_TOLERANCE = 1e-3
+"""Relative to the largest lambda; replicas on equal hardware have equal bits, on unequal hardware they drift apart."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,19 @@ class Allocation:
     budget: int
     keep: torch.Tensor
     """(num_triplets,) bool in canonical order."""
+    lowest_kept_score: torch.Tensor | None = None
+    """What a triplet needed to stay, float64; infinite where none stayed."""
+
+
+class AllocatorState(NamedTuple):
+    """Everything that an allocator has learnt; what differs between ranks is in ``averages`` alone."""
+
+    numbers: dict[str, Any]
+    """Plain numbers and lists of them, by name."""
+    patterns: torch.Tensor
+    """(allocations made, num_triplets) bool: every selection so far."""
+    averages: list[dict[str, torch.Tensor]]
+    """Per adapter parameter this rank's span of ``sensitivity`` and ``uncertainty``; empty without them."""
 
 
 class RankAllocator:
@@ -88,8 +105,7 @@ class RankAllocator:
         self._num_missed = 0  # steps that the engine left out by itself
         self._num_skipped: torch.Tensor | None = None  # those left out here, counted on the device
         self._unread: tuple[int, DelayedSums] | None = None  # the last allocation's step and digests
-        self._masks: list[torch.Tensor] = []  # of what is masked, for the pattern _masks_of
-        self._masks_of: torch.Tensor | None = None
+        self._masks: tuple[torch.Tensor, list[torch.Tensor]] | None = None  # a pattern, and its part per masked tensor
         self._engine: ShardEngine | None = None
         self._firing = 0
         self._finished = False
@@ -242,7 +258,8 @@ class RankAllocator:
             self.keep = select_local(scores, self.ranks, budget)
         else:
             self.keep = select(scores, budget)
-        self.allocations.append(Allocation(self.step, budget, self.keep))
+        lowest = torch.where(self.keep, scores, torch.inf).min()
+        self.allocations.append(Allocation(self.step, budget, self.keep, lowest))
         self._pending = False
         self.frozen = self.step >= self.schedule.freeze_step
 
@@ -254,20 +271,24 @@ class RankAllocator:
         assert self._engine is not None and self.keep is not None
         masked = self._lams + self._ps if self.frozen else self._lams
         values = [self._engine.values()[k] for k in masked]
-        if self._masks_of is not self.keep:
-            # split() cuts at every span's ends; each second part is a span
-            self._masks, self._masks_of = [*self.keep.float().split(self._lam_cuts)[1::2]], self.keep
-            self._masks += [self._mask_of(k, x) for k, x in zip(masked, values, strict=True) if k in self._ps]
+        if self._masks is None or self._masks[0] is not self.keep:
+            # cut at both ends of every span, so that each second part is a span
+            keep = self.keep.float()
+            masks = [*keep.split(self._lam_cuts)[1::2]]
+            if self.frozen:
+                rows = dict(zip(self._row_cuts, keep.split(list(self._row_cuts.values())), strict=True))
+                masks += [self._mask_of(k, rows[k], x) for k, x in zip(self._ps, values[len(masks) :], strict=True)]
+            self._masks = self.keep, masks
         if masked:
-            self._engine.write(masked, torch._foreach_mul(values, self._masks))
+            self._engine.write(masked, torch._foreach_mul(values, self._masks[1]))
 
-    def _mask_of(self, k: int, values: torch.Tensor) -> torch.Tensor:
-        """1 for the elements of kept triplets in the local span of parameter k, else 0; shaped as ``values``."""
-        assert self.keep is not None
-        factor, span = self._factors[k], self._spans[k]
-        row = self.keep[factor.first_triplet : factor.first_triplet + factor.rank].float()
+    def _mask_of(self, k: int, row: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """1 or 0 for the elements of ``values``, the local span of a P: ``row`` for each row."""
+        if values.ndim == 2:
+            return row
+        span, rank = self._spans[k], len(row)
         length = span.stop - span.start
-        return row.roll(-(span.start % factor.rank)).repeat(-(-length // factor.rank))[:length].view(values.shape)
+        return row.roll(-(span.start % rank)).repeat(-(-length // rank))[:length]
 
     # ------------------------------------------------------------------ set-up and small parts
 
@@ -283,13 +304,24 @@ class RankAllocator:
                     self._owners.append((layer, kind))
             first += layer.rank
 
+    def bind(self, optimizer: Any) -> None:
+        """Before the first step, when the engine has taken over the parameters: see which spans this rank holds.
+
+        The first step does so by itself. Collective.
+
+        Args:
+            optimizer: as the engine wraps it.
+        """
+        if self._engine is None:
+            self._bind(optimizer)
+
     def rebind(self, optimizer: Any) -> None:
         """The pruned triplets have been removed: go on with the parameters that the layers have now.
 
         Importance is not needed any more, because the pattern is frozen: its state is given up. Collective.
 
         Args:
-            optimizer: the outermost one, as for ``select_engine``.
+            optimizer: as the engine wraps it.
         """
         self.engine.retire()
         self.compacted = True
@@ -297,7 +329,6 @@ class RankAllocator:
         self._bind(optimizer)
 
     def _bind(self, optimizer: Any) -> None:
-        """The engine has taken over the parameters."""
         self._set_up(select_engine([getattr(layer, kind) for layer, kind in self._owners], optimizer))
 
     def _set_up(self, engine: ShardEngine) -> None:
@@ -326,7 +357,8 @@ class RankAllocator:
             self.sensitivity = torch.zeros(num_scored, dtype=torch.float32, device=device)
             self.uncertainty = torch.zeros(num_scored, dtype=torch.float32, device=device)
         self._lams: list[int] = []  # the lambdas of which this rank holds something
-        self._ps = [k for k, f in enumerate(self._factors) if f.kind == "P" and values[k].numel()]  # the same of P
+        self._row_cuts = {k: f.rank for k, f in enumerate(self._factors) if f.kind == "P"}  # the triplets of each P
+        self._ps = [k for k in self._row_cuts if values[k].numel()]
         self._lam_cuts = [0]
         for k, (factor, span) in enumerate(zip(self._factors, self._spans, strict=True)):
             if factor.kind == "lam" and span.stop > span.start:
@@ -334,7 +366,7 @@ class RankAllocator:
                 gap = factor.first_triplet + span.start - sum(self._lam_cuts)
                 self._lam_cuts = [*self._lam_cuts[:-1], self._lam_cuts[-1] + gap, span.stop - span.start, 0]
         self._lam_cuts[-1] = self._layout.num_triplets - sum(self._lam_cuts)
-        self._masks, self._masks_of = [], None
+        self._masks = None
         self._engine = engine
 
     def _collect_values(self) -> None:
@@ -352,6 +384,63 @@ class RankAllocator:
                     f"rank patterns differ between ranks before step {step}: the run cannot be trusted. Likely "
                     "causes: ranks started from different adapters or seeds, or a rank changed lambda by itself"
                 )
+
+    # ------------------------------------------------------------------ what a checkpoint holds
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Of the adapter parameters, in the order of their spans: MATRIX.P, MATRIX.lam, MATRIX.Qt."""
+        return [f"{layer.name}.{kind}" for layer, kind in self._owners]
+
+    def state(self) -> AllocatorState:
+        """A copy of the allocator's state between two steps, on the CPU. :meth:`bind` comes first.
+
+        Raises:
+            RuntimeError: patterns differ between ranks: such a state must not be kept.
+        """
+        assert self._engine is not None
+        self._compare_digests()
+        numbers = {
+            "step": self.step,
+            "num_skipped_steps": self.num_skipped_steps,
+            "pending": self._pending,
+            "frozen": self.frozen,
+            "allocation_steps": [a.step for a in self.allocations],
+            "allocation_budgets": [a.budget for a in self.allocations],
+        }
+        none = torch.zeros(0, sum(self.ranks), dtype=torch.bool)
+        patterns = torch.stack([a.keep.cpu() for a in self.allocations]) if self.allocations else none
+        averages: list[dict[str, torch.Tensor]] = [{} for _ in self._spans]
+        for name, average in self._averages().items():
+            flat = FlatBuffer(self._layout)
+            flat.data.copy_(average)
+            pieces = [torch.empty(span.stop - span.start) for span in self._spans]
+            local, views = self._layout.views(pieces, flat)
+            if local:
+                torch._foreach_copy_(local, views)
+            for held, piece in zip(averages, pieces, strict=True):
+                held[name] = piece
+        return AllocatorState(numbers, patterns, averages)
+
+    def load_state(self, state: AllocatorState) -> None:
+        """Continue from ``state``, whose averages are of this rank's spans now. :meth:`bind` comes first."""
+        assert self._engine is not None
+        numbers = state.numbers
+        self.step, self._num_missed, self._num_skipped = numbers["step"], numbers["num_skipped_steps"], None
+        self._pending, self.frozen = numbers["pending"], numbers["frozen"]
+        made = zip(numbers["allocation_steps"], numbers["allocation_budgets"], state.patterns, strict=True)
+        self.allocations = [Allocation(step, budget, keep.to(self._skip.device)) for step, budget, keep in made]
+        self.keep = self.allocations[-1].keep if self.allocations else None
+        for name, average in self._averages().items():
+            flat = FlatBuffer(self._layout)
+            self._layout.collect([held[name] for held in state.averages], flat)
+            average.copy_(flat.data)
+
+    def _averages(self) -> dict[str, torch.Tensor]:
+        """The importance averages, while they are kept."""
+        if not self._adapts or self.sensitivity.numel() != self._layout.num_elements:
+            return {}
+        return {"sensitivity": self.sensitivity, "uncertainty": self.uncertainty}
 
     # ------------------------------------------------------------------ what loops and reports ask
 
@@ -437,13 +526,18 @@ class RankAllocator:
     def finish(self) -> None:
         """End of the run: compare the final pattern over ranks and make sure that the budget was reached.
 
+        Ask before anything is published.
+
         Raises:
-            RuntimeError: the budget was not reached, with the likely cause, or patterns differ between ranks.
+            RuntimeError: the budget was not reached, with the likely cause, or patterns or lambdas differ between
+                ranks, or a lambda outside of the pattern is not 0.
         """
         self._finished = True
         if problem := self.problem():
             raise RuntimeError(problem)
         self.compare_patterns()
+        if self._adapts:
+            self._compare_lambdas()
 
     def compare_patterns(self) -> None:
         """Make sure that all ranks hold the same pattern. Collective; reads from the device.
@@ -455,6 +549,27 @@ class RankAllocator:
         world = dist.group.WORLD if dist.is_initialized() else None
         self._unread = self.step, DelayedSums(sum_over(world, self._digest.summands(self.keep)))
         self._compare_digests()
+
+    def _compare_lambdas(self) -> None:
+        """Raise, on all ranks alike, if replicas hold different lambdas, or one outside of the pattern is not 0."""
+        assert self._engine is not None and self.keep is not None
+        world = dist.group.WORLD if dist.is_initialized() else None
+        values = self._engine.values()
+        lam = torch.zeros(self._layout.num_triplets, dtype=torch.float64, device=self.keep.device)
+        for k in self._lams:
+            first = self._factors[k].first_triplet
+            lam[first + self._spans[k].start : first + self._spans[k].stop] = values[k].flatten()
+        lam = sum_over(self._engine.shard_group, lam)  # whole, as this rank's replica has it
+        mean = sum_over(world, lam.clone()) / (dist.get_world_size() if dist.is_initialized() else 1)
+        differs = ~((lam - mean).abs().max() <= _LAMBDA_TOLERANCE * mean.abs().max())
+        outside = differs & False if self.compacted else (lam * ~self.keep).any()
+        flags = sum_over(world, torch.stack([differs, outside]).double()).tolist()
+        for flag, what in zip(flags, ("differ between replicas", "outside of the pattern are not 0"), strict=True):
+            if flag:
+                raise RuntimeError(
+                    f"lambdas {what} at the end of the run: it cannot be trusted. A rank changed lambda by itself, or "
+                    "its memory is faulty"
+                )
 
     def problem(self) -> str | None:
         """Why the run, if it ended now, would not have met its budget; None if it has."""

@@ -1,12 +1,17 @@
-"""The weight files of a backbone's folder, and nothing outside it."""
+"""Where a backbone lies on disk: its folder, and the weight files in it and nowhere else."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
+from safetensors import safe_open
+
 from adalora_dist.errors import UserError
+
+_BASE_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]  # weights, configurations, tokenizers
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -35,7 +40,7 @@ def indexed_files(index: Path) -> dict[str, Path]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = set(weight_map.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index} is not an index of safetensors files ({error}): fetch the model again") from error
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"[\w][\w.\-]*\.safetensors", name):
@@ -44,3 +49,59 @@ def indexed_files(index: Path) -> dict[str, Path]:
                 "model-00001-of-00002.safetensors, in the same folder; do not use this model"
             )
     return {key: index.with_name(name) for key, name in weight_map.items()}
+
+
+def find_tensors(
+    shapes: Mapping[str, tuple[int, ...]], shards: Sequence[Path], base_folder: Path, may_lack: Container[str]
+) -> dict[str, str]:
+    """Key in the files -> parameter name. A base saved without its head lacks the leading 'model.' or the like."""
+    found: dict[str, tuple[int, ...]] = {}
+    for shard in shards:
+        with safe_open(shard, framework="pt") as file:
+            found |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    places = {}
+    for name, shape in shapes.items():
+        key = next((key for key in (name, name.partition(".")[2]) if key in found), None)
+        if key is None and name in may_lack:
+            continue
+        if key is None:
+            raise UserError(f"{base_folder}: no tensor {name} in its .safetensors files: merge into the run's own base")
+        if found[key] != shape:
+            raise UserError(
+                f"{base_folder}: tensor {key} has shape {found[key]}, the run's has {shape}: merge into the run's own "
+                "base, not quantised"
+            )
+        places[key] = name
+    return places
+
+
+def is_module_pattern(key: object) -> bool:
+    """Whether a key of PEFT's rank_pattern is a name or a simple pattern that can be matched without a second thought.
+
+    Anyone can have written it, and a regular expression with nested repetitions takes for ever. So the only repetition
+    is ``.*``, three times at most.
+    """
+    if not isinstance(key, str) or not re.fullmatch(r"(?:[\w\\^$|()-]|\.\*?)+", key) or key.count("*") > 3:
+        return False
+    try:
+        re.compile(key)
+    except re.error:
+        return False
+    return True
+
+
+def base_folder_of(name: str, revision: str | None) -> Path:
+    """The local folder of a backbone: itself, or the Hub snapshot that loading it has cached.
+
+    Raises:
+        UserError: the snapshot cannot be had.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_BASE_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(f"model={name}: its files are not cached and the Hub cannot be reached ({error})") from error

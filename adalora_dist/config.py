@@ -14,6 +14,43 @@ from typing import Annotated, Literal, get_args
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from adalora_dist.errors import UserError
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether the Hub could have a repository of this name: NAMESPACE/NAME, or NAME alone as a few old models have."""
+    part = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
+    is_well_formed = re.fullmatch(f"(?:{part}/)?{part}", name) and len(name.rpartition("/")[2]) <= 96
+    return bool(is_well_formed) and "--" not in name and ".." not in name and not name.endswith(".git")
+
+
+def check_repo_id(repo_id: str) -> str:
+    """``repo_id`` itself, if something can be pushed there.
+
+    Raises:
+        UserError: it is not NAMESPACE/NAME.
+    """
+    if not (is_repo_id(repo_id) and "/" in repo_id):
+        raise UserError(
+            f"{repo_id!r} is not a repository of the Hub: must be NAMESPACE/NAME, each of letters, digits, '-', '_' "
+            "and '.', neither beginning nor ending with '-' or '.'; give your user name and a name for the model"
+        )
+    return repo_id
+
+
+def check_branch(name: str) -> str:
+    """``name`` itself, if a branch of a repository on the Hub can be called so.
+
+    Raises:
+        UserError: it cannot.
+    """
+    part = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
+    if not re.fullmatch(f"{part}(?:/{part})*", name) or ".." in name or name.endswith((".lock", ".")) or len(name) > 96:
+        raise UserError(
+            f"revision {name!r} is not a branch: must be of letters, digits, '-', '_', '.' and '/', such as main or v1"
+        )
+    return name
+
 
 class Section(BaseModel):
     """A group of settings; an unknown key, an infinite or nan number, or a list with a repetition is an error."""
@@ -39,6 +76,8 @@ class ModelConfig(Section):
     """Storage type of the frozen backbone; auto: as its files say. Adapters are always float32."""
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """Attention kernel; auto: transformers decides."""
+    allow_pickle_weights: bool = False
+    """Also load weights from pytorch_model.bin, a pickle; with FSDP2 every process then reads them whole."""
     trust_remote_code: bool = False
     """Run Python code from the model's repository. Needs revision to be a full commit hash."""
 
@@ -73,6 +112,8 @@ class AdapterConfig(Section):
     """Dropout on the input of the adapter branch (the paper uses 0)."""
     init: Literal["gaussian", "orthonormal"] = "gaussian"
     """P and Q at the start: N(0, 0.02^2) as the authors, or std 1/sqrt(d); lambda is 0 either way."""
+    init_from: str | None = Field(None, min_length=1)
+    """Folder of a LoRA or AdaLoRA adapter of PEFT whose update the adapters start with, instead of 0."""
     initial_warmup_steps: int | None = Field(None, ge=0)
     """t_i: optimizer steps before the first pruning; default: 10 % of the run."""
     final_steps: int | None = Field(None, ge=0)
@@ -150,8 +191,29 @@ class TrainConfig(Section):
     """Seed of initialisation and data order."""
     log_every: int = Field(10, ge=1)
     """Optimizer steps between console log lines; metrics.jsonl has every step."""
+    max_nonfinite_steps: int = Field(20, ge=1)
+    """End the run after so many steps in a row with a loss or gradients that are not finite; each is left out."""
+    peer_timeout_seconds: float = Field(60.0, ge=2)
+    """All processes end when one has not been heard of for so long: it, or its machine, was stopped."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Experiment trackers to report to besides metrics.jsonl."""
+    checkpoint_every: int = Field(200, ge=0)
+    """Optimizer steps between checkpoints; one is written before the first step and one at the end, too. 0: none."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Number of checkpoints kept; an old one goes after a new one is complete."""
+    async_checkpoints: bool = False
+    """Write checkpoints while training goes on, from a copy in CPU memory."""
+    resume: str = Field("never", min_length=1)
+    """auto: continue the run in output_dir, or start one; PATH: continue from that checkpoint or run; never."""
+
+    @model_validator(mode="after")
+    def _overwrite_or_resume(self) -> TrainConfig:
+        if self.overwrite and self.resume == "auto":
+            raise ValueError(
+                "overwrite true with resume auto: one replaces the run in output_dir, the other continues it; leave "
+                "one out (on the command line: --no-overwrite, or --resume never)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> TrainConfig:
@@ -182,14 +244,35 @@ class EvaluationConfig(Section):
 
 
 class ExportConfig(Section):
-    export_merged: bool = True
-    """Write a merged model that loads in plain transformers."""
+    export_formats: tuple[Literal["merged", "lora", "peft"], ...] = ("merged",)
+    """What to write besides the adapter: a merged model for plain transformers; plain LoRA for PEFT and vLLM; PEFT's
+    AdaLoRA. All can be had later from the run folder: adalora-dist export."""
     export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the merged weights; auto: as the backbone's files."""
     merge_into: Literal["original", "dequantized"] = "original"
     """Weights that the adapters of a quantised run are added to: the backbone's own, or their quantised values."""
     verify_export: bool = True
     """Load the merged model afresh and compare its logits with the trained model's."""
+    push_to_hub: str = ""
+    """Upload the merged model to this Hub repository, NAMESPACE/NAME, when the run is done; empty: do not."""
+    push_public: bool = False
+    """Let the repository be public; one that does not exist is private otherwise."""
+    push_revision: str = "main"
+    """Branch that is pushed to."""
+    base_license: str = ""
+    """Licence of the backbone, for the model card: apache-2.0, llama3.1, ...; empty: the card calls it unknown."""
+
+    @model_validator(mode="after")
+    def _pushed(self) -> ExportConfig:
+        check_branch(self.push_revision)
+        if self.push_to_hub:
+            check_repo_id(self.push_to_hub)
+            if "merged" not in self.export_formats:
+                raise ValueError(
+                    f"push_to_hub {self.push_to_hub} with export_formats {' '.join(self.export_formats) or '()'}: the "
+                    "merged model is what would be pushed; add merged, or use adalora-dist push when the run is done"
+                )
+        return self
 
 
 class RunConfig(Section):
@@ -221,6 +304,15 @@ class RunConfig(Section):
             raise ValueError(
                 "merge_into dequantized with quantization none: nothing was quantised; set merge_into to original, or "
                 "quantization to nf4"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _mergeable_files(self) -> RunConfig:
+        if self.model.allow_pickle_weights and "merged" in self.export.export_formats:
+            raise ValueError(
+                "allow_pickle_weights true with export_formats merged: merging goes through the backbone's safetensors "
+                "files; leave merged out of export_formats, or save the backbone again with save_pretrained"
             )
         return self
 
@@ -273,7 +365,12 @@ CommonsenseTask = Literal["boolq", "piqa", "siqa", "hellaswag", "winogrande", "a
 COMMONSENSE_TASKS: tuple[str, ...] = get_args(CommonsenseTask)
 
 
-class CommonsenseDataConfig(Section):
+class DataConfig(Section):
+    bad_rows: Literal["error", "skip"] = "error"
+    """A row that cannot be used: error names file, row and field; skip leaves it out and counts it in run.json."""
+
+
+class CommonsenseDataConfig(DataConfig):
     source: Annotated[str, tyro.conf.arg(name="data")] = ""
     """Folder with TASK/train and TASK/test files (.jsonl or .parquet), or the word hub; empty: built-in questions."""
     tasks: tuple[CommonsenseTask, ...] = ()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -19,19 +19,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from adalora_dist.allocator import RankAllocator
-from adalora_dist.base_files import weight_files
+from adalora_dist.base_files import base_folder_of as base_folder_of
+from adalora_dist.base_files import find_tensors, weight_files
 from adalora_dist.errors import UserError
 from adalora_dist.inject import AdaptedMatrix, linear_shape
 from adalora_dist.layers import SVDLinear
 from adalora_dist.progress import progress_bar
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-_BASE_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]  # weights, configurations, tokenizers
 _FORMAT = 2
 _TASK_SETTINGS = ("id2label", "label2id", "problem_type", "classifier_dropout", "cls_dropout")
-
-FACTORS = ("P", "lam", "Q")
-"""Of one adapter, as they are called in files."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +54,14 @@ class AdapterWeights:
         d_out, d_in = len(self.P), self.Q.shape[1]
         return (d_in, d_out) if self.weight_is_transposed else (d_out, d_in)
 
+    def add_to(self, weight: torch.Tensor) -> torch.Tensor:
+        """Add s P diag(lambda) Q to a float32 weight in the layout of the base's, in place."""
+        p = self.P * (self.scale * self.lam)
+        return weight.addmm_(self.Q.T, p.T) if self.weight_is_transposed else weight.addmm_(p, self.Q)
+
     def delta(self) -> torch.Tensor:
         """s P diag(lambda) Q in the layout of the base's weight, float32."""
-        delta = (self.P * (self.scale * self.lam)) @ self.Q
-        return delta.T if self.weight_is_transposed else delta
+        return self.add_to(torch.zeros(self.weight_shape))
 
 
 def gather_adapters(allocator: RankAllocator) -> list[AdapterWeights]:
@@ -89,7 +90,7 @@ def _is_conv1d(base: nn.Module) -> bool:
 def save_adapter(adapters: Sequence[AdapterWeights], folder: Path, base_model: str, base_revision: str | None) -> None:
     """Write adapter.safetensors (NAME.P, NAME.lam, NAME.Q of the active triplets) and adapter.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{a.name}.{kind}": getattr(a, kind) for a in adapters for kind in FACTORS if a.rank}
+    tensors = {f"{a.name}.{kind}": getattr(a, kind) for a in adapters for kind in ("P", "lam", "Q") if a.rank}
     save_file(tensors, folder / "adapter.safetensors", metadata={"format": "pt"})
     description = {
         "format": _FORMAT,
@@ -120,6 +121,10 @@ class SavedAdapter:
     adapters: list[AdapterWeights]
     base_model: str
     base_revision: str | None
+    trained: dict[str, torch.Tensor]
+    """What was trained in full, by parameter name."""
+    task: dict[str, Any]
+    """Of config.json, what makes the model one of its task; empty where nothing does."""
 
 
 def read_adapter(folder: Path) -> SavedAdapter:
@@ -131,6 +136,8 @@ def read_adapter(folder: Path) -> SavedAdapter:
     try:
         description = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "adapter.safetensors")
+        trained = load_file(file) if (file := folder / "trained.safetensors").is_file() else {}
+        task = json.loads(file.read_text(encoding="utf-8")) if (file := folder / "task.json").is_file() else {}
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder} does not hold an adapter (adapter.json, adapter.safetensors): {error}") from error
     if description.get("format") != _FORMAT:
@@ -149,7 +156,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
             p, lam, q = (tensors[f"{name}.{k}"] if rank else torch.empty(shape) for k, shape in shapes.items())
             scale, transposed = float(description["scales"][name]), name in description["transposed"]
             adapters.append(AdapterWeights(name, p, lam, q, scale, transposed))
-        return SavedAdapter(adapters, description["base_model"], description["base_revision"])
+        return SavedAdapter(adapters, description["base_model"], description["base_revision"], trained, task)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}/adapter.json is incomplete ({error!r}): copy it again") from error
 
@@ -234,7 +241,7 @@ def merge(
     bases = dict(base_weights or {})
     shapes = {name: base.shape for name, base in bases.items()}
     shapes |= {name: a.weight_shape for name, a in replaced.items()} | {n: tuple(t.shape) for n, t in whole.items()}
-    places = _find_tensors(shapes, shards, base_folder, may_lack=whole)
+    places = find_tensors(shapes, shards, base_folder, may_lack=whole)
     added = {name: whole[name].contiguous() for name in sorted(whole.keys() - set(places.values()))}
     building = folder.with_name(folder.name + ".partial")
     shutil.rmtree(building, ignore_errors=True)
@@ -250,10 +257,8 @@ def merge(
                 if name in whole:
                     tensor = whole[name].to(tensor.dtype)
                 elif name is not None:
-                    weight = bases[name](tensor) if name in bases else tensor.float()
-                    if name in replaced:
-                        weight = weight + replaced[name].delta()
-                    tensor = weight.to(dtype or tensor.dtype)
+                    weight = bases[name](tensor) if name in bases else tensor.to(torch.float32, copy=True)
+                    tensor = (replaced[name].add_to(weight) if name in replaced else weight).to(dtype or tensor.dtype)
                 tensors[key] = (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).contiguous()
             if shard == shards[-1]:
                 tensors |= {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in added.items()}
@@ -277,52 +282,15 @@ def merge(
     building.rename(folder)
 
 
-def write_task(model: nn.Module, folder: Path) -> None:
-    """Make config.json of a merged model that of the task: its class, its labels, what else belongs to its head."""
-    path = folder / "config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
+def task_settings(model: nn.Module) -> dict[str, Any]:
+    """Of a model's config.json, what makes it one of its task: its class, its labels, what else belongs to its head."""
     own = cast(Any, model).config.to_dict()
-    settings |= {key: own[key] for key in _TASK_SETTINGS if own.get(key) is not None}
-    settings["architectures"] = [type(model).__name__]
+    name = type(model).__name__.removeprefix("FSDP")  # which fully_shard puts before it
+    return {"architectures": [name]} | {key: own[key] for key in _TASK_SETTINGS if own.get(key) is not None}
+
+
+def write_task(task: Mapping[str, Any], folder: Path) -> None:
+    """Put :func:`task_settings` into config.json of a merged model."""
+    path = folder / "config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) | dict(task)
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def _find_tensors(
-    shapes: Mapping[str, tuple[int, ...]], shards: Sequence[Path], base_folder: Path, may_lack: Container[str]
-) -> dict[str, str]:
-    """Key in the files -> parameter name. A base saved without its head lacks the leading 'model.' or the like."""
-    found: dict[str, tuple[int, ...]] = {}
-    for shard in shards:
-        with safe_open(shard, framework="pt") as file:
-            found |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    places = {}
-    for name, shape in shapes.items():
-        key = next((key for key in (name, name.partition(".")[2]) if key in found), None)
-        if key is None and name in may_lack:
-            continue
-        if key is None:
-            raise UserError(f"{base_folder}: no tensor {name} in its .safetensors files: merge into the run's own base")
-        if found[key] != shape:
-            raise UserError(
-                f"{base_folder}: tensor {key} has shape {found[key]}, the run's has {shape}: merge into the run's own "
-                "base, not quantised"
-            )
-        places[key] = name
-    return places
-
-
-def base_folder_of(name: str, revision: str | None) -> Path:
-    """The local folder of a backbone: itself, or the Hub snapshot that loading it has cached.
-
-    Raises:
-        UserError: the snapshot cannot be had.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_BASE_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"model={name}: its files are not cached and the Hub cannot be reached ({error})") from error

@@ -31,10 +31,8 @@ def update_averages(
     I = |w g|;  I-bar <- beta1 I-bar + (1 - beta1) I;  U-bar <- beta2 U-bar + (1 - beta2) |I - I-bar|, with the
     updated I-bar. Gradients that are not finite may come with ``skip`` only.
     """
-    share1, share2 = 1 - beta1, 1 - beta2
-    if skip is not None:
-        done = 1 - skip
-        share1, share2 = share1 * done, share2 * done
+    done = 1.0 if skip is None else 1 - skip
+    share1, share2 = (1 - beta1) * done, (1 - beta2) * done
     vectors = [sensitivity, uncertainty, values, gradients]
     chunked = values.device.type == "cpu" and len(values) > _CHUNK
     for i_bar, u_bar, w, g in zip(*(v.split(_CHUNK) for v in vectors), strict=True) if chunked else [vectors]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from adalora_dist.config import AdapterConfig
 from adalora_dist.errors import UserError
 from adalora_dist.layers import SVDLinear
+from adalora_dist.peft_import import Triplets, read_peft
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ def inject_adapters(model: nn.Module, config: AdapterConfig, seed: int = 0) -> l
 
     Raises:
         UserError: a target or train module that matches nothing, is not a linear map, is shared between two places,
-            or has a weight tied to another module's; ``full`` with weights that are not float32.
+            or has a weight tied to another module's; ``full`` with weights that are not float32; an ``init_from`` that
+            does not fit the targets.
     """
     if config.method == "full":
         for name, parameter in model.named_parameters():
@@ -50,6 +53,12 @@ def inject_adapters(model: nn.Module, config: AdapterConfig, seed: int = 0) -> l
         model.get_submodule(name).requires_grad_(True)
 
     generator = torch.Generator().manual_seed(seed)
+    start = read_peft(Path(config.init_from), config.alpha / config.init_rank) if config.init_from else {}
+    if unknown := sorted(start.keys() - set(names)):
+        raise UserError(
+            f"init_from={config.init_from}: {len(unknown)} of its matrices ({', '.join(unknown[:3])}) are not among "
+            "the targets: name them there, and use the adapter's own base model"
+        )
     matrices = []
     for name in names:
         base = model.get_submodule(name)
@@ -61,6 +70,8 @@ def inject_adapters(model: nn.Module, config: AdapterConfig, seed: int = 0) -> l
             layer.reset_as_lora(generator)
         else:
             layer.reset(generator, std=0.02 if config.init == "gaussian" else None)
+        if name in start:
+            _start_with(layer, start[name], config)
         layer.train(base.training)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
@@ -92,6 +103,27 @@ def trained_modules(model: nn.Module, config: AdapterConfig) -> list[str]:
                 "leave task-head out of train_modules"
             )
     return [*matched, *heads]
+
+
+@torch.no_grad()
+def _start_with(layer: SVDLinear, triplets: Triplets, config: AdapterConfig) -> None:
+    """Put given triplets before the fresh ones, which add nothing at the start."""
+    p, lam, q = triplets
+    if len(lam) > layer.rank:
+        raise UserError(
+            f"init_from={config.init_from} has rank {len(lam)} at {layer.name}, with init_rank {layer.rank}: set "
+            f"init_rank to at least {len(lam)}"
+        )
+    if (len(p), q.shape[1]) != (layer.d_out, layer.d_in):
+        raise UserError(
+            f"init_from={config.init_from}: {layer.name} is {len(p)} x {q.shape[1]} there and {layer.d_out} x "
+            f"{layer.d_in} in this model: use the adapter's own base model"
+        )
+    if config.method == "lora":  # lambda is 1 and not trained
+        p, lam = p * lam, torch.ones_like(lam)
+    layer.P[:, : len(lam)] = p.to(layer.P.device)
+    layer.lam[: len(lam)] = lam.to(layer.lam.device)
+    layer.Qt[:, : len(lam)] = q.T.to(layer.Qt.device)
 
 
 def adapted_matrices(model: nn.Module) -> list[AdaptedMatrix]:

@@ -22,12 +22,10 @@ from safetensors.torch import save_file
 
 from adalora_dist.errors import UserError
 from adalora_dist.export import AdapterWeights
+from adalora_dist.peft_import import PREFIX, RANKNUM_OFFSET
 
-PREFIX = "base_model.model."
-"""What PEFT puts before the names of the plain model."""
 VLLM_MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM's --max-lora-rank takes."""
-_RANKNUM_OFFSET = 1e-5  # PEFT divides by ranknum + 1e-5
 
 
 class Folded(NamedTuple):
@@ -136,7 +134,7 @@ def save_adalora(
     tensors = {}
     for adapter in adapters:
         name = PREFIX + adapter.name
-        own_scale = adapter.scale * (init_rank + _RANKNUM_OFFSET) / alpha  # 1 + 1e-5 / init_r
+        own_scale = adapter.scale * (init_rank + RANKNUM_OFFSET) / alpha  # 1 + 1e-5 / init_r
         tensors[f"{name}.lora_A"] = adapter.Q.to(dtype)
         tensors[f"{name}.lora_E"] = (adapter.lam * own_scale).unsqueeze(1).to(dtype)
         tensors[f"{name}.lora_B"] = adapter.P.to(dtype)

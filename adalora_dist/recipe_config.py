@@ -7,7 +7,15 @@ from typing import Annotated, Literal, get_args
 import tyro
 from pydantic import Field, model_validator
 
-from adalora_dist.config import AdapterConfig, EvaluationConfig, ModelConfig, RunConfig, Section, TrainConfig
+from adalora_dist.config import (
+    AdapterConfig,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    RunConfig,
+    Section,
+    TrainConfig,
+)
 
 GlueTask = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"]
 GLUE_TASKS: tuple[str, ...] = get_args(GlueTask)
@@ -25,7 +33,7 @@ class RepeatedTrainConfig(TrainConfig):
     """Repeat the whole run with each of these seeds, and report mean and standard deviation; default: seed alone."""
 
 
-class GlueDataConfig(Section):
+class GlueDataConfig(DataConfig):
     source: Annotated[str, tyro.conf.arg(name="data")] = ""
     """Folder with TASK/train and TASK/dev files (.jsonl or .parquet), or the word hub; empty: built-in sentences."""
     task: GlueTask = "sst2"
@@ -45,7 +53,7 @@ class GlueConfig(RunConfig):
     train: RepeatedTrainConfig = RepeatedTrainConfig()
 
 
-class SquadDataConfig(Section):
+class SquadDataConfig(DataConfig):
     source: Annotated[str, tyro.conf.arg(name="data")] = ""
     """Folder with train and validation files (.jsonl or .parquet), or the word hub; empty: built-in passages."""
     task: Literal["v1.1", "v2.0"] = "v1.1"
@@ -115,4 +123,20 @@ class SummarizationDataConfig(Section):
 
 class SummarizationConfig(RunConfig):
     data: SummarizationDataConfig = SummarizationDataConfig()
+    evaluation: GenerationConfig = GenerationConfig()
+
+
+class E2EDataConfig(DataConfig):
+    source: Annotated[str, tyro.conf.arg(name="data")] = ""
+    """Folder with train and test files (.jsonl or .parquet), or the word hub; empty: built-in places."""
+    max_length: int = Field(512, ge=16)
+    """Longest training sequence in tokens; longer ones are refused."""
+    max_train_rows: int | None = Field(None, ge=1)
+    """Use at most this many training rows."""
+    max_eval_rows: int | None = Field(None, ge=1)
+    """Use at most this many meaning representations for evaluation, each with all of its references."""
+
+
+class E2EConfig(RunConfig):
+    data: E2EDataConfig = E2EDataConfig()
     evaluation: GenerationConfig = GenerationConfig()

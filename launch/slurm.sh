@@ -13,6 +13,9 @@
 #   - download model and data where the network is (`hf download NAME`), into an HF_HOME that every node sees;
 #     on compute nodes without network, submit with HF_HUB_OFFLINE=1 in the environment.
 #
+# Three minutes before the time limit, and when the job is pre-empted, SLURM sends SIGUSR1 or SIGTERM: the run saves, and
+# the job is queued again. Pass --resume auto, and it goes on where it was.
+#
 # One task per node starts one process per GPU. PROCESSES_PER_NODE overrides the number of GPUs, for nodes without any.
 #SBATCH --job-name=adalora
 #SBATCH --nodes=2
@@ -20,6 +23,9 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --time=24:00:00
 #SBATCH --output=slurm-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=USR1@180
 
 set -euo pipefail
 
@@ -46,10 +52,22 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 echo "slurm.sh: $SLURM_JOB_NUM_NODES nodes x $per_node processes, main process at $address:$port"
 # The rank of a machine is known on that machine only: each task fills it in. "standard" keeps DeepSpeed from logging in
 # to the other nodes by itself, where srun is already.
+# Launchers would die of SIGUSR1, so they ignore it; the run has its own handler, and says in this file that it saved,
+# because launchers end with their own exit code.
+export ADALORA_DIST_STATUS_FILE=${TMPDIR:-/tmp}/adalora-dist-$SLURM_JOB_ID.json
+rm -f "$ADALORA_DIST_STATUS_FILE"
+trap : TERM USR1 # outlive a signal to this script until the run has ended
+code=0
 # shellcheck disable=SC2016
-exec srun --ntasks-per-node=1 --kill-on-bad-exit=1 \
-    bash -c 'exec accelerate launch --machine_rank "$SLURM_NODEID" "$@"' task \
+srun --ntasks-per-node=1 --kill-on-bad-exit=1 \
+    bash -c 'trap "" USR1; exec accelerate launch --machine_rank "$SLURM_NODEID" "$@"' task \
     --config_file "$config" \
     --num_machines "$SLURM_JOB_NUM_NODES" --num_processes "$((SLURM_JOB_NUM_NODES * per_node))" \
     --main_process_ip "$address" --main_process_port "$port" --deepspeed_multinode_launcher standard \
-    "$@"
+    "$@" || code=$?
+if [[ -f $ADALORA_DIST_STATUS_FILE ]]; then
+    echo "slurm.sh: the run was stopped by a signal and has saved: queueing the job again"
+    rm -f "$ADALORA_DIST_STATUS_FILE"
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

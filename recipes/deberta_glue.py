@@ -45,16 +45,18 @@ def main(config: GlueConfig) -> None:
     from adalora_dist.data.glue import TASKS, encode_texts, load_glue
     from adalora_dist.evaluation.classification import largest_difference, predict, score
     from adalora_dist.evaluation.metrics import mean_and_deviation, require_metrics
-    from adalora_dist.export import base_folder_of, gather_adapters, merge, save_adapter, save_trained, write_task
+    from adalora_dist.export import base_folder_of, gather_adapters, merge, task_settings, write_task
+    from adalora_dist.hub import check_push_of_run, push_run
     from adalora_dist.inject import inject_adapters
-    from adalora_dist.training.dequantized import quantized_weights
     from adalora_dist.training.dry_run import count_rows, dry_run
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
+    from adalora_dist.training.exports import write_adapters
     from adalora_dist.training.loop import prepare, total_steps, train
     from adalora_dist.training.losses import classification_loss
     from adalora_dist.training.model import dtype_named, load_backbone
     from adalora_dist.training.quantization import bitsandbytes_config
     from adalora_dist.training.report import facts_line, metrics_table, rank_table, run_facts
+    from adalora_dist.training.resume import find_checkpoint
     from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
     from adalora_dist.training.trained import gather_trained
     from adalora_dist.training.verify import load_plainly
@@ -69,6 +71,7 @@ def main(config: GlueConfig) -> None:
         return dry_run(config, auto_class, num_rows, ARCHITECTURES, "all-MiniLM-L6-v2", num_labels=num_labels)
     require_metrics()
     refuse_used_folder(config)
+    check_push_of_run(config)
     accelerator = build_accelerator(config.train)
     say, engine = accelerator.print, engine_name(accelerator)
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
@@ -115,6 +118,9 @@ def main(config: GlueConfig) -> None:
     def one_run(config: GlueConfig) -> dict[str, float]:
         """Train and evaluate with one seed; the scores at the end."""
         set_seed(config.train.seed)
+        resumed = find_checkpoint(config)
+        if resumed is not None:
+            say(f"Continuing after step {resumed.step} from {resumed.path}")
         model, _ = load_backbone(config.model, AutoModelForSequenceClassification, quantization, changes)
         lengths = [len(row["input_ids"]) for row in inputs]
         settings = (config.train.batch_size, config.train.seed, config.train.group_by_length)
@@ -124,10 +130,10 @@ def main(config: GlueConfig) -> None:
         # --------------------------------------------------------------------------------------- adapters, engine
 
         inject_adapters(model, config.adapter, config.train.seed)
-        prepared = prepare(accelerator, model, config, num_steps)
+        prepared = prepare(accelerator, model, config, num_steps, resumed)
         allocator = prepared.allocator
         facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared)
-        folder = RunFolder(config, accelerator.is_main_process, facts)
+        folder = RunFolder(config, accelerator.is_main_process, facts, resumed)
         start_trackers(accelerator, config)
         say(facts_line(facts, allocator.schedule.freeze_step if allocator else None))
 
@@ -141,12 +147,15 @@ def main(config: GlueConfig) -> None:
                 scores |= score(name, task, logits[name], eval_labels[name])
             return scores, logits
 
-        columns = {"before": evaluate()[0]} if config.evaluation.evaluate_before else {}
+        if resumed is not None:
+            columns = resumed.run["notes"]
+        else:
+            columns = {"before": evaluate()[0]} if config.evaluation.evaluate_before else {}
 
         # -------------------------------------------------------------------------------------------------- train
 
         loss_sum = classification_loss(inputs, labels, task.num_labels, padding, accelerator.device)
-        train(accelerator, prepared, plan, loss_sum, config, folder, say)
+        train(accelerator, prepared, plan, loss_sum, config, folder, say, notes=columns)
         columns["after"], logits = evaluate()
 
         # ------------------------------------------------------------------------------------------------- export
@@ -154,20 +163,17 @@ def main(config: GlueConfig) -> None:
         adapters = gather_adapters(allocator) if allocator else []
         trained = gather_trained(accelerator.unwrap_model(prepared.model), keep=accelerator.is_main_process)
         if accelerator.is_main_process:
-            if adapters:
-                save_adapter(adapters, folder.path / "adapter", config.model.name, config.model.revision)
-                save_trained(trained, folder.path / "adapter")
-            if config.export.export_merged:
+            base_weights = write_adapters(
+                config, accelerator.unwrap_model(prepared.model), adapters, trained, folder.path
+            )
+            if "merged" in config.export.export_formats:
                 merged = folder.path / "merged"
-                base_weights = None
-                if config.export.merge_into == "dequantized":
-                    base_weights = quantized_weights(accelerator.unwrap_model(prepared.model), config)
                 dtype = dtype_named(config.export.export_dtype)
                 base = base_folder_of(config.model.name, config.model.revision)
                 merge(adapters, base, merged, dtype, trained, base_weights)
-                write_task(accelerator.unwrap_model(prepared.model), merged)
+                write_task(task_settings(accelerator.unwrap_model(prepared.model)), merged)
                 tokenizer.save_pretrained(merged)
-            if config.export.export_merged and config.export.verify_export:
+            if "merged" in config.export.export_formats and config.export.verify_export:
                 plain = load_plainly(AutoModelForSequenceClassification, merged)
                 name, rows = next(iter(eval_inputs.items()))
                 again = predict(
@@ -175,6 +181,7 @@ def main(config: GlueConfig) -> None:
                 )
                 columns["merged"] = score(name, task, again, eval_labels[name])
                 far = largest_difference(again, logits[name])
+                folder.write_json("verification.json", {"largest_logit_difference": far})
                 say(f"Merged model in plain transformers: logits differ from the trained model's by up to {far:.1e}")
             pattern = {a.name: a.lam.numel() for a in adapters}
             folder.write_json("rank_pattern.json", pattern)
@@ -214,6 +221,8 @@ def main(config: GlueConfig) -> None:
         for name, value in statistics.items():
             say(f"{name}  {value['mean']:.4f} +- {value['deviation']:.4f}  {majority[name]:.4f}")
     accelerator.end_training()
+    if accelerator.is_main_process:  # no process group is left that could wait for the network
+        push_run(config)
 
 
 if __name__ == "__main__":

@@ -44,20 +44,23 @@ def main(config: SquadConfig) -> None:
     from adalora_dist.evaluation.metrics import mean_and_deviation
     from adalora_dist.evaluation.spans import Answer, find_answers
     from adalora_dist.evaluation.squad_metrics import best_thresholds, squad_scores
-    from adalora_dist.export import base_folder_of, gather_adapters, merge, save_adapter, save_trained, write_task
+    from adalora_dist.export import base_folder_of, gather_adapters, merge, task_settings, write_task
+    from adalora_dist.hub import check_push_of_run, push_run
     from adalora_dist.inject import inject_adapters
-    from adalora_dist.training.dequantized import quantized_weights
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
+    from adalora_dist.training.exports import write_adapters
     from adalora_dist.training.loop import prepare, total_steps, train
     from adalora_dist.training.losses import span_loss
     from adalora_dist.training.model import dtype_named, load_backbone
     from adalora_dist.training.quantization import bitsandbytes_config
     from adalora_dist.training.report import facts_line, metrics_table, rank_table, run_facts
+    from adalora_dist.training.resume import find_checkpoint
     from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
     from adalora_dist.training.trained import gather_trained
     from adalora_dist.training.verify import load_plainly
 
     refuse_used_folder(config)
+    check_push_of_run(config)
     accelerator = build_accelerator(config.train)
     say, engine = accelerator.print, engine_name(accelerator)
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
@@ -98,6 +101,9 @@ def main(config: SquadConfig) -> None:
     def one_run(config: SquadConfig) -> dict[str, float]:
         """Train and evaluate with one seed; the scores at the end."""
         set_seed(config.train.seed)
+        resumed = find_checkpoint(config)
+        if resumed is not None:
+            say(f"Continuing after step {resumed.step} from {resumed.path}")
         model, _ = load_backbone(config.model, AutoModelForQuestionAnswering, quantization)
         lengths = [len(row["input_ids"]) for row in inputs]
         settings = (config.train.batch_size, config.train.seed, config.train.group_by_length)
@@ -107,10 +113,10 @@ def main(config: SquadConfig) -> None:
         # --------------------------------------------------------------------------------------- adapters, engine
 
         inject_adapters(model, config.adapter, config.train.seed)
-        prepared = prepare(accelerator, model, config, num_steps)
+        prepared = prepare(accelerator, model, config, num_steps, resumed)
         allocator = prepared.allocator
         facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared)
-        folder = RunFolder(config, accelerator.is_main_process, facts)
+        folder = RunFolder(config, accelerator.is_main_process, facts, resumed)
         start_trackers(accelerator, config)
         say(facts_line(facts, allocator.schedule.freeze_step if allocator else None))
 
@@ -134,12 +140,15 @@ def main(config: SquadConfig) -> None:
             outputs = ("start_logits", "end_logits")
             return predict(unwrapped, eval_inputs, padding, size, **ranks, description="validation", outputs=outputs)
 
-        columns = {"before": scores_of(answers_of(evaluate()))} if config.evaluation.evaluate_before else {}
+        if resumed is not None:
+            columns = resumed.run["notes"]
+        else:
+            columns = {"before": scores_of(answers_of(evaluate()))} if config.evaluation.evaluate_before else {}
 
         # -------------------------------------------------------------------------------------------------- train
 
         loss_sum = span_loss(inputs, [window.span for window in windows], padding, accelerator.device)
-        train(accelerator, prepared, plan, loss_sum, config, folder, say)
+        train(accelerator, prepared, plan, loss_sum, config, folder, say, notes=columns)
         logits = evaluate()
         answers = answers_of(logits)
         columns["after"] = scores_of(answers)
@@ -150,25 +159,23 @@ def main(config: SquadConfig) -> None:
         pattern = {a.name: a.lam.numel() for a in adapters}
         trained = gather_trained(accelerator.unwrap_model(prepared.model), keep=accelerator.is_main_process)
         if accelerator.is_main_process:
-            if adapters:
-                save_adapter(adapters, folder.path / "adapter", config.model.name, config.model.revision)
-                save_trained(trained, folder.path / "adapter")
-            if config.export.export_merged:
+            base_weights = write_adapters(
+                config, accelerator.unwrap_model(prepared.model), adapters, trained, folder.path
+            )
+            if "merged" in config.export.export_formats:
                 merged = folder.path / "merged"
-                base_weights = None
-                if config.export.merge_into == "dequantized":
-                    base_weights = quantized_weights(accelerator.unwrap_model(prepared.model), config)
                 dtype = dtype_named(config.export.export_dtype)
                 base = base_folder_of(config.model.name, config.model.revision)
                 merge(adapters, base, merged, dtype, trained, base_weights)
-                write_task(accelerator.unwrap_model(prepared.model), merged)
+                write_task(task_settings(accelerator.unwrap_model(prepared.model)), merged)
                 tokenizer.save_pretrained(merged)
-            if config.export.export_merged and config.export.verify_export:
+            if "merged" in config.export.export_formats and config.export.verify_export:
                 plain = load_plainly(AutoModelForQuestionAnswering, merged)
                 size, outputs = config.evaluation.eval_batch_size, ("start_logits", "end_logits")
                 again = predict(plain, eval_inputs, padding, size, description="merged", outputs=outputs, gather=list)
                 columns["merged"] = scores_of(answers_of(again))
                 far = largest_difference(again, logits)
+                folder.write_json("verification.json", {"largest_logit_difference": far})
                 say(f"Merged model in plain transformers: logits differ from the trained model's by up to {far:.1e}")
             ids = [question.id for question in eval_questions]
             given = [answer.given(threshold) for answer in answers]
@@ -203,6 +210,8 @@ def main(config: SquadConfig) -> None:
         for name, value in statistics.items():
             say(f"{name}  {value['mean']:.2f} +- {value['deviation']:.2f}")
     accelerator.end_training()
+    if accelerator.is_main_process:  # no process group is left that could wait for the network
+        push_run(config)
 
 
 if __name__ == "__main__":

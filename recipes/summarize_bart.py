@@ -40,17 +40,20 @@ def main(config: SummarizationConfig) -> None:
     from adalora_dist.data.batches import BatchPlan
     from adalora_dist.data.encoding import padding_token
     from adalora_dist.data.summarization import encode_summaries, load_summaries
-    from adalora_dist.evaluation.summaries import Summaries, evaluate_summaries, rouge_scorer
-    from adalora_dist.export import base_folder_of, gather_adapters, merge, save_adapter, save_trained
+    from adalora_dist.evaluation.rouge import rouge_scorer, rouge_scores
+    from adalora_dist.evaluation.texts import generate_texts
+    from adalora_dist.export import base_folder_of, gather_adapters, merge
+    from adalora_dist.hub import check_push_of_run, push_run
     from adalora_dist.inject import inject_adapters
-    from adalora_dist.training.dequantized import quantized_weights
     from adalora_dist.training.dry_run import count_rows, dry_run
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
+    from adalora_dist.training.exports import write_adapters
     from adalora_dist.training.loop import generates_together, prepare, total_steps, train
     from adalora_dist.training.losses import decoder_start_token, seq2seq_loss
     from adalora_dist.training.model import dtype_named, load_backbone
     from adalora_dist.training.quantization import bitsandbytes_config
     from adalora_dist.training.report import facts_line, metrics_table, rank_table, run_facts
+    from adalora_dist.training.resume import find_checkpoint
     from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
     from adalora_dist.training.trained import gather_trained
     from adalora_dist.training.verify import last_logits, logit_differences
@@ -59,19 +62,23 @@ def main(config: SummarizationConfig) -> None:
         num_rows = count_rows(config.data, [config.data.task], lambda: load_summaries(config.data)["train"])
         return dry_run(config, AutoModelForSeq2SeqLM, num_rows, ARCHITECTURES, "demo-bart")
     refuse_used_folder(config)
+    check_push_of_run(config)
     rouge_scorer()  # now, not after training
     accelerator = build_accelerator(config.train)
     say, engine = accelerator.print, engine_name(accelerator)
     quantization = bitsandbytes_config(config, engine)
     set_seed(config.train.seed)
+    resumed = find_checkpoint(config)
+    if resumed is not None:
+        say(f"Continuing after step {resumed.step} from {resumed.path}")
 
     # ------------------------------------------------------------------------------------------------------ model
 
     if not config.model.name:
-        from adalora_dist.data.demo_seq2seq import demo_seq2seq_folder
+        from adalora_dist.data.demo_pretrained import demo_bart_folder
 
         with accelerator.main_process_first():
-            name = str(demo_seq2seq_folder(say))
+            name = str(demo_bart_folder(say))
         say("Model: a tiny BART, pre-trained here on built-in reports. Your own: --model FOLDER_OR_HUB_ID.")
         config = config.model_copy(update={"model": config.model.model_copy(update={"name": name})})
     model, tokenizer = load_backbone(config.model, AutoModelForSeq2SeqLM, quantization)
@@ -85,7 +92,8 @@ def main(config: SummarizationConfig) -> None:
         train_rows, eval_rows = (encode_summaries(splits[name], tokenizer, config.data) for name in ("train", "test"))
     say(f"{len(train_rows):,} training rows, {len(eval_rows):,} evaluation rows")
     settings = (config.train.batch_size, config.train.seed, config.train.group_by_length)
-    plan = BatchPlan(train_rows["length"][:], train_rows["num_targets"][:], *settings)
+    lengths = [sum(pair) for pair in zip(train_rows["num_source"][:], train_rows["num_targets"][:], strict=True)]
+    plan = BatchPlan(lengths, train_rows["num_targets"][:], *settings)
     num_steps = total_steps(config.train, plan)
 
     # --------------------------------------------------------------------------------------------------- adapters
@@ -94,29 +102,34 @@ def main(config: SummarizationConfig) -> None:
 
     # ----------------------------------------------------------------------------------------------------- engine
 
-    prepared = prepare(accelerator, model, config, num_steps)
+    prepared = prepare(accelerator, model, config, num_steps, resumed)
     allocator = prepared.allocator
     facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared)
-    folder = RunFolder(config, accelerator.is_main_process, facts)
+    folder = RunFolder(config, accelerator.is_main_process, facts, resumed)
     start_trackers(accelerator, config)
     say(facts_line(facts, allocator.schedule.freeze_step if allocator else None))
 
     # --------------------------------------------------------------------------------------------------- evaluate
 
-    def evaluate() -> Summaries:
-        return evaluate_summaries(
-            accelerator.unwrap_model(prepared.model), tokenizer, eval_rows, config.evaluation,
-            accelerator.process_index, accelerator.num_processes,
-            synced_gpus=generates_together(accelerator, prepared.model),
-        )  # fmt: skip
+    ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    synced = generates_together(accelerator, prepared.model)
 
-    columns = {"before": evaluate().scores} if config.evaluation.evaluate_before else {}
+    def evaluate() -> tuple[dict[str, float], list[str]]:
+        unwrapped, lengths = accelerator.unwrap_model(prepared.model), eval_rows["num_source"][:]
+        sources = eval_rows["input_ids"]
+        texts = generate_texts(unwrapped, tokenizer, sources, lengths, config.evaluation, **ranks, synced_gpus=synced)
+        return rouge_scores(texts, eval_rows["summary"], **ranks), texts
+
+    if resumed is not None:
+        columns = resumed.run["notes"]
+    else:
+        columns = {"before": evaluate()[0]} if config.evaluation.evaluate_before else {}
 
     # ------------------------------------------------------------------------------------------------------ train
 
     padding, start = padding_token(tokenizer), decoder_start_token(model)
     loss_sum = seq2seq_loss(train_rows, padding, start, accelerator.device)
-    train(accelerator, prepared, plan, loss_sum, config, folder, say)
+    train(accelerator, prepared, plan, loss_sum, config, folder, say, notes=columns)
     columns["after"], texts = evaluate()
 
     # ----------------------------------------------------------------------------------------------------- export
@@ -124,28 +137,24 @@ def main(config: SummarizationConfig) -> None:
     adapters = gather_adapters(allocator) if allocator else []
     trained = gather_trained(accelerator.unwrap_model(prepared.model), keep=accelerator.is_main_process)
     pattern = {a.name: a.lam.numel() for a in adapters}
-    verified = config.export.export_merged and config.export.verify_export
+    verified = "merged" in config.export.export_formats and config.export.verify_export
     if verified:  # on every process: where the model is sharded, forwards are collective
         labels = train_rows[0]["labels"]
         probe = {"input_ids": train_rows[0]["input_ids"], "decoder_input_ids": [start, *labels[:-1]]}
         logits = last_logits(accelerator.unwrap_model(prepared.model), probe, len(labels), accelerator.device)
     if accelerator.is_main_process:
-        if adapters:
-            save_adapter(adapters, folder.path / "adapter", config.model.name, config.model.revision)
-            save_trained(trained, folder.path / "adapter")
+        base_weights = write_adapters(config, accelerator.unwrap_model(prepared.model), adapters, trained, folder.path)
         folder.write_json("rank_pattern.json", pattern)
         folder.write_json("results.json", columns)
         folder.write_json("summaries.json", texts)
-        if config.export.export_merged:
+        if "merged" in config.export.export_formats:
             base = base_folder_of(config.model.name, config.model.revision)
             merged = folder.path / "merged"
-            base_weights = None
-            if config.export.merge_into == "dequantized":
-                base_weights = quantized_weights(accelerator.unwrap_model(prepared.model), config)
             merge(adapters, base, merged, dtype_named(config.export.export_dtype), trained, base_weights)
             tokenizer.save_pretrained(merged)
             if verified:
                 difference = logit_differences(AutoModelForSeq2SeqLM, merged, probe, logits)
+                folder.write_json("verification.json", difference.as_record(logits))
                 say(
                     "Merged model in plain transformers: a summary's logits differ from the trained model's by at most "
                     f"{difference.largest:.1e}, on average by {difference.mean:.1e} (of up to {logits.abs().max():.1f})"
@@ -160,6 +169,8 @@ def main(config: SummarizationConfig) -> None:
         say(f"Total rank {sum(pattern.values())}, budget {allocator.schedule.target_budget}")
     say(f"\nFiles in {folder.path}: " + ", ".join(sorted(p.name for p in folder.path.iterdir())))
     accelerator.end_training()
+    if accelerator.is_main_process:  # no process group is left that could wait for the network
+        push_run(config)
 
 
 if __name__ == "__main__":

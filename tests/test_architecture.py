@@ -9,13 +9,16 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "adalora_dist"
 LEVELS = {
     0: (
-        *("errors", "config", "recipe_config", "schedule", "importance", "orthogonality", "spans", "agreement"),
-        *("progress", "base_files"),
+        *("errors", "config", "recipe_config", "schedule", "importance", "orthogonality", "spans", "flat"),
+        *("pattern_digest", "progress", "base_files", "markdown", "redaction"),
     ),
-    1: ("layers", "inject"),
+    1: ("agreement", "layers", "inject", "peft_import"),
     2: ("sharding",),
-    3: ("allocator", "compaction", "export", "peft_format", "pictures"),
-    4: ("cli", "main", "yaml_file", "presets", "training", "data", "evaluation", "integrations"),
+    3: (
+        *("allocator", "compaction", "checkpoint", "checkpoint_content", "checkpoint_files"),
+        *("export", "peft_format", "pictures", "hub_files", "card", "hub"),
+    ),
+    4: ("cli", "main", "commands", "yaml_file", "presets", "training", "data", "evaluation", "integrations"),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -64,11 +64,13 @@ def test_no_arguments_give_the_defaults() -> None:
 
 def test_flags_reach_their_sections() -> None:
     run = parse(
-        *("--model", "gpt2", "--data=hub", "--alpha", "8", "--max-steps", "7", "--overwrite", "--no-export-merged"),
+        *("--model", "gpt2", "--data=hub", "--alpha", "8", "--max-steps", "7", "--overwrite", "--no-verify-export"),
         *("--tasks", "boolq", "piqa", "--targets", "q_proj", "v_proj", "--learning_rate=1e-3"),
+        *("--export-formats", "merged", "lora"),
     )
+    assert run.export.export_formats == ("merged", "lora")
     assert (run.model.name, run.data.source, run.adapter.alpha, run.train.max_steps) == ("gpt2", "hub", 8.0, 7)
-    assert (run.train.overwrite, run.export.export_merged, run.train.learning_rate) == (True, False, 1e-3)
+    assert (run.train.overwrite, run.export.verify_export, run.train.learning_rate) == (True, False, 1e-3)
     assert run.data.tasks == ("boolq", "piqa")
     assert run.adapter.targets == ("q_proj", "v_proj")
 

@@ -22,7 +22,7 @@ from adalora_dist.export import gather_adapters, merge
 from adalora_dist.inject import inject_adapters
 from adalora_dist.layers import SVDLinear
 from adalora_dist.training import quantization
-from adalora_dist.training.dequantized import quantized_weights
+from adalora_dist.training.dequantized import describe, quantized_weights, read_description
 from adalora_dist.training.model import load_backbone
 from adalora_dist.training.quantization import (
     ENGINES,
@@ -269,6 +269,8 @@ def test_the_quantised_value_of_a_file_is_what_was_trained_with(method, dtype, t
     plain = dict(AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters())
     weights = quantized_weights(model, config)
     assert len(weights) == ADAPTED
+    (tmp_path / "quantized.json").write_text(json.dumps(describe(weights)))
+    assert read_description(tmp_path / "quantized.json") == weights  # what a later merge starts from
     for name, module in quantized_linears(model):
         recomputed = weights[f"{name}.weight"](plain[f"{name}.weight"].detach())
         # Live 4-bit weights are shown in the type of the files, but computed with in that of precision.

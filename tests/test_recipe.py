@@ -23,6 +23,7 @@ import torch.distributed as dist
 import yaml
 from accelerate.utils import is_tensorboard_available
 from distributed import run_ranks
+from peft import PeftModel
 from tiny_project import write_data, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -131,6 +132,9 @@ def test_budget_is_met_and_every_step_recorded(single: tuple[Run, str]) -> None:
     assert [record["step"] for record in run.metrics] == list(range(STEPS))
     assert run.metrics[0]["budget"] == INIT_RANK * MATRICES and run.metrics[-1]["budget"] == budget
     assert run.losses[-5:].mean() < run.losses[:5].mean() - 0.5
+    allocations = [json.loads(line) for line in (run.folder / "allocations.jsonl").read_text().splitlines()]
+    assert [a["step"] for a in allocations] == [m["step"] for m in run.metrics if m["allocated"]]
+    assert allocations[-1]["ranks"] == list(run.pattern.values())
 
 
 def test_run_folder_says_what_was_run(single: tuple[Run, str], project: Project) -> None:
@@ -241,7 +245,8 @@ def run_recipe(rank: int, world_size: int, arguments: list[str], environment: di
 
 
 def test_plain_lora(project: Project, tmp_path: Path) -> None:
-    arguments = project.arguments(tmp_path / "run", "--method", "lora", "--no-evaluate-before")
+    formats = ("--export-formats", "merged", "lora", "peft")
+    arguments = project.arguments(tmp_path / "run", "--method", "lora", "--no-evaluate-before", *formats)
     [(code, errors)] = run_ranks(1, run_recipe, arguments, {})
     assert code == 0, errors
     run = Run(tmp_path / "run")
@@ -250,6 +255,9 @@ def test_plain_lora(project: Project, tmp_path: Path) -> None:
     load_adapter(adapted, run.folder / "adapter")
     merged = AutoModelForCausalLM.from_pretrained(run.folder / "merged")
     assert (logits(adapted, [1, 7, 9]) - logits(merged, [1, 7, 9])).abs().max() < 1e-4
+    for form in ("lora", "peft"):
+        loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(project.model), run.folder / form)
+        assert (logits(loaded.eval(), [1, 7, 9]) - logits(merged, [1, 7, 9])).abs().max() < 1e-4
 
 
 def test_real_model_and_data(tmp_path: Path) -> None:

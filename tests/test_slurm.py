@@ -18,10 +18,12 @@ RECIPE = [
     "a b",
 ]
 COMMANDS = {
-    "scontrol": 'printf "node7\\nnode8\\n"',
+    "scontrol": 'if [[ $1 == requeue ]]; then echo "queued $2"; else printf "node7\\nnode8\\n"; fi',
     # One task per node, one after the other, with what srun tells it.
     "srun": 'while [[ $1 == --* ]]; do shift; done\nfor SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done',
-    "accelerate": 'printf "%s\\n" START "$@" "threads $OMP_NUM_THREADS"',
+    "accelerate": """printf "%s\\n" START "$@" "threads $OMP_NUM_THREADS"
+if [[ -n ${SIGNALLED:-} ]]; then kill -USR1 $$; echo '{}' >"$ADALORA_DIST_STATUS_FILE"; fi
+exit "${CODE:-0}" """,
 }
 JOB = {
     "SLURM_JOB_ID": "41234", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8",
@@ -76,3 +78,15 @@ def test_nodes_without_gpus(tmp_path):
 def test_mistakes_are_named_before_anything_runs(tmp_path, arguments, changes, message):
     result = submit(tmp_path, *arguments, **changes)
     assert result.returncode == 2 and message in result.stderr and not result.stdout
+
+
+def test_a_job_that_was_stopped_by_a_signal_is_queued_again(tmp_path):
+    """The signal itself reaches the launcher, too, which must outlive it."""
+    result = submit(tmp_path, "launch/accelerate/ddp.yaml", *RECIPE, SIGNALLED="1", CODE="1", TMPDIR=str(tmp_path))
+    assert result.returncode == 1 and "queued 41234" in result.stdout, result.stderr
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_a_job_that_failed_is_not_queued_again(tmp_path):
+    result = submit(tmp_path, "launch/accelerate/ddp.yaml", *RECIPE, CODE="3", TMPDIR=str(tmp_path))
+    assert result.returncode == 3 and "queued" not in result.stdout

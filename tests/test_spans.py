@@ -4,8 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adalora_dist.flat import FlatBuffer, SpanLayout
 from adalora_dist.orthogonality import gradient_factor
-from adalora_dist.spans import Factor, FlatBuffer, Span, SpanLayout
+from adalora_dist.spans import Factor, Span
 
 FORMS = ["norm", "squared"]
 

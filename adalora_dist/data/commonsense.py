@@ -11,10 +11,12 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from adalora_dist.config import COMMONSENSE_TASKS, CommonsenseDataConfig
+from adalora_dist.data.bad_rows import BadRows
 from adalora_dist.data.files import SUFFIXES, file_rows
 from adalora_dist.data.hub import hub_rows
 from adalora_dist.errors import UserError
@@ -82,36 +84,42 @@ def resolve_tasks(data: CommonsenseDataConfig) -> tuple[str, ...]:
     return tasks
 
 
-def load_tasks(data: CommonsenseDataConfig) -> tuple[list[Example], dict[str, list[Example]]]:
+def load_tasks(
+    data: CommonsenseDataConfig, bad_rows: BadRows | None = None
+) -> tuple[list[Example], dict[str, list[Example]]]:
     """Training rows of all tasks, joined in task order, and evaluation rows by task.
 
     ``max_train_rows`` and ``max_eval_rows`` keep the first rows of each task; all rows are checked nevertheless.
+    ``bad_rows`` (by default with the policy of ``data``) counts the rows left out.
 
     Raises:
         UserError: anything that ``resolve_tasks`` or ``load_task`` refuses.
     """
-    tasks = resolve_tasks(data)
-    train = [example for task in tasks for example in load_task(data.source, task, "train")[: data.max_train_rows]]
-    return train, {task: load_task(data.source, task, "test")[: data.max_eval_rows] for task in tasks}
+    tasks, bad = resolve_tasks(data), bad_rows or BadRows(data.bad_rows)
+    train = [row for task in tasks for row in load_task(data.source, task, "train", bad)[: data.max_train_rows]]
+    return train, {task: load_task(data.source, task, "test", bad)[: data.max_eval_rows] for task in tasks}
 
 
-def load_task(source: str, task: str, split: Split) -> list[Example]:
+def load_task(source: str, task: str, split: Split, bad_rows: BadRows | None = None) -> list[Example]:
     """All rows of one split of one task.
 
     Split ``test`` falls back to a validation or dev file where no test file exists, with a warning that names it; on
     the Hub it is the split that has labels.
 
     Raises:
-        UserError: a file is missing, empty or unreadable, the Hub cannot be reached, or a row is not valid.
+        UserError: a file is missing, empty or unreadable, the Hub cannot be reached, or a row is not valid and
+            ``bad_rows`` does not let it be left out (it does not by default).
     """
+    bad, parse = bad_rows or BadRows("error"), partial(_example, task)
     if source == "hub":
-        return [_example(row, task, origin) for origin, row in hub_rows(task, split)]
+        return list(bad.usable(hub_rows(task, split), parse))
     path = find_file(source, task, split)
     if path.stem not in (split, "train"):
         logger.warning("%s/%s has no test file: evaluating on %s", source, task, path.name)
-    examples = [_example(row, task, origin) for origin, row in file_rows(path)]
+    examples = list(bad.usable(file_rows(path), parse))
     if not examples:
-        raise UserError(f"{path}: the file has no rows; remove the folder of {task} or fill the file")
+        usable = "usable rows" if bad.counts[str(path)] else "rows"
+        raise UserError(f"{path}: the file has no {usable}; remove the folder of {task} or fill the file")
     return examples
 
 
@@ -141,7 +149,7 @@ def _tasks_in(source: str) -> list[str]:
     return [task for task in COMMONSENSE_TASKS if (Path(source) / task).is_dir()]
 
 
-def _example(row: object, task: str, origin: str) -> Example:
+def _example(task: str, row: object, origin: str) -> Example:
     if not isinstance(row, Mapping):
         raise UserError(f"{origin}: the row is a {type(row).__name__}; legal: an object with fields {_join(FIELDS)}")
     for field in FIELDS:

@@ -33,11 +33,13 @@ def find_data_file(folder: Path, names: Sequence[str]) -> Path:
     raise UserError(f"{folder}: none of {wanted} exists; put the split there under one of these names")
 
 
-def file_rows(path: Path) -> Iterator[tuple[str, object]]:
+def file_rows(path: Path) -> Iterator[tuple[str, object] | UserError]:
     """Yield (``file:row``, row) of a .jsonl or .parquet file, row 1 first; empty lines are left out.
 
+    A line that is not JSON is yielded as the error that says so.
+
     Raises:
-        UserError: the file cannot be read, or a line is not JSON.
+        UserError: the file cannot be read at all.
     """
     return _jsonl_rows(path) if path.suffix == ".jsonl" else _parquet_rows(path)
 
@@ -60,21 +62,23 @@ def read_table(path: Path) -> Dataset:
         ) from error
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, object]]:
-    try:
-        with path.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    yield f"{path}:{number}", json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(
-                        f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}); "
-                        "write one JSON object per line"
-                    ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, object] | UserError]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if text.strip():
+                    yield f"{path}:{number}", json.loads(text)
+            except json.JSONDecodeError as error:
+                yield UserError(
+                    f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}); "
+                    "write one JSON object per line"
+                )
+            except UnicodeDecodeError as error:
+                yield UserError(
+                    f"{path}:{number}: not UTF-8 text ({error.reason} at byte {error.start} of the row); save it as "
+                    "UTF-8"
+                )
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:

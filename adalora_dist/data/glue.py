@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adalora_dist.data.bad_rows import BadRows
 from adalora_dist.data.files import file_rows, find_data_file
 from adalora_dist.data.hub import raw_hub_rows
 from adalora_dist.data.token_cache import Columns, cached_columns
@@ -64,35 +66,40 @@ class LabelledText:
     label: float
 
 
-def load_glue(data: GlueDataConfig) -> tuple[list[LabelledText], dict[str, list[LabelledText]]]:
+def load_glue(
+    data: GlueDataConfig, bad_rows: BadRows | None = None
+) -> tuple[list[LabelledText], dict[str, list[LabelledText]]]:
     """Training rows, and the rows of each evaluation set by its name; both are checked.
 
-    ``max_train_rows`` and ``max_eval_rows`` keep the first rows.
+    ``max_train_rows`` and ``max_eval_rows`` keep the first rows. ``bad_rows`` (by default with the policy of ``data``)
+    counts the rows left out.
 
     Raises:
         UserError: a file is missing, empty or unreadable, the Hub cannot be reached, or a row is not valid.
     """
-    task = TASKS[data.task]
-    train = _load(data, "train", ("train",))[: data.max_train_rows]
-    sets = {name: _load(data, files[0], files)[: data.max_eval_rows] for name, files in task.evaluation_sets.items()}
+    task, bad = TASKS[data.task], bad_rows or BadRows(data.bad_rows)
+    train = _load(data, bad, "train", ("train",))[: data.max_train_rows]
+    sets = {
+        name: _load(data, bad, files[0], files)[: data.max_eval_rows] for name, files in task.evaluation_sets.items()
+    }
     return train, sets
 
 
-def _load(data: GlueDataConfig, hub_split: str, file_names: tuple[str, ...]) -> list[LabelledText]:
-    rows: Iterator[tuple[str, object]]
+def _load(data: GlueDataConfig, bad: BadRows, hub_split: str, file_names: tuple[str, ...]) -> list[LabelledText]:
+    rows: Iterator[tuple[str, object] | UserError]
     if data.source == "hub":
         instead = f"--data FOLDER with FOLDER/{data.task}/train.jsonl and FOLDER/{data.task}/dev.jsonl"
         where, rows = hub_split, raw_hub_rows(HUB_PATH, data.task, hub_split, instead)
     else:
         path = find_data_file(Path(data.source) / data.task, file_names)
         where, rows = str(path), file_rows(path)
-    examples = [labelled_text(row, TASKS[data.task], origin) for origin, row in rows]
+    examples = list(bad.usable(rows, partial(labelled_text, TASKS[data.task])))
     if not examples:
         raise UserError(f"{where}: no rows; it needs at least one")
     return examples
 
 
-def labelled_text(row: object, task: Task, origin: str) -> LabelledText:
+def labelled_text(task: Task, row: object, origin: str) -> LabelledText:
     """Check one row.
 
     Raises:

@@ -85,27 +85,30 @@ HUB_TASKS = {
 }
 
 
-def hub_rows(task: str, split: str) -> Iterator[tuple[str, Row]]:
+def hub_rows(task: str, split: str) -> Iterator[tuple[str, Row] | UserError]:
     """Yield (origin, row) of one split, ``train`` or ``test``; origin is ``path/name/split:row``, row 1 first.
 
+    For a row that has another form than its mapping expects, the error that says so is yielded in its place.
+
     Raises:
-        UserError: the data set cannot be loaded, or a row has another form than its mapping expects.
+        UserError: the data set cannot be loaded.
     """
     hub_task = HUB_TASKS[task]
     hub_split = hub_task.evaluation_split if split == "test" else split
     instead = f"--data FOLDER with FOLDER/{task}/train.jsonl and FOLDER/{task}/test.jsonl"
     for origin, raw in raw_hub_rows(hub_task.path, hub_task.name, hub_split, instead):
         try:
-            row = hub_task.to_row(raw)
+            yield origin, hub_task.to_row(raw)
         except (KeyError, ValueError, AttributeError, TypeError) as error:
-            raise UserError(
+            yield UserError(
                 f"{origin}: the row cannot be used ({type(error).__name__}: {error}); the data set may have "
                 f"changed: use local files with --data FOLDER"
-            ) from error
-        yield origin, row
+            )
 
 
-def raw_hub_rows(path: str, name: str | None, split: str, instead: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def raw_hub_rows(
+    path: str, name: str | None, split: str, instead: str, revision: str | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (origin, row) of one split of a data set as the Hub has it; origin is ``path/name/split:row``.
 
     Args:
@@ -118,7 +121,7 @@ def raw_hub_rows(path: str, name: str | None, split: str, instead: str) -> Itera
 
     origin = "/".join(part for part in (path, name, split) if part)
     try:
-        rows = datasets.load_dataset(path, name, split=split)
+        rows = datasets.load_dataset(path, name, split=split, revision=revision)
     except Exception as error:  # whatever HTTP client, cache or parser failed, the user can do the same about it
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(

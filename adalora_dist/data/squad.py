@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adalora_dist.data.bad_rows import BadRows
 from adalora_dist.data.files import file_rows, find_data_file
 from adalora_dist.data.hub import raw_hub_rows
 from adalora_dist.data.token_cache import Columns, cached_columns
@@ -53,18 +55,21 @@ class Window:
     """First and last token of the question's first answer; ``NO_SPAN`` if the window does not hold all of it."""
 
 
-def load_squad(data: SquadDataConfig) -> tuple[list[Question], list[Question]]:
+def load_squad(data: SquadDataConfig, bad_rows: BadRows | None = None) -> tuple[list[Question], list[Question]]:
     """Questions to train on and to evaluate, all checked; ``max_train_rows`` and ``max_eval_rows`` keep the first.
+
+    ``bad_rows`` (by default with the policy of ``data``) counts the rows left out.
 
     Raises:
         UserError: a file is missing, empty or unreadable, the Hub cannot be reached, or a row is not valid.
     """
-    train = _load(data, "train", ("train",))[: data.max_train_rows]
-    return train, _load(data, "validation", ("validation", "dev"))[: data.max_eval_rows]
+    bad = bad_rows or BadRows(data.bad_rows)
+    train = _load(data, bad, "train", ("train",))[: data.max_train_rows]
+    return train, _load(data, bad, "validation", ("validation", "dev"))[: data.max_eval_rows]
 
 
-def _load(data: SquadDataConfig, hub_split: str, file_names: tuple[str, ...]) -> list[Question]:
-    rows: Iterator[tuple[str, object]]
+def _load(data: SquadDataConfig, bad: BadRows, hub_split: str, file_names: tuple[str, ...]) -> list[Question]:
+    rows: Iterator[tuple[str, object] | UserError]
     if data.source == "hub":
         path = HUB_PATHS[data.task]
         instead = "--data FOLDER with FOLDER/train.jsonl and FOLDER/validation.jsonl"
@@ -72,13 +77,13 @@ def _load(data: SquadDataConfig, hub_split: str, file_names: tuple[str, ...]) ->
     else:
         file = find_data_file(Path(data.source), file_names)
         where, rows = str(file), file_rows(file)
-    questions = [question_of(row, data.task, origin) for origin, row in rows]
+    questions = list(bad.usable(rows, partial(question_of, data.task)))
     if not questions:
         raise UserError(f"{where}: no rows; it needs at least one")
     return questions
 
 
-def question_of(row: object, task: str, origin: str) -> Question:
+def question_of(task: str, row: object, origin: str) -> Question:
     """Check one row.
 
     Raises:

@@ -7,7 +7,6 @@ spans and flat values only; see ``docs/sharding.md`` for the drawing.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -152,9 +151,13 @@ def replace_in_optimizer(optimizer: torch.optim.Optimizer, old: torch.Tensor, ne
 
 
 def nonfinite_flag(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
-    """float32 scalar: 1 if any of the (local) tensors holds a nan or an inf, else 0. No host synchronisation."""
+    """float32 scalar: 1 if any of the (local) tensors holds a nan or an inf, else 0. No host synchronisation.
+
+    A gradient beyond 1.8e19 counts as infinite, because its square is: Adam would keep that as its second moment.
+    (The largest absolute value would be as good a witness, but is several times slower to find on a CPU.)
+    """
     present = [g for g in gradients if g.numel()]
-    return (~torch.isfinite(get_total_norm(present, math.inf))).float()
+    return (~torch.isfinite(get_total_norm(present, 2.0))).float()
 
 
 def optimizer_gradients(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -165,11 +168,12 @@ def optimizer_gradients(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 def skip_step_if(optimizer: torch.optim.Optimizer, flag: torch.Tensor) -> None:
     """Where ``flag`` (float32 scalar, 1 or 0) is 1, the optimizer's next step leaves weights and state untouched.
 
-    Fused Adam and AdamW look at the flag inside their kernel, as for loss scaling. (Fused SGD and Adagrad would,
-    too, but SGD's first momentum is uninitialised memory if its first step is skipped.) For others the host reads it:
-    torch optimizers pass over a parameter whose gradient is None.
+    Fused Adam and AdamW look at the flag inside their kernel, as they do for loss scaling. (Fused SGD would, too, but
+    its momentum is uninitialised memory if the first step is skipped.) For others the host reads it: torch optimizers
+    pass over a parameter whose gradient is None.
     """
-    if isinstance(optimizer, torch.optim.Adam) and all(group["fused"] for group in optimizer.param_groups):
+    looks_itself = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)  # a subclass may have a step of its own
+    if looks_itself and all(group["fused"] for group in optimizer.param_groups):
         optimizer.found_inf = flag  # type: ignore[attr-defined]
     elif flag.item():
         for group in optimizer.param_groups:

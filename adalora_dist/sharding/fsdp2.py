@@ -99,11 +99,10 @@ class Fsdp2Engine:
         return assemble(_flat(p), self._spans[index], p.shape, self.shard_group)
 
 
-@torch.no_grad()
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's rows. Without autograd ``to_local`` is a mere attribute access."""
+    """This rank's rows. (``to_local`` would make a new view of every parameter, at every step.)"""
     assert isinstance(tensor, DTensor)
-    return tensor.to_local()
+    return tensor._local_tensor
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

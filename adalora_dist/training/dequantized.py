@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from adalora_dist.config import RunConfig
+from adalora_dist.errors import UserError
 from adalora_dist.training.quantization import quantized_linears
 
 
@@ -61,3 +66,39 @@ def quantized_weights(model: nn.Module, config: RunConfig) -> dict[str, Quantize
             next(module.parameters()).device,
         )
     return found
+
+
+def describe(weights: Mapping[str, QuantizedWeight]) -> dict[str, Any]:
+    """What a run folder keeps of them as quantized.json, so that a later merge can use them, too."""
+    return {n: asdict(w) | {"dtype": str(w.dtype), "device": w.device.type} for n, w in weights.items()}
+
+
+def read_description(file: Path) -> dict[str, QuantizedWeight]:
+    """The weights of a quantized.json. Computed on its kind of device, and so only where there is one.
+
+    Raises:
+        UserError: the file is not there or incomplete, or it needs a device that this machine lacks.
+    """
+    try:
+        described = json.loads(file.read_text(encoding="utf-8"))
+        weights = {
+            name: QuantizedWeight(
+                (int(entry["shape"][0]), int(entry["shape"][1])),
+                bool(entry["is_transposed"]),
+                str(entry["method"]),
+                bool(entry["double_quant"]),
+                {str(t): t for t in (torch.float32, torch.bfloat16, torch.float16)}[entry["dtype"]],
+                torch.device(entry["device"]),
+            )
+            for name, entry in described.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+        raise UserError(
+            f"{file} does not say how the run's backbone was quantised ({error!r}): merge into original"
+        ) from error
+    if any(w.device.type == "cuda" for w in weights.values()) and not torch.cuda.is_available():
+        raise UserError(
+            f"{file}: the backbone was quantised on a GPU, and a CPU may round differently: merge on a machine with "
+            "one, or merge into original"
+        )
+    return weights

@@ -25,11 +25,11 @@ def load_backbone(
     quantization: BitsAndBytesConfig | None = None,
     changes: Mapping[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The pre-trained model, safetensors only, and its tokenizer.
+    """The pre-trained model, safetensors only unless ``allow_pickle_weights``, and its tokenizer.
 
     Under FSDP2 its weights are on the meta device: :func:`adalora_dist.training.loop.prepare` has each process read
-    its own rows. Under ZeRO-3 they are partitioned already. A model that is being quantised is read whole by every
-    process, matrix by matrix, and sharded by ``prepare``.
+    its own rows. Under ZeRO-3 they are partitioned already. A model that is being quantised, or may be pickled, is
+    read whole by every process and sharded by ``prepare``.
 
     Args:
         auto_class: ``AutoModelForCausalLM`` or a sibling.
@@ -45,6 +45,7 @@ def load_backbone(
     extra: dict[str, Any] = (
         {} if config.attn_implementation == "auto" else {"attn_implementation": config.attn_implementation}
     )
+    pickles = config.allow_pickle_weights
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.name, **options)
         own = AutoConfig.from_pretrained(config.name, **options)
@@ -53,14 +54,14 @@ def load_backbone(
             for key, value in changes.items():
                 setattr(own, key, value)
             extra["config"] = own
-        options |= {"dtype": config.dtype, "use_safetensors": True, **extra}
+        options |= {"dtype": config.dtype, "use_safetensors": None if pickles else True, **extra}
         if quantization is not None:
             if is_quantized:
                 raise UserError(
                     f"model={config.name!r} is quantised already: give the original model, or leave out quantization"
                 )
             options["quantization_config"] = quantization
-        if _under_fsdp2() and not is_quantized and quantization is None:
+        if _under_fsdp2() and not is_quantized and quantization is None and not pickles:
             model = load_on_meta(auto_class, config.name, **options)
         else:
             model = auto_class.from_pretrained(config.name, **options)

@@ -18,6 +18,8 @@ def run_facts(config: RunConfig, engine: str, num_processes: int, num_steps: int
     facts["num_trainable_parameters"] = sum(
         getattr(p, "ds_numel", p.numel()) for p in prepared.model.parameters() if p.requires_grad
     )
+    model = getattr(prepared.model, "module", prepared.model)  # inside DDP and DeepSpeed
+    facts["base_commit"] = getattr(getattr(model, "config", None), "_commit_hash", None)  # None: a local folder
     if allocator is not None:
         facts["num_matrices"] = len(allocator.matrices)
         facts["initial_budget"] = allocator.schedule.initial_budget

@@ -1,8 +1,9 @@
-"""The run folder: resolved configuration, versions, commit and command, and one line of metrics per step."""
+"""The run folder: resolved configuration, versions, commit and command; a line per step and one per allocation."""
 
 from __future__ import annotations
 
 import json
+import math
 import platform
 import shutil
 import subprocess
@@ -12,10 +13,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
+from adalora_dist.allocator import RankAllocator
+from adalora_dist.checkpoint_content import Checkpoint
 from adalora_dist.config import RunConfig
 from adalora_dist.errors import UserError
+from adalora_dist.redaction import redacted, redacted_command
+from adalora_dist.training.resume import ALLOCATIONS, LOGS, METRICS, continues_in_place, refuse_lost_steps
 
 _PACKAGES = ("adalora-dist", "torch", "transformers", "accelerate", "datasets", "deepspeed", "bitsandbytes")
 
@@ -23,32 +29,77 @@ _PACKAGES = ("adalora-dist", "torch", "transformers", "accelerate", "datasets", 
 class RunFolder:
     """Files of one run, written by the main process alone; other processes get an object that writes nothing.
 
+    A run that continues from ``resumed`` has the metrics of the steps up to there, no more and no less.
+
     Raises:
         UserError: the folder already holds a run and ``overwrite`` is off, or it cannot be written.
     """
 
-    def __init__(self, config: RunConfig, is_main_process: bool, facts: Mapping[str, Any]) -> None:
+    def __init__(
+        self, config: RunConfig, is_main_process: bool, facts: Mapping[str, Any], resumed: Checkpoint | None = None
+    ) -> None:
         self.path = Path(config.train.output_dir)
         self._metrics = None
+        self._num_allocations = 0  # written so far
         if not is_main_process:
             return
         if (self.path / "config.yaml").exists() and config.train.overwrite:
-            shutil.rmtree(self.path)
+            _empty(self.path)
         refuse_used_folder(config)
+        if resumed is None and config.train.resume != "never":
+            refuse_lost_steps(config.train)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
+            if resumed is not None:
+                shutil.rmtree(self.path / "merged", ignore_errors=True)  # an export that was interrupted
+                self._restore_logs(resumed)
+            self._metrics = (self.path / METRICS).open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(f"output_dir={self.path} cannot be written ({error}): choose another folder") from error
-        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        text = yaml.safe_dump(redacted(config.model_dump(mode="json")), sort_keys=False)
         (self.path / "config.yaml").write_text(text, encoding="utf-8")
-        (self.path / "run.json").write_text(json.dumps({**_provenance(), **facts}, indent=2) + "\n", encoding="utf-8")
+        first_step = {} if resumed is None else {"resumed_from": str(resumed.path), "first_step": resumed.step}
+        about = {**_provenance(), **facts, **first_step}
+        (self.path / "run.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+    def _restore_logs(self, resumed: Checkpoint) -> None:
+        """Back to what was logged when the checkpoint was written, so that no step is there twice or missing."""
+        for name in LOGS:
+            content = resumed.read(name) if name in resumed.files else b""
+            (self.path / f"{name}.partial").write_bytes(content)
+            (self.path / f"{name}.partial").replace(self.path / name)
+            if name == ALLOCATIONS:
+                self._num_allocations = content.count(b"\n")
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one JSON line to metrics.jsonl."""
         if self._metrics is not None:
             self._metrics.write(json.dumps(record) + "\n")
             self._metrics.flush()
+
+    def log_allocations(self, allocator: RankAllocator) -> None:
+        """Append a JSON line to allocations.jsonl for every allocation since the last call. Reads from the device.
+
+        step, budget; lowest_kept_score (null: none stayed); pruned, returned: triplets that left and that came back
+        since the allocation before; ranks: active rank of each matrix, in the order of rank_pattern.json.
+        """
+        if self._metrics is None:
+            return
+        with (self.path / ALLOCATIONS).open("a", encoding="utf-8") as file:
+            for index in range(self._num_allocations, len(allocator.allocations)):
+                made, keep = allocator.allocations[index], allocator.allocations[index].keep.cpu()
+                before = allocator.allocations[index - 1].keep.cpu() if index else torch.ones_like(keep)
+                lowest = math.inf if made.lowest_kept_score is None else made.lowest_kept_score.item()
+                record = {
+                    "step": made.step,
+                    "budget": made.budget,
+                    "lowest_kept_score": lowest if math.isfinite(lowest) else None,
+                    "pruned": int((before & ~keep).sum()),
+                    "returned": int((keep & ~before).sum()),
+                    "ranks": [int(part.sum()) for part in keep.split(allocator.ranks)],
+                }
+                file.write(json.dumps(record) + "\n")
+        self._num_allocations = len(allocator.allocations)
 
     def write_json(self, name: str, content: Any) -> None:
         """Write ``content`` as NAME in the folder."""
@@ -58,9 +109,25 @@ class RunFolder:
 
 def refuse_used_folder(config: RunConfig) -> None:
     """Raise before any work if ``output_dir`` holds a run that must not be replaced."""
-    path = Path(config.train.output_dir)
-    if (path / "config.yaml").exists() and not config.train.overwrite:
-        raise UserError(f"output_dir={path} already holds a run: choose another --output-dir or pass --overwrite")
+    path, in_place = Path(config.train.output_dir), continues_in_place(config.train)
+    if in_place and config.train.overwrite:
+        raise UserError(
+            f"overwrite would remove output_dir={path}, and with it resume={config.train.resume}: leave out one of both"
+        )
+    if (path / "config.yaml").exists() and not config.train.overwrite and not in_place:
+        raise UserError(
+            f"output_dir={path} already holds a run: continue it with --resume auto, choose another --output-dir or "
+            "pass --overwrite"
+        )
+
+
+def _empty(folder: Path) -> None:
+    """Remove all but the lock, which this run holds."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif not path.name.startswith(".lock"):
+            path.unlink()
 
 
 def _provenance() -> dict[str, Any]:
@@ -74,7 +141,7 @@ def _provenance() -> dict[str, Any]:
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
     return {
-        "command": sys.argv,
+        "command": redacted_command(sys.argv),
         "commit": git.stdout.strip() or None,
         "python": platform.python_version(),
         "platform": platform.platform(),

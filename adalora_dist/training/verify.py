@@ -44,6 +44,14 @@ class LogitDifference(NamedTuple):
     largest: float
     mean: float
 
+    def as_record(self, expected: torch.Tensor) -> dict[str, float]:
+        """For verification.json, with the size of the logits they are to be compared with."""
+        return {
+            "largest_logit_difference": self.largest,
+            "mean_logit_difference": self.mean,
+            "largest_logit": expected.abs().max().item(),
+        }
+
 
 def logit_differences(auto_class: Any, folder: Path, probe: Probe, expected: torch.Tensor) -> LogitDifference:
     """How far the last logits of the model in ``folder``, loaded afresh in plain transformers, are from ``expected``.

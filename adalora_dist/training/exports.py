@@ -1,0 +1,50 @@
+"""What every recipe leaves in its run folder besides a merged model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from adalora_dist.config import RunConfig
+from adalora_dist.export import AdapterWeights, save_adapter, save_trained, task_settings
+from adalora_dist.peft_format import save_adalora, save_lora
+from adalora_dist.training.dequantized import QuantizedWeight, describe, quantized_weights
+
+
+def write_adapters(
+    config: RunConfig,
+    model: nn.Module,
+    adapters: Sequence[AdapterWeights],
+    trained: Mapping[str, torch.Tensor],
+    folder: Path,
+) -> dict[str, QuantizedWeight] | None:
+    """Write adapter/ with all that ``adalora-dist export`` needs later, and lora/ and peft/ if they are asked for.
+
+    For the main process; no collective. Writes no adapter where there is none (methods head and full).
+
+    Args:
+        model: unwrapped.
+        trained: from ``gather_trained``.
+        folder: of the run.
+
+    Returns:
+        ``base_weights`` for :func:`adalora_dist.export.merge`.
+    """
+    name, revision = config.model.name, config.model.revision
+    if adapters:
+        save_adapter(adapters, folder / "adapter", name, revision)
+        save_trained(trained, folder / "adapter")
+        task = json.dumps(task_settings(model), indent=2) + "\n"
+        (folder / "adapter" / "task.json").write_text(task, encoding="utf-8")
+    for form, save in (("lora", save_lora), ("peft", save_adalora)):
+        if form in config.export.export_formats:
+            save(adapters, folder / form, name, revision, trained=trained)
+    if config.quantization.quantization == "none":
+        return None
+    quantized = quantized_weights(model, config)
+    (folder / "quantized.json").write_text(json.dumps(describe(quantized), indent=2) + "\n", encoding="utf-8")
+    return quantized if config.export.merge_into == "dequantized" else None

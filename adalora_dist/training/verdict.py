@@ -1,0 +1,124 @@
+"""What processes of a run tell each other about its end: who they are, who is to blame, and how to leave at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn
+
+import psutil
+
+EXIT_PEER = 76
+"""Exit code of a process that stops because of another one."""
+EXIT_PREEMPTED = 75
+"""Exit code after SIGTERM or SIGUSR1: the run can go on from its newest checkpoint. (EX_TEMPFAIL in sysexits.h.)"""
+
+
+class Identity(NamedTuple):
+    """A process, so that another with the same number can be told from it."""
+
+    rank: int
+    host: str
+    pid: int
+    created: float
+
+    @classmethod
+    def of_this_process(cls, rank: int) -> Identity:
+        return cls(rank, socket.gethostname(), os.getpid(), psutil.Process().create_time())
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (process {self.pid} on {self.host})"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why the run ends: what one rank reported, or that it is gone and can report nothing."""
+
+    rank: int
+    text: str
+    code: int
+    """Exit code of the other processes."""
+    follows: bool = False
+    """What it reports is a broken collective, which most likely follows from another rank's end."""
+    is_gone: bool = False
+    identity: tuple[int, str, int, float] | None = None
+
+
+def missed(rank: int, identity: Identity | None, silent_seconds: float | None) -> Verdict:
+    """The verdict on a rank that says nothing any more; without ``silent_seconds`` its connection has ended."""
+    what = "has ended without a word: it was killed, or its machine ran out of memory"
+    if silent_seconds is not None:
+        what = f"has not been heard of for {silent_seconds:g} s: it, or its machine, was stopped"
+    return Verdict(rank, f"{identity or f'rank {rank}'} {what}", EXIT_PEER, is_gone=True, identity=identity)
+
+
+@dataclass
+class State:
+    """What a rank says of itself with every beat."""
+
+    asks: bool = False
+    """It was told to stop: all are to save and leave at the same step."""
+    promise: int | None = None
+    """Its loop goes no further than this many finished steps before it knows where all stop."""
+    report: Mapping[str, Any] | None = None
+    """Its verdict on itself."""
+    done: bool = False
+
+
+class Line:
+    """A socket that carries JSON objects, one a line."""
+
+    def __init__(self, connection: socket.socket, timeout_seconds: float) -> None:
+        connection.settimeout(timeout_seconds)
+        self.socket, self._rest = connection, b""
+        self.rank: int | None = None
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        self.socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def receive(self) -> list[dict[str, Any]]:
+        """What has come; blocks until something has. Raises EOFError at the end, OSError, ValueError."""
+        data = self.socket.recv(1 << 16)
+        if not data:
+            raise EOFError
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > 1 << 16:
+            raise ValueError("an endless line")
+        return [json.loads(line) for line in lines]
+
+
+def listen(host: str) -> socket.socket:
+    """A socket that takes connections to ``host``, as the others know this machine, on any free port."""
+    if host in ("localhost", "127.0.0.1"):
+        return socket.create_server((host, 0))
+    try:  # on all addresses: the name may mean another one when it is looked up here
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    except (OSError, ValueError):
+        return socket.create_server(("", 0))
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once: collectives in flight would keep the interpreter from ending by itself."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            continue
+    os._exit(code)
+
+
+def kill_stopped(identity: tuple[int, str, int, float] | None) -> None:
+    """A stopped process outlives its run, since launchers' polite signals do not reach it: end it, if it is here."""
+    if identity is None or identity[1] != socket.gethostname():
+        return
+    _, _, pid, created = identity
+    try:
+        if psutil.Process(pid).create_time() == created:
+            os.kill(pid, signal.SIGKILL)
+    except (psutil.Error, OSError):
+        return

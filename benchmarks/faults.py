@@ -1,0 +1,107 @@
+"""What happens to a run when one of its ranks goes wrong, counted on real processes (gloo, CPU).
+
+    export PYTHONPATH=.:tests OMP_NUM_THREADS=1
+    python benchmarks/faults.py nan --trials 50          a nan or inf on one rank, at a random step of a random engine
+    python benchmarks/faults.py stopped --trials 20      SIGSTOP to one rank at a random time
+    python benchmarks/faults.py kill --trials 40         kill -9 of one rank at a random time, then --resume auto
+    python benchmarks/faults.py divergence --trials 20   a rank whose pattern or lambda is changed behind its back
+
+Each trial is a whole run of a two-layer model through the shared loop, with everything that the recipes use around it
+(``tests/faulty_runs.py``). Results are in ``reliability.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import os
+import platform
+import random
+import signal
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from faulty_runs import STEPS, Fault, Ranks, Untouched, corrupt, run
+from tqdm import tqdm
+
+from adalora_dist.progress import progress_bar
+from adalora_dist.training.verdict import EXIT_PEER
+
+ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
+
+
+def nan(trial: int, rng: random.Random, folder: Path) -> tuple[str, bool, str]:
+    """Weights, moments and importance averages as before the bad step, on every rank, and the budget met at the end."""
+    engine, kind = ENGINES[trial % len(ENGINES)], rng.choice(["nan", "inf", "gradient"])
+    fault = Fault(kind, step=rng.randrange(1, STEPS - 1), rank=rng.randrange(2))
+    ended = Ranks(2, folder, run, folder, engine, fault, None, Untouched(fault)).wait(120)
+    untouched = all(one.code == 0 and one.log.count("compared") == 1 for one in ended)
+    return engine, untouched and len(list(folder.glob("published-*"))) == 2, "\n".join(one.log for one in ended)
+
+
+def stopped(trial: int, rng: random.Random, folder: Path) -> tuple[str, bool, str]:
+    """All others gone within the timeout + 2 s, the stopped rank named and ended with them."""
+    rank, timeout = rng.randrange(3), 3
+    slow = Fault("slow", step=0, rank=None, num_steps=STEPS)
+    ranks = Ranks(3, folder, run, folder, "ddp", slow, {"peer_timeout_seconds": timeout})
+    ranks.wait_for("step-1-0")
+    time.sleep(rng.uniform(0, 1.5))
+    os.kill(ranks.pids[rank], signal.SIGSTOP)
+    start = time.monotonic()
+    ended = ranks.wait(timeout + 60)
+    seconds = max(one.when for one in ended) - start
+    named = sum(f"rank {rank} (process {ranks.pids[rank]} on" in one.log for one in ended) == 1
+    codes = [one.code for one in ended] == [-signal.SIGKILL if k == rank else EXIT_PEER for k in range(3)]
+    SECONDS.append(seconds)
+    return f"rank {rank}", named and codes and seconds <= timeout + 2, f"{seconds:.2f} s\n" + ended[0].log
+
+
+def divergence(trial: int, rng: random.Random, folder: Path) -> tuple[str, bool, str]:
+    """The run ends with the reason before anything is published."""
+    engine, what = rng.choice([("ddp", "keep"), ("ddp", "lambda"), ("fsdp2", "keep"), ("zero3", "keep")])
+    at_step = rng.randrange(5, STEPS)
+    ended = Ranks(2, folder, run, folder, engine, Fault(), None, corrupt(what, at_step)).wait(120)
+    said = sum("differ between" in one.log for one in ended) == 1
+    ok = said and not list(folder.glob("published-*")) and all(one.code != 0 for one in ended)
+    return f"{what} on {engine}", ok, "\n".join(one.log for one in ended)
+
+
+SECONDS: list[float] = []
+COMMANDS: dict[str, Callable[[int, random.Random, Path], tuple[str, bool, str]]] = {
+    "nan": nan, "stopped": stopped, "divergence": divergence,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    tqdm.monitor_interval = 0  # its thread would be there while ranks are forked
+    good: collections.Counter[str] = collections.Counter()
+    every: collections.Counter[str] = collections.Counter()
+    for trial in progress_bar(range(args.trials), desc=args.command, unit="trial"):
+        with tempfile.TemporaryDirectory() as folder:
+            case, ok, log = COMMANDS[args.command](trial, rng, Path(folder))
+        every[case] += 1
+        good[case] += ok
+        if not ok:
+            print(f"trial {trial} ({case}) failed:\n{log}", flush=True)
+    print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, seed {args.seed}")
+    print(f"{args.command}: {sum(good.values())} of {sum(every.values())}")
+    for case in sorted(every):
+        print(f"  {case}: {good[case]} of {every[case]}")
+    if SECONDS:
+        median, longest = statistics.median(SECONDS), max(SECONDS)
+        print(f"seconds from the signal to the last end: median {median:.2f}, longest {longest:.2f}")
+    raise SystemExit(sum(good.values()) < args.trials)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""``adalora-dist export`` and ``inspect`` on the folder of a real run, and what they say to mistakes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_ranks
+from peft import PeftModel
+from safetensors.torch import load_file
+from test_export_formats import SETTINGS, STEPS, TOLERANCE, build, logits
+
+from adalora_dist.allocator import RankAllocator
+from adalora_dist.config import RunConfig, TrainConfig
+from adalora_dist.export import gather_adapters, load_adapter, save_adapter
+from adalora_dist.inject import inject_adapters
+from adalora_dist.main import main
+from adalora_dist.training.run_folder import RunFolder
+
+ROOT = Path(__file__).parents[1]
+
+
+def make_run(rank: int, world_size: int, path: Path) -> list[list[bool]]:
+    """Train a tiny LLaMA and leave a run folder; what was kept at each allocation."""
+    model = build("llama")
+    model.save_pretrained(path / "base", max_shard_size="20KB")
+    (path / "base" / "chat_template.jinja").write_text("{{ messages }}")
+    inject_adapters(model, SETTINGS)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+    allocator = RankAllocator.attach(model, optimizer, SETTINGS, STEPS)
+    facts = {"num_trainable_parameters": 4321, "model_class": type(model).__name__}
+    run = RunFolder(RunConfig(train=TrainConfig(output_dir=str(path / "run"))), True, facts)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(STEPS):
+        ids = torch.randint(3, 48, (2, 6), generator=generator)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 5 == 4:
+            run.log_allocations(allocator)
+    run.log_allocations(allocator)
+    run.log_allocations(allocator)
+    save_adapter(gather_adapters(allocator), path / "run" / "adapter", str(path / "base"), None)
+    allocator.finish()
+    return [a.keep.tolist() for a in allocator.allocations]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[bool]]]:
+    path = tmp_path_factory.mktemp("project")
+    return path, run_ranks(1, make_run, path)[0]
+
+
+@pytest.fixture
+def run(project: tuple[Path, Any]) -> Path:
+    return project[0] / "run"
+
+
+def failure(capsys: pytest.CaptureFixture[str], *words: Any) -> str:
+    """The one line that a command which fails leaves on standard error."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(word) for word in words])
+    assert stopped.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    return line.removeprefix("error: ")
+
+
+def succeed(capsys: pytest.CaptureFixture[str], *words: Any) -> str:
+    main([str(word) for word in words])
+    return capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------- export
+
+
+@pytest.mark.parametrize("to", ["merged", "lora", "peft"])
+def test_export_says_what_the_run_learnt(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str
+) -> None:
+    said = succeed(capsys, "export", run, "--to", to, "--out", tmp_path / "out")
+    adapted = build("llama")
+    load_adapter(adapted, run / "adapter")
+    loaded = (
+        type(build("llama")).from_pretrained(tmp_path / "out")
+        if to == "merged"
+        else PeftModel.from_pretrained(build("llama"), tmp_path / "out")
+    )
+    assert (logits(build("llama")) - logits(adapted)).abs().max() > 0.01
+    assert (logits(loaded) - logits(adapted)).abs().max() <= TOLERANCE
+    names: dict[str, Any] = {}
+    code = said.split("To use it:\n\n")[1].split("\n\nvLLM")[0]
+    exec(compile(code, "usage", "exec"), names)  # the lines as printed
+    assert (logits(names["model"]) - logits(adapted)).abs().max() <= TOLERANCE
+    assert ("--max-lora-rank 8" in said) == (to == "lora")
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    if to == "merged":
+        assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
+        assert (tmp_path / "out" / "generation_config.json").is_file()
+
+
+def test_dtype_of_an_export(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for to in ("merged", "lora", "peft"):
+        succeed(capsys, "export", run, "--to", to, "--out", tmp_path / to, "--dtype", "bfloat16")
+        files = list((tmp_path / to).glob("*.safetensors"))
+        assert len(files) == 1 or to == "merged"
+        assert {t.dtype for file in files for t in load_file(file).values()} == {torch.bfloat16}
+    index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
+    tensors = {k: (f.name, t) for f in (tmp_path / "merged").glob("*.safetensors") for k, t in load_file(f).items()}
+    assert index["weight_map"] == {key: name for key, (name, _) in tensors.items()}
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for _, tensor in tensors.values())
+
+
+def test_ranks_above_a_limit_are_refused_or_folded(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ("--out", tmp_path / "out")
+    line = failure(capsys, "export", run, "--to", "lora", "--max-rank", 1, *out)
+    assert line.startswith("--max-rank 1: ") and "--fold" in line and not (tmp_path / "out").exists()
+    said = succeed(capsys, "export", run, "--to", "lora", "--max-rank", 1, "--fold", *out)
+    assert "to rank 1. Relative error of the update: " in said and "--max-lora-rank 1 " in said
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 1
+    assert "Folded" not in succeed(capsys, "export", run, "--to", "lora", "--max-rank", 3, "--out", tmp_path / "same")
+
+
+def test_a_base_that_has_moved(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    moved = tmp_path / "elsewhere"
+    build("llama").save_pretrained(moved)
+    succeed(capsys, "export", run, "--to", "merged", "--base", moved, "--out", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
+    succeed(capsys, "export", run, "--to", "lora", "--base", moved, "--out", tmp_path / "lora")
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(moved)
+
+
+def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no finished run" in failure(capsys, "export", tmp_path / "nowhere", "--to", "lora")
+    assert "--to" in failure(capsys, "export", run)
+    assert "'lara'" in failure(capsys, "export", run, "--to", "lara")
+    assert "exists" in failure(capsys, "export", run, "--to", "lora", "--out", tmp_path)
+    assert "--max-rank" in failure(capsys, "export", run, "--to", "lora", "--max-rank", "0")
+    assert "--fold without --max-rank" in failure(capsys, "export", run, "--to", "lora", "--fold")
+    assert "--merge-into" in failure(capsys, "export", run, "--to", "lora", "--merge-into", "dequantized")
+    line = failure(capsys, "export", run, "--to", "merged", "--merge-into", "dequantized", "--out", tmp_path / "out")
+    assert "quantized.json" in line
+    assert "COMMAND" in failure(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_does_not_import_torch() -> None:
+    for words in (["--help"], ["export", "--help"], ["export"]):
+        command = [sys.executable, "-X", "importtime", "-m", "adalora_dist.main", *words]
+        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert process.returncode == (0 if "--help" in words else 2)
+        imported = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines() if "import time:" in line}
+        assert "argparse" in imported and not {"torch", "transformers", "peft", "matplotlib"} & imported
+
+
+# ---------------------------------------------------------------------------------------------------------- inspect
+
+
+def test_history_is_that_of_the_allocator(project: tuple[Path, list[list[bool]]]) -> None:
+    path, keeps = project
+    records = [json.loads(line) for line in (path / "run" / "allocations.jsonl").read_text().splitlines()]
+    assert len(records) == len(keeps) >= 4
+    assert [record["step"] for record in records] == sorted({record["step"] for record in records})
+    before = [True] * len(keeps[0])
+    for record, keep in zip(records, keeps, strict=True):
+        assert record["budget"] == sum(keep) == sum(record["ranks"]) and record["lowest_kept_score"] >= 0
+        changes = list(zip(before, keep, strict=True))
+        assert (record["pruned"], record["returned"]) == (changes.count((True, False)), changes.count((False, True)))
+        before = keep
+    assert records[-1]["ranks"] == list(
+        json.loads((path / "run" / "adapter" / "adapter.json").read_text())["rank_pattern"].values()
+    )
+    assert sum(record["pruned"] for record in records) > 0
+
+
+def test_inspect_shows_ranks_sizes_and_pictures(
+    project: tuple[Path, list[list[bool]]], run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    said = succeed(capsys, "inspect", run)
+    pattern = json.loads((run / "adapter" / "adapter.json").read_text())["rank_pattern"]
+    tensors = load_file(run / "adapter" / "adapter.safetensors")
+    active = sum(t.numel() for t in tensors.values())
+    assert "model.layers.1" in said and f"Active adapter parameters: {active:,} in " in said and "4,321" in said
+    assert f"budget {sum(project[1][0])} -> {sum(pattern.values())};" in said and "--to merged, lora or peft" in said
+    for name, texts in (("ranks.svg", ["q_proj", "model.layers.1"]), ("history.svg", ["budget, triplets", "step"])):
+        drawn = ElementTree.parse(run / name)
+        written = {element.text for element in drawn.iter("{http://www.w3.org/2000/svg}text")}
+        assert set(texts) <= written, name
+    first = (run / "ranks.svg").read_bytes()
+    succeed(capsys, "inspect", run)
+    assert (run / "ranks.svg").read_bytes() == first
+
+
+def test_inspect_without_matplotlib(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
+    with pytest.raises(SystemExit):
+        main(["inspect", str(run)])
+    printed = capsys.readouterr()
+    assert "Active ranks" in printed.out
+    assert printed.err.count("\n") == 1 and "adalora-dist[plots]" in printed.err
+    assert "Active ranks" in succeed(capsys, "inspect", run, "--no-pictures")
