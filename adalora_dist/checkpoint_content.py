@@ -82,7 +82,7 @@ def snapshot(
         "step": step,
         "allocator": learnt.numbers,
         "parameters": table,
-        "triplets": {m.name: list(range(m.layer.rank)) for m in (allocator.matrices if allocator else ())},
+        "triplets": {m.name: list(m.layer.triplets) for m in (allocator.matrices if allocator else ())},
     }
     return Shard(tensors, spans), description
 

@@ -78,6 +78,8 @@ class SpanLayout:
             where one rank holds everything.
         device: where the index tensors and ``partials`` live.
         dtype: of ``partials`` and of the flat buffers.
+        num_matrices: 2n, how many P and Q the mean of the regulariser's ``norm`` form runs over; default: those of
+            rank > 0 among ``factors``.
 
     Sizes, for communication budgets: ``num_gram_elements`` and ``num_split_row_elements`` float32 per step.
     """
@@ -92,6 +94,7 @@ class SpanLayout:
         spans_of_ranks: Sequence[Sequence[Span]] | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        num_matrices: int | None = None,
     ) -> None:
         self.factors = tuple(factors)
         self.num_triplets = max((f.first_triplet + f.rank for f in factors), default=0)
@@ -100,6 +103,7 @@ class SpanLayout:
         self._place(spans)
         self._index_triplets(device)
         self._index_grams(spans_of_ranks or [spans], device)
+        self._num_matrices = sum(self._num_of_rank.values()) if num_matrices is None else num_matrices
         self._view_partials(device, dtype)
 
     def _place(self, spans: Sequence[Span]) -> None:
@@ -170,6 +174,12 @@ class SpanLayout:
                 index = self._num_of_rank.get(factor.rank, 0)
                 self._slot[k] = (factor.rank, index)
                 self._num_of_rank[factor.rank] = index + 1
+        firsts: dict[int, list[int]] = {r: [] for r in self._num_of_rank}
+        for k, (r, _) in self._slot.items():
+            firsts[r].append(self.factors[k].first_triplet)
+        self._gram_triplets = {  # (matrices, r): the triplet of each column
+            r: (torch.tensor(first)[:, None] + torch.arange(r)).to(device) for r, first in firsts.items()
+        }
         split = {(f.factor, f.row) for spans in spans_of_ranks for f in cut_rows(self.factors, spans)}
         self.split_rows = sorted((k, row) for k, row in split if k in self._slot)
         position: dict[tuple[int, int], int] = {}
@@ -279,10 +289,17 @@ class SpanLayout:
         return self.partials
 
     def orthogonality_gradient(
-        self, values: FlatBuffer, form: OrthogonalityForm, gamma: float, out: FlatBuffer
+        self,
+        values: FlatBuffer,
+        form: OrthogonalityForm,
+        gamma: float,
+        out: FlatBuffer,
+        keep: torch.Tensor | None = None,
     ) -> FlatBuffer:
-        """Write dR/dw of every local element to ``out``, 0 for lambda, from the summed ``partials``."""
-        num_matrices = sum(self._num_of_rank.values())
+        """Write dR/dw of every local element to ``out``, 0 for lambda, from the summed ``partials``.
+
+        With ``keep``, (num_triplets,) bool, R is about the columns of these triplets alone.
+        """
         factors = {}
         if self.fragments:
             out.fragments.zero_()
@@ -290,7 +307,8 @@ class SpanLayout:
             rows, grams = self._rows[r], self._grams[r]
             if len(slots):
                 grams = grams.index_add(0, slots, rows.unsqueeze(2) * rows.unsqueeze(1))
-            factors[r] = gradient_factor(grams, form, gamma, num_matrices)
+            active = None if keep is None else keep[self._gram_triplets[r]]
+            factors[r] = gradient_factor(grams, form, gamma, self._num_matrices, active)
             flat_index, row_index = self._split_elements[r]
             if len(flat_index):
                 row_gradients = torch.bmm(rows.unsqueeze(1), factors[r][slots])

@@ -15,7 +15,7 @@ LEVELS = {
     1: ("agreement", "layers", "inject", "peft_import"),
     2: ("sharding",),
     3: (
-        *("allocator", "checkpoint", "checkpoint_content", "checkpoint_files"),
+        *("allocator", "compaction", "checkpoint", "checkpoint_content", "checkpoint_files"),
         *("export", "peft_format", "pictures", "hub_files", "card", "hub"),
     ),
     4: ("cli", "main", "commands", "yaml_file", "presets", "training", "data", "evaluation", "integrations"),

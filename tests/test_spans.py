@@ -66,6 +66,17 @@ def test_partials_of_any_partition_add_up(case):
         gradient = layout.orthogonality_gradient(flat, form, 0.2, out=scratch)
         torch.testing.assert_close(gradient.data, flatten(layout, own, wanted).data, rtol=0, atol=1e-10)
 
+    # The same of a part of the triplets: that of matrices with these columns alone, and 0 for the others.
+    keep = torch.rand(layouts[0].num_triplets, generator=generator) < 0.5
+    for f, x, gradient in zip(factors, tensors, wanted, strict=True):
+        kept = keep[f.first_triplet : f.first_triplet + f.rank]
+        if f.orthogonal and f.rank:
+            gradient[:, ~kept] = 0
+            gradient[:, kept] = x[:, kept] @ gradient_factor(x[:, kept].T @ x[:, kept], form, 0.2, num_matrices)
+    for layout, own, flat in zip(layouts, spans, flats, strict=True):
+        gradient = layout.orthogonality_gradient(flat, form, 0.2, FlatBuffer(layout, dtype=torch.float64), keep)
+        torch.testing.assert_close(gradient.data, flatten(layout, own, wanted).data, rtol=0, atol=1e-10)
+
 
 def test_bodies_of_equal_shape_are_one_group():
     factors = [f for k in range(10) for f in (Factor("P", 8, 2, 2 * k), Factor("lam", 1, 2, 2 * k))]

@@ -8,10 +8,11 @@ spans and flat values only; see ``docs/sharding.md`` for the drawing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.utils import get_total_norm
 
 from adalora_dist.errors import UserError
@@ -100,9 +101,53 @@ class ShardEngine(Protocol):
         """
         ...
 
+    def retire(self) -> None:
+        """Another engine takes over: leave the optimizer's hooks."""
+        ...
+
     def full(self, index: int) -> torch.Tensor:
         """The whole parameter, float32, in its full shape, on every rank. Collective; for reports and export."""
         ...
+
+
+class Shrink(NamedTuple):
+    """An adapter parameter that keeps some of its columns, its last dimension; with none left it goes."""
+
+    module: nn.Module
+    name: str
+    columns: torch.Tensor
+    """Indices of those that stay."""
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return getattr(self.module, self.name)
+
+    def replace(self, shape: torch.Size, optimizer: torch.optim.Optimizer, **options: Any) -> nn.Parameter | None:
+        """Put a smaller parameter of zeros in its place, in the module and in the optimizer's group; return it.
+
+        Args:
+            shape: the full shape of the parameter that there is.
+            options: dtype and device.
+        """
+        old, new = self.parameter, None
+        if len(self.columns):
+            zeros = torch.zeros(*shape[:-1], len(self.columns), **options)
+            new = nn.Parameter(zeros, requires_grad=old.requires_grad)
+            setattr(self.module, self.name, new)
+        else:
+            delattr(self.module, self.name)
+        replace_in_optimizer(optimizer, old, new)
+        return new
+
+
+def replace_in_optimizer(optimizer: torch.optim.Optimizer, old: torch.Tensor, new: torch.Tensor | None) -> None:
+    """``optimizer`` goes on with ``new`` in the place of ``old`` (None: without), and forgets its state."""
+    optimizer.state.pop(old, None)
+    for group in optimizer.param_groups:
+        for index, p in enumerate(group["params"]):
+            if p is old:
+                group["params"][index : index + 1] = [] if new is None else [new]
+                break
 
 
 def nonfinite_flag(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
