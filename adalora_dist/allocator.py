@@ -251,9 +251,10 @@ class RankAllocator:
         if self._num_replicas > 1:
             scores /= self._num_replicas
         world = dist.group.WORLD if dist.is_initialized() else None
-        reduced = sum_over(world, torch.cat([scores, self._digest.summands(self.keep)]))
-        self._unread = self.step, DelayedSums(reduced[-6:])
-        scores, budget = reduced[:-6], self.schedule.budget(self.step)
+        reduced = sum_over(world, torch.cat([scores, *self._digest.summands(self.keep)]))
+        scores, digests = reduced.split([len(scores), 6])
+        self._unread = self.step, DelayedSums(digests)
+        budget = self.schedule.budget(self.step)
         if self.config.budget_scope == "local":
             self.keep = select_local(scores, self.ranks, budget)
         else:
@@ -547,7 +548,7 @@ class RankAllocator:
         """
         self._compare_digests()
         world = dist.group.WORLD if dist.is_initialized() else None
-        self._unread = self.step, DelayedSums(sum_over(world, self._digest.summands(self.keep)))
+        self._unread = self.step, DelayedSums(sum_over(world, torch.cat(self._digest.summands(self.keep))))
         self._compare_digests()
 
     def _compare_lambdas(self) -> None:

@@ -301,7 +301,8 @@ class SpanLayout:
         With ``keep``, (num_triplets,) bool, R is about the columns of these triplets alone.
         """
         factors = {}
-        out.fragments.zero_()
+        if self.fragments:
+            out.fragments.zero_()
         for r, slots in self._split_slots.items():
             rows, grams = self._rows[r], self._grams[r]
             if len(slots):

@@ -36,7 +36,7 @@ class Counts(TorchDispatchMode):
         self.collectives: Counter[str] = Counter()
         self.host_reads: Counter[str] = Counter()
         self.late_reads = 0
-        """Of a host copy that was begun an allocation earlier (agreement.py): nothing waits for it."""
+        """Of a host copy that was begun an allocation earlier (pattern_digest.py): nothing waits for it."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.__name__.partition(".")[0]
@@ -55,7 +55,7 @@ class Counts(TorchDispatchMode):
 
         def counting(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
             def method(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-                if sys._getframe(1).f_globals.get("__name__") == "adalora_dist.agreement":
+                if sys._getframe(1).f_globals.get("__name__") == "adalora_dist.pattern_digest":
                     self.late_reads += 1
                 else:
                     self.host_reads[name] += 1

@@ -117,9 +117,7 @@ def main(config: CommonsenseConfig) -> None:
 
     prepared = prepare(accelerator, model, config, num_steps, resumed)
     allocator = prepared.allocator
-    facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared)
-    facts["num_rows_left_out"] = dict(bad_rows.counts)
-    facts["model_class"] = type(model).__name__
+    facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared, bad_rows)
     folder = RunFolder(config, accelerator.is_main_process, facts, resumed)
     start_trackers(accelerator, config)
     say(facts_line(facts, allocator.schedule.freeze_step if allocator else None))

@@ -48,6 +48,7 @@ def main(config: SummarizationConfig) -> None:
     from adalora_dist.training.dry_run import count_rows, dry_run
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
     from adalora_dist.training.exports import write_adapters
+    from adalora_dist.training.guard import Guard
     from adalora_dist.training.loop import generates_together, prepare, total_steps, train
     from adalora_dist.training.losses import decoder_start_token, seq2seq_loss
     from adalora_dist.training.model import dtype_named, load_backbone
@@ -65,6 +66,7 @@ def main(config: SummarizationConfig) -> None:
     check_push_of_run(config)
     rouge_scorer()  # now, not after training
     accelerator = build_accelerator(config.train)
+    guard = Guard(accelerator, config)
     say, engine = accelerator.print, engine_name(accelerator)
     quantization = bitsandbytes_config(config, engine)
     set_seed(config.train.seed)
@@ -129,7 +131,7 @@ def main(config: SummarizationConfig) -> None:
 
     padding, start = padding_token(tokenizer), decoder_start_token(model)
     loss_sum = seq2seq_loss(train_rows, padding, start, accelerator.device)
-    train(accelerator, prepared, plan, loss_sum, config, folder, say, notes=columns)
+    train(accelerator, prepared, plan, loss_sum, config, folder, say, guard, columns)
     columns["after"], texts = evaluate()
 
     # ----------------------------------------------------------------------------------------------------- export
@@ -137,7 +139,8 @@ def main(config: SummarizationConfig) -> None:
     adapters = gather_adapters(allocator) if allocator else []
     trained = gather_trained(accelerator.unwrap_model(prepared.model), keep=accelerator.is_main_process)
     pattern = {a.name: a.lam.numel() for a in adapters}
-    verified = "merged" in config.export.export_formats and config.export.verify_export
+    formats = config.export.export_formats
+    verified = "merged" in formats and config.export.verify_export
     if verified:  # on every process: where the model is sharded, forwards are collective
         labels = train_rows[0]["labels"]
         probe = {"input_ids": train_rows[0]["input_ids"], "decoder_input_ids": [start, *labels[:-1]]}
@@ -146,8 +149,8 @@ def main(config: SummarizationConfig) -> None:
         base_weights = write_adapters(config, accelerator.unwrap_model(prepared.model), adapters, trained, folder.path)
         folder.write_json("rank_pattern.json", pattern)
         folder.write_json("results.json", columns)
-        folder.write_json("summaries.json", texts)
-        if "merged" in config.export.export_formats:
+        folder.write_json("texts.json", texts)
+        if "merged" in formats:
             base = base_folder_of(config.model.name, config.model.revision)
             merged = folder.path / "merged"
             merge(adapters, base, merged, dtype_named(config.export.export_dtype), trained, base_weights)
@@ -167,8 +170,9 @@ def main(config: SummarizationConfig) -> None:
     if allocator and config.adapter.method == "adalora":
         say("\nActive ranks\n" + rank_table(pattern))
         say(f"Total rank {sum(pattern.values())}, budget {allocator.schedule.target_budget}")
-    say(f"\nFiles in {folder.path}: " + ", ".join(sorted(p.name for p in folder.path.iterdir())))
+    say(f"\nFiles in {folder.path}: " + ", ".join(sorted(p.name for p in folder.path.glob("[!.]*"))))
     accelerator.end_training()
+    guard.close()
     if accelerator.is_main_process:  # no process group is left that could wait for the network
         push_run(config)
 

@@ -518,7 +518,7 @@ def files_with(needle: str, folder: Path) -> list[Path]:
 
 def test_the_token_is_in_no_file_and_no_log(pushed: Any, hub: LocalHub, place: Path) -> None:
     """Runs after the others, over all that they left: run folders, the server's blobs, caches, everything printed."""
-    assert len(list((hub.folder / "blobs").iterdir())) > 20 and (place / "outputs.txt").stat().st_size > 10_000
+    assert len(list((hub.folder / "blobs").iterdir())) > 10 and (place / "outputs.txt").stat().st_size > 10_000
     assert "authorization: <TOKEN>" in (place / "outputs.txt").read_text()  # the client's log at its wordiest
     assert files_with(TOKEN, place) == []
     planted = place / "run" / "merged" / "planted"

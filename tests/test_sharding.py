@@ -59,6 +59,8 @@ CLIP = 0.05  # well below the gradient norm of this model
 FP32 = [
     case("ddp", 2),
     case("ddp", 2, accumulation=4, clip=CLIP, num_groups=2),
+    case("ddp", 2, fused=True),
+    case("fsdp2", 2, fused=True),
     case("fsdp2", 2),
     case("fsdp2", 2, accumulation=4, clip=CLIP, reshard_after_forward=False, num_groups=2),
     case("fsdp2", 2, cpu_offload=True),

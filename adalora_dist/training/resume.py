@@ -16,6 +16,7 @@ from adalora_dist.checkpoint_files import step_of
 from adalora_dist.config import ModelConfig, RunConfig, TrainConfig
 from adalora_dist.data.batches import BatchPlan
 from adalora_dist.errors import UserError
+from adalora_dist.redaction import redacted
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
@@ -26,7 +27,7 @@ LOGS = (METRICS, ALLOCATIONS)
 # ``data`` and the backbone are compared by content instead: files may move.
 _FREE_SECTIONS = ("data", "evaluation", "export")
 _FREE_FIELDS = (
-    *("model.name", "model.revision", "model.trust_remote_code"),
+    *("model.name", "model.revision", "model.trust_remote_code", "model.allow_pickle_weights"),
     *("train.output_dir", "train.overwrite", "train.resume", "train.log_every", "train.trackers"),
     *("train.checkpoint_every", "train.keep_checkpoints", "train.async_checkpoints"),
     *("train.micro_batch_size", "train.gradient_checkpointing", "train.dry_run"),
@@ -98,7 +99,7 @@ def _compare_settings(checkpoint: Checkpoint, config: RunConfig) -> None:
 def _changes(checkpoint: Checkpoint, config: RunConfig, free: bool) -> Iterator[str]:
     """'adapter.init_rank 12 -> 8' for every setting that differs; those that may, or those that may not."""
     stored = checkpoint.run["config"]
-    for section, fields in config.model_dump(mode="json").items():
+    for section, fields in redacted(config.model_dump(mode="json")).items():
         defaults = getattr(type(config)(), section).model_dump(mode="json")  # for settings newer than the checkpoint
         for field, now in fields.items():
             name = f"{section}.{field}"
@@ -213,7 +214,7 @@ class RunCheckpoints:
         self._every, self._folder = train.checkpoint_every, Path(train.output_dir)
         self._writer = CheckpointWriter(self._folder / CHECKPOINTS, train.keep_checkpoints, train.async_checkpoints)
         self._run = {
-            "config": config.model_dump(mode="json"),
+            "config": redacted(config.model_dump(mode="json")),
             "backbone": backbone_identity(config.model),
             "data": plan.fingerprint(),
             "num_steps": num_steps,

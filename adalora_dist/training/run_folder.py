@@ -51,7 +51,8 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if resumed is not None:
-                shutil.rmtree(self.path / "merged", ignore_errors=True)  # an export that was interrupted
+                for form in config.export.export_formats:  # exports that were interrupted, or made again
+                    shutil.rmtree(self.path / form, ignore_errors=True)
                 self._restore_logs(resumed)
             self._metrics = (self.path / METRICS).open("a", encoding="utf-8")
         except OSError as error:
