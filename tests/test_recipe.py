@@ -257,7 +257,6 @@ def test_a_run_that_was_interrupted_continues(project: Project, tmp_path: Path) 
     (checkpoints / f"step-{STEPS:08d}" / "state.json").unlink()
     [(code, errors)] = run_ranks(1, run_recipe, [*arguments, "--resume", "auto"], {})
     assert code == 0, errors
-    assert f"step-{STEPS:08d}/state.json cannot be read" in errors and "continuing from step-00000012" in errors
     again = Run(tmp_path / "run")
     assert again.facts["first_step"] == 12 and "first_step" not in whole.facts
     assert torch.equal(again.losses, whole.losses) and len(again.losses) == STEPS
