@@ -38,7 +38,7 @@ def nan(trial: int, rng: random.Random, folder: Path) -> tuple[str, bool, str]:
     """Weights, moments and importance averages as before the bad step, on every rank, and the budget met at the end."""
     engine, kind = ENGINES[trial % len(ENGINES)], rng.choice(["nan", "inf", "gradient"])
     fault = Fault(kind, step=rng.randrange(1, STEPS - 1), rank=rng.randrange(2))
-    ended = Ranks(2, folder, run, folder, engine, fault, None, Untouched(fault)).wait(120)
+    ended = Ranks(2, folder, run, folder, engine, fault, {"compact": False}, Untouched(fault)).wait(120)
     untouched = all(one.code == 0 and one.log.count("compared") == 1 for one in ended)
     return engine, untouched and len(list(folder.glob("published-*"))) == 2, "\n".join(one.log for one in ended)
 

@@ -153,18 +153,18 @@ def rows() -> list[dict[str, list[int]]]:
 
 
 def configuration(folder: Path, **changes: Any) -> RunConfig:
-    settings: dict[str, Any] = dict(
+    """Any setting of adapter or train can be changed."""
+    adapter: dict[str, Any] = dict(
+        init_rank=3, target_rank=1, targets=("all-linear",), init="orthonormal", initial_warmup_steps=2,
+        final_steps=4, mask_interval_steps=2,
+    )  # fmt: skip
+    training: dict[str, Any] = dict(
         output_dir=str(folder / "run"), max_steps=STEPS, batch_size=GLOBAL_BATCH, micro_batch_size=GLOBAL_BATCH,
         learning_rate=2e-2, lr_warmup_ratio=0, log_every=4,
     )  # fmt: skip
-    return RunConfig(
-        model=ModelConfig(name="tiny"),
-        adapter=AdapterConfig(
-            init_rank=3, target_rank=1, targets=("all-linear",), init="orthonormal", initial_warmup_steps=2,
-            final_steps=4, mask_interval_steps=2,
-        ),
-        train=TrainConfig(**(settings | changes)),
-    )  # fmt: skip
+    for name, value in changes.items():
+        (adapter if name in AdapterConfig.model_fields else training)[name] = value
+    return RunConfig(model=ModelConfig(name="tiny"), adapter=AdapterConfig(**adapter), train=TrainConfig(**training))
 
 
 def run(
@@ -249,7 +249,7 @@ def _with_fault(loss_sum: LossSum, fault: Fault, rank: int, folder: Path, prepar
 
 
 class Untouched:
-    """Looks at the state before and after the bad step, in the rank itself."""
+    """Looks at the state before and after the bad step, in the rank itself. Needs ``compact`` to be off."""
 
     def __init__(self, fault: Fault) -> None:
         self.fault, self.compared = fault, False

@@ -200,7 +200,7 @@ def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(tmp_path: Path) 
 def test_a_bad_step_leaves_everything_untouched(tmp_path: Path, engine: str, kind: str) -> None:
     for step in (5, 8):  # between two prunings, and at one
         folder, fault = tmp_path / str(step), Fault(kind, step=step)
-        ended = Ranks(2, folder, run, folder, engine, fault, None, Untouched(fault)).wait(90)
+        ended = Ranks(2, folder, run, folder, engine, fault, {"compact": False}, Untouched(fault)).wait(90)
         assert [(one.code, one.log.count("compared")) for one in ended] == [(0, 1)] * 2, [one.log for one in ended]
         assert len(list(folder.glob("published-*"))) == 2  # with the budget met: ``run`` asserts it
 
