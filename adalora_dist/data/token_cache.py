@@ -74,8 +74,8 @@ def cached_columns(
 def _digest(items: Sequence[Any], tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any]) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        rules: Any = [repr(tokenizer), tokenizer.get_vocab()]
-    else:  # but for what the last call asked for: ``settings`` say it, too
+        rules = {"tokenizer": repr(tokenizer), "vocabulary": tokenizer.get_vocab()}
+    else:  # without what the last call asked for; ``settings`` say that
         rules = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
     digest = hashlib.sha256()
     for part in ([_FORMAT, type(tokenizer).__name__, rules], sorted(settings.items()), *items):

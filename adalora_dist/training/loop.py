@@ -126,7 +126,8 @@ def train(
     settings, model, optimizer = config.train, prepared.model, prepared.optimizer
     num_steps = total_steps(settings, plan)
     num_processes, num_micro = accelerator.num_processes, accelerator.gradient_accumulation_steps
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    # The optimizer's, because the model's are others while FSDP2 has gathered them, as after an evaluation.
+    parameters = [p for group in prepared.inner_optimizer.param_groups for p in group["params"]]
     losses: list[float] = []
     if prepared.resumed is not None:
         compare_data(prepared.resumed, plan, config)
