@@ -1,46 +1,54 @@
-"""Do all ranks hold the same pattern? Six numbers in a reduction that is made anyway, and nobody waits for them.
-
-Every rank adds its digest d (three numbers below 2^20) and d^2 to the sum. All digests are equal exactly if
-world * sum(d^2) = (sum d)^2, and in float64 these integers stay exact over 8192 ranks.
-"""
+"""What one process cannot do, all processes learn of, before any of them waits for the others in vain."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-_BITS = 20
+import torch.distributed as dist
 
+from adalora_dist.errors import UserError
 
-class PatternDigest:
-    """Three numbers that change with any change of a pattern of ``num_triplets``; the same function on every rank."""
-
-    def __init__(self, num_triplets: int, device: torch.device) -> None:
-        generator = torch.Generator().manual_seed(0)
-        weights = torch.randint(1, 2**_BITS, (num_triplets, 3), generator=generator)
-        self._weights = weights.T.to(device, torch.float64).contiguous()
-
-    def summands(self, keep: torch.Tensor | None) -> torch.Tensor:
-        """[d | d^2], (6,) float64, of a (num_triplets,) bool pattern; zeros where nothing has been selected yet."""
-        if keep is None:
-            return torch.zeros(6, dtype=torch.float64, device=self._weights.device)
-        digest = torch.mv(self._weights, keep.double()) % 2**_BITS
-        return torch.cat([digest, digest * digest])
+T = TypeVar("T")
 
 
-class DelayedSums:
-    """What the reduction of the summands gave: copied to the host in the background, looked at later."""
+def agreed(action: Callable[[], T], group: dist.ProcessGroup | None = None, keep: bool = True) -> Any:
+    """Run ``action`` on every process; if it fails anywhere, all raise. Collective.
 
-    def __init__(self, sums: torch.Tensor) -> None:
-        self._copied = None
-        self._sums = sums
-        if sums.device.type != "cpu":
-            self._sums = sums.to("cpu", non_blocking=True)
-            self._copied = torch.get_device_module(sums.device).Event()
-            self._copied.record()
+    Args:
+        group: whose processes agree; default: all.
+        keep: collect the results, which then must be plain data: numbers, texts, lists of them.
 
-    def agree(self, world_size: int) -> bool:
-        """Whether all ranks had the same pattern. Waits for the copy only if it is asked at once."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        sums = [int(number) for number in self._sums.tolist()]
-        return all(world_size * squares == total**2 for total, squares in zip(sums[:3], sums[3:], strict=True))
+    Returns what it gave on each rank, or with ``keep`` false on this one.
+
+    Raises:
+        UserError, RuntimeError: elsewhere it failed; with that rank and its message. Here: the error itself.
+    """
+    result: Any = None
+    error: Exception | None = None
+    try:
+        result = action()
+    except Exception as caught:
+        error = caught
+    if world_size() == 1:
+        if error is not None:
+            raise error
+        return [result] if keep else result
+    message = None if error is None else f"{type(error).__name__}: {error}"
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, (message, result if keep else None), group=group)
+    if error is not None:
+        raise error
+    for rank, (message, _) in enumerate(gathered):
+        if message is not None:
+            kind = UserError if message.startswith("UserError: ") else RuntimeError
+            raise kind(f"rank {rank}: {message.removeprefix('UserError: ')}")
+    return [value for _, value in gathered] if keep else result
+
+
+def this_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1

@@ -31,18 +31,18 @@ import atexit
 import sys
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from adalora_dist.agreement import DelayedSums, PatternDigest
 from adalora_dist.config import AdapterConfig
 from adalora_dist.errors import UserError
 from adalora_dist.importance import element_scores, select, select_local, update_averages
 from adalora_dist.inject import AdaptedMatrix, adapted_matrices
 from adalora_dist.layers import SVDLinear
+from adalora_dist.pattern_digest import DelayedSums, PatternDigest
 from adalora_dist.schedule import BudgetSchedule
 from adalora_dist.sharding import select_engine
 from adalora_dist.sharding.base import ShardEngine, sum_over
@@ -62,6 +62,17 @@ class Allocation:
     """(num_triplets,) bool in canonical order."""
     lowest_kept_score: torch.Tensor | None = None
     """What a triplet needed to stay, float64; infinite where none stayed."""
+
+
+class AllocatorState(NamedTuple):
+    """Everything that an allocator has learnt; what differs between ranks is in ``averages`` alone."""
+
+    numbers: dict[str, Any]
+    """Plain numbers and lists of them, by name."""
+    patterns: torch.Tensor
+    """(allocations made, num_triplets) bool: every selection so far."""
+    averages: list[dict[str, torch.Tensor]]
+    """Per adapter parameter this rank's span of ``sensitivity`` and ``uncertainty``; empty without them."""
 
 
 class RankAllocator:
@@ -263,6 +274,17 @@ class RankAllocator:
                     self._owners.append((layer, kind))
             first += layer.rank
 
+    def bind(self, optimizer: Any) -> None:
+        """Before the first step, when the engine has taken over the parameters: see which spans this rank holds.
+
+        The first step does so by itself. Collective.
+
+        Args:
+            optimizer: as the engine wraps it.
+        """
+        if self._engine is None:
+            self._bind(optimizer)
+
     def _bind(self, optimizer: torch.optim.Optimizer) -> None:
         """First step: the engine has taken over the parameters."""
         self._set_up(select_engine([getattr(layer, kind) for layer, kind in self._owners], optimizer))
@@ -317,6 +339,63 @@ class RankAllocator:
                     f"rank patterns differ between ranks before step {step}: the run cannot be trusted. Likely "
                     "causes: ranks started from different adapters or seeds, or a rank changed lambda by itself"
                 )
+
+    # ------------------------------------------------------------------ what a checkpoint holds
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Of the adapter parameters, in the order of their spans: MATRIX.P, MATRIX.lam, MATRIX.Qt."""
+        return [f"{layer.name}.{kind}" for layer, kind in self._owners]
+
+    def state(self) -> AllocatorState:
+        """A copy of the allocator's state between two steps, on the CPU. :meth:`bind` comes first.
+
+        Raises:
+            RuntimeError: patterns differ between ranks: such a state must not be kept.
+        """
+        assert self._engine is not None
+        self._compare_digests()
+        numbers = {
+            "step": self.step,
+            "num_skipped_steps": self.num_skipped_steps,
+            "pending": self._pending,
+            "frozen": self.frozen,
+            "allocation_steps": [a.step for a in self.allocations],
+            "allocation_budgets": [a.budget for a in self.allocations],
+        }
+        none = torch.zeros(0, sum(self.ranks), dtype=torch.bool)
+        patterns = torch.stack([a.keep.cpu() for a in self.allocations]) if self.allocations else none
+        averages: list[dict[str, torch.Tensor]] = [{} for _ in self._spans]
+        for name, average in self._averages().items():
+            flat = FlatBuffer(self._layout)
+            flat.data.copy_(average)
+            pieces = [torch.empty(span.stop - span.start) for span in self._spans]
+            local, views = self._layout.views(pieces, flat)
+            if local:
+                torch._foreach_copy_(local, views)
+            for held, piece in zip(averages, pieces, strict=True):
+                held[name] = piece
+        return AllocatorState(numbers, patterns, averages)
+
+    def load_state(self, state: AllocatorState) -> None:
+        """Continue from ``state``, whose averages are of this rank's spans now. :meth:`bind` comes first."""
+        assert self._engine is not None
+        numbers = state.numbers
+        self.step, self._num_missed, self._num_skipped = numbers["step"], numbers["num_skipped_steps"], None
+        self._pending, self.frozen = numbers["pending"], numbers["frozen"]
+        made = zip(numbers["allocation_steps"], numbers["allocation_budgets"], state.patterns, strict=True)
+        self.allocations = [Allocation(step, budget, keep.to(self._skip.device)) for step, budget, keep in made]
+        self.keep = self.allocations[-1].keep if self.allocations else None
+        for name, average in self._averages().items():
+            flat = FlatBuffer(self._layout)
+            self._layout.collect([held[name] for held in state.averages], flat)
+            average.copy_(flat.data)
+
+    def _averages(self) -> dict[str, torch.Tensor]:
+        """The importance averages, while they are kept."""
+        if not self._adapts or self.sensitivity.numel() != self._layout.num_elements:
+            return {}
+        return {"sensitivity": self.sensitivity, "uncertainty": self.uncertainty}
 
     # ------------------------------------------------------------------ what loops and reports ask
 

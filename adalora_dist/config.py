@@ -193,6 +193,23 @@ class TrainConfig(Section):
     """All processes end when one has not been heard of for so long: it, or its machine, was stopped."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Experiment trackers to report to besides metrics.jsonl."""
+    checkpoint_every: int = Field(200, ge=0)
+    """Optimizer steps between checkpoints; one is written before the first step and one at the end, too. 0: none."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Number of checkpoints kept; an old one goes after a new one is complete."""
+    async_checkpoints: bool = False
+    """Write checkpoints while training goes on, from a copy in CPU memory."""
+    resume: str = Field("never", min_length=1)
+    """auto: continue the run in output_dir, or start one; PATH: continue from that checkpoint or run; never."""
+
+    @model_validator(mode="after")
+    def _overwrite_or_resume(self) -> TrainConfig:
+        if self.overwrite and self.resume == "auto":
+            raise ValueError(
+                "overwrite true with resume auto: one replaces the run in output_dir, the other continues it; leave "
+                "one out (on the command line: --no-overwrite, or --resume never)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> TrainConfig:
@@ -321,6 +338,19 @@ class RunConfig(Section):
             raise ValueError(
                 f"{name} 0 with no train_modules: the run would end with no trained parameter left, must be > 0; "
                 f"set {name} to at least 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_to_use(self) -> RunConfig:
+        if self.adapter.method in ("adalora", "lora"):
+            return self
+        wanted = [form for form in ("lora", "peft") if form in self.export.export_formats]
+        if wanted or self.adapter.init_from is not None:
+            setting = f"export_formats {' '.join(wanted)}" if wanted else f"init_from {self.adapter.init_from}"
+            raise ValueError(
+                f"{setting} with method {self.adapter.method}: there are no adapters; set method to adalora or lora, "
+                f"or leave {setting.partition(' ')[0]} out"
             )
         return self
 

@@ -29,7 +29,7 @@ METHODS = {
     "head": "--learning-rate 3e-2",
 }
 COMMON = (
-    "--no-export-merged --no-evaluate-before --batch-size 32 --micro-batch-size 32 --lr-warmup-ratio 0.1 "
+    "--export-formats none --no-evaluate-before --batch-size 32 --micro-batch-size 32 --lr-warmup-ratio 0.1 "
     "--eval-batch-size 64 --log-every 20"
 )
 

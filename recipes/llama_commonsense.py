@@ -43,6 +43,7 @@ def main(config: CommonsenseConfig) -> None:
     from adalora_dist.data.encoding import encode_examples, padding_token
     from adalora_dist.evaluation.choices import evaluate_choices
     from adalora_dist.evaluation.generation import evaluate_generation
+    from adalora_dist.evaluation.results import TaskResult
     from adalora_dist.export import base_folder_of, gather_adapters, merge
     from adalora_dist.hub import check_push_of_rank0, push
     from adalora_dist.inject import inject_adapters
@@ -55,6 +56,7 @@ def main(config: CommonsenseConfig) -> None:
     from adalora_dist.training.model import dtype_named, load_backbone
     from adalora_dist.training.quantization import bitsandbytes_config
     from adalora_dist.training.report import accuracy_table, facts_line, rank_table, run_facts
+    from adalora_dist.training.resume import find_checkpoint
     from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
     from adalora_dist.training.trained import gather_trained
     from adalora_dist.training.verify import last_logits, logit_differences
@@ -73,6 +75,9 @@ def main(config: CommonsenseConfig) -> None:
     say, engine = accelerator.print, engine_name(accelerator)
     quantization = bitsandbytes_config(config, engine)
     set_seed(config.train.seed)
+    resumed = find_checkpoint(config)
+    if resumed is not None:
+        say(f"Continuing after step {resumed.step} from {resumed.path}")
 
     # ------------------------------------------------------------------------------------------------------ data
 
@@ -110,13 +115,13 @@ def main(config: CommonsenseConfig) -> None:
 
     # ----------------------------------------------------------------------------------------------------- engine
 
-    prepared = prepare(accelerator, model, config, num_steps)
+    prepared = prepare(accelerator, model, config, num_steps, resumed)
     allocator = prepared.allocator
     facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared)
     facts["num_rows_left_out"] = dict(bad_rows.counts)
     facts["base_commit"] = getattr(model.config, "_commit_hash", None)  # None: a local folder
     facts["model_class"] = type(model).__name__
-    folder = RunFolder(config, accelerator.is_main_process, facts)
+    folder = RunFolder(config, accelerator.is_main_process, facts, resumed)
     start_trackers(accelerator, config)
     say(facts_line(facts, allocator.schedule.freeze_step if allocator else None))
 
@@ -139,12 +144,16 @@ def main(config: CommonsenseConfig) -> None:
                 )
         return results
 
-    before = evaluate() if config.evaluation.evaluate_before else []
+    if resumed is not None:
+        before = [TaskResult(**result) for result in resumed.run["notes"]["before"]]
+    else:
+        before = evaluate() if config.evaluation.evaluate_before else []
 
     # ------------------------------------------------------------------------------------------------------ train
 
     loss_sum = causal_loss(rows, padding_token(tokenizer), accelerator.device)
-    train(accelerator, prepared, plan, loss_sum, config, folder, say, guard)
+    notes = {"before": [vars(result) for result in before]}
+    train(accelerator, prepared, plan, loss_sum, config, folder, say, guard, notes)
     after = evaluate()
 
     # ----------------------------------------------------------------------------------------------------- export

@@ -40,7 +40,8 @@ def main(config: SummarizationConfig) -> None:
     from adalora_dist.data.batches import BatchPlan
     from adalora_dist.data.encoding import padding_token
     from adalora_dist.data.summarization import encode_summaries, load_summaries
-    from adalora_dist.evaluation.summaries import Summaries, evaluate_summaries, rouge_scorer
+    from adalora_dist.evaluation.rouge import rouge_scorer, rouge_scores
+    from adalora_dist.evaluation.texts import generate_texts
     from adalora_dist.export import base_folder_of, gather_adapters, merge
     from adalora_dist.inject import inject_adapters
     from adalora_dist.training.dry_run import count_rows, dry_run
@@ -68,10 +69,10 @@ def main(config: SummarizationConfig) -> None:
     # ------------------------------------------------------------------------------------------------------ model
 
     if not config.model.name:
-        from adalora_dist.data.demo_seq2seq import demo_seq2seq_folder
+        from adalora_dist.data.demo_pretrained import demo_bart_folder
 
         with accelerator.main_process_first():
-            name = str(demo_seq2seq_folder(say))
+            name = str(demo_bart_folder(say))
         say("Model: a tiny BART, pre-trained here on built-in reports. Your own: --model FOLDER_OR_HUB_ID.")
         config = config.model_copy(update={"model": config.model.model_copy(update={"name": name})})
     model, tokenizer = load_backbone(config.model, AutoModelForSeq2SeqLM, quantization)
@@ -85,7 +86,8 @@ def main(config: SummarizationConfig) -> None:
         train_rows, eval_rows = (encode_summaries(splits[name], tokenizer, config.data) for name in ("train", "test"))
     say(f"{len(train_rows):,} training rows, {len(eval_rows):,} evaluation rows")
     settings = (config.train.batch_size, config.train.seed, config.train.group_by_length)
-    plan = BatchPlan(train_rows["length"][:], train_rows["num_targets"][:], *settings)
+    lengths = [sum(pair) for pair in zip(train_rows["num_source"][:], train_rows["num_targets"][:], strict=True)]
+    plan = BatchPlan(lengths, train_rows["num_targets"][:], *settings)
     num_steps = total_steps(config.train, plan)
 
     # --------------------------------------------------------------------------------------------------- adapters
@@ -103,14 +105,16 @@ def main(config: SummarizationConfig) -> None:
 
     # --------------------------------------------------------------------------------------------------- evaluate
 
-    def evaluate() -> Summaries:
-        return evaluate_summaries(
-            accelerator.unwrap_model(prepared.model), tokenizer, eval_rows, config.evaluation,
-            accelerator.process_index, accelerator.num_processes,
-            synced_gpus=generates_together(accelerator, prepared.model),
-        )  # fmt: skip
+    ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    synced = generates_together(accelerator, prepared.model)
 
-    columns = {"before": evaluate().scores} if config.evaluation.evaluate_before else {}
+    def evaluate() -> tuple[dict[str, float], list[str]]:
+        unwrapped, lengths = accelerator.unwrap_model(prepared.model), eval_rows["num_source"][:]
+        sources = eval_rows["input_ids"]
+        texts = generate_texts(unwrapped, tokenizer, sources, lengths, config.evaluation, **ranks, synced_gpus=synced)
+        return rouge_scores(texts, eval_rows["summary"], **ranks), texts
+
+    columns = {"before": evaluate()[0]} if config.evaluation.evaluate_before else {}
 
     # ------------------------------------------------------------------------------------------------------ train
 

@@ -8,6 +8,8 @@ processes needs a factor N.)
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -54,6 +56,8 @@ class BatchPlan:
         self.seed = seed
         self.group_by_length = group_by_length
         self.num_batches_per_epoch = len(lengths) // self.batch_size
+        self.content = ""
+        """Digest of the rows themselves, where they were given."""
         self._epoch = -1
         self._batches: list[list[int]] = []
 
@@ -61,7 +65,15 @@ class BatchPlan:
     def of_rows(cls, rows: Sequence[EncodedRow], batch_size: int, seed: int, group_by_length: bool = True) -> BatchPlan:
         """The plan for token sequences with labels."""
         lengths = [len(row["input_ids"]) for row in rows]
-        return cls(lengths, [count_targets(row["labels"]) for row in rows], batch_size, seed, group_by_length)
+        plan = cls(lengths, [count_targets(row["labels"]) for row in rows], batch_size, seed, group_by_length)
+        plan.content = _digest([[row["input_ids"], row["labels"]] for row in rows])
+        return plan
+
+    def fingerprint(self) -> str:
+        """Equal for plans that put the same rows into the same steps."""
+        return _digest(
+            [self.lengths, self.target_counts, self.batch_size, self.seed, self.group_by_length, self.content]
+        )
 
     def num_steps(self, epochs: float) -> int:
         """Optimizer steps in ``epochs`` passes, rounded, at least 1."""
@@ -107,6 +119,13 @@ class BatchPlan:
         if self.group_by_length:
             generator.shuffle(batches)
         return batches
+
+
+def _digest(content: list) -> str:
+    digest = hashlib.sha256()
+    for part in content:
+        digest.update(json.dumps(part).encode())
+    return digest.hexdigest()
 
 
 def count_targets(labels: Sequence[int]) -> int:

@@ -106,7 +106,9 @@ def hub_rows(task: str, split: str) -> Iterator[tuple[str, Row] | UserError]:
             )
 
 
-def raw_hub_rows(path: str, name: str | None, split: str, instead: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def raw_hub_rows(
+    path: str, name: str | None, split: str, instead: str, revision: str | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (origin, row) of one split of a data set as the Hub has it; origin is ``path/name/split:row``.
 
     Args:
@@ -119,7 +121,7 @@ def raw_hub_rows(path: str, name: str | None, split: str, instead: str) -> Itera
 
     origin = "/".join(part for part in (path, name, split) if part)
     try:
-        rows = datasets.load_dataset(path, name, split=split)
+        rows = datasets.load_dataset(path, name, split=split, revision=revision)
     except Exception as error:  # whatever HTTP client, cache or parser failed, the user can do the same about it
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(

@@ -56,7 +56,7 @@ def load_summaries(data: SummarizationDataConfig) -> dict[Split, Dataset]:
 
 
 def encode_summaries(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: SummarizationDataConfig) -> Dataset:
-    """Add the columns input_ids (document), labels (summary), and the two lengths in tokens, length and num_targets.
+    """Add the columns input_ids (document), labels (summary), and their lengths in tokens, num_source and num_targets.
 
     Both are cut on their right to ``max_source_length`` and ``max_target_length``, special tokens included.
     """
@@ -68,7 +68,7 @@ def encode_summaries(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: Su
         return {
             "input_ids": sources,
             "labels": targets,
-            "length": [len(source) + len(target) for source, target in zip(sources, targets, strict=True)],
+            "num_source": [len(source) for source in sources],
             "num_targets": [len(target) for target in targets],
         }
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +16,7 @@ from accelerate.utils import (
     is_trackio_available,
     is_wandb_available,
 )
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from adalora_dist.config import RunConfig, TrainConfig
@@ -99,6 +101,26 @@ def engine_name(accelerator: Accelerator) -> str:
     if accelerator.distributed_type == DistributedType.FSDP:
         return "fsdp2"
     return "ddp" if accelerator.num_processes > 1 else "single"
+
+
+@contextmanager
+def tied_weights_in_one_group(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """Around ``accelerator.prepare``: under FSDP2, a weight that three modules share stays in the root's group.
+
+    accelerate makes a group of input embeddings and output head. Where other modules share their weight, as the
+    encoder and the decoder of BART do, it would lie in two groups, which torch refuses. No effect elsewhere.
+    """
+    weight = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "weight", None)
+    num_owners = sum(p is weight for module in model.modules() for p in module.parameters(recurse=False))
+    hidden = accelerator.distributed_type == DistributedType.FSDP and num_owners > 2
+    names = ("get_input_embeddings", "get_output_embeddings") if hidden else ()
+    for name in names:
+        setattr(model, name, lambda: None)
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(model, name)
 
 
 def full_tensor(parameter: torch.Tensor) -> torch.Tensor:

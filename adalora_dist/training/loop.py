@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, set_seed
 from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from adalora_dist.allocator import RankAllocator
+from adalora_dist.checkpoint_content import Checkpoint, load_checkpoint, trained_parameters
 from adalora_dist.config import RunConfig, TrainConfig
 from adalora_dist.data.batches import BatchPlan
 from adalora_dist.errors import UserError
 from adalora_dist.progress import progress_bar
+from adalora_dist.training.engine import tied_weights_in_one_group
 from adalora_dist.training.guard import Guard
 from adalora_dist.training.losses import LossSum
 from adalora_dist.training.nonfinite import BadSteps, find_origin
+from adalora_dist.training.resume import METRICS, RunCheckpoints, compare_backbone, compare_data, set_loss_scale
 from adalora_dist.training.run_folder import RunFolder
 from adalora_dist.training.sharded_load import read_shards, read_trained_modules
 
@@ -36,6 +41,8 @@ class Prepared:
     inner_optimizer: torch.optim.Optimizer  # the torch optimizer that updates the weights
     allocator: RankAllocator | None
     """None where there are no adapters: methods head and full."""
+    parameters: dict[str, torch.Tensor]  # all that is trained, as the optimizer has it, by name
+    resumed: Checkpoint | None = None  # where the run continues from
 
 
 def total_steps(train: TrainConfig, plan: BatchPlan) -> int:
@@ -43,8 +50,16 @@ def total_steps(train: TrainConfig, plan: BatchPlan) -> int:
     return train.max_steps or plan.num_steps(train.epochs)
 
 
-def prepare(accelerator: Accelerator, model: nn.Module, config: RunConfig, num_steps: int) -> Prepared:
-    """Optimizer over the trainable parameters, allocator attached, both handed to the engine; weights read last."""
+def prepare(
+    accelerator: Accelerator, model: nn.Module, config: RunConfig, num_steps: int, resumed: Checkpoint | None = None
+) -> Prepared:
+    """Optimizer over the trainable parameters, allocator attached, both handed to the engine; weights read last.
+
+    Raises:
+        UserError: ``resumed`` does not fit the model.
+    """
+    if resumed is not None:
+        compare_backbone(resumed, config.model)
     read_trained_modules(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -57,9 +72,14 @@ def prepare(accelerator: Accelerator, model: nn.Module, config: RunConfig, num_s
     allocator = RankAllocator.attach(model, optimizer, config.adapter, num_steps) if with_adapters else None
     if config.train.gradient_checkpointing:
         cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model, wrapped = accelerator.prepare(model, optimizer)
+    with tied_weights_in_one_group(accelerator, model):
+        model, wrapped = accelerator.prepare(model, optimizer)
     read_shards(model)
-    return Prepared(model, wrapped, optimizer, allocator)
+    prepared = Prepared(model, wrapped, optimizer, allocator, trained_parameters(model), resumed)
+    if resumed is not None:
+        load_checkpoint(resumed, prepared.parameters, wrapped, allocator)
+        set_loss_scale(accelerator, wrapped, resumed.run["loss_scale"])
+    return prepared
 
 
 def learning_rate(train: TrainConfig, step: int, num_steps: int) -> float:
@@ -86,11 +106,16 @@ def train(
     folder: RunFolder,
     report: Callable[[str], None],
     guard: Guard | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> list[float]:
-    """Run all steps; returns the loss of each (mean over the targets of the global batch).
+    """Run all steps that are left; returns the loss of each of the run (mean over the targets of the global batch).
+
+    Args:
+        notes: what checkpoints shall keep for the recipe.
 
     Raises:
-        UserError: too many steps in a row with a loss or gradients that are not finite.
+        UserError: too many steps in a row with a loss or gradients that are not finite; the run that is continued had
+            other training rows.
         RuntimeError: the allocator did not reach its budget, or its patterns differ between processes.
         SystemExit: a signal asked for an early end.
     """
@@ -99,14 +124,22 @@ def train(
     num_processes, num_micro = accelerator.num_processes, accelerator.gradient_accumulation_steps
     parameters = [p for p in model.parameters() if p.requires_grad]
     losses: list[float] = []
+    if prepared.resumed is not None:
+        compare_data(prepared.resumed, plan, config)
+        losses = [json.loads(line)["loss"] for line in prepared.resumed.read(METRICS).splitlines()]
+    checkpoints = RunCheckpoints(accelerator, prepared, plan, config, num_steps, notes or {})
+    first_step = len(losses)
     unread: list[torch.Tensor] = []  # loss sums of this process, read together at every log line
-    bad_steps = BadSteps(settings.max_nonfinite_steps)
+    bad_steps = BadSteps(
+        settings.max_nonfinite_steps, prepared.allocator.num_skipped_steps if prepared.allocator else 0
+    )
     num_tokens, started = 0, time.monotonic()
-    bar = progress_bar(total=num_steps, desc="train", unit="step", show=accelerator.is_main_process)
+    bar = progress_bar(total=num_steps, initial=first_step, desc="train", unit="step", show=accelerator.is_main_process)
     model.train()
     if guard is not None:
-        guard.begin(prepared)
-    for step in range(num_steps):
+        guard.begin(prepared, first_step)
+    for step in range(first_step, num_steps):
+        _seed_step(settings.seed, step, accelerator.process_index)
         for group in prepared.inner_optimizer.param_groups:
             group["lr"] = learning_rate(settings, step, num_steps)
         num_targets = plan.num_target_tokens(step)
@@ -129,16 +162,19 @@ def train(
         unread.append(loss_of_step / num_targets)
         num_tokens += sum(plan.lengths[row] for row in plan.batch(step))
         bar.update()
-        if (step + 1) % settings.log_every == 0 or step + 1 == num_steps:
+        stops = guard is not None and guard.stops_after(step + 1)
+        if (step + 1) % settings.log_every == 0 or step + 1 == num_steps or checkpoints.due(step + 1) or stops:
             read = accelerator.reduce(torch.stack(unread), reduction="sum").tolist()
             seconds = time.monotonic() - started
             for record in _records(prepared, config, len(losses), read, num_steps, num_tokens / seconds):
                 folder.log(record)
                 accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
-            folder.log_allocations(prepared.allocator)
+            if prepared.allocator is not None:
+                folder.log_allocations(prepared.allocator)
             losses += read
             unread = []
-            if bad_steps.too_many(read, prepared.allocator.num_skipped_steps):
+            num_skipped = prepared.allocator.num_skipped_steps if prepared.allocator else 0
+            if bad_steps.too_many(read, num_skipped):
                 bar.close()
                 raise UserError(
                     f"max_nonfinite_steps={settings.max_nonfinite_steps}: no finite loss and gradients in "
@@ -148,16 +184,26 @@ def train(
             status = f"loss {read[-1]:.4f}, {summary}{num_tokens / seconds:.0f} tokens/s"
             bar.set_postfix_str(status)
             if not sys.stderr.isatty():
-                left = bar.format_interval(seconds / (step + 1) * (num_steps - step - 1))
+                left = bar.format_interval(seconds / (step + 1 - first_step) * (num_steps - step - 1))
                 report(f"step {step + 1}/{num_steps}: {status}, {left} left")
-        if guard is not None and guard.stops_after(step + 1):
+        if stops or checkpoints.due(step + 1):
+            checkpoints.save(step + 1)
+        if stops and guard is not None:
+            checkpoints.finish()
             guard.leave_preempted(step + 1)
     bar.close()
     if guard is not None:
         guard.end()
+    checkpoints.finish()
     if prepared.allocator is not None:
         prepared.allocator.finish()
     return losses
+
+
+def _seed_step(seed: int, step: int, process_index: int) -> None:
+    """Dropout is a pure function of the step, so that a continued run draws what it would have drawn."""
+    digest = hashlib.sha256(f"{seed} {step} {process_index}".encode()).digest()
+    set_seed(int.from_bytes(digest[:4], "big"))
 
 
 def rank_summary(allocator: RankAllocator | None) -> str:

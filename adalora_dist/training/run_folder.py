@@ -17,9 +17,11 @@ import torch
 import yaml
 
 from adalora_dist.allocator import RankAllocator
+from adalora_dist.checkpoint_content import Checkpoint
 from adalora_dist.config import RunConfig
 from adalora_dist.errors import UserError
 from adalora_dist.redaction import redacted, redacted_command
+from adalora_dist.training.resume import ALLOCATIONS, LOGS, METRICS, continues_in_place
 
 _PACKAGES = ("adalora-dist", "torch", "transformers", "accelerate", "datasets", "deepspeed", "bitsandbytes")
 
@@ -27,11 +29,15 @@ _PACKAGES = ("adalora-dist", "torch", "transformers", "accelerate", "datasets", 
 class RunFolder:
     """Files of one run, written by the main process alone; other processes get an object that writes nothing.
 
+    A run that continues from ``resumed`` has the metrics of the steps up to there, no more and no less.
+
     Raises:
         UserError: the folder already holds a run and ``overwrite`` is off, or it cannot be written.
     """
 
-    def __init__(self, config: RunConfig, is_main_process: bool, facts: Mapping[str, Any]) -> None:
+    def __init__(
+        self, config: RunConfig, is_main_process: bool, facts: Mapping[str, Any], resumed: Checkpoint | None = None
+    ) -> None:
         self.path = Path(config.train.output_dir)
         self._metrics = None
         self._num_allocations = 0  # written so far
@@ -42,12 +48,27 @@ class RunFolder:
         refuse_used_folder(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
+            if resumed is not None:
+                for form in ("merged", "lora", "peft"):  # exports that were interrupted
+                    shutil.rmtree(self.path / form, ignore_errors=True)
+                self._restore_logs(resumed)
+            self._metrics = (self.path / METRICS).open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(f"output_dir={self.path} cannot be written ({error}): choose another folder") from error
         text = yaml.safe_dump(redacted(config.model_dump(mode="json")), sort_keys=False)
         (self.path / "config.yaml").write_text(text, encoding="utf-8")
-        (self.path / "run.json").write_text(json.dumps({**_provenance(), **facts}, indent=2) + "\n", encoding="utf-8")
+        first_step = {} if resumed is None else {"resumed_from": str(resumed.path), "first_step": resumed.step}
+        about = {**_provenance(), **facts, **first_step}
+        (self.path / "run.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+    def _restore_logs(self, resumed: Checkpoint) -> None:
+        """Back to what was logged when the checkpoint was written, so that no step is there twice or missing."""
+        for name in LOGS:
+            content = resumed.read(name) if name in resumed.files else b""
+            (self.path / f"{name}.partial").write_bytes(content)
+            (self.path / f"{name}.partial").replace(self.path / name)
+            if name == ALLOCATIONS:
+                self._num_allocations = content.count(b"\n")
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one JSON line to metrics.jsonl."""
@@ -63,7 +84,7 @@ class RunFolder:
         """
         if self._metrics is None:
             return
-        with (self.path / "allocations.jsonl").open("a", encoding="utf-8") as file:
+        with (self.path / ALLOCATIONS).open("a", encoding="utf-8") as file:
             for index in range(self._num_allocations, len(allocator.allocations)):
                 made, keep = allocator.allocations[index], allocator.allocations[index].keep.cpu()
                 before = allocator.allocations[index - 1].keep.cpu() if index else torch.ones_like(keep)
@@ -87,9 +108,16 @@ class RunFolder:
 
 def refuse_used_folder(config: RunConfig) -> None:
     """Raise before any work if ``output_dir`` holds a run that must not be replaced."""
-    path = Path(config.train.output_dir)
-    if (path / "config.yaml").exists() and not config.train.overwrite:
-        raise UserError(f"output_dir={path} already holds a run: choose another --output-dir or pass --overwrite")
+    path, in_place = Path(config.train.output_dir), continues_in_place(config.train)
+    if in_place and config.train.overwrite:
+        raise UserError(
+            f"overwrite would remove output_dir={path}, and with it resume={config.train.resume}: leave out one of both"
+        )
+    if (path / "config.yaml").exists() and not config.train.overwrite and not in_place:
+        raise UserError(
+            f"output_dir={path} already holds a run: continue it with --resume auto, choose another --output-dir or "
+            "pass --overwrite"
+        )
 
 
 def _empty(folder: Path) -> None:

@@ -1,0 +1,243 @@
+"""When a run writes checkpoints, what it keeps in them, and whether it may continue from one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from adalora_dist.agreement import agreed, this_rank
+from adalora_dist.checkpoint import CheckpointWriter, checkpoint_at, newest_checkpoint, set_newer_aside
+from adalora_dist.checkpoint_content import Checkpoint
+from adalora_dist.checkpoint_files import step_of
+from adalora_dist.config import ModelConfig, RunConfig, TrainConfig
+from adalora_dist.data.batches import BatchPlan
+from adalora_dist.errors import UserError
+from adalora_dist.export import task_settings
+
+CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+ALLOCATIONS = "allocations.jsonl"
+LOGS = (METRICS, ALLOCATIONS)
+
+# What a continued run may set anew, because it does not change what is learnt: sections, and fields of others.
+# ``data`` and the backbone are compared by content instead: files may move.
+_FREE_SECTIONS = ("data", "evaluation", "export")
+_FREE_FIELDS = (
+    *("model.name", "model.revision", "model.trust_remote_code"),
+    *("train.output_dir", "train.overwrite", "train.resume", "train.log_every", "train.trackers"),
+    *("train.checkpoint_every", "train.keep_checkpoints", "train.async_checkpoints"),
+    *("train.micro_batch_size", "train.gradient_checkpointing"),
+)
+_EDGE_BYTES = 1 << 16
+
+
+def find_checkpoint(config: RunConfig) -> Checkpoint | None:
+    """The checkpoint that ``resume`` asks for; None: the run starts at step 0. Collective.
+
+    Raises:
+        UserError: ``resume`` is a path without a whole checkpoint; or auto, and the run in ``output_dir`` has made
+            steps but has no checkpoint that can be used; or it was made with other settings.
+    """
+    train = config.train
+    root = Path(train.output_dir) / CHECKPOINTS
+    if train.resume == "never":
+        return None
+    if train.resume == "auto":
+        found = newest_checkpoint(root)
+        if found is None:
+            agreed(lambda: _refuse_lost_steps(train) if this_rank() == 0 else None)
+            return None
+    else:
+        path = Path(train.resume)
+        is_checkpoint = step_of(path) is not None
+        found = checkpoint_at(path) if is_checkpoint else newest_checkpoint(path / CHECKPOINTS)
+        if found is None:
+            raise UserError(
+                f"resume={path} holds no checkpoint: give a folder {CHECKPOINTS}/step-..., a run folder that has some, "
+                "or auto"
+            )
+    _compare_settings(found, config)
+    if found.path.parent.resolve() == root.resolve():
+        set_newer_aside(found)
+    return found
+
+
+def continues_in_place(train: TrainConfig) -> bool:
+    """Whether ``resume`` is about the run in ``output_dir`` itself."""
+    if train.resume in ("auto", "never"):
+        return train.resume == "auto"
+    return Path(train.resume).resolve().is_relative_to(Path(train.output_dir).resolve())
+
+
+def _refuse_lost_steps(train: TrainConfig) -> None:
+    metrics = Path(train.output_dir) / METRICS
+    if metrics.exists() and metrics.stat().st_size:
+        raise UserError(
+            f"resume=auto, but the run in output_dir={train.output_dir} has made steps and has no checkpoint: give "
+            "--resume PATH, or start anew with --overwrite or in another --output-dir"
+        )
+
+
+# ------------------------------------------------------------------------------------------------ is it the same run?
+
+
+def _compare_settings(checkpoint: Checkpoint, config: RunConfig) -> None:
+    changes = list(_changes(checkpoint, config, free=False))
+    if changes:
+        raise UserError(
+            f"{checkpoint.path} was made with other settings ({', '.join(changes)}): set them back, or start anew in "
+            "another --output-dir with --resume never"
+        )
+
+
+def _changes(checkpoint: Checkpoint, config: RunConfig, free: bool) -> Iterator[str]:
+    """'adapter.init_rank 12 -> 8' for every setting that differs; those that may, or those that may not."""
+    stored = checkpoint.run["config"]
+    for section, fields in config.model_dump(mode="json").items():
+        defaults = getattr(type(config)(), section).model_dump(mode="json")  # for settings newer than the checkpoint
+        for field, now in fields.items():
+            name = f"{section}.{field}"
+            then = stored.get(section, {}).get(field, defaults[field])
+            if then != now and free == (section in _FREE_SECTIONS or name in _FREE_FIELDS):
+                yield f"{name} {then} -> {now}"
+
+
+def compare_data(checkpoint: Checkpoint, plan: BatchPlan, config: RunConfig) -> None:
+    """Raise a ``UserError`` unless every step of the run gets the rows that it had."""
+    if checkpoint.run["data"] != plan.fingerprint():
+        changes = [c for c in _changes(checkpoint, config, free=True) if c.startswith("data.")]
+        raise UserError(
+            f"the training rows are not those of {checkpoint.path} ({', '.join(changes) or 'the files have changed'}): "
+            "bring the data back, or start anew in another --output-dir with --resume never"
+        )
+
+
+def compare_backbone(checkpoint: Checkpoint, model: ModelConfig) -> None:
+    """Raise a ``UserError`` unless the backbone is the one that the adapters were trained on."""
+    then, now = checkpoint.run["backbone"], backbone_identity(model)
+    known = then["sha256"] is not None and now["sha256"] is not None
+    if then["sha256"] != now["sha256"] if known else (then["name"], then["revision"]) != (now["name"], now["revision"]):
+        raise UserError(
+            f"model={model.name} (revision {model.revision}) is not the backbone of {checkpoint.path}, which was "
+            f"{then['name']} (revision {then['revision']}): give that one"
+        )
+
+
+def backbone_identity(model: ModelConfig) -> dict[str, str | None]:
+    """Name, revision, and a SHA-256 over the configuration and the names, sizes and ends of the weight files.
+
+    The ends of a safetensors file have its table of tensors and the last of them: cheap, and different for any other
+    model. None where the files are not in a local folder or the Hub's cache.
+    """
+    folder: Path | None = Path(model.name)
+    if not model.name or not Path(model.name).is_dir():
+        folder = _cached_folder(model)
+    digest: str | None = None
+    if folder is not None:
+        sha256 = hashlib.sha256((folder / "config.json").read_bytes() if (folder / "config.json").exists() else b"")
+        for path in sorted(folder.glob("*.safetensors")):
+            size_bytes = path.stat().st_size
+            sha256.update(f"{path.name} {size_bytes}".encode())
+            with path.open("rb") as file:
+                sha256.update(file.read(_EDGE_BYTES))
+                file.seek(max(0, size_bytes - _EDGE_BYTES))
+                sha256.update(file.read())
+        digest = sha256.hexdigest()
+    return {"name": model.name, "revision": model.revision, "sha256": digest}
+
+
+def _cached_folder(model: ModelConfig) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model.name, "config.json", revision=model.revision) if model.name else None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+# ---------------------------------------------------------------------------------------------------------- loss scale
+
+
+def loss_scale(accelerator: Accelerator, optimizer: Any) -> dict[str, float] | None:
+    """Scale of fp16 gradients, and how many steps without overflow it has had; None without one."""
+    if accelerator.scaler is not None:
+        state = accelerator.scaler.state_dict()
+        return {"scale": state["scale"], "good_steps": state["_growth_tracker"]}
+    scaler = getattr(optimizer.optimizer, "loss_scaler", None)  # DeepSpeed's
+    if scaler is None or not scaler.dynamic:
+        return None
+    good_steps = scaler.cur_iter - scaler.last_overflow_iter - 1
+    return {"scale": scaler.cur_scale, "good_steps": good_steps, "hysteresis": scaler.cur_hysteresis}
+
+
+def set_loss_scale(accelerator: Accelerator, optimizer: Any, saved: Mapping[str, float] | None) -> None:
+    """Continue with a scale that :func:`loss_scale` gave, on whichever engine; nothing is done where there is none."""
+    if saved is None:
+        return
+    if accelerator.scaler is not None:
+        changed = {"scale": saved["scale"], "_growth_tracker": int(saved["good_steps"])}
+        accelerator.scaler.load_state_dict({**accelerator.scaler.state_dict(), **changed})
+    elif (scaler := getattr(optimizer.optimizer, "loss_scaler", None)) is not None and scaler.dynamic:
+        scaler.cur_scale = saved["scale"]
+        scaler.cur_iter, scaler.last_overflow_iter = int(saved["good_steps"]), -1
+        scaler.cur_hysteresis = int(saved.get("hysteresis", scaler.cur_hysteresis))
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+class RunCheckpoints:
+    """Writes the checkpoints of one run: before its first step, every ``checkpoint_every`` steps, and at its end.
+
+    Args:
+        prepared: what trains (``training/loop.py``).
+        plan: the rows of every step.
+        num_steps: of the whole run.
+        notes: what the recipe wants to find again as ``Checkpoint.run["notes"]``.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        prepared: Any,
+        plan: BatchPlan,
+        config: RunConfig,
+        num_steps: int,
+        notes: Mapping[str, Any],
+    ) -> None:
+        train = config.train
+        self._accelerator, self._prepared, self._num_steps = accelerator, prepared, num_steps
+        self._every, self._folder = train.checkpoint_every, Path(train.output_dir)
+        self._writer = CheckpointWriter(self._folder / CHECKPOINTS, train.keep_checkpoints, train.async_checkpoints)
+        self._run = {
+            "config": config.model_dump(mode="json"),
+            "backbone": backbone_identity(config.model),
+            "data": plan.fingerprint(),
+            "num_steps": num_steps,
+            "num_processes": accelerator.num_processes,
+            "notes": dict(notes),
+            "task": task_settings(accelerator.unwrap_model(prepared.model)),
+        }
+        if prepared.allocator:
+            prepared.allocator.bind(prepared.optimizer)
+        if self._every and prepared.resumed is None:
+            self.save(0)
+
+    def due(self, num_done: int) -> bool:
+        """Whether a checkpoint is to be written after ``num_done`` steps."""
+        return self._every > 0 and (num_done % self._every == 0 or num_done == self._num_steps)
+
+    def save(self, num_done: int) -> None:
+        """Write one after ``num_done`` steps, all of them logged. Collective."""
+        prepared = self._prepared
+        run = {**self._run, "loss_scale": loss_scale(self._accelerator, prepared.optimizer)}
+        logs = {}
+        if self._accelerator.is_main_process:
+            logs = {name: path.read_bytes() for name in LOGS if (path := self._folder / name).exists()}
+        self._writer.save(num_done, prepared.parameters, prepared.optimizer, prepared.allocator, run, logs)
+
+    def finish(self) -> None:
+        """Until the last one is on the disk."""
+        self._writer.wait()
