@@ -6,8 +6,12 @@ every engine:
 1. before: the orthogonality gradient is added to the local gradients, then the importance averages of the local
    elements advance;
 2. after: on the schedule's steps the b best triplets of the whole model are selected and lambda of all others is
-   zeroed; once the pattern is frozen, at every step. Between selections a zeroed lambda may grow again, so that its
-   triplet can come back, as in the authors' code.
+   zeroed. Between selections a zeroed lambda may grow again, so that its triplet can come back, as in the authors'
+   code.
+
+Once the pattern is frozen, the triplets that were not selected are out of everything: lambda and P are held at 0, so
+that they have no gradient (nor a part in the clipping norm), and the regulariser leaves them out. ``compaction.py``
+then removes them, which changes nothing but time and memory.
 
 All of this is a constant number of operations on flat buffers, however many matrices there are, and the host waits for
 none of them: a step that is left out because of a non-finite gradient is left out on the device, by the optimizer's own
@@ -39,6 +43,7 @@ from torch import nn
 
 from adalora_dist.config import AdapterConfig
 from adalora_dist.errors import UserError
+from adalora_dist.flat import FlatBuffer, SpanLayout
 from adalora_dist.importance import element_scores, select, select_local, update_averages
 from adalora_dist.inject import AdaptedMatrix, adapted_matrices
 from adalora_dist.layers import SVDLinear
@@ -46,7 +51,7 @@ from adalora_dist.pattern_digest import DelayedSums, PatternDigest
 from adalora_dist.schedule import BudgetSchedule
 from adalora_dist.sharding import select_engine
 from adalora_dist.sharding.base import ShardEngine, sum_over
-from adalora_dist.spans import FACTOR_KINDS, Factor, FlatBuffer, Span, SpanLayout
+from adalora_dist.spans import FACTOR_KINDS, Factor, Span
 
 _LAMBDA_TOLERANCE = 1e-3
 """Relative to the largest lambda; replicas on equal hardware have equal bits, on unequal hardware they drift apart."""
@@ -86,17 +91,21 @@ class RankAllocator:
         self.matrices, self.config, self.schedule = matrices, config, schedule
         self._adapts = config.method == "adalora"
         self._regularised = self._adapts and config.orthogonality > 0
-        self.ranks = [m.layer.rank for m in matrices]
+        self.ranks = [m.layer.init_rank for m in matrices]
+        """Triplets of each matrix at the start of the run; patterns are about these, removed ones included."""
         self.step = 0
         """Training steps seen so far; the next one is the schedule's t."""
         self.allocations: list[Allocation] = []
         self.keep: torch.Tensor | None = None
         """(num_triplets,) bool: the triplets of the last selection; None before the first."""
         self.frozen = False
+        self.compacted = any(m.layer.rank < m.layer.init_rank for m in matrices)
+        """The triplets that were pruned for good have been removed from memory."""
         self._pending = False  # a selection is due
         self._num_missed = 0  # steps that the engine left out by itself
         self._num_skipped: torch.Tensor | None = None  # those left out here, counted on the device
         self._unread: tuple[int, DelayedSums] | None = None  # the last allocation's step and digests
+        self._masks: tuple[torch.Tensor, list[torch.Tensor]] | None = None  # a pattern, and its part per masked tensor
         self._engine: ShardEngine | None = None
         self._firing = 0
         self._finished = False
@@ -120,7 +129,7 @@ class RankAllocator:
         matrices = adapted_matrices(model)
         if not matrices:
             raise UserError("the model has no adapters: call inject_adapters(model, config) before attach")
-        num_triplets = sum(m.layer.rank for m in matrices)
+        num_triplets = sum(m.layer.init_rank for m in matrices)
         target = round(config.target_rank * len(matrices)) if config.target_budget is None else config.target_budget
         if config.method == "lora":
             target = num_triplets
@@ -180,7 +189,7 @@ class RankAllocator:
             if self._pending:
                 self._allocate()
                 self._mask()
-            elif self.frozen:
+            elif self.frozen and not self.compacted:
                 self._mask()
         self.step += 1
 
@@ -203,7 +212,11 @@ class RankAllocator:
         self._num_skipped = self._skip.clone() if self._num_skipped is None else self._num_skipped.add_(self._skip)
         if self._regularised:
             self._layout.orthogonality_gradient(
-                self._values, self.config.orthogonality_form, self.config.orthogonality, out=self._gradients
+                self._values,
+                self.config.orthogonality_form,
+                self.config.orthogonality,
+                out=self._gradients,
+                keep=self.keep if self.frozen and not self.compacted else None,
             )
 
     @property
@@ -238,9 +251,10 @@ class RankAllocator:
         if self._num_replicas > 1:
             scores /= self._num_replicas
         world = dist.group.WORLD if dist.is_initialized() else None
-        reduced = sum_over(world, torch.cat([scores, self._digest.summands(self.keep)]))
-        self._unread = self.step, DelayedSums(reduced[-6:])
-        scores, budget = reduced[:-6], self.schedule.budget(self.step)
+        reduced = sum_over(world, torch.cat([scores, *self._digest.summands(self.keep)]))
+        scores, digests = reduced.split([len(scores), 6])
+        self._unread = self.step, DelayedSums(digests)
+        budget = self.schedule.budget(self.step)
         if self.config.budget_scope == "local":
             self.keep = select_local(scores, self.ranks, budget)
         else:
@@ -251,14 +265,31 @@ class RankAllocator:
         self.frozen = self.step >= self.schedule.freeze_step
 
     def _mask(self) -> None:
-        """lambda_i <- 0 for every triplet that was not selected (eq. 6). P, Q and the moments stay."""
+        """lambda_i <- 0 for every triplet that was not selected (eq. 6). P, Q and the moments stay.
+
+        Once the pattern is frozen, P_i <- 0 as well: then lambda_i has no gradient any more.
+        """
         assert self._engine is not None and self.keep is not None
-        if self._masks_of is not self.keep:
-            # split() cuts at every span's ends; each second part is a span
-            self._masks, self._masks_of = self.keep.float().split(self._lam_cuts)[1::2], self.keep
-        if self._lams:
-            values = self._engine.values()
-            self._engine.write(self._lams, torch._foreach_mul([values[k] for k in self._lams], self._masks))
+        masked = self._lams + self._ps if self.frozen else self._lams
+        values = [self._engine.values()[k] for k in masked]
+        if self._masks is None or self._masks[0] is not self.keep:
+            # cut at both ends of every span, so that each second part is a span
+            keep = self.keep.float()
+            masks = [*keep.split(self._lam_cuts)[1::2]]
+            if self.frozen:
+                rows = dict(zip(self._row_cuts, keep.split(list(self._row_cuts.values())), strict=True))
+                masks += [self._mask_of(k, rows[k], x) for k, x in zip(self._ps, values[len(masks) :], strict=True)]
+            self._masks = self.keep, masks
+        if masked:
+            self._engine.write(masked, torch._foreach_mul(values, self._masks[1]))
+
+    def _mask_of(self, k: int, row: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """1 or 0 for the elements of ``values``, the local span of a P: ``row`` for each row."""
+        if values.ndim == 2:
+            return row
+        span, rank = self._spans[k], len(row)
+        length = span.stop - span.start
+        return row.roll(-(span.start % rank)).repeat(-(-length // rank))[:length]
 
     # ------------------------------------------------------------------ set-up and small parts
 
@@ -285,8 +316,20 @@ class RankAllocator:
         if self._engine is None:
             self._bind(optimizer)
 
-    def _bind(self, optimizer: torch.optim.Optimizer) -> None:
-        """First step: the engine has taken over the parameters."""
+    def rebind(self, optimizer: Any) -> None:
+        """The pruned triplets have been removed: go on with the parameters that the layers have now.
+
+        Importance is not needed any more, because the pattern is frozen: its state is given up. Collective.
+
+        Args:
+            optimizer: as the engine wraps it.
+        """
+        self.engine.retire()
+        self.compacted = True
+        self._list_factors()
+        self._bind(optimizer)
+
+    def _bind(self, optimizer: Any) -> None:
         self._set_up(select_engine([getattr(layer, kind) for layer, kind in self._owners], optimizer))
 
     def _set_up(self, engine: ShardEngine) -> None:
@@ -303,16 +346,20 @@ class RankAllocator:
                 spans_of_ranks = [[]] * num_shards
                 dist.all_gather_object(spans_of_ranks, self._spans, group=engine.shard_group)
         self._num_replicas = world_size // num_shards
-        self._layout = SpanLayout(self._factors, self._spans, spans_of_ranks, device)
+        num_matrices = 2 * sum(rank > 0 for rank in self.ranks)
+        self._layout = SpanLayout(self._factors, self._spans, spans_of_ranks, device, num_matrices=num_matrices)
         self._skip = self._layout.partials[-1]  # 1 where this step has a non-finite gradient
-        self._digest = PatternDigest(self._layout.num_triplets, device)
+        self._digest = PatternDigest(sum(self.ranks), device)
         if self._adapts:
             shapes = [v.shape for v in values]
             self._values = FlatBuffer(self._layout, shapes, device)
             self._gradients = FlatBuffer(self._layout, shapes, device)
-            self.sensitivity = torch.zeros_like(self._values.data)
-            self.uncertainty = torch.zeros_like(self._values.data)
+            num_scored = 0 if self.compacted else len(self._values.data)  # importance decides nothing any more
+            self.sensitivity = torch.zeros(num_scored, dtype=torch.float32, device=device)
+            self.uncertainty = torch.zeros(num_scored, dtype=torch.float32, device=device)
         self._lams: list[int] = []  # the lambdas of which this rank holds something
+        self._row_cuts = {k: f.rank for k, f in enumerate(self._factors) if f.kind == "P"}  # the triplets of each P
+        self._ps = [k for k in self._row_cuts if values[k].numel()]
         self._lam_cuts = [0]
         for k, (factor, span) in enumerate(zip(self._factors, self._spans, strict=True)):
             if factor.kind == "lam" and span.stop > span.start:
@@ -320,8 +367,7 @@ class RankAllocator:
                 gap = factor.first_triplet + span.start - sum(self._lam_cuts)
                 self._lam_cuts = [*self._lam_cuts[:-1], self._lam_cuts[-1] + gap, span.stop - span.start, 0]
         self._lam_cuts[-1] = self._layout.num_triplets - sum(self._lam_cuts)
-        self._masks: tuple[torch.Tensor, ...] = ()
-        self._masks_of: torch.Tensor | None = None
+        self._masks = None
         self._engine = engine
 
     def _collect_values(self) -> None:
@@ -400,6 +446,17 @@ class RankAllocator:
     # ------------------------------------------------------------------ what loops and reports ask
 
     @property
+    def engine(self) -> ShardEngine:
+        """What says which spans of the adapters this rank holds.
+
+        Raises:
+            RuntimeError: no step has been made, so it is not known yet.
+        """
+        if self._engine is None:
+            raise RuntimeError("the adapters can be gathered after the first optimizer step, not before")
+        return self._engine
+
+    @property
     def budget(self) -> int:
         """Active triplets right now."""
         return self.allocations[-1].budget if self.allocations else self.schedule.initial_budget
@@ -432,11 +489,12 @@ class RankAllocator:
     def full_factors(self) -> list[dict[str, torch.Tensor]]:
         """P (d_out, r), lam (r,) and Qt (d_in, r) of each adapted matrix, whole, float32. Collective.
 
+        Columns are the triplets that the layer holds (``SVDLinear.triplets``).
+
         Raises:
             RuntimeError: no step has been made, so it is not known yet how the parameters are sharded.
         """
-        if self._engine is None:
-            raise RuntimeError("the adapters can be gathered after the first optimizer step, not before")
+        engine = self.engine
         layers = [m.layer for m in self.matrices]
         # What stands where there is nothing to gather: no columns at rank 0, lambda = 1 in plain LoRA.
         whole = {
@@ -444,7 +502,7 @@ class RankAllocator:
             for x in layers
         }
         for k, (layer, kind) in enumerate(self._owners):
-            whole[id(layer)][kind] = self._engine.full(k).cpu()
+            whole[id(layer)][kind] = engine.full(k).cpu()
         return [whole[id(x)] for x in layers]
 
     def catch_up(self, num_steps: int) -> None:
@@ -478,12 +536,20 @@ class RankAllocator:
         self._finished = True
         if problem := self.problem():
             raise RuntimeError(problem)
-        self._compare_digests()
-        world = dist.group.WORLD if dist.is_initialized() else None
-        self._unread = self.step, DelayedSums(sum_over(world, self._digest.summands(self.keep)))
-        self._compare_digests()
+        self.compare_patterns()
         if self._adapts:
             self._compare_lambdas()
+
+    def compare_patterns(self) -> None:
+        """Make sure that all ranks hold the same pattern. Collective; reads from the device.
+
+        Raises:
+            RuntimeError: they do not.
+        """
+        self._compare_digests()
+        world = dist.group.WORLD if dist.is_initialized() else None
+        self._unread = self.step, DelayedSums(sum_over(world, torch.cat(self._digest.summands(self.keep))))
+        self._compare_digests()
 
     def _compare_lambdas(self) -> None:
         """Raise, on all ranks alike, if replicas hold different lambdas, or one outside of the pattern is not 0."""
@@ -497,7 +563,7 @@ class RankAllocator:
         lam = sum_over(self._engine.shard_group, lam)  # whole, as this rank's replica has it
         mean = sum_over(world, lam.clone()) / (dist.get_world_size() if dist.is_initialized() else 1)
         differs = ~((lam - mean).abs().max() <= _LAMBDA_TOLERANCE * mean.abs().max())
-        outside = (lam * ~self.keep).any()
+        outside = differs & False if self.compacted else (lam * ~self.keep).any()
         flags = sum_over(world, torch.stack([differs, outside]).double()).tolist()
         for flag, what in zip(flags, ("differ between replicas", "outside of the pattern are not 0"), strict=True):
             if flag:

@@ -75,6 +75,21 @@ def find_tensors(
     return places
 
 
+def is_module_pattern(key: object) -> bool:
+    """Whether a key of PEFT's rank_pattern is a name or a simple pattern that can be matched without a second thought.
+
+    Anyone can have written it, and a regular expression with nested repetitions takes for ever. So the only repetition
+    is ``.*``, three times at most.
+    """
+    if not isinstance(key, str) or not re.fullmatch(r"(?:[\w\\^$|()-]|\.\*?)+", key) or key.count("*") > 3:
+        return False
+    try:
+        re.compile(key)
+    except re.error:
+        return False
+    return True
+
+
 def base_folder_of(name: str, revision: str | None) -> Path:
     """The local folder of a backbone: itself, or the Hub snapshot that loading it has cached.
 

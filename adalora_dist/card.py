@@ -89,8 +89,9 @@ def card_pictures(run: Path) -> dict[str, bytes]:
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if (run / "rank_pattern.json").is_file():
-            draw_rank_map(_pattern(run), folder / "ranks.svg")
+        pattern = _pattern(run)
+        if pattern:
+            draw_rank_map(pattern, folder / "ranks.svg")
         allocations = _records_of(run / "allocations.jsonl")
         if allocations:
             draw_history(allocations, folder / "history.svg")
@@ -225,12 +226,12 @@ def _score(value: float | None) -> str:
 
 
 def _ranks(run: Path, facts: Mapping[str, Any], pictures: Sequence[str]) -> str:
-    if not (run / "rank_pattern.json").is_file():
-        return ""
     ranks = list(_pattern(run).values())
+    if not ranks:
+        return ""
     parts = [
-        f"{sum(ranks):,} active triplets in {len(ranks)} matrices, ranks {min(ranks, default=0)} to "
-        f"{max(ranks, default=0)}; {ranks.count(0)} matrices need no adapter. Trainable parameters at the start: "
+        f"{sum(ranks):,} active triplets in {len(ranks)} matrices, ranks {min(ranks)} to {max(ranks)};"
+        f" {ranks.count(0)} matrices need no adapter. Trainable parameters at the start: "
         f"{number(facts.get('num_trainable_parameters'))}."
     ]
     parts += [f"![{text(Path(name).stem)}]({name})" for name in pictures]
@@ -242,7 +243,9 @@ def _ranks(run: Path, facts: Mapping[str, Any], pictures: Sequence[str]) -> str:
 
 
 def _pattern(run: Path) -> dict[str, int]:
-    return {name: rank for name, rank in read_object(run / "rank_pattern.json").items() if isinstance(rank, int)}
+    """Empty where no matrix was adapted."""
+    path = run / "rank_pattern.json"
+    return {name: r for name, r in read_object(path).items() if isinstance(r, int)} if path.is_file() else {}
 
 
 def _records_of(path: Path) -> list[dict[str, Any]]:

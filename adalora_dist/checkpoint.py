@@ -13,7 +13,9 @@ The frozen backbone is not stored.
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 import threading
 import warnings
 from collections.abc import Mapping
@@ -104,6 +106,16 @@ def _opened(folder: Path) -> Checkpoint:
 
 # ------------------------------------------------------------------------------------------------------------- saving
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _no_room(root: Path, needed_bytes: int, error: OSError) -> str:
+    free_bytes = shutil.disk_usage(root).free
+    return (
+        f"output_dir: a checkpoint needs {needed_bytes:,} bytes, {root} has {free_bytes:,} free ({error.strerror}): "
+        "free some or lower keep_checkpoints, then continue with --resume auto; the checkpoint before this one is whole"
+    )
+
 
 class CheckpointWriter:
     """Writes checkpoints of one run.
@@ -173,18 +185,33 @@ class CheckpointWriter:
     def _write(self, step: int, shard: Shard | None, main: Mapping[str, bytes]) -> None:
         """Every process its shard, then the main process the rest. All stop if one fails."""
         first = this_rank() == 0
-        [partial, *_] = agreed(lambda: str(files.start(self.root, step)) if first else "", self._group)
+        own_bytes = sum(t.nbytes for t in shard.tensors.values()) if shard is not None else 0
+        own_bytes += sum(len(content) for content in main.values()) if first else 0
+
+        def start() -> list[Any]:
+            return [str(files.start(self.root, step)) if first else "", own_bytes]
+
+        started = agreed(start, self._group)
+        partial = started[0][0]
         try:
-            self._fill(Path(partial), shard, main)
+            self._fill(Path(partial), shard, main, sum(num_bytes for _, num_bytes in started))
         except Exception:
             if first:
                 files.discard(Path(partial))  # it may be what fills the disk
             raise
 
-    def _fill(self, partial: Path, shard: Shard | None, main: Mapping[str, bytes]) -> None:
+    def _fill(self, partial: Path, shard: Shard | None, main: Mapping[str, bytes], needed_bytes: int) -> None:
         first = this_rank() == 0
 
         def write() -> list[tuple[str, int, str]]:
+            try:
+                return write_all()
+            except OSError as error:
+                if error.errno not in _NO_ROOM:
+                    raise
+                raise UserError(_no_room(self.root, needed_bytes, error)) from error
+
+        def write_all() -> list[tuple[str, int, str]]:
             written = []
             if shard is not None:
                 name = f"shard-{this_rank():05d}-of-{world_size():05d}.safetensors"

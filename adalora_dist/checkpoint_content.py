@@ -79,17 +79,22 @@ def snapshot(
         held = {"": values, **moments, **averages.get(name, {})}
         if span.stop > span.start:
             spans[name] = span
-            tensors |= {_key(kind, name): value.detach().to("cpu", copy=True) for kind, value in held.items()}
+            tensors |= {_key(kind, name): value.detach().flatten().to("cpu", copy=True) for kind, value in held.items()}
         table[name] = {"shape": list(shape), "step": float(state["step"]) if state else None, "state": sorted(moments)}
     description = {
         "step": step,
         "allocator": learnt.numbers,
         "parameters": table,
-        "triplets": {m.name: list(range(m.layer.rank)) for m in (allocator.matrices if allocator else ())},
-        "scales": {m.name: m.layer.scale for m in (allocator.matrices if allocator else ())},
-        "transposed": [m.name for m in (allocator.matrices if allocator else ()) if is_conv1d(m.layer.base)],
+        "triplets": {m.name: list(m.layer.triplets) for m in (allocator.matrices if allocator else ())},
+        "matrices": {m.name: _described(m.layer) for m in (allocator.matrices if allocator else ())},
     }
     return Shard(tensors, spans), description
+
+
+def _described(layer: SVDLinear) -> dict[str, Any]:
+    """What an export needs to know of a matrix besides its triplets."""
+    sizes = {"d_out": layer.d_out, "d_in": layer.d_in, "init_rank": layer.init_rank}
+    return sizes | {"scale": layer.scale, "is_transposed": is_conv1d(layer.base)}
 
 
 def _key(kind: str, name: str) -> str:
@@ -179,7 +184,8 @@ def stored_adapters(checkpoint: Checkpoint) -> tuple[list[AdapterWeights], dict[
     Raises:
         UserError: something is missing.
     """
-    table, adapters = checkpoint.state["parameters"], []
+    table, matrices = checkpoint.state["parameters"], checkpoint.state["matrices"]
+    adapters = []
     with ExitStack() as stack:
         stored = _Stored(checkpoint, stack)
 
@@ -188,23 +194,22 @@ def stored_adapters(checkpoint: Checkpoint) -> tuple[list[AdapterWeights], dict[
             return stored.part("", name, Span(0, math.prod(shape))).view(shape).float()
 
         patterns = stored.patterns()
-        held = checkpoint.state["triplets"]
-        keep = patterns[-1] if len(patterns) else None
-        num_each = checkpoint.run["config"]["adapter"]["init_rank"]
-        for index, (name, triplets) in enumerate(held.items()):
-            kept = torch.ones(len(triplets), dtype=torch.bool)
-            if keep is not None:
-                kept = keep[num_each * index : num_each * (index + 1)][triplets]
-            p, qt = whole(f"{name}.P"), whole(f"{name}.Qt")
-            # Plain LoRA does not train lambda.
-            lam = whole(f"{name}.lam") if f"{name}.lam" in table else torch.ones(len(triplets))
+        num_triplets = [matrix["init_rank"] for matrix in matrices.values()]
+        keep = patterns[-1] if len(patterns) else torch.ones(sum(num_triplets), dtype=torch.bool)
+        for (name, matrix), kept in zip(matrices.items(), keep.split(num_triplets), strict=True):
+            kept = kept[checkpoint.state["triplets"][name]]  # of those that have not been removed
+            p, qt = torch.empty(matrix["d_out"], 0), torch.empty(matrix["d_in"], 0)
+            lam = torch.ones(len(kept))  # plain LoRA does not train it
+            if len(kept):
+                p, qt = whole(f"{name}.P"), whole(f"{name}.Qt")
+                lam = whole(f"{name}.lam") if f"{name}.lam" in table else lam
             adapters.append(
                 AdapterWeights(
-                    name, p[:, kept].contiguous(), lam[kept], qt[:, kept].T.contiguous(),
-                    checkpoint.state["scales"][name], name in checkpoint.state["transposed"],
+                    name, p[:, kept].contiguous(), lam[kept], qt[:, kept].T.contiguous(), matrix["scale"],
+                    matrix["is_transposed"],
                 )
             )  # fmt: skip
-        factors = {f"{name}.{kind}" for name in held for kind in FACTOR_KINDS}
+        factors = {f"{name}.{kind}" for name in matrices for kind in FACTOR_KINDS}
         return adapters, {name: whole(name) for name in table if name not in factors}
 
 

@@ -132,6 +132,10 @@ class AdapterConfig(Section):
     """Smoothing of the uncertainty."""
     importance_order: Literal["before", "after"] = "before"
     """Weights in |w g|: before the optimizer step (Algorithm 1) or after it (the authors' code)."""
+    compact: bool = True
+    """Remove pruned triplets from memory once the pattern is frozen; false: keep them, at 0, to the end.
+
+    For the recipes' loop; HF Trainer keeps them (AdaLoraCallback)."""
     orthogonality: float = Field(0.1, ge=0)
     """gamma: coefficient of the orthogonality regulariser; 0 turns it off."""
     orthogonality_form: Literal["norm", "squared"] = "norm"

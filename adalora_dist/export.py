@@ -71,6 +71,7 @@ def gather_adapters(allocator: RankAllocator) -> list[AdapterWeights]:
     for matrix, whole, kept in zip(
         allocator.matrices, allocator.full_factors(), keep.split(allocator.ranks), strict=True
     ):
+        kept = kept[list(matrix.layer.triplets)]
         p, lam, qt = (whole[kind] for kind in ("P", "lam", "Qt"))
         adapters.append(
             AdapterWeights(

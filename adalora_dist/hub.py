@@ -24,9 +24,9 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, parse_ratelimit_headers
 
 from adalora_dist.card import card_pictures, model_card
-from adalora_dist.config import check_branch, check_repo_id
+from adalora_dist.config import RunConfig, check_branch, check_repo_id
 from adalora_dist.errors import UserError
-from adalora_dist.hub_files import ExportFiles, check_export, is_model_file, read_object, without_tokens
+from adalora_dist.hub_files import ExportFiles, check_export, is_model_file, read_object, refuse_token, without_tokens
 
 ExportFormat = Literal["merged", "lora", "peft"]
 T = TypeVar("T")
@@ -67,8 +67,9 @@ def push(
     ranks = read_object(run / "rank_pattern.json") if run and (run / "rank_pattern.json").is_file() else None
     files = check_export(export, ranks, get_token())
     written = _written_here(run, export, repo_id, revision, base_license, say)
-    if files.left_out:
-        say(f"Left out of the push: {', '.join(map(repr, files.left_out))}")
+    left_out = [name for name in files.left_out if name not in written]
+    if left_out:
+        say(f"Left out of the push: {', '.join(map(repr, left_out))}")
     if "adapter_config.json" in files.paths:
         base = read_object(files.paths["adapter_config.json"])["base_model_name_or_path"]
         if Path(base).is_dir():
@@ -92,10 +93,37 @@ def check_login() -> None:
         raise UserError("no token for the Hub on this machine: run hf auth login, or set HF_TOKEN, or do not push")
 
 
-def check_push_of_rank0(repo_id: str, environment: Mapping[str, str] = os.environ) -> None:
-    """:func:`check_login` on the rank that will push to ``repo_id`` (empty: none will), before any work."""
-    if repo_id and environment.get("RANK", "0") == "0":
+def check_push_of_run(config: RunConfig, environment: Mapping[str, str] = os.environ) -> None:
+    """Before any work, refuse a run whose push could not happen. For recipes; every rank may call it.
+
+    Raises:
+        UserError: as :func:`check_login`, on rank 0, which is the one that pushes; several seeds.
+    """
+    if not config.export.push_to_hub:
+        return
+    seeds = getattr(config.train, "seeds", ())
+    if seeds:
+        raise UserError(
+            f"push_to_hub {config.export.push_to_hub} with seeds {' '.join(map(str, seeds))}: one run is pushed, not "
+            f"{len(seeds)}; leave push_to_hub out and choose one afterwards: adalora-dist push"
+        )
+    if environment.get("RANK", "0") == "0":
         check_login()
+
+
+def push_run(config: RunConfig) -> None:
+    """Push what a recipe has left in its run folder, if ``push_to_hub`` asks for it; print the address.
+
+    For the main process alone, when the process group is gone.
+
+    Raises:
+        UserError: as :func:`push`.
+    """
+    export = config.export
+    if export.push_to_hub:
+        folder = Path(config.train.output_dir)
+        address = push(folder, export.push_to_hub, "merged", export.push_public, export.push_revision)
+        print(f"Pushed: {address}")
 
 
 def _run_and_export(folder: Path, to: str) -> tuple[Path | None, Path]:
@@ -119,10 +147,8 @@ def _written_here(
                 f"{export} has no run beside it to make a model card from, and no README.md: push the run's folder, or "
                 "write a README.md"
             )
-        card = readme.read_text(encoding="utf-8")
-        if without_tokens(card, get_token()) != card:
-            raise UserError(f"{readme} holds a token of the Hub: revoke it, remove it from the file, and push again")
-        return {"README.md": card.encode()}
+        refuse_token(readme, get_token())
+        return {"README.md": readme.read_bytes()}
     try:
         pictures = card_pictures(run)
     except UserError as error:

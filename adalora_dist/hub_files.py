@@ -18,7 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from adalora_dist.base_files import indexed_files
+from adalora_dist.base_files import indexed_files, is_module_pattern
 from adalora_dist.config import is_repo_id
 from adalora_dist.errors import UserError
 from adalora_dist.progress import progress_bar
@@ -36,7 +36,6 @@ LEGAL_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
 """The base's terms, which travel with what is derived from it."""
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_MODULE_PATTERN = re.compile(r"[\w.\\^$|()-]+")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}|\bhf_oauth_[\w.-]{20,}|\bapi_org_[A-Za-z0-9]{30,}")
 _READ_BYTES = 1 << 22
 
@@ -103,7 +102,7 @@ def check_export(export: Path, ranks: Mapping[str, int] | None, token: str | Non
     _check_weights(export, paths, ranks)
     sha256 = {}
     for name, path in progress_bar(paths.items(), desc="check", unit="file"):
-        _refuse_token(path, token)
+        refuse_token(path, token)
         sha256[name] = _sha256(path)
     return ExportFiles(paths, sha256, tuple(left_out))
 
@@ -124,6 +123,20 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
+def refuse_token(path: Path, token: str | None) -> None:
+    """Weights are numbers; of their files only the header can hold text.
+
+    Raises:
+        UserError: ``token``, or what looks like one of the Hub's, is in the text.
+    """
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else path.stat().st_size
+        text = file.read(size) if path.suffix == ".safetensors" else path.read_bytes()
+    decoded = text.decode("utf-8", errors="replace")
+    if (token and token in decoded) or _TOKEN.search(decoded):
+        raise UserError(f"{path} holds a token of the Hub: revoke the token, remove it from the file, and push again")
+
+
 def _check_adapter_config(path: Path) -> None:
     """PEFT opens the base by the name that it finds here, and matches module names with the keys of the patterns."""
     config = read_object(path)
@@ -137,8 +150,7 @@ def _check_adapter_config(path: Path) -> None:
     for field in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(field) or {}
         keys = list(pattern) if isinstance(pattern, dict) else [pattern]
-        # Names and their alternatives, anchored or not; a repetition can keep whoever loads this busy for ever.
-        wrong = next((key for key in keys if not isinstance(key, str) or not _MODULE_PATTERN.fullmatch(key)), None)
+        wrong = next((key for key in keys if not is_module_pattern(key)), None)
         if wrong is not None:
             raise UserError(f"{path}: {field} has the key {wrong!r:.100}: must be the name of a module; export again")
 
@@ -177,16 +189,6 @@ def _check_index(index: Path, stored: Mapping[str, Set[str]]) -> None:
     for tensor, file in files.items():
         if tensor not in stored.get(file.name, ()):
             raise UserError(f"{index}: {tensor!r} is said to be in {file.name}, and is not: export again")
-
-
-def _refuse_token(path: Path, token: str | None) -> None:
-    """Weights are numbers; of their files only the header can hold text."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else path.stat().st_size
-        text = file.read(size) if path.suffix == ".safetensors" else path.read_bytes()
-    decoded = text.decode("utf-8", errors="replace")
-    if (token and token in decoded) or _TOKEN.search(decoded):
-        raise UserError(f"{path} holds a token of the Hub: revoke the token, remove it from the file, and push again")
 
 
 def _sha256(path: Path) -> bytes:

@@ -31,10 +31,8 @@ def update_averages(
     I = |w g|;  I-bar <- beta1 I-bar + (1 - beta1) I;  U-bar <- beta2 U-bar + (1 - beta2) |I - I-bar|, with the
     updated I-bar. Gradients that are not finite may come with ``skip`` only.
     """
-    share1, share2 = 1 - beta1, 1 - beta2
-    if skip is not None:
-        done = 1 - skip
-        share1, share2 = share1 * done, share2 * done
+    done = 1.0 if skip is None else 1 - skip
+    share1, share2 = (1 - beta1) * done, (1 - beta2) * done
     vectors = [sensitivity, uncertainty, values, gradients]
     chunked = values.device.type == "cpu" and len(values) > _CHUNK
     for i_bar, u_bar, w, g in zip(*(v.split(_CHUNK) for v in vectors), strict=True) if chunked else [vectors]:
@@ -56,6 +54,11 @@ def element_scores(
     raise ValueError(f"importance {kind!r} is not a sum over elements")
 
 
+def best_first(scores: torch.Tensor) -> torch.Tensor:
+    """Indices of (num_triplets,) scores from the largest down, equal ones in canonical order; nan is the lowest."""
+    return torch.sort(scores.nan_to_num(-torch.inf, torch.inf, -torch.inf), descending=True, stable=True).indices
+
+
 def select(scores: torch.Tensor, budget: int) -> torch.Tensor:
     """Keep exactly ``budget`` of the triplets, those with the largest scores (eq. 5).
 
@@ -66,9 +69,7 @@ def select(scores: torch.Tensor, budget: int) -> torch.Tensor:
     Returns:
         (num_triplets,) bool. Equal scores are kept in canonical order, so the result is deterministic.
     """
-    scores = scores.nan_to_num(-torch.inf, torch.inf, -torch.inf)
-    order = torch.sort(scores, descending=True, stable=True).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(0, order[:budget], True)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(0, best_first(scores)[:budget], True)
 
 
 def local_budgets(ranks: list[int], budget: int) -> list[int]:
@@ -92,4 +93,10 @@ def local_budgets(ranks: list[int], budget: int) -> list[int]:
 def select_local(scores: torch.Tensor, ranks: list[int], budget: int) -> torch.Tensor:
     """Keep ``budget`` triplets with an equal share for every matrix. Arguments and result as in :func:`select`."""
     shares = local_budgets(ranks, budget)
-    return torch.cat([select(part, share) for part, share in zip(scores.split(ranks), shares, strict=True)])
+    owners = [k for k, rank in enumerate(ranks) for _ in range(rank)]
+    matrices = torch.tensor(owners, dtype=torch.long).to(scores.device)
+    is_kept = [i < share for rank, share in zip(ranks, shares, strict=True) for i in range(rank)]
+    order = best_first(scores)
+    by_matrix = order[torch.sort(matrices[order], stable=True).indices]  # matrix after matrix, best first in each
+    kept = torch.tensor(is_kept, dtype=torch.bool).to(scores.device)
+    return torch.zeros_like(kept).scatter_(0, by_matrix, kept)

@@ -94,7 +94,7 @@ def trained_modules(model: nn.Module, config: AdapterConfig) -> list[str]:
     backbone = getattr(model, "base_model", model)
     inside = {id(p) for p in backbone.parameters()}
     heads = [name for name, module in model.named_children() if module is not backbone and list(module.parameters())]
-    if not heads:
+    if backbone is model or not heads:
         raise UserError(f"train_modules=task-head: {type(model).__name__} has nothing outside its backbone")
     for name in heads:
         if any(id(p) in inside for p in model.get_submodule(name).parameters()):

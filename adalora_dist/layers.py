@@ -18,6 +18,9 @@ class SVDLinear(nn.Module):
             and Q Q^T are sums over the rows that a rank holds.
 
     The branch computes in the type of the base's output. With r = 0 there is no branch and no parameter.
+
+    ``rank`` is the number of triplets held now, ``triplets`` says which of the ``init_rank`` original ones they are:
+    compaction removes the others, and the scale does not follow.
     """
 
     def __init__(
@@ -27,6 +30,7 @@ class SVDLinear(nn.Module):
         self.base = base
         self.name = name  # of the base in the plain model: engines and compilers change module paths
         self.d_in, self.d_out, self.rank, self.scale = d_in, d_out, rank, scale
+        self.init_rank, self.triplets = rank, tuple(range(rank))
         self.dropout = nn.Dropout(dropout) if dropout else None
         if rank:
             # A base on meta is read later; adapters have their values from the start.

@@ -22,7 +22,13 @@ def defect(gram: torch.Tensor) -> torch.Tensor:
     return gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
 
 
-def gradient_factor(gram: torch.Tensor, form: OrthogonalityForm, gamma: float, num_matrices: int) -> torch.Tensor:
+def gradient_factor(
+    gram: torch.Tensor,
+    form: OrthogonalityForm,
+    gamma: float,
+    num_matrices: int,
+    active: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The (..., r, r) matrices F with dR/dX = X F, for a batch of Gram matrices.
 
     Args:
@@ -30,8 +36,11 @@ def gradient_factor(gram: torch.Tensor, form: OrthogonalityForm, gamma: float, n
         form: see the module's docstring.
         gamma: the coefficient.
         num_matrices: 2n, how many X the mean of the ``norm`` form runs over.
+        active: (..., r) bool, the columns of X that R is about; default: all.
     """
     m = defect(gram)
+    if active is not None:
+        m = m * (active.unsqueeze(-1) & active.unsqueeze(-2))
     if form == "squared":
         return 4 * gamma * m
     norm = torch.linalg.matrix_norm(m, keepdim=True)

@@ -19,12 +19,13 @@ class PatternDigest:
         weights = torch.randint(1, 2**_BITS, (num_triplets, 3), generator=generator)
         self._weights = weights.T.to(device, torch.float64).contiguous()
 
-    def summands(self, keep: torch.Tensor | None) -> torch.Tensor:
-        """[d | d^2], (6,) float64, of a (num_triplets,) bool pattern; zeros where nothing has been selected yet."""
+    def summands(self, keep: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """d and d^2, (3,) float64 each, of a (num_triplets,) bool pattern; zeros where nothing has been selected."""
         if keep is None:
-            return torch.zeros(6, dtype=torch.float64, device=self._weights.device)
+            zeros = torch.zeros(3, dtype=torch.float64, device=self._weights.device)
+            return zeros, zeros
         digest = torch.mv(self._weights, keep.double()) % 2**_BITS
-        return torch.cat([digest, digest * digest])
+        return digest, digest * digest
 
 
 class DelayedSums:

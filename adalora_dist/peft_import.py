@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from adalora_dist.base_files import is_module_pattern
 from adalora_dist.errors import UserError
 
 PREFIX = "base_model.model."
@@ -50,14 +51,15 @@ def read_peft(folder: Path, scale: float) -> dict[str, Triplets]:
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "adapter_model.safetensors")
-        kind = config["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        kind = str(config["peft_type"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise UserError(
             f"init_from={folder} is no adapter folder of PEFT (adapter_config.json, adapter_model.safetensors): {error}"
         ) from error
     if kind not in _FACTORS or config.get("use_dora") or config.get("bias", "none") != "none":
         variant = "DoRA" if config.get("use_dora") else f"{kind} with bias={config.get('bias', 'none')}"
         raise UserError(f"init_from={folder} is {variant}: must be LORA or ADALORA, with bias none and without DoRA")
+    _check_numbers(config, kind, folder)
     triplets = {}
     for key in [key for key in tensors if key.endswith(f".{_FACTORS[kind][0]}")]:
         stem = key.removesuffix(_FACTORS[kind][0])
@@ -80,6 +82,19 @@ def read_peft(folder: Path, scale: float) -> dict[str, Triplets]:
             f"{len(triplets)} matrices are: only adapters can be started from"
         )
     return triplets
+
+
+def _check_numbers(config: Mapping[str, Any], kind: str, folder: Path) -> None:
+    """The configuration may be anybody's: positive numbers, and patterns that are safe to match."""
+    values = {name: config.get(name) for name in ("lora_alpha", "init_r" if kind == "ADALORA" else "r")}
+    for field in ("rank_pattern", "alpha_pattern") if kind == "LORA" else ():
+        pattern = config.get(field) or {}
+        if not isinstance(pattern, dict) or not all(map(is_module_pattern, pattern)):
+            raise UserError(f"init_from={folder}: {field} in adapter_config.json must map names of modules to numbers")
+        values |= {f"{field} of {key}": value for key, value in pattern.items()}
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise UserError(f"init_from={folder}: {name} in adapter_config.json is {value!r:.50}, must be a number > 0")
 
 
 def _decompose(b: torch.Tensor, a: torch.Tensor, factor: float) -> Triplets:

@@ -58,7 +58,7 @@ class SquadDataConfig(DataConfig):
     """Folder with train and validation files (.jsonl or .parquet), or the word hub; empty: built-in passages."""
     task: Literal["v1.1", "v2.0"] = "v1.1"
     """v1.1: every question has an answer in its passage; v2.0: some have none."""
-    max_length: int = Field(384, ge=32)
+    max_length: int = Field(384, ge=16)
     """Longest window of question and passage in tokens."""
     doc_stride: int = Field(128, ge=1)
     """Tokens of a passage that two windows next to each other share."""

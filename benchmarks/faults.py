@@ -38,7 +38,7 @@ def nan(trial: int, rng: random.Random, folder: Path) -> tuple[str, bool, str]:
     """Weights, moments and importance averages as before the bad step, on every rank, and the budget met at the end."""
     engine, kind = ENGINES[trial % len(ENGINES)], rng.choice(["nan", "inf", "gradient"])
     fault = Fault(kind, step=rng.randrange(1, STEPS - 1), rank=rng.randrange(2))
-    ended = Ranks(2, folder, run, folder, engine, fault, None, Untouched(fault)).wait(120)
+    ended = Ranks(2, folder, run, folder, engine, fault, {"compact": False}, Untouched(fault)).wait(120)
     untouched = all(one.code == 0 and one.log.count("compared") == 1 for one in ended)
     return engine, untouched and len(list(folder.glob("published-*"))) == 2, "\n".join(one.log for one in ended)
 
@@ -70,9 +70,43 @@ def divergence(trial: int, rng: random.Random, folder: Path) -> tuple[str, bool,
     return f"{what} on {engine}", ok, "\n".join(one.log for one in ended)
 
 
+def kill(trial: int, rng: random.Random, folder: Path) -> tuple[str, bool, str]:
+    """After kill -9 and --resume auto, all losses, patterns and adapters have the bits of a run without it.
+
+    Every other rank is killed while a checkpoint is being written.
+    """
+    engine, changes = ("ddp", "fsdp2", "zero3")[trial % 3], {"checkpoint_every": 1, "resume": "auto"}
+    if engine not in UNDISTURBED:
+        with tempfile.TemporaryDirectory() as name:
+            [one, _] = Ranks(2, Path(name), run, Path(name), engine, Fault(), changes).wait(120)
+            assert one.code == 0, one.log
+            UNDISTURBED[engine] = torch.load(Path(name, "final.pt"), weights_only=True)
+    victim, ranks = rng.randrange(2), Ranks(2, folder, run, folder, engine, Fault(), changes)
+    ranks.wait_for(f"step-{rng.randrange(STEPS)}-0")
+    checkpoints, deadline = folder / "run" / "checkpoints", time.monotonic() + 2
+    if trial % 2:
+        while not list(checkpoints.glob("*.partial")) and time.monotonic() < deadline:
+            pass
+        time.sleep(rng.uniform(0, 0.004))
+    else:
+        time.sleep(rng.uniform(0, 0.05))
+    os.kill(ranks.pids[victim], signal.SIGKILL)
+    killed = ranks.wait(60)
+    when = "in a write" if list(checkpoints.glob("*.partial")) else "in a step"
+    again = Ranks(2, folder / "again", run, folder, engine, Fault(), changes).wait(120)
+    log = "\n".join(one.log for one in killed + again)
+    if any(one.code for one in again):
+        return f"{engine}, {when}", False, log
+    final = torch.load(folder / "final.pt", weights_only=True)
+    expected = UNDISTURBED[engine]
+    equal = final.keys() == expected.keys() and all(torch.equal(final[name], expected[name]) for name in expected)
+    return f"{engine}, {when}", equal and killed[victim].code == -signal.SIGKILL, log
+
+
+UNDISTURBED: dict[str, dict[str, torch.Tensor]] = {}
 SECONDS: list[float] = []
 COMMANDS: dict[str, Callable[[int, random.Random, Path], tuple[str, bool, str]]] = {
-    "nan": nan, "stopped": stopped, "divergence": divergence,
+    "nan": nan, "stopped": stopped, "kill": kill, "divergence": divergence,
 }  # fmt: skip
 
 

@@ -39,6 +39,7 @@ def main(config: GlueConfig) -> None:
     from accelerate.utils import set_seed
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    from adalora_dist.data.bad_rows import BadRows
     from adalora_dist.data.batches import BatchPlan
     from adalora_dist.data.demo_sentences import TASK, demo_sentences, demo_sentences_folder
     from adalora_dist.data.encoding import padding_token
@@ -46,15 +47,18 @@ def main(config: GlueConfig) -> None:
     from adalora_dist.evaluation.classification import largest_difference, predict, score
     from adalora_dist.evaluation.metrics import mean_and_deviation, require_metrics
     from adalora_dist.export import base_folder_of, gather_adapters, merge, task_settings, write_task
+    from adalora_dist.hub import check_push_of_run, push_run
     from adalora_dist.inject import inject_adapters
     from adalora_dist.training.dry_run import count_rows, dry_run
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
     from adalora_dist.training.exports import write_adapters
+    from adalora_dist.training.guard import Guard
     from adalora_dist.training.loop import prepare, total_steps, train
     from adalora_dist.training.losses import classification_loss
     from adalora_dist.training.model import dtype_named, load_backbone
     from adalora_dist.training.quantization import bitsandbytes_config
     from adalora_dist.training.report import facts_line, metrics_table, rank_table, run_facts
+    from adalora_dist.training.resume import find_checkpoint
     from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
     from adalora_dist.training.trained import gather_trained
     from adalora_dist.training.verify import load_plainly
@@ -69,7 +73,9 @@ def main(config: GlueConfig) -> None:
         return dry_run(config, auto_class, num_rows, ARCHITECTURES, "all-MiniLM-L6-v2", num_labels=num_labels)
     require_metrics()
     refuse_used_folder(config)
+    check_push_of_run(config)
     accelerator = build_accelerator(config.train)
+    guard = Guard(accelerator, config)
     say, engine = accelerator.print, engine_name(accelerator)
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     quantization = bitsandbytes_config(config, engine)
@@ -83,7 +89,10 @@ def main(config: GlueConfig) -> None:
         say(f"Data: built-in sentences, not SST-2 ({sentences}). Your own: --data FOLDER, or --data hub.")
         config = config.model_copy(update={"data": config.data.model_copy(update={"source": str(sentences)})})
     task = TASKS[config.data.task]
-    train_examples, eval_examples = load_glue(config.data)
+    bad_rows = BadRows(config.data.bad_rows)
+    train_examples, eval_examples = load_glue(config.data, bad_rows)
+    if summary := bad_rows.summary():
+        say(summary)
     say(
         f"{len(train_examples)} training rows; evaluation: "
         + ", ".join(f"{n} {len(e)}" for n, e in eval_examples.items())
@@ -115,6 +124,9 @@ def main(config: GlueConfig) -> None:
     def one_run(config: GlueConfig) -> dict[str, float]:
         """Train and evaluate with one seed; the scores at the end."""
         set_seed(config.train.seed)
+        resumed = find_checkpoint(config)
+        if resumed is not None:
+            say(f"Continuing after step {resumed.step} from {resumed.path}")
         model, _ = load_backbone(config.model, AutoModelForSequenceClassification, quantization, changes)
         lengths = [len(row["input_ids"]) for row in inputs]
         settings = (config.train.batch_size, config.train.seed, config.train.group_by_length)
@@ -124,10 +136,10 @@ def main(config: GlueConfig) -> None:
         # --------------------------------------------------------------------------------------- adapters, engine
 
         inject_adapters(model, config.adapter, config.train.seed)
-        prepared = prepare(accelerator, model, config, num_steps)
+        prepared = prepare(accelerator, model, config, num_steps, resumed)
         allocator = prepared.allocator
-        facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared)
-        folder = RunFolder(config, accelerator.is_main_process, facts)
+        facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared, bad_rows)
+        folder = RunFolder(config, accelerator.is_main_process, facts, resumed)
         start_trackers(accelerator, config)
         say(facts_line(facts, allocator.schedule.freeze_step if allocator else None))
 
@@ -141,12 +153,15 @@ def main(config: GlueConfig) -> None:
                 scores |= score(name, task, logits[name], eval_labels[name])
             return scores, logits
 
-        columns = {"before": evaluate()[0]} if config.evaluation.evaluate_before else {}
+        if resumed is not None:
+            columns = resumed.run["notes"]
+        else:
+            columns = {"before": evaluate()[0]} if config.evaluation.evaluate_before else {}
 
         # -------------------------------------------------------------------------------------------------- train
 
         loss_sum = classification_loss(inputs, labels, task.num_labels, padding, accelerator.device)
-        train(accelerator, prepared, plan, loss_sum, config, folder, say)
+        train(accelerator, prepared, plan, loss_sum, config, folder, say, guard, columns)
         columns["after"], logits = evaluate()
 
         # ------------------------------------------------------------------------------------------------- export
@@ -172,6 +187,7 @@ def main(config: GlueConfig) -> None:
                 )
                 columns["merged"] = score(name, task, again, eval_labels[name])
                 far = largest_difference(again, logits[name])
+                folder.write_json("verification.json", {"largest_logit_difference": far})
                 say(f"Merged model in plain transformers: logits differ from the trained model's by up to {far:.1e}")
             pattern = {a.name: a.lam.numel() for a in adapters}
             folder.write_json("rank_pattern.json", pattern)
@@ -196,7 +212,7 @@ def main(config: GlueConfig) -> None:
         one_run(config)
         say("\nAlways the most frequent label: " + ", ".join(f"{n} {v:.4f}" for n, v in majority.items()))
     else:
-        summary = RunFolder(config, accelerator.is_main_process, {})
+        overview = RunFolder(config, accelerator.is_main_process, {})
         runs = []
         for seed in config.train.seeds:
             own = {"seed": seed, "seeds": (), "output_dir": f"{config.train.output_dir}/seed_{seed}"}
@@ -204,13 +220,15 @@ def main(config: GlueConfig) -> None:
             runs.append(one_run(config.model_copy(update={"train": config.train.model_copy(update=own)})))
             accelerator.free_memory()
         statistics = mean_and_deviation(runs)
-        summary.write_json(
-            "results.json", {"seeds": config.train.seeds, "runs": runs, "majority": majority, **statistics}
-        )
+        results = {"seeds": config.train.seeds, "runs": runs, "majority": majority, "summary": statistics}
+        overview.write_json("results.json", results)
         say(f"\n{len(runs)} seeds, mean and sample standard deviation; always the most frequent label")
         for name, value in statistics.items():
             say(f"{name}  {value['mean']:.4f} +- {value['deviation']:.4f}  {majority[name]:.4f}")
     accelerator.end_training()
+    guard.close()
+    if accelerator.is_main_process:  # no process group is left that could wait for the network
+        push_run(config)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from adalora_dist.cli import parse_config, user_errors
 from adalora_dist.recipe_config import SquadConfig
 
 TABLE = Path(__file__).parent / "configs" / "tables" / "deberta_squad.yaml"
+ARCHITECTURES = Path(__file__).parent / "configs" / "architectures"
 DEMO_CONFIG = Path(__file__).parent / "configs" / "deberta_squad_demo.yaml"
 
 
@@ -37,7 +38,9 @@ def main(config: SquadConfig) -> None:
     from accelerate.utils import set_seed
     from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
+    from adalora_dist.data.bad_rows import BadRows
     from adalora_dist.data.batches import BatchPlan
+    from adalora_dist.data.demo_passages import demo_passages, demo_passages_folder
     from adalora_dist.data.encoding import padding_token
     from adalora_dist.data.squad import load_squad, make_windows
     from adalora_dist.evaluation.classification import largest_difference, predict
@@ -45,20 +48,34 @@ def main(config: SquadConfig) -> None:
     from adalora_dist.evaluation.spans import Answer, find_answers
     from adalora_dist.evaluation.squad_metrics import best_thresholds, squad_scores
     from adalora_dist.export import base_folder_of, gather_adapters, merge, task_settings, write_task
+    from adalora_dist.hub import check_push_of_run, push_run
     from adalora_dist.inject import inject_adapters
+    from adalora_dist.training.dry_run import count_rows, dry_run
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
     from adalora_dist.training.exports import write_adapters
+    from adalora_dist.training.guard import Guard
     from adalora_dist.training.loop import prepare, total_steps, train
     from adalora_dist.training.losses import span_loss
     from adalora_dist.training.model import dtype_named, load_backbone
     from adalora_dist.training.quantization import bitsandbytes_config
     from adalora_dist.training.report import facts_line, metrics_table, rank_table, run_facts
+    from adalora_dist.training.resume import find_checkpoint
     from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
     from adalora_dist.training.trained import gather_trained
     from adalora_dist.training.verify import load_plainly
 
+    if config.train.dry_run:  # a long passage makes several windows: steps are at least these
+        built_in, task = not config.data.source, config.data.task
+        num_rows = count_rows(
+            config.data,
+            [task],
+            lambda: demo_passages("train", task == "v2.0") if built_in else load_squad(config.data)[0],
+        )
+        return dry_run(config, AutoModelForQuestionAnswering, num_rows, ARCHITECTURES, "all-MiniLM-L6-v2")
     refuse_used_folder(config)
+    check_push_of_run(config)
     accelerator = build_accelerator(config.train)
+    guard = Guard(accelerator, config)
     say, engine = accelerator.print, engine_name(accelerator)
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     quantization = bitsandbytes_config(config, engine)
@@ -66,12 +83,13 @@ def main(config: SquadConfig) -> None:
     # ------------------------------------------------------------------------------------------------------ data
 
     if not config.data.source:
-        from adalora_dist.data.demo_passages import demo_passages_folder
-
         passages = demo_passages_folder(config.data.task)
         say(f"Data: built-in passages, not SQuAD ({passages}). Your own: --data FOLDER, or --data hub.")
         config = config.model_copy(update={"data": config.data.model_copy(update={"source": str(passages)})})
-    train_questions, eval_questions = load_squad(config.data)
+    bad_rows = BadRows(config.data.bad_rows)
+    train_questions, eval_questions = load_squad(config.data, bad_rows)
+    if summary := bad_rows.summary():
+        say(summary)
     right = [question.answers for question in eval_questions]
 
     # --------------------------------------------------------------------------------------------- model and tokens
@@ -98,6 +116,9 @@ def main(config: SquadConfig) -> None:
     def one_run(config: SquadConfig) -> dict[str, float]:
         """Train and evaluate with one seed; the scores at the end."""
         set_seed(config.train.seed)
+        resumed = find_checkpoint(config)
+        if resumed is not None:
+            say(f"Continuing after step {resumed.step} from {resumed.path}")
         model, _ = load_backbone(config.model, AutoModelForQuestionAnswering, quantization)
         lengths = [len(row["input_ids"]) for row in inputs]
         settings = (config.train.batch_size, config.train.seed, config.train.group_by_length)
@@ -107,10 +128,10 @@ def main(config: SquadConfig) -> None:
         # --------------------------------------------------------------------------------------- adapters, engine
 
         inject_adapters(model, config.adapter, config.train.seed)
-        prepared = prepare(accelerator, model, config, num_steps)
+        prepared = prepare(accelerator, model, config, num_steps, resumed)
         allocator = prepared.allocator
-        facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared)
-        folder = RunFolder(config, accelerator.is_main_process, facts)
+        facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared, bad_rows)
+        folder = RunFolder(config, accelerator.is_main_process, facts, resumed)
         start_trackers(accelerator, config)
         say(facts_line(facts, allocator.schedule.freeze_step if allocator else None))
 
@@ -134,12 +155,15 @@ def main(config: SquadConfig) -> None:
             outputs = ("start_logits", "end_logits")
             return predict(unwrapped, eval_inputs, padding, size, **ranks, description="validation", outputs=outputs)
 
-        columns = {"before": scores_of(answers_of(evaluate()))} if config.evaluation.evaluate_before else {}
+        if resumed is not None:
+            columns = resumed.run["notes"]
+        else:
+            columns = {"before": scores_of(answers_of(evaluate()))} if config.evaluation.evaluate_before else {}
 
         # -------------------------------------------------------------------------------------------------- train
 
         loss_sum = span_loss(inputs, [window.span for window in windows], padding, accelerator.device)
-        train(accelerator, prepared, plan, loss_sum, config, folder, say)
+        train(accelerator, prepared, plan, loss_sum, config, folder, say, guard, columns)
         logits = evaluate()
         answers = answers_of(logits)
         columns["after"] = scores_of(answers)
@@ -166,6 +190,7 @@ def main(config: SquadConfig) -> None:
                 again = predict(plain, eval_inputs, padding, size, description="merged", outputs=outputs, gather=list)
                 columns["merged"] = scores_of(answers_of(again))
                 far = largest_difference(again, logits)
+                folder.write_json("verification.json", {"largest_logit_difference": far})
                 say(f"Merged model in plain transformers: logits differ from the trained model's by up to {far:.1e}")
             ids = [question.id for question in eval_questions]
             given = [answer.given(threshold) for answer in answers]
@@ -187,7 +212,7 @@ def main(config: SquadConfig) -> None:
     if not config.train.seeds:
         one_run(config)
     else:
-        summary = RunFolder(config, accelerator.is_main_process, {})
+        overview = RunFolder(config, accelerator.is_main_process, {})
         runs = []
         for seed in config.train.seeds:
             own = {"seed": seed, "seeds": (), "output_dir": f"{config.train.output_dir}/seed_{seed}"}
@@ -195,11 +220,14 @@ def main(config: SquadConfig) -> None:
             runs.append(one_run(config.model_copy(update={"train": config.train.model_copy(update=own)})))
             accelerator.free_memory()
         statistics = mean_and_deviation(runs)
-        summary.write_json("results.json", {"seeds": config.train.seeds, "runs": runs, "summary": statistics})
+        overview.write_json("results.json", {"seeds": config.train.seeds, "runs": runs, "summary": statistics})
         say(f"\n{len(runs)} seeds, mean and sample standard deviation")
         for name, value in statistics.items():
             say(f"{name}  {value['mean']:.2f} +- {value['deviation']:.2f}")
     accelerator.end_training()
+    guard.close()
+    if accelerator.is_main_process:  # no process group is left that could wait for the network
+        push_run(config)
 
 
 if __name__ == "__main__":

@@ -36,21 +36,25 @@ def main(config: E2EConfig) -> None:
     from accelerate.utils import set_seed
     from transformers import AutoModelForCausalLM
 
+    from adalora_dist.data.bad_rows import BadRows
     from adalora_dist.data.batches import BatchPlan, count_targets
     from adalora_dist.data.e2e import by_meaning, encode_rows, load_e2e, prompt_tokens
     from adalora_dist.data.encoding import padding_token
     from adalora_dist.evaluation.data_to_text import data_to_text_scores, missing_metrics
     from adalora_dist.evaluation.texts import generate_texts
     from adalora_dist.export import base_folder_of, gather_adapters, merge
+    from adalora_dist.hub import check_push_of_run, push_run
     from adalora_dist.inject import inject_adapters
     from adalora_dist.training.dry_run import count_rows, dry_run
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
     from adalora_dist.training.exports import write_adapters
+    from adalora_dist.training.guard import Guard
     from adalora_dist.training.loop import generates_together, prepare, total_steps, train
     from adalora_dist.training.losses import causal_loss
     from adalora_dist.training.model import dtype_named, load_backbone
     from adalora_dist.training.quantization import bitsandbytes_config
     from adalora_dist.training.report import facts_line, metrics_table, rank_table, run_facts
+    from adalora_dist.training.resume import find_checkpoint
     from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
     from adalora_dist.training.trained import gather_trained
     from adalora_dist.training.verify import last_logits, logit_differences
@@ -59,11 +63,16 @@ def main(config: E2EConfig) -> None:
         num_rows = count_rows(config.data, ["e2e"], lambda: load_e2e(config.data, "train"))
         return dry_run(config, AutoModelForCausalLM, num_rows, ARCHITECTURES, "demo-gpt2")
     refuse_used_folder(config)
+    check_push_of_run(config)
     missing = missing_metrics()
     accelerator = build_accelerator(config.train)
+    guard = Guard(accelerator, config)
     say, engine = accelerator.print, engine_name(accelerator)
     quantization = bitsandbytes_config(config, engine)
     set_seed(config.train.seed)
+    resumed = find_checkpoint(config)
+    if resumed is not None:
+        say(f"Continuing after step {resumed.step} from {resumed.path}")
     for metric, reason in missing.items():
         say(f"{metric} is left out: {reason}")
 
@@ -82,10 +91,14 @@ def main(config: E2EConfig) -> None:
 
     if not config.data.source:
         say("Data: built-in places. Your own: --data FOLDER, or --data hub for E2E NLG.")
+    bad_rows = BadRows(config.data.bad_rows)
     with accelerator.main_process_first():  # the others find it in the cache
-        pairs = load_e2e(config.data, "train")
-        rows = encode_rows(pairs, tokenizer, config.data.max_length, accelerator.is_main_process)
-    references = by_meaning(load_e2e(config.data, "test"))
+        rows = encode_rows(
+            load_e2e(config.data, "train", bad_rows), tokenizer, config.data.max_length, accelerator.is_main_process
+        )
+    references = by_meaning(load_e2e(config.data, "test", bad_rows))
+    if summary := bad_rows.summary():
+        say(summary)
     prompts = prompt_tokens(list(references), tokenizer)
     num_references = sum(len(texts) for texts in references.values())
     say(f"{len(rows):,} training rows; evaluation: {len(prompts):,} lists of facts with {num_references:,} references")
@@ -98,10 +111,10 @@ def main(config: E2EConfig) -> None:
 
     # ----------------------------------------------------------------------------------------------------- engine
 
-    prepared = prepare(accelerator, model, config, num_steps)
+    prepared = prepare(accelerator, model, config, num_steps, resumed)
     allocator = prepared.allocator
-    facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared)
-    folder = RunFolder(config, accelerator.is_main_process, facts)
+    facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared, bad_rows)
+    folder = RunFolder(config, accelerator.is_main_process, facts, resumed)
     start_trackers(accelerator, config)
     say(facts_line(facts, allocator.schedule.freeze_step if allocator else None))
 
@@ -115,12 +128,15 @@ def main(config: E2EConfig) -> None:
         texts = generate_texts(unwrapped, tokenizer, prompts, lengths, config.evaluation, **ranks, synced_gpus=synced)
         return data_to_text_scores(texts, list(references.values())), texts
 
-    columns = {"before": evaluate()[0]} if config.evaluation.evaluate_before else {}
+    if resumed is not None:
+        columns = resumed.run["notes"]
+    else:
+        columns = {"before": evaluate()[0]} if config.evaluation.evaluate_before else {}
 
     # ------------------------------------------------------------------------------------------------------ train
 
     loss_sum = causal_loss(rows, padding_token(tokenizer), accelerator.device)
-    train(accelerator, prepared, plan, loss_sum, config, folder, say)
+    train(accelerator, prepared, plan, loss_sum, config, folder, say, guard, columns)
     columns["after"], texts = evaluate()
 
     # ----------------------------------------------------------------------------------------------------- export
@@ -128,7 +144,8 @@ def main(config: E2EConfig) -> None:
     adapters = gather_adapters(allocator) if allocator else []
     trained = gather_trained(accelerator.unwrap_model(prepared.model), keep=accelerator.is_main_process)
     pattern = {a.name: a.lam.numel() for a in adapters}
-    verified = "merged" in config.export.export_formats and config.export.verify_export
+    formats = config.export.export_formats
+    verified = "merged" in formats and config.export.verify_export
     if verified:  # on every process: where the model is sharded, forwards are collective
         probe, num_text = rows[0]["input_ids"], count_targets(rows[0]["labels"])
         logits = last_logits(accelerator.unwrap_model(prepared.model), probe, num_text + 1, accelerator.device)
@@ -137,13 +154,14 @@ def main(config: E2EConfig) -> None:
         folder.write_json("rank_pattern.json", pattern)
         folder.write_json("results.json", columns)
         folder.write_json("texts.json", texts)
-        if "merged" in config.export.export_formats:
+        if "merged" in formats:
             base = base_folder_of(config.model.name, config.model.revision)
             merged = folder.path / "merged"
             merge(adapters, base, merged, dtype_named(config.export.export_dtype), trained, base_weights)
             tokenizer.save_pretrained(merged)
             if verified:
                 difference = logit_differences(AutoModelForCausalLM, merged, probe, logits)
+                folder.write_json("verification.json", difference.as_record(logits))
                 say(
                     "Merged model in plain transformers: a text's logits differ from the trained model's by at most "
                     f"{difference.largest:.1e}, on average by {difference.mean:.1e} (of up to {logits.abs().max():.1f})"
@@ -156,8 +174,11 @@ def main(config: E2EConfig) -> None:
     if allocator and config.adapter.method == "adalora":
         say("\nActive ranks\n" + rank_table(pattern))
         say(f"Total rank {sum(pattern.values())}, budget {allocator.schedule.target_budget}")
-    say(f"\nFiles in {folder.path}: " + ", ".join(sorted(p.name for p in folder.path.iterdir())))
+    say(f"\nFiles in {folder.path}: " + ", ".join(sorted(p.name for p in folder.path.glob("[!.]*"))))
     accelerator.end_training()
+    guard.close()
+    if accelerator.is_main_process:  # no process group is left that could wait for the network
+        push_run(config)
 
 
 if __name__ == "__main__":

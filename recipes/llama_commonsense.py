@@ -45,7 +45,7 @@ def main(config: CommonsenseConfig) -> None:
     from adalora_dist.evaluation.generation import evaluate_generation
     from adalora_dist.evaluation.results import TaskResult
     from adalora_dist.export import base_folder_of, gather_adapters, merge
-    from adalora_dist.hub import check_push_of_rank0, push
+    from adalora_dist.hub import check_push_of_run, push_run
     from adalora_dist.inject import inject_adapters
     from adalora_dist.training.dry_run import count_rows, dry_run
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
@@ -69,7 +69,7 @@ def main(config: CommonsenseConfig) -> None:
         )
         return dry_run(config, AutoModelForCausalLM, num_rows, ARCHITECTURES, "SmolLM2-135M-Instruct")
     refuse_used_folder(config)
-    check_push_of_rank0(config.export.push_to_hub)
+    check_push_of_run(config)
     accelerator = build_accelerator(config.train)
     guard = Guard(accelerator, config)
     say, engine = accelerator.print, engine_name(accelerator)
@@ -117,10 +117,7 @@ def main(config: CommonsenseConfig) -> None:
 
     prepared = prepare(accelerator, model, config, num_steps, resumed)
     allocator = prepared.allocator
-    facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared)
-    facts["num_rows_left_out"] = dict(bad_rows.counts)
-    facts["base_commit"] = getattr(model.config, "_commit_hash", None)  # None: a local folder
-    facts["model_class"] = type(model).__name__
+    facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared, bad_rows)
     folder = RunFolder(config, accelerator.is_main_process, facts, resumed)
     start_trackers(accelerator, config)
     say(facts_line(facts, allocator.schedule.freeze_step if allocator else None))
@@ -191,13 +188,8 @@ def main(config: CommonsenseConfig) -> None:
     say(f"\nFiles in {folder.path}: " + ", ".join(sorted(p.name for p in folder.path.glob("[!.]*"))))
     accelerator.end_training()
     guard.close()
-
-    # ------------------------------------------------------------------------------------------------------- push
-
-    if config.export.push_to_hub and accelerator.is_main_process:  # no process group is left that could wait for it
-        export = config.export
-        address = push(folder.path, export.push_to_hub, "merged", export.push_public, export.push_revision)
-        print(f"Pushed: {address}")
+    if accelerator.is_main_process:  # no process group is left that could wait for the network
+        push_run(config)
 
 
 if __name__ == "__main__":

@@ -43,15 +43,18 @@ def main(config: SummarizationConfig) -> None:
     from adalora_dist.evaluation.rouge import rouge_scorer, rouge_scores
     from adalora_dist.evaluation.texts import generate_texts
     from adalora_dist.export import base_folder_of, gather_adapters, merge
+    from adalora_dist.hub import check_push_of_run, push_run
     from adalora_dist.inject import inject_adapters
     from adalora_dist.training.dry_run import count_rows, dry_run
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
     from adalora_dist.training.exports import write_adapters
+    from adalora_dist.training.guard import Guard
     from adalora_dist.training.loop import generates_together, prepare, total_steps, train
     from adalora_dist.training.losses import decoder_start_token, seq2seq_loss
     from adalora_dist.training.model import dtype_named, load_backbone
     from adalora_dist.training.quantization import bitsandbytes_config
     from adalora_dist.training.report import facts_line, metrics_table, rank_table, run_facts
+    from adalora_dist.training.resume import find_checkpoint
     from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
     from adalora_dist.training.trained import gather_trained
     from adalora_dist.training.verify import last_logits, logit_differences
@@ -60,11 +63,16 @@ def main(config: SummarizationConfig) -> None:
         num_rows = count_rows(config.data, [config.data.task], lambda: load_summaries(config.data)["train"])
         return dry_run(config, AutoModelForSeq2SeqLM, num_rows, ARCHITECTURES, "demo-bart")
     refuse_used_folder(config)
+    check_push_of_run(config)
     rouge_scorer()  # now, not after training
     accelerator = build_accelerator(config.train)
+    guard = Guard(accelerator, config)
     say, engine = accelerator.print, engine_name(accelerator)
     quantization = bitsandbytes_config(config, engine)
     set_seed(config.train.seed)
+    resumed = find_checkpoint(config)
+    if resumed is not None:
+        say(f"Continuing after step {resumed.step} from {resumed.path}")
 
     # ------------------------------------------------------------------------------------------------------ model
 
@@ -96,10 +104,10 @@ def main(config: SummarizationConfig) -> None:
 
     # ----------------------------------------------------------------------------------------------------- engine
 
-    prepared = prepare(accelerator, model, config, num_steps)
+    prepared = prepare(accelerator, model, config, num_steps, resumed)
     allocator = prepared.allocator
     facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared)
-    folder = RunFolder(config, accelerator.is_main_process, facts)
+    folder = RunFolder(config, accelerator.is_main_process, facts, resumed)
     start_trackers(accelerator, config)
     say(facts_line(facts, allocator.schedule.freeze_step if allocator else None))
 
@@ -114,13 +122,16 @@ def main(config: SummarizationConfig) -> None:
         texts = generate_texts(unwrapped, tokenizer, sources, lengths, config.evaluation, **ranks, synced_gpus=synced)
         return rouge_scores(texts, eval_rows["summary"], **ranks), texts
 
-    columns = {"before": evaluate()[0]} if config.evaluation.evaluate_before else {}
+    if resumed is not None:
+        columns = resumed.run["notes"]
+    else:
+        columns = {"before": evaluate()[0]} if config.evaluation.evaluate_before else {}
 
     # ------------------------------------------------------------------------------------------------------ train
 
     padding, start = padding_token(tokenizer), decoder_start_token(model)
     loss_sum = seq2seq_loss(train_rows, padding, start, accelerator.device)
-    train(accelerator, prepared, plan, loss_sum, config, folder, say)
+    train(accelerator, prepared, plan, loss_sum, config, folder, say, guard, columns)
     columns["after"], texts = evaluate()
 
     # ----------------------------------------------------------------------------------------------------- export
@@ -128,7 +139,8 @@ def main(config: SummarizationConfig) -> None:
     adapters = gather_adapters(allocator) if allocator else []
     trained = gather_trained(accelerator.unwrap_model(prepared.model), keep=accelerator.is_main_process)
     pattern = {a.name: a.lam.numel() for a in adapters}
-    verified = "merged" in config.export.export_formats and config.export.verify_export
+    formats = config.export.export_formats
+    verified = "merged" in formats and config.export.verify_export
     if verified:  # on every process: where the model is sharded, forwards are collective
         labels = train_rows[0]["labels"]
         probe = {"input_ids": train_rows[0]["input_ids"], "decoder_input_ids": [start, *labels[:-1]]}
@@ -137,14 +149,15 @@ def main(config: SummarizationConfig) -> None:
         base_weights = write_adapters(config, accelerator.unwrap_model(prepared.model), adapters, trained, folder.path)
         folder.write_json("rank_pattern.json", pattern)
         folder.write_json("results.json", columns)
-        folder.write_json("summaries.json", texts)
-        if "merged" in config.export.export_formats:
+        folder.write_json("texts.json", texts)
+        if "merged" in formats:
             base = base_folder_of(config.model.name, config.model.revision)
             merged = folder.path / "merged"
             merge(adapters, base, merged, dtype_named(config.export.export_dtype), trained, base_weights)
             tokenizer.save_pretrained(merged)
             if verified:
                 difference = logit_differences(AutoModelForSeq2SeqLM, merged, probe, logits)
+                folder.write_json("verification.json", difference.as_record(logits))
                 say(
                     "Merged model in plain transformers: a summary's logits differ from the trained model's by at most "
                     f"{difference.largest:.1e}, on average by {difference.mean:.1e} (of up to {logits.abs().max():.1f})"
@@ -157,8 +170,11 @@ def main(config: SummarizationConfig) -> None:
     if allocator and config.adapter.method == "adalora":
         say("\nActive ranks\n" + rank_table(pattern))
         say(f"Total rank {sum(pattern.values())}, budget {allocator.schedule.target_budget}")
-    say(f"\nFiles in {folder.path}: " + ", ".join(sorted(p.name for p in folder.path.iterdir())))
+    say(f"\nFiles in {folder.path}: " + ", ".join(sorted(p.name for p in folder.path.glob("[!.]*"))))
     accelerator.end_training()
+    guard.close()
+    if accelerator.is_main_process:  # no process group is left that could wait for the network
+        push_run(config)
 
 
 if __name__ == "__main__":

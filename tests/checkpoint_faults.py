@@ -10,6 +10,7 @@ import itertools
 import os
 import random
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from models import adapted_net, config
 
 from adalora_dist import checkpoint_files
 from adalora_dist.allocator import RankAllocator
-from adalora_dist.checkpoint import CheckpointWriter
+from adalora_dist.checkpoint import CheckpointWriter, newest_checkpoint
 from adalora_dist.checkpoint_content import trained_parameters
 
 Operation = tuple[Any, ...]
@@ -289,3 +290,68 @@ def damages(folder: Path, other: Path, num: int, seed: int = 0) -> Iterator[tupl
         damage, name = cases[number % len(cases)]
         path = folder / name
         yield damage.__name__, path, lambda d=damage, p=path: d(p, other / p.name, dice)
+
+
+# ------------------------------------------------------------------------------------------------------------ checks
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def check_crashes(folder: Path) -> tuple[int, set[int]]:
+    """Number of distinct states of the disk that were recovered from, and the steps that were found."""
+    root = folder / "run"
+    run = Run(root)
+    num_states, found_steps = 0, set()
+    for case in ("third checkpoint", "over unfinished and damaged ones"):
+        shutil.rmtree(root, ignore_errors=True)
+        for step in (10, 20):
+            run.save(step)
+        if case != "third checkpoint":
+            shutil.copytree(root / "step-00000010", root / "step-00000030.partial")
+            shutil.copytree(root / "step-00000010", root / "step-00000030")
+        whole = {20: contents(root / "step-00000020")}
+        disk = Disk(root)
+        operations = record(lambda: run.save(30))
+        whole[30] = contents(root / "step-00000030")
+        published = next(k for k, op in enumerate(operations) if op[0] == "rename" and op[2].endswith("-00000030"))
+        safe = next(k for k in range(published, len(operations)) if operations[k] == ("fsync", str(root))) + 1
+        assert {op[0] for op in operations} == {"mkdir", "create", "write", "fsync", "rename", "unlink", "rmdir"}
+        first_removal = next(k for k, op in enumerate(operations) if op[0] == "rename" and "step-00000010" in op[1])
+        assert safe <= first_removal, "an old checkpoint went before the new one was safe"
+        for done, state in crash_states(root, disk, operations):
+            after = folder / "after"
+            materialise(state, after)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = newest_checkpoint(after)
+            assert found is not None and contents(found.path) == whole[found.step], (case, done)
+            assert found.step == 30 or done < safe, (case, done)
+            num_states += 1
+            found_steps.add(found.step)
+    return num_states, found_steps
+
+
+def check_damages(folder: Path, num: int, seed: int = 0) -> dict[str, int]:
+    """Damages by kind, all of them found, named, and fallen back from."""
+    run, counts = Run(folder / "run", keep=3), {}
+    for step in (10, 20, 30):
+        run.save(step)
+    sound = {path.name: contents(path) for path in (folder / "run").iterdir()}
+    newest, other = folder / "run" / "step-00000030", folder / "run" / "step-00000010"
+    for kind, path, damage in damages(newest, other, num, seed):
+        damage()
+        changed = {name for name, content in sound[newest.name].items() if contents(newest).get(name) != content}
+        assert path.name in changed
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = newest_checkpoint(folder / "run")
+        assert found is not None and found.step == 20, (kind, path)
+        [message] = [str(w.message) for w in caught]
+        assert any(str(newest / name) in message for name in changed), (kind, path, message)
+        for name, content in sound[newest.name].items():
+            (newest / name).write_bytes(content)
+        counts[kind] = counts.get(kind, 0) + 1
+    assert newest_checkpoint(folder / "run").step == 30  # type: ignore[union-attr]
+    return counts

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import math
 import os
+import resource
 import signal
 import sys
 import time
@@ -27,11 +28,13 @@ from torch import nn
 from adalora_dist.cli import user_errors
 from adalora_dist.config import AdapterConfig, ModelConfig, RunConfig, TrainConfig
 from adalora_dist.data.batches import BatchPlan
+from adalora_dist.export import gather_adapters
 from adalora_dist.inject import inject_adapters
 from adalora_dist.training.engine import build_accelerator
 from adalora_dist.training.guard import Guard
 from adalora_dist.training.loop import Prepared, prepare, train
 from adalora_dist.training.losses import LossSum, causal_loss
+from adalora_dist.training.resume import find_checkpoint
 from adalora_dist.training.run_folder import RunFolder
 
 STEPS, GLOBAL_BATCH, VOCABULARY, TARGET_BUDGET = 16, 8, 64, 14
@@ -150,18 +153,18 @@ def rows() -> list[dict[str, list[int]]]:
 
 
 def configuration(folder: Path, **changes: Any) -> RunConfig:
-    settings: dict[str, Any] = dict(
+    """Any setting of adapter or train can be changed."""
+    adapter: dict[str, Any] = dict(
+        init_rank=3, target_rank=1, targets=("all-linear",), init="orthonormal", initial_warmup_steps=2,
+        final_steps=4, mask_interval_steps=2,
+    )  # fmt: skip
+    training: dict[str, Any] = dict(
         output_dir=str(folder / "run"), max_steps=STEPS, batch_size=GLOBAL_BATCH, micro_batch_size=GLOBAL_BATCH,
-        learning_rate=2e-2, lr_warmup_ratio=0, log_every=4, peer_timeout_seconds=3,
+        learning_rate=2e-2, lr_warmup_ratio=0, log_every=4,
     )  # fmt: skip
-    return RunConfig(
-        model=ModelConfig(name="tiny"),
-        adapter=AdapterConfig(
-            init_rank=3, target_rank=1, targets=("all-linear",), init="orthonormal", initial_warmup_steps=2,
-            final_steps=4, mask_interval_steps=2,
-        ),
-        train=TrainConfig(**(settings | changes)),
-    )  # fmt: skip
+    for name, value in changes.items():
+        (adapter if name in AdapterConfig.model_fields else training)[name] = value
+    return RunConfig(model=ModelConfig(name="tiny"), adapter=AdapterConfig(**adapter), train=TrainConfig(**training))
 
 
 def run(
@@ -173,22 +176,30 @@ def run(
     changes: dict[str, Any] | None = None,
     look: Callable[[Prepared, int], None] | None = None,
 ) -> None:
-    """A whole run with a guard, as a recipe has it. ``look(prepared, step)`` sees each step's start."""
+    """A whole run with a guard, as a recipe has it. ``look(prepared, step)`` sees each step's start.
+
+    Leaves what it has learnt in ``final.pt``.
+    """
     os.environ.update(environment(engine))
     config = configuration(folder, **(changes or {}))
     with user_errors():
         accelerator = build_accelerator(config.train)
         guard = Guard(accelerator, config)
+        resumed = find_checkpoint(config)
         set_seed(config.train.seed)
         model = tiny_llama(VOCABULARY)
         inject_adapters(model, config.adapter, config.train.seed)
         data = rows()
         plan = BatchPlan.of_rows(data, config.train.batch_size, config.train.seed)
-        prepared = prepare(accelerator, model, config, STEPS)
-        run_folder = RunFolder(config, accelerator.is_main_process, {})
+        prepared = prepare(accelerator, model, config, STEPS, resumed)
+        run_folder = RunFolder(config, accelerator.is_main_process, {}, resumed)
         loss_sum = _with_fault(causal_loss(data, 0, accelerator.device), fault, rank, folder, prepared, look)
-        train(accelerator, prepared, plan, loss_sum, config, run_folder, print, guard)
+        losses = train(accelerator, prepared, plan, loss_sum, config, run_folder, print, guard=guard)
         assert int(sum(prepared.allocator.rank_pattern().values())) == TARGET_BUDGET
+        learnt = {a.name: torch.cat([a.P.flatten(), a.lam, a.Q.flatten()]) for a in gather_adapters(prepared.allocator)}
+        patterns = {f"pattern {a.step}": a.keep for a in prepared.allocator.allocations}
+        if rank == 0:
+            torch.save({"losses": torch.tensor(losses), **patterns, **learnt}, folder / "final.pt")
         (folder / f"published-{rank}").touch()
         accelerator.end_training()
         guard.close()
@@ -196,7 +207,7 @@ def run(
 
 def _with_fault(loss_sum: LossSum, fault: Fault, rank: int, folder: Path, prepared: Prepared, look: Any) -> LossSum:
     """One forward per step: the count of calls is the step."""
-    count, now = iter(range(10**6)), [-1]
+    count, now = iter(range(0 if prepared.resumed is None else prepared.resumed.step, STEPS)), [-1]
 
     def poison(layer: nn.Module, args: Any) -> None:
         """The gradient of one parameter, of this rank alone."""
@@ -225,6 +236,8 @@ def _with_fault(loss_sum: LossSum, fault: Fault, rank: int, folder: Path, prepar
                 raise SystemExit(3)
             case "hang":
                 time.sleep(3600)
+            case "disk":  # no file may grow beyond this from now on
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
             case "slow":
                 time.sleep(0.2)
         return loss
@@ -236,7 +249,7 @@ def _with_fault(loss_sum: LossSum, fault: Fault, rank: int, folder: Path, prepar
 
 
 class Untouched:
-    """Looks at the state before and after the bad step, in the rank itself."""
+    """Looks at the state before and after the bad step, in the rank itself. Needs ``compact`` to be off."""
 
     def __init__(self, fault: Fault) -> None:
         self.fault, self.compared = fault, False

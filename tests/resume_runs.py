@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from distributed import import_deepspeed
+from distributed import import_deepspeed, run_ranks
 from quantized_runs import environment, write_llama
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from adalora_dist.checkpoint import CheckpointWriter, checkpoint_at, newest_checkpoint
+from adalora_dist.checkpoint_content import Checkpoint
 from adalora_dist.config import AdapterConfig, ModelConfig, RunConfig, TrainConfig
 from adalora_dist.data.batches import BatchPlan
 from adalora_dist.export import gather_adapters
@@ -29,6 +34,13 @@ deepspeed = import_deepspeed()
 STEPS, WARMUP, FINAL, INTERVAL = 60, 10, 20, 3
 BATCH, NUM_ROWS = 6, 22  # three batches to an epoch; some rows sit out
 MICRO_STEPS = 2
+WORLD_SIZES = {"single": 1, "ddp": 2, "fsdp2": 2, "zero2": 2, "zero3": 2}
+PAIRS = [
+    *(("single", 1, "ddp", 2), ("ddp", 2, "single", 1), ("ddp", 2, "ddp", 3)),
+    *(("fsdp2", 2, "fsdp2", 3), ("zero3", 2, "zero3", 3), ("zero3", 2, "single", 1), ("single", 1, "fsdp2", 2)),
+    *((a, 2, b, 2) for a in ("ddp", "fsdp2", "zero3") for b in ("ddp", "fsdp2", "zero3") if a != b),
+    *(("zero2", 2, "zero3", 3), ("fsdp2", 2, "zero2", 2)),
+]  # fmt: skip
 
 
 class Stopped(Exception):
@@ -44,7 +56,7 @@ class Result:
     patterns: list[tuple[int, int, list[bool]]]
     adapters: dict[str, torch.Tensor]
     state: dict[str, torch.Tensor]
-    """By kind and name, what this rank would write into a checkpoint, summed over ranks."""
+    """Every trained parameter, put together over ranks."""
     averages: list[dict[str, torch.Tensor]]
     first_step: int
     engine: str
@@ -78,9 +90,17 @@ def write_model(folder: Path) -> None:
 
 
 def run(
-    rank: int, world_size: int, engine: str, config: RunConfig, stop: tuple[int, int] | None = None
+    rank: int,
+    world_size: int,
+    engine: str,
+    config: RunConfig,
+    stop: tuple[int, int] | None = None,
+    resaved: Path | None = None,
 ) -> Result | None:
-    """A run from wherever ``config.train.resume`` says; ends without a word at (step, micro-step) ``stop``."""
+    """A run from wherever ``config.train.resume`` says; ends without a word at (step, micro-step) ``stop``.
+
+    ``resaved``: where a checkpoint is written of what was loaded.
+    """
     if engine == "single":
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE"):
             os.environ.pop(name, None)
@@ -92,6 +112,9 @@ def run(
     plan = BatchPlan.of_rows(data, BATCH, config.train.seed)
     inject_adapters(model, config.adapter, seed=1)
     prepared = prepare(accelerator, model, config, STEPS, resumed)
+    if resaved is not None:
+        allocator = prepared.allocator
+        CheckpointWriter(resaved, 1).save(allocator.step, prepared.parameters, prepared.optimizer, allocator, {})
     folder = RunFolder(config, accelerator.is_main_process, {}, resumed)
     loss_of = causal_loss(data, 0, accelerator.device)
     first_step = 0 if resumed is None else resumed.step
@@ -127,3 +150,95 @@ def whole_state(prepared: Any) -> dict[str, torch.Tensor]:
     """Every trained parameter, put together over ranks."""
     engine = select_engine(list(prepared.parameters.values()), prepared.optimizer)
     return {name: engine.full(k).cpu() for k, name in enumerate(prepared.parameters)}
+
+
+def whole_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Everything in a checkpoint, by kind and name, put together from its shards."""
+    shapes = {name: described["shape"] for name, described in checkpoint.state["parameters"].items()}
+    whole: dict[str, torch.Tensor] = {}
+    for file in checkpoint.files:
+        if file.endswith(".safetensors"):
+            with safe_open(checkpoint.path / file, framework="pt") as shard:
+                spans = json.loads(shard.metadata()["spans"])
+                for key in shard.keys():  # noqa: SIM118 (not a dictionary)
+                    kind, _, name = key.rpartition("/")
+                    if name == "patterns":
+                        whole[name] = shard.get_tensor(key)
+                        continue
+                    flat = whole.setdefault(key, torch.full(shapes[name], float("nan")).flatten())
+                    start, stop = spans[name]
+                    flat[start:stop] = shard.get_tensor(key)
+    steps = [described["step"] for described in checkpoint.state["parameters"].values()]
+    return whole | {"steps": torch.tensor(steps)}
+
+
+def losses_in(project: Path) -> list[float]:
+    lines = (project / "run" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def next_pattern(project: Path, step: int) -> tuple[int, list[bool]]:
+    """The first selection at or after ``step``, and its triplets, from the newest checkpoint."""
+    checkpoint = newest_checkpoint(project / "run" / "checkpoints")
+    assert checkpoint is not None
+    steps = checkpoint.state["allocator"]["allocation_steps"]
+    index = next(k for k, made in enumerate(steps) if made >= step)
+    return steps[index], whole_tensors(checkpoint)["patterns"][index].tolist()
+
+
+# ------------------------------------------------------------------------------------------------------------ checks
+
+
+def new_project(model: Path, folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "model").symlink_to(model)
+    return folder
+
+
+def assert_continues_exactly(
+    project: Path, engine: str, expected: list[Result], stop: tuple[int, int], **changes: Any
+) -> None:
+    """Stopped at (step, micro-step), continued in a new process: as if nothing had been."""
+    world_size = WORLD_SIZES[engine]
+    config = configuration(project, world_size, **changes)
+    assert run_ranks(world_size, run, engine, config, stop, timeout=400) == [None] * world_size
+    again = configuration(project, world_size, resume="auto", **changes)
+    for result, wanted in zip(run_ranks(world_size, run, engine, again, timeout=400), expected, strict=True):
+        assert result.first_step == stop[0] // config.train.checkpoint_every * config.train.checkpoint_every
+        assert result.engine == engine and result.losses == wanted.losses and len(result.losses) == STEPS
+        assert result.patterns == wanted.patterns
+        for name, tensor in (*wanted.state.items(), *wanted.adapters.items()):
+            assert torch.equal({**result.state, **result.adapters}[name], tensor), name
+        for mine, theirs in zip(result.averages, wanted.averages, strict=True):
+            assert all(torch.equal(mine[kind], theirs[kind]) for kind in ("sensitivity", "uncertainty"))
+        assert without_speed(result.metrics) == without_speed(wanted.metrics)
+
+
+def without_speed(metrics: str) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in metrics.splitlines()]
+    assert [record["step"] for record in records] == list(range(STEPS))
+    return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
+
+
+def assert_continues_elsewhere(
+    model: Path, folder: Path, engine: str, world_size: int, other: str, other_size: int, stop: int = 25
+) -> float:
+    """State equal bit for bit, next pattern identical. Returns the relative difference of the next loss."""
+    project = new_project(model, folder / "project")
+    changes: dict[str, Any] = {"dropout": 0.0, "keep_checkpoints": STEPS}
+    later = -(-stop // INTERVAL) * INTERVAL + 1  # the next selection is in between
+    run_ranks(world_size, run, engine, configuration(project, world_size, **changes), (stop, 1), timeout=400)
+    there = folder / "there"
+    shutil.copytree(project, there, symlinks=True)
+    for where, name, size, resaved in ((project, engine, world_size, None), (there, other, other_size, folder / "re")):
+        config = configuration(where, size, resume="auto", **changes)
+        run_ranks(size, run, name, config, (later, 0), resaved, timeout=400)
+    before = whole_tensors(checkpoint_at(project / "run" / "checkpoints" / f"step-{stop:08d}"))
+    after = whole_tensors(checkpoint_at(folder / "re" / f"step-{stop:08d}"))
+    assert before.keys() == after.keys() and len(before) > 100
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
+    mine, theirs = losses_in(project), losses_in(there)
+    assert len(mine) == len(theirs) == later and mine[:stop] == theirs[:stop]
+    assert next_pattern(project, stop) == next_pattern(there, stop)
+    return abs(theirs[stop] / mine[stop] - 1)

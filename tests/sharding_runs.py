@@ -164,7 +164,7 @@ def _moments(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [t.clone() for t in tensors]
 
 
-def make_optimizer(model: Model, num_groups: int) -> torch.optim.Optimizer:
+def make_optimizer(model: Model, num_groups: int, fused: bool = False) -> torch.optim.Optimizer:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     lams = [p for name, p in trained.items() if name.endswith("lam")]
     others = [p for name, p in trained.items() if not name.endswith("lam")]
@@ -173,7 +173,8 @@ def make_optimizer(model: Model, num_groups: int) -> torch.optim.Optimizer:
     else:
         # lambda in the group that ZeRO steps first: a mask written after the last one finds its copying done
         groups = [{"params": lams, "lr": 0.02}, {"params": others, "lr": 0.03, "weight_decay": 0.1}]
-    return torch.optim.AdamW([g | {"initial": g["lr"]} for g in groups], eps=1e-4)  # damps rounding of small gradients
+    groups = [g | {"initial": g["lr"]} for g in groups]
+    return torch.optim.AdamW(groups, eps=1e-4, fused=fused)  # eps damps rounding of small gradients
 
 
 def train(rank: int, world_size: int, case: Case) -> Trace:
@@ -261,7 +262,7 @@ def _set_up(case: Case, model: Model, options: dict[str, Any], trace: Trace) -> 
         for adapter in model.adapters:
             fully_shard(adapter, **kwargs)
         fully_shard(model, **kwargs)
-    optimizer = make_optimizer(model, num_groups)
+    optimizer = make_optimizer(model, num_groups, options.pop("fused", False))
     probe = Probe(model, optimizer, trace)
     if case.engine.startswith("zero"):
         # DeepSpeed refuses fp16 on a CPU for its speed; it does work.

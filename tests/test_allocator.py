@@ -53,15 +53,22 @@ def test_budget_follows_the_schedule_and_is_met_exactly():
     assert losses[-1] < losses[0]
 
 
-def test_frozen_phase_keeps_zeros_and_pruned_triplets_keep_their_vectors():
-    model, allocator, optimizer = attached()
-    train(model, allocator, optimizer, range(19))
+def test_pruned_triplets_keep_their_vectors_until_the_pattern_freezes_and_then_have_no_gradient():
+    model, allocator, optimizer = attached(weight_decay=0.1)
+    train(model, allocator, optimizer, range(18))
+    for matrix, kept in zip(allocator.matrices, allocator.keep.split(allocator.ranks), strict=True):
+        assert (matrix.layer.P != 0).all() and not kept.all()
+    train(model, allocator, optimizer, range(18, 19))
     assert allocator.frozen
     zero = [layer.lam == 0 for layer in (m.layer for m in allocator.matrices)]
     train(model, allocator, optimizer, range(19, STEPS))
+    x, y = global_batch(STEPS)
+    (model(x) - y).square().mean().backward()
     for matrix, pruned in zip(allocator.matrices, zero, strict=True):
-        assert torch.equal(matrix.layer.lam == 0, pruned)
-        assert (matrix.layer.P[:, pruned] != 0).all()
+        layer = matrix.layer
+        assert torch.equal(layer.lam == 0, pruned) and torch.equal((layer.P == 0).all(dim=0), pruned)
+        for p in (layer.P, layer.lam, layer.Qt):
+            assert (p.grad[..., pruned] == 0).all() and (p.grad[..., ~pruned] != 0).all()
 
 
 def test_a_triplet_can_return_before_the_pattern_freezes():

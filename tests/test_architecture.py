@@ -9,13 +9,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "adalora_dist"
 LEVELS = {
     0: (
-        *("errors", "config", "recipe_config", "schedule", "importance", "orthogonality", "spans", "pattern_digest"),
-        *("progress", "base_files", "markdown", "redaction"),
+        *("errors", "config", "recipe_config", "schedule", "importance", "orthogonality", "spans", "flat"),
+        *("pattern_digest", "progress", "base_files", "markdown", "redaction"),
     ),
     1: ("agreement", "layers", "inject", "peft_import"),
     2: ("sharding",),
     3: (
-        *("allocator", "checkpoint", "checkpoint_content", "checkpoint_files"),
+        *("allocator", "compaction", "checkpoint", "checkpoint_content", "checkpoint_files"),
         *("export", "peft_format", "pictures", "hub_files", "card", "hub"),
     ),
     4: ("cli", "main", "commands", "yaml_file", "presets", "training", "data", "evaluation", "integrations"),

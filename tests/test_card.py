@@ -157,6 +157,12 @@ def test_results_of_other_tasks(run: Path) -> None:
     assert "| mrpc | 408 | f1 | 0.9 |" in results and "| xsum |  | rouge2 | 21.5 |" in results
 
 
+def test_a_run_without_adapters(run: Path) -> None:
+    (run / "rank_pattern.json").write_text("{}")
+    (run / "allocations.jsonl").unlink()
+    assert card_pictures(run) == {} and "## Ranks" not in model_card(run)
+
+
 def test_what_a_run_does_not_have_is_left_out(run: Path) -> None:
     for name in ("results.json", "rank_pattern.json", "metrics.jsonl", "allocations.jsonl", "verification.json"):
         (run / name).unlink()

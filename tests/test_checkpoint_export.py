@@ -27,9 +27,12 @@ def logits(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("engine", "method"),
-    [("single", "adalora"), ("fsdp2", "adalora"), pytest.param("zero3", "adalora", marks=pytest.mark.slow),
-     pytest.param("single", "lora", marks=pytest.mark.slow)],
-)  # fmt: skip
+    [
+        ("single", "adalora"),
+        *(pytest.param(e, m, marks=pytest.mark.slow) for e, m in (("fsdp2", "adalora"), ("zero3", "adalora"))),
+        pytest.param("single", "lora", marks=pytest.mark.slow),
+    ],
+)
 def test_every_form_from_a_checkpoint(tmp_path: Path, engine: str, method: str) -> None:
     write_model(tmp_path)
     world_size = 1 if engine == "single" else 2

@@ -256,7 +256,7 @@ def test_a_hub_row_becomes_an_example_and_a_hidden_label_is_refused(task, monkey
     raw, instruction, answer, hidden = RAW[task]
     asked = []
 
-    def load_dataset(path, name, split):
+    def load_dataset(path, name, split, revision):
         asked.append(split)
         return datasets.Dataset.from_list(rows)
 

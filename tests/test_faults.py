@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from faulty_runs import STEPS, Ended, Fault, Ranks, Untouched, corrupt, run
 
 from adalora_dist.training.guard import STATUS_FILE
+from adalora_dist.training.peers import Peers
 from adalora_dist.training.verdict import EXIT_PEER, EXIT_PREEMPTED
 
 SLOW = Fault("slow", step=0, rank=None, num_steps=STEPS)
@@ -61,7 +65,7 @@ def test_out_of_memory_says_what_to_change(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rank", [0, also_slow(1)])
 def test_a_stopped_rank_is_named_and_does_not_outlive_the_run(tmp_path: Path, rank: int) -> None:
-    ranks = Ranks(3, tmp_path, run, tmp_path, "ddp", SLOW)
+    ranks = Ranks(3, tmp_path, run, tmp_path, "ddp", SLOW, {"peer_timeout_seconds": TIMEOUT_SECONDS})
     ranks.wait_for(f"step-3-{rank}")
     os.kill(ranks.pids[rank], signal.SIGSTOP)
     ended = ranks.wait(TIMEOUT_SECONDS + 30)
@@ -83,6 +87,7 @@ def test_a_killed_rank_is_named_at_once(tmp_path: Path, rank: int) -> None:
     assert line.startswith(f"error: rank {rank} (process {ranks.pids[rank]} on ") and "has ended without a word" in line
 
 
+@pytest.mark.slow
 def test_nobody_is_missed_while_all_are_stopped(tmp_path: Path) -> None:
     """A machine that sleeps, or a shell's Ctrl-Z, stops every rank at once."""
     ranks = Ranks(2, tmp_path, run, tmp_path, "ddp", SLOW, {"peer_timeout_seconds": 2})
@@ -93,6 +98,35 @@ def test_nobody_is_missed_while_all_are_stopped(tmp_path: Path) -> None:
         time.sleep(pause)
     ended = ranks.wait(60)
     assert [one.code for one in ended] == [0, 0], errors(ended)
+
+
+def strangers(rank: int, world_size: int) -> None:
+    """Both ends of the watch in one process, and others who call."""
+    shared: list[Any] = []
+    first = Peers(0, 2, 5, lambda value: shared.extend(value) or value)
+    second = Peers(1, 2, 5, lambda value: shared)
+    host, port, *_ = first._meeting
+    for words in (
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"{}\n",
+        b"[]\n",
+        b'{"token": "x", "identity": []}\n',
+        b"x" * 200_000,
+        b"",
+    ):
+        with socket.create_connection((host, port)) as line:
+            line.sendall(words)
+    time.sleep(1)
+    assert first._thread is not None and second._thread is not None
+    assert first._thread.is_alive() and second._thread.is_alive() and first.verdict is None
+    second.close()
+    first.close()
+    assert not first._thread.is_alive() and not second._thread.is_alive()
+
+
+def test_strangers_on_the_port_change_nothing(tmp_path: Path) -> None:
+    [ended] = Ranks(1, tmp_path, strangers).wait(30)
+    assert ended.code == 0, ended.log
 
 
 # ------------------------------------------------------------------------------------------------------------ signals
@@ -124,15 +158,49 @@ def test_a_signal_stops_all_ranks_after_the_same_step(
     assert not errors(ended) and not list(tmp_path.glob("published-*"))
 
 
+def test_a_run_that_a_signal_stopped_continues_to_the_same_end(tmp_path: Path) -> None:
+    assert Ranks(2, tmp_path / "whole", run, tmp_path / "whole").wait(60)[0].code == 0
+    ranks = Ranks(2, tmp_path / "cut", run, tmp_path / "cut", "ddp", SLOW)
+    ranks.wait_for("step-6-1")
+    os.kill(ranks.pids[1], signal.SIGTERM)
+    assert [one.code for one in ranks.wait(30)] == [EXIT_PREEMPTED] * 2
+    again = Ranks(2, tmp_path / "again", run, tmp_path / "cut", "ddp", Fault(), {"resume": "auto"}).wait(60)
+    assert [one.code for one in again] == [0, 0], errors(again)
+    whole, cut = (torch.load(tmp_path / name / "final.pt", weights_only=True) for name in ("whole", "cut"))
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+# ----------------------------------------------------------------------------------------------------------- disk full
+
+
+def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(tmp_path: Path) -> None:
+    changes = {"checkpoint_every": 4}
+    ended = Ranks(2, tmp_path, run, tmp_path, "ddp", Fault("disk", step=6, rank=0), changes).wait(60)
+    assert ended[0].code == 2 and ended[1].code in (2, EXIT_PEER), errors(ended)
+    [line] = [line for one in ended for line in one.log.splitlines() if line.startswith("error:")]
+    assert re.search(r"a checkpoint needs [\d,]{5,} bytes, .* has [\d,]+ free", line), line
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert names == {"step-00000000", "step-00000004"}
+    again = Ranks(2, tmp_path / "again", run, tmp_path, "ddp", Fault(), {**changes, "resume": "auto"}).wait(60)
+    assert [one.code for one in again] == [0, 0], errors(again)
+
+
 # ---------------------------------------------------------------------------------------------------------- nan and inf
 
 
-@pytest.mark.parametrize("kind", ["nan", "gradient", also_slow("inf")])
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", also_slow("zero2"), also_slow("zero3")])
+@pytest.mark.parametrize(
+    ("engine", "kind"),
+    [
+        ("ddp", "nan"),
+        ("fsdp2", "gradient"),
+        *(also_slow(*case) for case in (("ddp", "inf"), ("ddp", "gradient"), ("fsdp2", "nan"), ("fsdp2", "inf"))),
+        *(also_slow(engine, kind) for engine in ("zero2", "zero3") for kind in ("nan", "inf", "gradient")),
+    ],
+)
 def test_a_bad_step_leaves_everything_untouched(tmp_path: Path, engine: str, kind: str) -> None:
     for step in (5, 8):  # between two prunings, and at one
         folder, fault = tmp_path / str(step), Fault(kind, step=step)
-        ended = Ranks(2, folder, run, folder, engine, fault, None, Untouched(fault)).wait(90)
+        ended = Ranks(2, folder, run, folder, engine, fault, {"compact": False}, Untouched(fault)).wait(90)
         assert [(one.code, one.log.count("compared")) for one in ended] == [(0, 1)] * 2, [one.log for one in ended]
         assert len(list(folder.glob("published-*"))) == 2  # with the budget met: ``run`` asserts it
 
@@ -141,7 +209,7 @@ def test_a_bad_step_leaves_everything_untouched(tmp_path: Path, engine: str, kin
     ("engine", "kind", "says"),
     [
         ("ddp", "nan", "first on rank 1: the loss is nan"),
-        ("ddp", "gradient", "first on rank 1: the gradient of model.layers.0.self_attn.q_proj.lam"),
+        also_slow("ddp", "gradient", "first on rank 1: the gradient of model.layers.0.self_attn.q_proj.lam"),
         ("fsdp2", "gradient", "first on rank 1: the gradient of model.layers.0.self_attn.q_proj.lam"),
         also_slow("zero2", "gradient", "first on rank 1: the gradient of model.layers.0.self_attn.q_proj.lam"),
         also_slow("zero3", "gradient", "first on rank 1: the gradient of model.layers.0.self_attn.q_proj.lam"),
@@ -168,7 +236,7 @@ def test_bad_steps_apart_from_each_other_do_not_end_a_run(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("engine", "what", "at_step", "says"),
     [
-        ("ddp", "keep", 7, "rank patterns differ between ranks"),
+        also_slow("ddp", "keep", 7, "rank patterns differ between ranks"),
         ("ddp", "keep", STEPS - 1, "rank patterns differ between ranks"),
         ("ddp", "lambda", 7, "lambdas differ between replicas"),
         also_slow("fsdp2", "keep", 7, "rank patterns differ between ranks"),

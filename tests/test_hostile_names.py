@@ -22,6 +22,7 @@ from adalora_dist.config import CommonsenseConfig, check_branch, check_repo_id
 from adalora_dist.export import AdapterWeights, load_adapter, merge
 from adalora_dist.hub_files import check_export
 from adalora_dist.main import main
+from adalora_dist.peft_import import read_peft
 
 HOSTILE = [
     "../outside",
@@ -188,7 +189,14 @@ def test_every_index_in_the_folder_counts(parent: Path) -> None:
 
 def lora(folder: Path, **changes: Any) -> Path:
     folder.mkdir()
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "somebody/a-base", **changes}
+    config = {
+        "peft_type": "LORA",
+        "r": 1,
+        "lora_alpha": 2,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "somebody/a-base",
+        **changes,
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     name = "base_model.model.model.layers.0.self_attn.q_proj"
     tensors = {f"{name}.lora_A.weight": torch.ones(1, 8), f"{name}.lora_B.weight": torch.ones(8, 1)}
@@ -214,12 +222,38 @@ def test_base_of_an_adapter(parent: Path, name: Any) -> None:
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
-@pytest.mark.parametrize("key", ["(a+)+$", "(.*)*x", "../../outside", "a b", "a\nb", "a{1,9999}", "[", "", "a?b"])
+@pytest.mark.parametrize(
+    "key", ["(a+)+$", "(.*)*x", ".*.*.*.*x", "../../outside", "a b", "a\nb", "a{1,9999}", "[", "(", "", "a?b"]
+)
 def test_patterns_of_an_adapter(parent: Path, field: str, key: str) -> None:
     folder = lora(parent / "work" / "lora", **{field: {key: 4}})
     before = everything(parent)
     assert field in refusal(check_export, folder, None)
+    assert field in refusal(read_peft, folder, 1.0)
     assert everything(parent) == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"peft_type": ["LORA"]}, {"peft_type": {}}, {"peft_type": None}, {"r": None}, {"r": 0}, {"lora_alpha": "../x"},
+        {"lora_alpha": 1e999}, {"lora_alpha": -1}, {"lora_alpha": True}, {"rank_pattern": ["a"]},
+        {"rank_pattern": {"q_proj": "../x"}}, {"alpha_pattern": {"q_proj": [1]}},
+        {"peft_type": "ADALORA", "init_r": "x"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_numbers_of_an_adapter_to_start_from(tmp_path: Path, changes: dict[str, Any]) -> None:
+    before_reading = lora(tmp_path / "lora", **changes), everything(tmp_path)
+    assert "init_from=" in refusal(read_peft, before_reading[0], 1.0)
+    assert everything(tmp_path) == before_reading[1]
+
+
+@pytest.mark.parametrize("content", ["[]", '"LORA"', "{", "[" * 20_000, "7"])
+def test_configurations_that_are_none(tmp_path: Path, content: str) -> None:
+    (lora(tmp_path / "lora") / "adapter_config.json").write_text(content)
+    assert "no adapter folder of PEFT" in refusal(read_peft, tmp_path / "lora", 1.0)
+    assert "adapter_config.json" in refusal(check_export, tmp_path / "lora", None)
 
 
 @pytest.mark.parametrize(

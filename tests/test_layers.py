@@ -62,10 +62,35 @@ def test_branch_computes_in_the_type_of_the_bases_output():
     assert layer.P.grad.dtype == torch.float32
 
 
-def test_compiles_without_graph_breaks():
-    layer = filled(nn.Linear(5, 8), 5, 8)
-    x = torch.randn(4, 5)
-    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_graph_breaks(dynamic):
+    torch._dynamo.reset()
+    stack = nn.Sequential(filled(nn.Linear(5, 8), 5, 8), nn.Tanh(), filled(Conv1D(5, 8), 8, 5))
+    x = torch.randn(2, 4, 5)
+    compiled = torch.compile(stack, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for run in (compiled, stack):
+        run(x).square().sum().backward()
+        gradients = [p.grad.clone() for p in stack.parameters()]
+        stack.zero_grad()
+        if run is compiled:
+            expected = gradients
+    torch.testing.assert_close(gradients, expected)
+    torch.testing.assert_close(compiled(x), stack(x))
+
+
+def test_backward_keeps_no_more_than_loras():
+    """Of what grows with the tokens: the input, which the base's backward keeps anyway, and one (tokens, r) tensor."""
+    tokens, d_in, rank = 1000, 5, 3
+    for trains_lambda in (True, False):
+        layer = filled(nn.Linear(d_in, 8), d_in, 8, rank)
+        layer.base.requires_grad_(False)
+        layer.lam.requires_grad_(trains_lambda)
+        kept: list[torch.Tensor] = []
+        x = torch.randn(tokens, d_in, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            layer(x)
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+        assert sum(size for size in storages.values() if size >= 4 * tokens) == 4 * tokens * (d_in + rank)
 
 
 def test_injection_freezes_the_rest_and_is_the_same_every_time():

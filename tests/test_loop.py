@@ -19,6 +19,7 @@ from adalora_dist.config import AdapterConfig, CommonsenseConfig, CommonsenseDat
 from adalora_dist.data.batches import BatchPlan, collate
 from adalora_dist.data.commonsense import load_tasks
 from adalora_dist.data.encoding import EncodedRow, encode_examples, prompt_text
+from adalora_dist.export import gather_adapters
 from adalora_dist.inject import inject_adapters
 from adalora_dist.training.engine import build_accelerator
 from adalora_dist.training.loop import learning_rate, prepare, total_steps, train
@@ -65,14 +66,15 @@ def run_loop(rank: int, world_size: int, rows: list[EncodedRow], config: Commons
     prepared = prepare(accelerator, model, config, total_steps(config.train, plan))
     folder = RunFolder(config, True, {})
     losses = train(accelerator, prepared, plan, causal_loss(rows, 0, accelerator.device), config, folder, print)
-    layers = [m.layer for m in prepared.allocator.matrices]
+    adapters = gather_adapters(prepared.allocator)
     return {
         "losses": losses,
         "metrics": [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()],
         "ranks": list(prepared.allocator.rank_pattern().values()),
         "allocations": [(a.step, a.budget, a.keep.tolist()) for a in prepared.allocator.allocations],
-        "lam": torch.cat([layer.lam.detach().clone() for layer in layers]),
-        "factors": torch.cat([layer.P.detach().flatten().clone() for layer in layers]),
+        "lam": torch.cat([a.lam for a in adapters]),
+        "factors": torch.cat([a.P.flatten() for a in adapters]),
+        "held": [m.layer.rank for m in prepared.allocator.matrices],
         "skipped": prepared.allocator.num_skipped_steps,
     }
 
@@ -101,7 +103,7 @@ def run_plainly(rank: int, world_size: int, rows: list[EncodedRow], config: Comm
         "losses": losses,
         "ranks": list(allocator.rank_pattern().values()),
         "allocations": [(a.step, a.budget, a.keep.tolist()) for a in allocator.allocations],
-        "lam": torch.cat([m.layer.lam.detach().clone() for m in allocator.matrices]),
+        "lam": torch.cat([a.lam for a in gather_adapters(allocator)]),
     }
 
 
@@ -192,6 +194,12 @@ def test_bf16_meets_the_budget(loop: Any) -> None:
     assert [a[:2] for a in result["allocations"]] == [a[:2] for a in expected["allocations"]]
     difference = (torch.tensor(result["losses"]) - torch.tensor(expected["losses"])).abs()
     assert 0 < difference.max() < 0.5  # it did compute in bf16, and learnt the same
+
+
+def test_compaction_is_a_switch_that_changes_only_what_is_held(loop: Any) -> None:
+    compacted, masked = loop(weight_decay=0.3), loop(weight_decay=0.3, compact=False)
+    assert compacted["held"] == compacted["ranks"] == masked["ranks"] != masked["held"] == [3] * 14
+    torch.testing.assert_close(compacted["losses"], masked["losses"], rtol=1e-6, atol=0)
 
 
 def test_lora_keeps_its_ranks(loop: Any) -> None:

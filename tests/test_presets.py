@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import AutoConfig
 
 from adalora_dist.cli import parse_config
 from adalora_dist.config import CommonsenseConfig, RunConfig
 from adalora_dist.errors import UserError
 from adalora_dist.presets import PresetTable
-from adalora_dist.recipe_config import GlueConfig, SquadConfig
+from adalora_dist.recipe_config import E2EConfig, GlueConfig, SquadConfig, SummarizationConfig
 from adalora_dist.schedule import BudgetSchedule
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +29,8 @@ SCHEMAS: dict[str, type[RunConfig]] = {
     "llama_commonsense": CommonsenseConfig,
     "deberta_glue": GlueConfig,
     "deberta_squad": SquadConfig,
+    "summarize_bart": SummarizationConfig,
+    "gpt2_e2e": E2EConfig,
 }
 """By the recipe that a file's name begins with."""
 
@@ -155,7 +158,9 @@ def test_there_are_files_to_check() -> None:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
 def test_shipped_file_is_read_by_what_it_is_for(path: Path) -> None:
-    if path.suffix == ".json":
+    if path.parent.name == "architectures":
+        assert AutoConfig.from_pretrained(path).model_type in ("llama", "deberta-v2", "bert", "bart", "gpt2")
+    elif path.suffix == ".json":
         assert json.loads(path.read_text(encoding="utf-8"))["zero_optimization"]["stage"] in (1, 2, 3)
     elif path.parent.name == "accelerate":
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -168,17 +173,23 @@ def test_shipped_file_is_read_by_what_it_is_for(path: Path) -> None:
         assert path.stem.endswith("demo") != bool(run.model.name)
 
 
-@pytest.mark.parametrize("path", [*TABLES, *CONFIGS.glob("deberta_*.yaml")], ids=lambda path: path.name)
+OWN_HEADERS = [path for recipe in ("deberta", "summarize", "gpt2") for path in CONFIGS.glob(f"{recipe}_*.yaml")]
+
+
+@pytest.mark.parametrize("path", [*TABLES, *OWN_HEADERS], ids=lambda path: path.name)
 def test_commands_in_the_header_parse(path: Path) -> None:
     header = [line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     joined = "\n".join(header).replace("\\\n", "")
-    commands = [line for line in joined.splitlines() if line.startswith("accelerate launch")]
+    commands = [line for line in joined.splitlines() if line.startswith(("accelerate launch", "deepspeed", "..."))]
     assert len(commands) >= 2
-    recipe = path.stem.removesuffix("_demo")
+    [recipe] = [recipe for recipe in SCHEMAS if path.stem.startswith(recipe)]
+    table = CONFIGS / "tables" / f"{recipe}.yaml"
     for command in commands:
         words = shlex.split(command, comments=True)
-        assert words[2] == f"recipes/{recipe}.py"
-        parse_config(schema_of(path), words[3:], table=CONFIGS / "tables" / f"{recipe}.yaml")
+        num_before = {"accelerate": 3, "deepspeed": 2, "...": 1}[words[0]]
+        assert words[0] == "..." or words[num_before - 1] in (f"recipes/{recipe}.py", f"launch/{recipe}.sh")
+        assert words[0] == "..." or (ROOT / words[num_before - 1]).is_file()
+        parse_config(schema_of(path), words[num_before:], table=table if table.exists() else None)
 
 
 # -------------------------------------------------------------------------------------------------- the mechanism

@@ -244,6 +244,28 @@ def run_recipe(rank: int, world_size: int, arguments: list[str], environment: di
     return code, errors.getvalue()
 
 
+def test_a_run_that_was_interrupted_continues(project: Project, tmp_path: Path) -> None:
+    """Its last checkpoint is gone, as is what came after it; what an interrupted export left is in the way."""
+    formats = ("--export-formats", "merged", "lora", "peft")
+    arguments = project.arguments(tmp_path / "run", "--checkpoint-every", "12", *formats)
+    [(code, errors)] = run_ranks(1, run_recipe, arguments, {})
+    assert code == 0, errors
+    whole = Run(tmp_path / "run")
+    adapter = (tmp_path / "run" / "adapter" / "adapter.safetensors").read_bytes()
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000012", f"step-{STEPS:08d}"]
+    (checkpoints / f"step-{STEPS:08d}" / "state.json").unlink()
+    [(code, errors)] = run_ranks(1, run_recipe, [*arguments, "--resume", "auto"], {})
+    assert code == 0, errors
+    again = Run(tmp_path / "run")
+    assert again.facts["first_step"] == 12 and "first_step" not in whole.facts
+    assert torch.equal(again.losses, whole.losses) and len(again.losses) == STEPS
+    assert (again.results, again.pattern) == (whole.results, whole.pattern)
+    assert (tmp_path / "run" / "adapter" / "adapter.safetensors").read_bytes() == adapter
+    [(code, errors)] = run_ranks(1, run_recipe, arguments, {})
+    assert code == 2 and "--resume auto" in errors
+
+
 def test_plain_lora(project: Project, tmp_path: Path) -> None:
     formats = ("--export-formats", "merged", "lora", "peft")
     arguments = project.arguments(tmp_path / "run", "--method", "lora", "--no-evaluate-before", *formats)

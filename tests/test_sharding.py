@@ -59,6 +59,8 @@ CLIP = 0.05  # well below the gradient norm of this model
 FP32 = [
     case("ddp", 2),
     case("ddp", 2, accumulation=4, clip=CLIP, num_groups=2),
+    case("ddp", 2, fused=True),
+    case("fsdp2", 2, fused=True),
     case("fsdp2", 2),
     case("fsdp2", 2, accumulation=4, clip=CLIP, reshard_after_forward=False, num_groups=2),
     case("fsdp2", 2, cpu_offload=True),
@@ -315,4 +317,5 @@ def test_nonfinite_flag() -> None:
     assert nonfinite_flag([]) == 0 and nonfinite_flag(clean) == 0
     for bad in (float("nan"), float("inf"), -float("inf")):
         assert nonfinite_flag([*clean, torch.tensor([0.0, bad])]) == 1
-    assert nonfinite_flag([torch.full((4,), 3e38)]) == 0, "large is not infinite, though its square is"
+    assert nonfinite_flag([torch.full((4,), 1e18)]) == 0
+    assert nonfinite_flag([torch.full((4,), 1e20)]) == 1, "its square, Adam's second moment, is infinite"

@@ -4,8 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adalora_dist.flat import FlatBuffer, SpanLayout
 from adalora_dist.orthogonality import gradient_factor
-from adalora_dist.spans import Factor, FlatBuffer, Span, SpanLayout
+from adalora_dist.spans import Factor, Span
 
 FORMS = ["norm", "squared"]
 
@@ -63,6 +64,17 @@ def test_partials_of_any_partition_add_up(case):
         scratch = FlatBuffer(layout, dtype=torch.float64)
         scratch.data.fill_(torch.nan)
         gradient = layout.orthogonality_gradient(flat, form, 0.2, out=scratch)
+        torch.testing.assert_close(gradient.data, flatten(layout, own, wanted).data, rtol=0, atol=1e-10)
+
+    # The same of a part of the triplets: that of matrices with these columns alone, and 0 for the others.
+    keep = torch.rand(layouts[0].num_triplets, generator=generator) < 0.5
+    for f, x, gradient in zip(factors, tensors, wanted, strict=True):
+        kept = keep[f.first_triplet : f.first_triplet + f.rank]
+        if f.orthogonal and f.rank:
+            gradient[:, ~kept] = 0
+            gradient[:, kept] = x[:, kept] @ gradient_factor(x[:, kept].T @ x[:, kept], form, 0.2, num_matrices)
+    for layout, own, flat in zip(layouts, spans, flats, strict=True):
+        gradient = layout.orthogonality_gradient(flat, form, 0.2, FlatBuffer(layout, dtype=torch.float64), keep)
         torch.testing.assert_close(gradient.data, flatten(layout, own, wanted).data, rtol=0, atol=1e-10)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -66,14 +67,18 @@ class BatchPlan:
         """The plan for token sequences with labels."""
         lengths = [len(row["input_ids"]) for row in rows]
         plan = cls(lengths, [count_targets(row["labels"]) for row in rows], batch_size, seed, group_by_length)
-        plan.content = _digest([[row["input_ids"], row["labels"]] for row in rows])
+        tokens = hashlib.sha256()
+        for row in rows:
+            tokens.update(array("q", [*row["input_ids"], *row["labels"]]).tobytes())
+        plan.content = tokens.hexdigest()
         return plan
 
     def fingerprint(self) -> str:
         """Equal for plans that put the same rows into the same steps."""
-        return _digest(
-            [self.lengths, self.target_counts, self.batch_size, self.seed, self.group_by_length, self.content]
-        )
+        described = [
+            self.lengths, self.target_counts, self.batch_size, self.seed, self.group_by_length, self.content
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
     def num_steps(self, epochs: float) -> int:
         """Optimizer steps in ``epochs`` passes, rounded, at least 1."""
@@ -119,13 +124,6 @@ class BatchPlan:
         if self.group_by_length:
             generator.shuffle(batches)
         return batches
-
-
-def _digest(content: list) -> str:
-    digest = hashlib.sha256()
-    for part in content:
-        digest.update(json.dumps(part).encode())
-    return digest.hexdigest()
 
 
 def count_targets(labels: Sequence[int]) -> int:

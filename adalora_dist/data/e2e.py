@@ -7,7 +7,8 @@ several references: each trains, and a generated text is scored against all of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -23,6 +24,8 @@ from adalora_dist.recipe_config import E2EDataConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 Split = Literal["train", "test"]
 
 HUB_PATH, HUB_REVISION = "tuetschek/e2e_nlg", "refs/convert/parquet"
@@ -34,8 +37,8 @@ _FIELDS = (("mr", "meaning_representation"), ("ref", "human_reference"))
 def load_e2e(data: E2EDataConfig, split: Split, bad_rows: BadRows | None = None) -> list[tuple[str, str]]:
     """(meaning representation, reference) of every row, in the order of the source. Never imports torch.
 
-    ``max_train_rows`` keeps the first rows, ``max_eval_rows`` the rows of the first meaning representations.
-    ``bad_rows`` (by default with the policy of ``data``) counts the rows left out.
+    What becomes of rows that cannot be used ``bad_rows`` says, and counts. ``max_train_rows`` keeps the first rows,
+    ``max_eval_rows`` the rows of the first meaning representations.
 
     Raises:
         UserError: a file or a field is missing, a file cannot be read, the Hub cannot be reached, or there is no row.
@@ -101,20 +104,22 @@ def prompt_tokens(mrs: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> lis
     return [prompt[:-1] if prompt[-1] == eos else prompt for prompt in prompts]
 
 
-def _rows(data: E2EDataConfig, split: Split, bad: BadRows) -> Iterator[tuple[str, str]]:
+def _rows(data: E2EDataConfig, split: Split, bad_rows: BadRows) -> Iterator[tuple[str, str]]:
     if not data.source:
-        yield from demo_places(split)
-        return
-    raw: Iterator[tuple[str, object] | UserError]
+        return iter(demo_places(split))
+    raw: Iterable[tuple[str, object] | UserError]
     if data.source == "hub":
         instead = "--data FOLDER with FOLDER/train.jsonl and FOLDER/test.jsonl"
         raw = raw_hub_rows(HUB_PATH, None, split, instead, HUB_REVISION)
     else:
-        raw = file_rows(find_data_file(Path(data.source), FILE_NAMES[split]))
-    yield from bad.usable(raw, _checked)
+        path = find_data_file(Path(data.source), FILE_NAMES[split])
+        if path.stem != split:
+            logger.warning("%s has no test file: evaluating on %s", path.parent, path.name)
+        raw = file_rows(path)
+    return bad_rows.usable(raw, _pair)
 
 
-def _checked(row: object, origin: str) -> tuple[str, str]:
+def _pair(row: object, origin: str) -> tuple[str, str]:
     if not isinstance(row, Mapping):
         raise UserError(f"{origin}: the row is a {type(row).__name__}; legal: an object with mr and ref")
     values = []

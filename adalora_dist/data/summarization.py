@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class HubTask(NamedTuple):
-    """Where a task lives on the Hub, its two columns, and how many rows its splits have."""
+    """Where a task lives on the Hub, and its two columns."""
 
     path: str
     name: str | None
@@ -88,6 +88,8 @@ def _load(data: SummarizationDataConfig, split: Split, max_rows: int | None) -> 
         rows, columns, origin = _hub_rows(task, data.task, split), (task.document, task.summary), task.path
     else:
         path = find_data_file(Path(data.source) / data.task, FILE_NAMES[split])
+        if path.stem != split:
+            logger.warning("%s has no test file: evaluating on %s", path.parent, path.name)
         rows, columns, origin = read_table(path), ("document", "summary"), str(path)
     for column in columns:
         if column not in rows.column_names:

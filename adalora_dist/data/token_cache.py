@@ -73,7 +73,10 @@ def cached_columns(
 
 def _digest(items: Sequence[Any], tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any]) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if backend is not None else json.dumps([repr(tokenizer), tokenizer.get_vocab()])
+    if backend is None:
+        rules = {"tokenizer": repr(tokenizer), "vocabulary": tokenizer.get_vocab()}
+    else:  # without what the last call asked for; ``settings`` say that
+        rules = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
     digest = hashlib.sha256()
     for part in ([_FORMAT, type(tokenizer).__name__, rules], sorted(settings.items()), *items):
         digest.update(json.dumps(part).encode() + b"\n")

@@ -57,7 +57,7 @@ def data_to_text_scores(texts: Sequence[str], references: Sequence[Sequence[str]
         for text, of_text in zip(texts, references, strict=True)
     ]
     most = max(len(of_text) for of_text in references)
-    streams = [[of_text[i] if i < len(of_text) else None for of_text in references] for i in range(most)]
+    streams: Any = [[of_text[i] if i < len(of_text) else None for of_text in references] for i in range(most)]
     longest = min(5, max(len(of_text) for of_text in words))  # nltk divides by the number of n-grams
     scores = {
         "bleu": sacrebleu.corpus_bleu(texts, streams).score,

@@ -29,6 +29,9 @@ class AdaLoraCallback(TrainerCallback):
     ``trainer.state.log_history``. Trackers that ``report_to`` names run before callbacks of the user's and so miss
     both: give ``report_to="none"`` and put the tracker's own callback behind this one in ``callbacks``.
 
+    Pruned triplets stay in memory, at 0, until the end of the run: ``compact`` of the configuration is for the recipes'
+    loop, because a callback does not see the wrapped model whose buffers would have to be rebuilt.
+
     To keep the adapter, call on every process, after ``train``::
 
         adapters = gather_adapters(callback.allocator)

@@ -7,12 +7,12 @@ spans and flat values only; see ``docs/sharding.md`` for the drawing.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.utils import get_total_norm
 
 from adalora_dist.errors import UserError
@@ -101,15 +101,63 @@ class ShardEngine(Protocol):
         """
         ...
 
+    def retire(self) -> None:
+        """Another engine takes over: leave the optimizer's hooks."""
+        ...
+
     def full(self, index: int) -> torch.Tensor:
         """The whole parameter, float32, in its full shape, on every rank. Collective; for reports and export."""
         ...
 
 
+class Shrink(NamedTuple):
+    """An adapter parameter that keeps some of its columns, its last dimension; with none left it goes."""
+
+    module: nn.Module
+    name: str
+    columns: torch.Tensor
+    """Indices of those that stay."""
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return getattr(self.module, self.name)
+
+    def replace(self, shape: torch.Size, optimizer: torch.optim.Optimizer, **options: Any) -> nn.Parameter | None:
+        """Put a smaller parameter of zeros in its place, in the module and in the optimizer's group; return it.
+
+        Args:
+            shape: the full shape of the parameter that there is.
+            options: dtype and device.
+        """
+        old, new = self.parameter, None
+        if len(self.columns):
+            zeros = torch.zeros(*shape[:-1], len(self.columns), **options)
+            new = nn.Parameter(zeros, requires_grad=old.requires_grad)
+            setattr(self.module, self.name, new)
+        else:
+            delattr(self.module, self.name)
+        replace_in_optimizer(optimizer, old, new)
+        return new
+
+
+def replace_in_optimizer(optimizer: torch.optim.Optimizer, old: torch.Tensor, new: torch.Tensor | None) -> None:
+    """``optimizer`` goes on with ``new`` in the place of ``old`` (None: without), and forgets its state."""
+    optimizer.state.pop(old, None)
+    for group in optimizer.param_groups:
+        for index, p in enumerate(group["params"]):
+            if p is old:
+                group["params"][index : index + 1] = [] if new is None else [new]
+                break
+
+
 def nonfinite_flag(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
-    """float32 scalar: 1 if any of the (local) tensors holds a nan or an inf, else 0. No host synchronisation."""
+    """float32 scalar: 1 if any of the (local) tensors holds a nan or an inf, else 0. No host synchronisation.
+
+    A gradient beyond 1.8e19 counts as infinite, because its square is: Adam would keep that as its second moment.
+    (The largest absolute value would be as good a witness, but is several times slower to find on a CPU.)
+    """
     present = [g for g in gradients if g.numel()]
-    return (~torch.isfinite(get_total_norm(present, math.inf))).float()
+    return (~torch.isfinite(get_total_norm(present, 2.0))).float()
 
 
 def optimizer_gradients(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -120,11 +168,12 @@ def optimizer_gradients(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 def skip_step_if(optimizer: torch.optim.Optimizer, flag: torch.Tensor) -> None:
     """Where ``flag`` (float32 scalar, 1 or 0) is 1, the optimizer's next step leaves weights and state untouched.
 
-    Fused Adam and AdamW look at the flag inside their kernel, as for loss scaling. (Fused SGD and Adagrad would,
-    too, but SGD's first momentum is uninitialised memory if its first step is skipped.) For others the host reads it:
-    torch optimizers pass over a parameter whose gradient is None.
+    Fused Adam and AdamW look at the flag inside their kernel, as they do for loss scaling. (Fused SGD would, too, but
+    its momentum is uninitialised memory if the first step is skipped.) For others the host reads it: torch optimizers
+    pass over a parameter whose gradient is None.
     """
-    if isinstance(optimizer, torch.optim.Adam) and all(group["fused"] for group in optimizer.param_groups):
+    looks_itself = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)  # a subclass may have a step of its own
+    if looks_itself and all(group["fused"] for group in optimizer.param_groups):
         optimizer.found_inf = flag  # type: ignore[attr-defined]
     elif flag.item():
         for group in optimizer.param_groups:

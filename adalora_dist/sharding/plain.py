@@ -6,11 +6,16 @@ DDP's gradients are equal on all ranks before the optimizer's step, and so is ev
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from adalora_dist.errors import UserError
 from adalora_dist.sharding.base import (
+    Shrink,
     State,
     local_state,
     nonfinite_flag,
@@ -63,9 +68,48 @@ class PlainEngine:
             _flat(p).copy_(local.reshape(-1))
             restore_state(self._optimizer, p, _flat, state)
 
+    def retire(self) -> None:
+        pass
+
     def full(self, index: int) -> torch.Tensor:
         return self._params[index].detach().to(torch.float32, copy=True)
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().view(-1)
+
+
+def shrink_plain(model: nn.Module, optimizer: torch.optim.Optimizer, shrinks: Sequence[Shrink]) -> None:
+    """Put smaller parameters, all 0, in the place of those there are; between two steps.
+
+    Raises:
+        UserError: DDP was set up in a way that cannot be repeated. Nothing has been changed then.
+    """
+    wrappers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+    for ddp in wrappers:
+        if ddp.mixed_precision is not None or ddp._delay_all_reduce_params:
+            raise UserError(
+                "DistributedDataParallel with mixed_precision or delay_all_reduce_named_params cannot be rebuilt for "
+                "smaller adapters: set compact to false, or use autocast"
+            )
+    optimizer.zero_grad(set_to_none=True)
+    for shrink in shrinks:
+        old = shrink.parameter
+        shrink.replace(old.shape, optimizer, dtype=old.dtype, device=old.device)
+    for ddp in wrappers:
+        _rebuild_reducer(ddp)
+
+
+def _rebuild_reducer(ddp: Any) -> None:
+    """Sort the gradients into buckets anew, as the constructor did. The wrapper stays the same object."""
+    ddp._remove_autograd_hooks()
+    ddp._module_parameters = [p for name, p in ddp.module.named_parameters() if name not in ddp.parameters_to_ignore]
+    parameters, expect_sparse_gradient = ddp._build_params_for_reducer()
+    names = ddp._build_debug_param_to_name_mapping(parameters)
+    ddp._ddp_init_helper(parameters, expect_sparse_gradient, names, ddp.static_graph)
+    ddp._has_rebuilt_buckets = False
+    if ddp.static_graph:
+        ddp.reducer._set_static_graph()
+        ddp.logger._set_static_graph()
+    for hook, state in ddp._comm_hooks:
+        dist._register_comm_hook(ddp.reducer, state, hook)

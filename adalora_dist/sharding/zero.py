@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.utils.hooks import RemovableHandle
 
 from adalora_dist.errors import UserError
 from adalora_dist.sharding.base import State, assemble, local_state, nonfinite_flag, restore_state
@@ -47,15 +48,15 @@ class _Fragment(NamedTuple):
 
 
 # Where the three kinds of ZeRO optimizer keep (masters, the model's parameters by group).
-_STAGE_3 = ("fp32_partitioned_groups_flat", "fp16_groups")
+STAGE_3 = ("fp32_partitioned_groups_flat", "fp16_groups")
 _STAGE_1_OR_2 = ("single_partition_of_fp32_groups", "bit16_groups")
 _STAGE_1_BF16 = ("fp32_groups_flat_partition", "bf16_groups")
-_KINDS = (_STAGE_3, _STAGE_1_OR_2, _STAGE_1_BF16)
+KINDS = (STAGE_3, _STAGE_1_OR_2, _STAGE_1_BF16)
 
 
 def is_zero_optimizer(optimizer: Any) -> bool:
     """Whether this is one of DeepSpeed's ZeRO optimizers."""
-    return any(hasattr(optimizer, kind[0]) for kind in _KINDS)
+    return any(hasattr(optimizer, kind[0]) for kind in KINDS)
 
 
 def running_zero_optimizer(optimizer: torch.optim.Optimizer) -> Any | None:
@@ -91,8 +92,8 @@ class ZeroEngine:
         self._params = list(params)
         self._optimizer = optimizer
         self._zero = zero
-        self._kind = next(kind for kind in _KINDS if hasattr(zero, kind[0]))
-        located = _fragments_stage_3(zero) if self._kind == _STAGE_3 else _fragments_of_flat_groups(zero, self._kind)
+        self._kind = next(kind for kind in KINDS if hasattr(zero, kind[0]))
+        located = _fragments_stage_3(zero) if self._kind == STAGE_3 else _fragments_of_flat_groups(zero, self._kind)
         if missing := sum(p not in located for p in params):
             raise UserError(
                 f"{missing} of {len(params)} adapter parameters are not in the ZeRO optimizer: pass all trainable "
@@ -109,7 +110,12 @@ class ZeroEngine:
         self._held: list[tuple[Any, torch.Tensor | None]] = []
         self._addresses: list[int] = []
         self._views: list[torch.Tensor] = []
-        self._steps = False  # whether this engine takes part in steps; one that only reads and restores does not
+        # Set once this engine takes part in steps; one that only reads and restores does not.
+        self._hook: RemovableHandle | None = None
+
+    def retire(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
 
     @property
     def _masters(self) -> list[Any]:
@@ -144,9 +150,8 @@ class ZeroEngine:
         Without a norm (``compute_grad_norm: false``) the first firing looks at the gradients of every group: the
         masters' where they have been made, those still waiting in ``averaged_gradients`` otherwise.
         """
-        if not self._steps:
-            self._steps = True
-            self._optimizer.register_step_post_hook(self._after_firing)
+        if self._hook is None:
+            self._hook = self._optimizer.register_step_post_hook(self._after_firing)
         norm = self._zero._global_grad_norm
         if norm is not None:
             return (~torch.isfinite(torch.as_tensor(norm, dtype=torch.float32))).float()
@@ -171,7 +176,7 @@ class ZeroEngine:
         for master in firing:
             if master.grad is not None:
                 master.grad.zero_()
-        if self._kind == _STAGE_3 and any(master is self._masters[-1] for master in firing):
+        if self._kind == STAGE_3 and any(master is self._masters[-1] for master in firing):
             self._zero.grad_partitions_flat_buffer.zero_()
 
     def write(self, indices: Sequence[int], values: Sequence[torch.Tensor]) -> None:
@@ -180,12 +185,12 @@ class ZeroEngine:
 
     def _working_copy(self, index: int) -> torch.Tensor:
         p, fragment = self._params[index], self._fragments[index]
-        if self._kind == _STAGE_3:
+        if self._kind == STAGE_3:
             return p.ds_tensor.detach().narrow(0, 0, fragment.length)
         return p.detach().view(-1)[fragment.span.start : fragment.span.stop]
 
     def shapes(self) -> list[torch.Size]:
-        return [p.ds_shape if self._kind == _STAGE_3 else p.shape for p in self._params]
+        return [p.ds_shape if self._kind == STAGE_3 else p.shape for p in self._params]
 
     def states(self) -> list[State]:
         return [
@@ -216,7 +221,7 @@ class ZeroEngine:
 
     def _publish(self) -> None:
         """Working copies as ZeRO leaves them after a step: whole where it keeps them whole. Collective."""
-        if self._kind != _STAGE_3:
+        if self._kind != STAGE_3:
             self._zero.update_lp_params()
         elif kept := self._zero.persistent_parameters:
             kept[0].partition(kept)

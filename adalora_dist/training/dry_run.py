@@ -22,11 +22,12 @@ from adalora_dist.schedule import BudgetSchedule
 from adalora_dist.training.loop import total_steps
 
 PUBLIC_ROWS = {
-    **{"cola": 8551, "sst2": 67349, "mrpc": 3668, "stsb": 5749, "qqp": 363846, "mnli": 392702, "qnli": 104743},
-    **{"rte": 2490, "v1.1": 87599, "v2.0": 130319, "xsum": 204045, "cnn_dailymail": 287113, "e2e": 42061},
-    **{"boolq": 9427, "piqa": 16113, "siqa": 33410, "hellaswag": 39905, "winogrande": 40398, "arc_easy": 2251},
-    **{"arc_challenge": 1119, "openbookqa": 4957},
-}
+    "cola": 8551, "sst2": 67349, "mrpc": 3668, "stsb": 5749, "qqp": 363846, "mnli": 392702, "qnli": 104743, "rte": 2490,
+    "v1.1": 87599, "v2.0": 130319,  # SQuAD: questions
+    "xsum": 204045, "cnn_dailymail": 287113, "e2e": 42061,
+    "boolq": 9427, "piqa": 16113, "siqa": 33410, "hellaswag": 39905, "winogrande": 40398, "arc_easy": 2251,
+    "arc_challenge": 1119, "openbookqa": 4957,
+}  # fmt: skip
 """Training rows of the public data sets, by task."""
 
 SHOWN_ALLOCATIONS = 3

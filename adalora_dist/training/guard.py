@@ -79,7 +79,7 @@ class Guard:
     def end(self) -> None:
         """The training loop has ended: from here on a signal ends the process at once."""
         self._in_loop = False
-        if self._peers.was_asked():
+        if self._peers.asked:
             self._on_signal(signal.SIGTERM, None)
 
     def leave_preempted(self, step: int) -> NoReturn:
@@ -87,8 +87,12 @@ class Guard:
         self._accelerator.print(f"stopped by a signal after step {step}; run again with --resume auto", flush=True)
         if self._accelerator.is_main_process:
             _write_status(step)
+        if self._prepared is not None and self._prepared.allocator is not None:
+            self._prepared.allocator.detach()
         self._accelerator.end_training()
         self.close()
+        for number in self._previous_handlers:  # launchers send it again as soon as the first process has ended
+            signal.signal(number, signal.SIG_IGN)
         raise SystemExit(EXIT_PREEMPTED)
 
     def close(self) -> None:

@@ -18,10 +18,12 @@ from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from adalora_dist.allocator import RankAllocator
-from adalora_dist.checkpoint_content import Checkpoint, load_checkpoint, trained_parameters
+from adalora_dist.checkpoint_content import Checkpoint, held_triplets, load_checkpoint, trained_parameters
+from adalora_dist.compaction import compact, shrink_layers
 from adalora_dist.config import RunConfig, TrainConfig
 from adalora_dist.data.batches import BatchPlan
 from adalora_dist.errors import UserError
+from adalora_dist.inject import adapted_matrices
 from adalora_dist.progress import progress_bar
 from adalora_dist.training.engine import tied_weights_in_one_group
 from adalora_dist.training.guard import Guard
@@ -60,6 +62,8 @@ def prepare(
     """
     if resumed is not None:
         compare_backbone(resumed, config.model)
+        matrices = adapted_matrices(model)
+        shrink_layers(matrices, held_triplets(resumed, matrices))
     read_trained_modules(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -122,7 +126,8 @@ def train(
     settings, model, optimizer = config.train, prepared.model, prepared.optimizer
     num_steps = total_steps(settings, plan)
     num_processes, num_micro = accelerator.num_processes, accelerator.gradient_accumulation_steps
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    # The optimizer's, because the model's are others while FSDP2 has gathered them, as after an evaluation.
+    parameters = [p for group in prepared.inner_optimizer.param_groups for p in group["params"]]
     losses: list[float] = []
     if prepared.resumed is not None:
         compare_data(prepared.resumed, plan, config)
@@ -159,6 +164,10 @@ def train(
                 optimizer.zero_grad()
         if prepared.allocator is not None:
             prepared.allocator.catch_up(step + 1)
+            if config.adapter.compact and compact(prepared.allocator, model, optimizer):
+                prepared.parameters = trained_parameters(model)
+                parameters = [p for p in model.parameters() if p.requires_grad]
+                report(f"step {step + 1}/{num_steps}: pattern frozen, pruned triplets removed from memory")
         unread.append(loss_of_step / num_targets)
         num_tokens += sum(plan.lengths[row] for row in plan.batch(step))
         bar.update()

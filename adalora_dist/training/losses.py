@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -60,7 +61,7 @@ def classification_loss(
     """
 
     def loss_sum(model: nn.Module, indices: list[int]) -> torch.Tensor:
-        logits = _logits(model, [inputs[i] for i in indices], list(inputs[0]), padding_token, device).logits.float()
+        logits = _output(model, [inputs[i] for i in indices], list(inputs[0]), padding_token, device).logits.float()
         targets = torch.tensor([labels[i] for i in indices], device=device)
         if not indices:
             return logits.sum() * 0
@@ -80,14 +81,17 @@ def span_loss(
     """Of each window the mean of the cross-entropies of its answer's first and last token; (0, 0): no answer in it."""
 
     def loss_sum(model: nn.Module, indices: list[int]) -> torch.Tensor:
-        output = _logits(model, [inputs[i] for i in indices], list(inputs[0]), padding_token, device)
+        output = _output(model, [inputs[i] for i in indices], list(inputs[0]), padding_token, device)
         starts, ends = output.start_logits.float(), output.end_logits.float()
         if not indices:
             return (starts.sum() + ends.sum()) * 0
+        lengths = torch.tensor([[len(inputs[i]["input_ids"])] for i in indices], device=device)
+        is_padding = torch.arange(starts.shape[1], device=device) >= lengths
         targets = torch.tensor([spans[i] for i in indices], device=device)
         losses = [
-            nn.functional.cross_entropy(logits, targets[:, column], reduction="sum")
-            for column, logits in enumerate((starts, ends))
+            # Padding takes no part, so that the loss does not depend on how batches are cut.
+            nn.functional.cross_entropy(logits.masked_fill(is_padding, -math.inf), targets[:, k], reduction="sum")
+            for k, logits in enumerate((starts, ends))
         ]
         return (losses[0] + losses[1]) / 2
 
@@ -141,7 +145,7 @@ def decoder_start_token(model: nn.Module) -> int:
     return token
 
 
-def _logits(
+def _output(
     model: nn.Module,
     rows: Sequence[Mapping[str, Sequence[int]]],
     names: Sequence[str],

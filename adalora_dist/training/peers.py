@@ -2,13 +2,12 @@
 
 The processes form a star around rank 0, over plain TCP beside the process group and independent of its backend. Each
 sends a line of JSON every half second; nothing is ever unpickled. A process that is killed closes its connection and
-is missed at once; one that is stopped (SIGSTOP, a frozen machine) falls silent and is missed after the timeout. As the
-lines come from a thread, a long evaluation, compilation or checkpoint is not silence.
+is missed at once; one that is stopped falls silent and is missed after the timeout. As the lines come from a thread, a
+long evaluation or compilation is not silence. Rank 0 decides what ended the run and tells everyone: the verdict. A
+process that is not to blame leaves without a word, so the log holds one error.
 
-Rank 0 decides what ended the run and tells everyone: the verdict. A process that is not to blame leaves without a
-word, so the log holds one error. Stopping on a signal is agreed through the same lines, without a collective: each
-thread promises that its loop will wait at the end of its current step, rank 0 takes the latest of these steps, and all
-stop after it.
+Stopping on a signal is agreed through the same lines, without a collective: each thread promises that its loop will
+wait at the end of its current step, rank 0 takes the latest of these steps, and all stop after it.
 """
 
 from __future__ import annotations
@@ -22,20 +21,22 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
-from adalora_dist.training.verdict import EXIT_PEER, Identity, Line, State, Verdict, kill_stopped, leave, listen, missed
+from adalora_dist.training.verdict import (
+    EXIT_PEER,
+    Identity,
+    Line,
+    Meeting,
+    State,
+    Verdict,
+    kill_stopped,
+    leave,
+    listen,
+    missed,
+)
 
 BEAT_SECONDS = 0.5
-
-
-class Meeting(NamedTuple):
-    """Where rank 0 listens; the same on all ranks."""
-
-    host: str
-    port: int
-    token: str
-    hub: Identity
 
 
 class _Hub:
@@ -63,7 +64,7 @@ class _Hub:
             try:
                 for message in key.data.receive():
                     self._take(key.data, message)
-            except (EOFError, OSError, ValueError, TypeError):
+            except (EOFError, OSError, ValueError, TypeError, LookupError):  # the end, or a stranger's nonsense
                 self._selector.unregister(key.fileobj)
                 key.data.socket.close()
                 rank = key.data.rank
@@ -130,18 +131,18 @@ class Peers:
         self.rank, self.world_size, self.timeout_seconds = rank, world_size, timeout_seconds
         self.step = 0
         """Finished steps of this process's loop."""
+        self.asked = False  # to stop, by a signal
         self.verdict: Verdict | None = None
         self._own = State()
         self._stop_at: int | None = None
-        self._asked = False
+        self._all_asked = False
         self._lock = threading.Lock()
         self._changed = threading.Event()
-        self._me = Identity.of_this_process(rank)
         self._thread: threading.Thread | None = None
         self._judged = threading.Event()  # a verdict, or the decision where to stop
         if world_size == 1:
             return
-        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        host, self._me = os.environ.get("MASTER_ADDR", "127.0.0.1"), Identity.of_this_process(rank)
         self._listener = listen(host) if rank == 0 else None
         port = self._listener.getsockname()[1] if self._listener else 0
         self._meeting = Meeting(*share([host, port, secrets.token_hex(16), list(self._me)]))
@@ -153,11 +154,7 @@ class Peers:
 
     def ask_to_stop(self) -> None:
         """Every rank is to stop at the same step. Safe in a signal handler: no lock is taken."""
-        self._own.asks = True
-
-    def was_asked(self) -> bool:
-        """Whether this process was told to stop."""
-        return self._own.asks
+        self.asked = self._own.asks = True
 
     def stops_after(self, step: int) -> bool:
         """This process has finished ``step`` steps: do all stop here? True on every rank at the same step."""
@@ -208,6 +205,13 @@ class Peers:
     def _serve(self, listener: socket.socket) -> None:
         """Rank 0: hear all, decide, tell all. After its own end it waits for the others to learn of it."""
         hub = _Hub(listener, self._meeting.token, self.timeout_seconds)
+        try:
+            self._serve_with(hub)
+        except Exception:
+            hub.tell(None, asked=False, stop_at=None, done=True)  # or the others would take this for the end
+            raise
+
+    def _serve_with(self, hub: _Hub) -> None:
         next_beat, deadline = 0.0, float("inf")
         while not self._own.done or (hub.lines and time.monotonic() < deadline):
             hub.hear()
@@ -221,13 +225,13 @@ class Peers:
             if verdict is not None or now >= next_beat or self._changed.is_set():
                 self._changed.clear()
                 next_beat = now + BEAT_SECONDS
-                hub.tell(asked=self._asked, stop_at=self._stop_at, verdict=verdict, done=self._own.done)
+                hub.tell(asked=self._all_asked, stop_at=self._stop_at, verdict=verdict, done=self._own.done)
             if verdict is not None:
                 self._end(verdict)
                 return
 
     def _agree_on_a_step(self, states: Sequence[State]) -> None:
-        if not self._asked and any(state.asks for state in states):
+        if not self._all_asked and any(state.asks for state in states):
             self._learn({"asked": True, "stop_at": None})
         promises = [state.promise for state in states if state.promise is not None]
         if self._stop_at is None and len(promises) == self.world_size:
@@ -272,9 +276,9 @@ class Peers:
 
     def _learn(self, message: Mapping[str, Any]) -> None:
         """Promise to stop, and where."""
-        if message["asked"] and not self._asked:
+        if message["asked"] and not self._all_asked:
             with self._lock:
-                self._asked = True
+                self._all_asked = True
                 self._own.promise = self.step + 1
             self._changed.set()
         if message["stop_at"] is not None and self._stop_at is None:

@@ -6,18 +6,30 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adalora_dist.config import RunConfig
+from adalora_dist.data.bad_rows import BadRows
 from adalora_dist.evaluation.results import TaskResult
 from adalora_dist.pictures import rank_grid
 from adalora_dist.training.loop import Prepared
 
 
-def run_facts(config: RunConfig, engine: str, num_processes: int, num_steps: int, prepared: Prepared) -> dict[str, Any]:
+def run_facts(
+    config: RunConfig,
+    engine: str,
+    num_processes: int,
+    num_steps: int,
+    prepared: Prepared,
+    bad_rows: BadRows | None = None,
+) -> dict[str, Any]:
     """What run.json says of a run beyond its configuration. The number of parameters is that of the whole model."""
     allocator = prepared.allocator
     facts = {"engine": engine, "num_processes": num_processes, "num_steps": num_steps, "method": config.adapter.method}
     facts["num_trainable_parameters"] = sum(
         getattr(p, "ds_numel", p.numel()) for p in prepared.model.parameters() if p.requires_grad
     )
+    facts["num_rows_left_out"] = dict(bad_rows.counts) if bad_rows else {}
+    model = getattr(prepared.model, "module", prepared.model)  # inside DDP and DeepSpeed
+    facts["model_class"] = type(model).__name__.removeprefix("FSDP")  # fully_shard renames classes
+    facts["base_commit"] = getattr(getattr(model, "config", None), "_commit_hash", None)  # None: a local folder
     if allocator is not None:
         facts["num_matrices"] = len(allocator.matrices)
         facts["initial_budget"] = allocator.schedule.initial_budget

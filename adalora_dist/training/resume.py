@@ -17,6 +17,7 @@ from adalora_dist.config import ModelConfig, RunConfig, TrainConfig
 from adalora_dist.data.batches import BatchPlan
 from adalora_dist.errors import UserError
 from adalora_dist.export import task_settings
+from adalora_dist.redaction import redacted
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
@@ -27,10 +28,11 @@ LOGS = (METRICS, ALLOCATIONS)
 # ``data`` and the backbone are compared by content instead: files may move.
 _FREE_SECTIONS = ("data", "evaluation", "export")
 _FREE_FIELDS = (
-    *("model.name", "model.revision", "model.trust_remote_code"),
+    *("model.name", "model.revision", "model.trust_remote_code", "model.allow_pickle_weights"),
     *("train.output_dir", "train.overwrite", "train.resume", "train.log_every", "train.trackers"),
     *("train.checkpoint_every", "train.keep_checkpoints", "train.async_checkpoints"),
-    *("train.micro_batch_size", "train.gradient_checkpointing"),
+    *("train.micro_batch_size", "train.gradient_checkpointing", "train.dry_run"),
+    *("train.max_nonfinite_steps", "train.peer_timeout_seconds", "adapter.compact"),
 )
 _EDGE_BYTES = 1 << 16
 
@@ -49,7 +51,7 @@ def find_checkpoint(config: RunConfig) -> Checkpoint | None:
     if train.resume == "auto":
         found = newest_checkpoint(root)
         if found is None:
-            agreed(lambda: _refuse_lost_steps(train) if this_rank() == 0 else None)
+            agreed(lambda: refuse_lost_steps(train) if this_rank() == 0 else None)
             return None
     else:
         path = Path(train.resume)
@@ -73,7 +75,8 @@ def continues_in_place(train: TrainConfig) -> bool:
     return Path(train.resume).resolve().is_relative_to(Path(train.output_dir).resolve())
 
 
-def _refuse_lost_steps(train: TrainConfig) -> None:
+def refuse_lost_steps(train: TrainConfig) -> None:
+    """Raise before a run starts at step 0 in a folder whose run has made steps and is to be continued."""
     metrics = Path(train.output_dir) / METRICS
     if metrics.exists() and metrics.stat().st_size:
         raise UserError(
@@ -97,7 +100,7 @@ def _compare_settings(checkpoint: Checkpoint, config: RunConfig) -> None:
 def _changes(checkpoint: Checkpoint, config: RunConfig, free: bool) -> Iterator[str]:
     """'adapter.init_rank 12 -> 8' for every setting that differs; those that may, or those that may not."""
     stored = checkpoint.run["config"]
-    for section, fields in config.model_dump(mode="json").items():
+    for section, fields in redacted(config.model_dump(mode="json")).items():
         defaults = getattr(type(config)(), section).model_dump(mode="json")  # for settings newer than the checkpoint
         for field, now in fields.items():
             name = f"{section}.{field}"
@@ -212,7 +215,7 @@ class RunCheckpoints:
         self._every, self._folder = train.checkpoint_every, Path(train.output_dir)
         self._writer = CheckpointWriter(self._folder / CHECKPOINTS, train.keep_checkpoints, train.async_checkpoints)
         self._run = {
-            "config": config.model_dump(mode="json"),
+            "config": redacted(config.model_dump(mode="json")),
             "backbone": backbone_identity(config.model),
             "data": plan.fingerprint(),
             "num_steps": num_steps,

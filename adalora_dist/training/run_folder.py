@@ -21,7 +21,7 @@ from adalora_dist.checkpoint_content import Checkpoint
 from adalora_dist.config import RunConfig
 from adalora_dist.errors import UserError
 from adalora_dist.redaction import redacted, redacted_command
-from adalora_dist.training.resume import ALLOCATIONS, LOGS, METRICS, continues_in_place
+from adalora_dist.training.resume import ALLOCATIONS, LOGS, METRICS, continues_in_place, refuse_lost_steps
 
 _PACKAGES = ("adalora-dist", "torch", "transformers", "accelerate", "datasets", "deepspeed", "bitsandbytes")
 
@@ -46,10 +46,12 @@ class RunFolder:
         if (self.path / "config.yaml").exists() and config.train.overwrite:
             _empty(self.path)
         refuse_used_folder(config)
+        if resumed is None and config.train.resume != "never":
+            refuse_lost_steps(config.train)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if resumed is not None:
-                for form in ("merged", "lora", "peft"):  # exports that were interrupted
+                for form in config.export.export_formats:  # exports that were interrupted, or made again
                     shutil.rmtree(self.path / form, ignore_errors=True)
                 self._restore_logs(resumed)
             self._metrics = (self.path / METRICS).open("a", encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from adalora_dist.layers import SVDLinear
 from adalora_dist.training.engine import full_tensor
@@ -17,6 +18,9 @@ def gather_trained(model: nn.Module, keep: bool = True) -> dict[str, torch.Tenso
     Args:
         keep: whether this process wants them; others take part and get nothing, one tensor in memory at a time.
     """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # the last evaluation may have left it gathered
     trained = {}
     for path, module in model.named_modules():
         if isinstance(module, SVDLinear):

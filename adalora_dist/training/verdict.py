@@ -35,6 +35,15 @@ class Identity(NamedTuple):
         return f"rank {self.rank} (process {self.pid} on {self.host})"
 
 
+class Meeting(NamedTuple):
+    """Where rank 0 listens; the same on all ranks."""
+
+    host: str
+    port: int
+    token: str
+    hub: Identity
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Why the run ends: what one rank reported, or that it is gone and can report nothing."""

@@ -1,0 +1,86 @@
+"""What a training step costs after compaction, beside plain LoRA with the same rank in every matrix.
+
+    python benchmarks/compacted.py
+
+A LLaMA of small sizes is trained until its pattern is frozen, and compacted. Then it takes turns with a LoRA of that
+pattern, and with the same run left masked. Thread CPU seconds of one core, medians over rounds.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from adalora_dist.allocator import RankAllocator
+from adalora_dist.compaction import compact, shrink_layers
+from adalora_dist.config import AdapterConfig
+from adalora_dist.inject import AdaptedMatrix, inject_adapters
+
+SHAPE = dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=12, vocab_size=1000)
+INIT_RANK, TARGET_RANK, STEPS, ROUNDS = 12, 8, 20, 15
+
+
+def llama_with_adapters(method: str) -> tuple[Any, AdapterConfig, list[AdaptedMatrix]]:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    config = AdapterConfig(
+        method=method, init_rank=INIT_RANK, target_rank=TARGET_RANK, initial_warmup_steps=2, mask_interval_steps=1,
+        final_steps=STEPS - 8,
+    )  # fmt: skip
+    return model, config, inject_adapters(model, config)
+
+
+def trainer(model: Any, config: AdapterConfig, batch: torch.Tensor) -> tuple[Callable[[], None], RankAllocator, Any]:
+    """(one training step, allocator, optimizer)."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
+    allocator = RankAllocator.attach(model, optimizer, config, STEPS)
+    allocator.detach()
+
+    def step() -> None:
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, allocator, optimizer
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    batch = torch.randint(SHAPE["vocab_size"], (8, 64), generator=torch.Generator().manual_seed(0))
+    steps: dict[str, Callable[[], None]] = {}
+    for name in ("masked", "compacted"):
+        model, config, matrices = llama_with_adapters("adalora")
+        steps[name], allocator, optimizer = trainer(model, config, batch)
+        while not allocator.frozen:
+            steps[name]()
+        if name == "compacted":
+            compact(allocator, model, optimizer)
+    pattern = [m.layer.triplets for m in matrices]
+    model, config, matrices = llama_with_adapters("lora")
+    shrink_layers(matrices, pattern)
+    steps["LoRA"], _, _ = trainer(model, config, batch)
+
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for round_ in range(-3, ROUNDS):
+        for name, step in steps.items():
+            started = time.thread_time()
+            step()
+            if round_ >= 0:
+                seconds[name].append(time.thread_time() - started)
+    ranks = [len(triplets) for triplets in pattern]
+    print(
+        f"{SHAPE}, {len(ranks)} matrices, ranks {min(ranks)} to {max(ranks)}, {batch.numel()} tokens a step, float32\n"
+    )
+    print("| AdaLoRA, pattern frozen | step / step of LoRA at the same ranks |\n| --- | ---: |")
+    for name in ("compacted", "masked"):
+        ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds["LoRA"], strict=True))
+        print(f"| {name} | {ratio:.3f} |")
+
+
+if __name__ == "__main__":
+    main()

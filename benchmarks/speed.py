@@ -1,0 +1,199 @@
+"""What adaptive rank costs in time: ratios between methods that take turns in one process.
+
+    python benchmarks/speed.py ops            operations, collectives and host reads of a step, exactly; two minutes
+    python benchmarks/speed.py update         the importance update beside PEFT's, at 2 and 7.5 million elements
+    python benchmarks/speed.py step           one training step of the four methods at the same ranks
+    python benchmarks/speed.py run            a whole run with the proportions of the paper's MNLI schedule
+    python benchmarks/speed.py gpu            LLaMA-7B shapes on one CUDA device, bf16 and NF4
+
+CPU times are thread CPU times of one core (``time.thread_time``), so that other processes disturb as little as
+possible; GPU times are device events. Every figure is a median over rounds in which all methods take their turn. Dated
+results lie beside this file. ``pip install -e '.[dev]'`` has PEFT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from variants import NAMES, TARGETS, Variant, llama
+
+MNLI_STEPS, MNLI_INITIAL, MNLI_FINAL = 85_970, 8_000, 50_000  # 7 epochs of 393,000 rows in batches of 32; t_i; t_f
+
+
+def take_turns(actions: dict[str, Callable[[], None]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Thread CPU seconds of each action, once per round."""
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for round_ in range(-warmup, rounds):
+        for name, action in actions.items():
+            started = time.thread_time()
+            action()
+            if round_ >= 0:
+                seconds[name].append(time.thread_time() - started)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], a: str, b: str) -> float:
+    """Median over rounds of a / b within the round: what slows a whole round down cancels out."""
+    return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------ operations
+
+
+def _count_rank(rank: int, world_size: int, engine: str, method: str, folder: str) -> None:
+    from operations import count_run
+
+    torch.set_num_threads(1)
+    rendezvous = f"file://{folder}/{engine}-{method}.rendezvous"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
+    steps = count_run(rank, world_size, engine, method)
+    if rank == 0:
+        Path(folder, f"{engine}-{method}.json").write_text(json.dumps(steps))
+    dist.destroy_process_group()
+
+
+def ops() -> None:
+    from operations import extra
+
+    print("| over the same LoRA | forward and backward | step | step with a selection | step when frozen | host reads "
+          "per step / selection | collectives per step / selection |")  # fmt: skip
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    rows = [("single", 1, "", "one process"), ("ddp", 2, "", "DDP x 2"), ("fsdp2", 2, "", "FSDP2 x 2")]
+    rows += [("single", 1, "peft-", "PEFT, one process")]
+    with tempfile.TemporaryDirectory() as folder:
+        for engine, world_size, prefix, name in rows:
+            runs = []
+            for method in ("adalora", "lora"):
+                mp.spawn(_count_rank, (world_size, engine, prefix + method, folder), nprocs=world_size)
+                runs.append(json.loads(Path(folder, f"{engine}-{prefix}{method}.json").read_text()))
+            ours, lora = runs
+            step = extra(ours, lora, "step", "ops")
+            reads, collectives = (extra(ours, lora, "step", key) for key in ("host_reads", "collectives"))
+            cells = [max(extra(ours, lora, "forward", "ops")[2:]), step[2], max(step[3:5]), step[5]]
+            cells += [f"{reads[2]} / {max(reads[3:5])}", f"{collectives[2]} / {max(collectives[3:5])}"]
+            print(f"| {name} | " + " | ".join(f"{c:,}" if isinstance(c, int) else c for c in cells) + " |", flush=True)
+
+
+# -------------------------------------------------------------------------------------------------------- the update
+
+
+class Shapes(nn.Module):
+    """Linear maps of a model's shapes whose weights take no memory: for what does not run a forward."""
+
+    def __init__(self, shapes: dict[str, tuple[int, int]], num_layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict() for _ in range(num_layers))
+        for layer in self.layers:
+            for name, (d_out, d_in) in shapes.items():
+                layer[name] = nn.Linear(d_in, d_out, bias=False, device="meta")
+                layer[name].weight = nn.Parameter(torch.zeros(1).expand(d_out, d_in), requires_grad=False)
+
+    def forward(self) -> None:
+        raise NotImplementedError
+
+
+DEBERTA = {k: (768, 768) for k in ("q", "k", "v", "o")} | {"up": (3072, 768), "down": (768, 3072)}
+LLAMA_7B = {k: (4096, 4096) for k in ("q", "k", "v", "o")} | {"gate": (11008, 4096), "up": (11008, 4096)}
+LLAMA_7B |= {"down": (4096, 11008)}
+
+
+def update(rounds: int = 15) -> None:
+    print(
+        "| r = 12 | adapter elements | importance update / PEFT's | whole hook, regulariser included / PEFT's update |"
+    )
+    print("| --- | ---: | ---: | ---: |")
+    for name, shapes, num_layers in (("DeBERTa-base", DEBERTA, 12), ("8 layers of LLaMA-7B", LLAMA_7B, 8)):
+        print(f"| {name} | {compare_updates(shapes, num_layers, rounds)} |", flush=True)
+
+
+def compare_updates(shapes: dict[str, tuple[int, int]], num_layers: int, rounds: int) -> str:
+    ours, theirs = (
+        Variant(method, Shapes(shapes, num_layers), 12, 8, (1000, 10, 10, 10), targets=tuple(shapes))
+        for method in ("adalora", "peft-adalora")
+    )
+    for variant in (ours, theirs):
+        for p in variant.trainable:
+            p.grad = torch.full_like(p, 1e-3)
+    ours.optimizer.step()  # binds
+    allocator, engine = ours.allocator, ours.allocator._engine
+
+    @torch.no_grad()
+    def importance() -> None:  # what the hook does for it: gather values and gradients, advance the averages
+        allocator._collect_values()
+        allocator._layout.collect(engine.gradients(), allocator._gradients)
+        allocator._update_importance()
+
+    actions = {
+        "ours": importance,
+        "hook": lambda: allocator._before_firing(ours.optimizer),
+        "peft": lambda: theirs.model.base_model.rankallocator.update_ipt(theirs.model),
+    }
+    seconds = take_turns(actions, rounds)
+    ratios = [f"{ratio(seconds, name, 'peft'):.2f}" for name in ("ours", "hook")]
+    return " | ".join([f"{allocator.sensitivity.numel() / 1e6:.1f} M", *ratios])
+
+
+# ------------------------------------------------------------------------------------------------------ steps and runs
+
+CPU_MODEL = dict(hidden=768, mlp=2048, num_layers=4, num_heads=12, vocabulary=1000)
+
+
+def step(rounds: int = 12, tokens: int = 512) -> None:
+    schedule = (10 * rounds, 1, 1, 10)  # the budget is what it was: ranks stay equal, selections are made
+    variants = {m: Variant(m, llama(**CPU_MODEL), 8, 8, schedule) for m in NAMES}
+    batch = torch.randint(1000, (tokens // 64, 64), generator=torch.Generator().manual_seed(0))
+    actions = {m: (lambda v=v: v.step(batch)) for m, v in variants.items()}
+    seconds = take_turns(actions, rounds)
+    print(f"LLaMA shapes {CPU_MODEL}, {len(TARGETS)} matrices a layer, rank 8, {tokens} tokens a step, float32\n")
+    print("| | seconds | step / our LoRA's | step / PEFT AdaLoRA's | step / PEFT LoRA's |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    for method, name in NAMES.items():
+        others = [f"{ratio(seconds, method, other):.3f}" for other in ("lora", "peft-adalora", "peft-lora")]
+        print(f"| {name} | {statistics.median(seconds[method]):.3f} | " + " | ".join(others) + " |")
+
+
+def run(num_steps: int = 60, tokens: int = 512) -> None:
+    """AdaLoRA 12 -> 8 and LoRA at 8, step by step in turns; seconds add up over the whole run."""
+    schedule = (num_steps, round(num_steps * MNLI_INITIAL / MNLI_STEPS), round(num_steps * MNLI_FINAL / MNLI_STEPS), 1)
+    ours, lora = (Variant(m, llama(**CPU_MODEL), r, 8, schedule) for m, r in (("adalora", 12), ("lora", 8)))
+    batch = torch.randint(1000, (tokens // 64, 64), generator=torch.Generator().manual_seed(0))
+    seconds = take_turns({"ours": lambda: ours.step(batch), "lora": lambda: lora.step(batch)}, num_steps, warmup=0)
+    ours.allocator.finish()
+    pruning = num_steps - schedule[2]
+    print(
+        f"{num_steps} steps, t_i {schedule[1]}, t_f {schedule[2]}, a selection at every step; AdaLoRA 12 -> 8, LoRA 8\n"
+    )
+    print("| AdaLoRA / LoRA, CPU seconds | |\n| --- | ---: |")
+    for name, part in (
+        ("whole run", slice(1, None)),
+        ("until frozen", slice(1, pruning)),
+        ("frozen", slice(pruning, None)),
+    ):
+        print(f"| {name} | {sum(seconds['ours'][part]) / sum(seconds['lora'][part]):.3f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("benchmark", choices=("ops", "update", "step", "run", "gpu"))
+    benchmark = parser.parse_args().benchmark
+    if benchmark == "gpu":
+        from speed_gpu import gpu
+
+        gpu()
+        return
+    torch.set_num_threads(1)
+    {"ops": ops, "update": update, "step": step, "run": run}[benchmark]()
+
+
+if __name__ == "__main__":
+    main()
