@@ -9,6 +9,7 @@ itself, so that engine and number of processes may change.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,10 +24,12 @@ from torch import nn
 from adalora_dist.agreement import agreed, this_rank
 from adalora_dist.allocator import AllocatorState, RankAllocator
 from adalora_dist.errors import UserError
+from adalora_dist.export import AdapterWeights, is_conv1d
 from adalora_dist.inject import AdaptedMatrix
 from adalora_dist.layers import SVDLinear
 from adalora_dist.sharding import select_engine
 from adalora_dist.sharding.base import ShardEngine, Span
+from adalora_dist.spans import FACTOR_KINDS
 
 STATE = "state.json"
 _PATTERNS = "patterns"
@@ -83,8 +86,15 @@ def snapshot(
         "allocator": learnt.numbers,
         "parameters": table,
         "triplets": {m.name: list(m.layer.triplets) for m in (allocator.matrices if allocator else ())},
+        "matrices": {m.name: _described(m.layer) for m in (allocator.matrices if allocator else ())},
     }
     return Shard(tensors, spans), description
+
+
+def _described(layer: SVDLinear) -> dict[str, Any]:
+    """What an export needs to know of a matrix besides its triplets."""
+    sizes = {"d_out": layer.d_out, "d_in": layer.d_in, "init_rank": layer.init_rank}
+    return sizes | {"scale": layer.scale, "is_transposed": is_conv1d(layer.base)}
 
 
 def _key(kind: str, name: str) -> str:
@@ -164,6 +174,43 @@ def load_checkpoint(
     engine.restore(values, states)
     if allocator:
         allocator.load_state(learnt)
+
+
+def stored_adapters(checkpoint: Checkpoint) -> tuple[list[AdapterWeights], dict[str, torch.Tensor]]:
+    """The active triplets of every adapted matrix, and what is trained besides, whole. Needs no model and no process.
+
+    Active are the triplets of the last selection, as in ``gather_adapters``; before the first, all.
+
+    Raises:
+        UserError: something is missing.
+    """
+    table, matrices = checkpoint.state["parameters"], checkpoint.state["matrices"]
+    adapters = []
+    with ExitStack() as stack:
+        stored = _Stored(checkpoint, stack)
+
+        def whole(name: str) -> torch.Tensor:
+            shape = table[name]["shape"]
+            return stored.part("", name, Span(0, math.prod(shape))).view(shape).float()
+
+        patterns = stored.patterns()
+        num_triplets = [matrix["init_rank"] for matrix in matrices.values()]
+        keep = patterns[-1] if len(patterns) else torch.ones(sum(num_triplets), dtype=torch.bool)
+        for (name, matrix), kept in zip(matrices.items(), keep.split(num_triplets), strict=True):
+            kept = kept[checkpoint.state["triplets"][name]]  # of those that have not been removed
+            p, qt = torch.empty(matrix["d_out"], 0), torch.empty(matrix["d_in"], 0)
+            lam = torch.ones(len(kept))  # plain LoRA does not train it
+            if len(kept):
+                p, qt = whole(f"{name}.P"), whole(f"{name}.Qt")
+                lam = whole(f"{name}.lam") if f"{name}.lam" in table else lam
+            adapters.append(
+                AdapterWeights(
+                    name, p[:, kept].contiguous(), lam[kept], qt[:, kept].T.contiguous(), matrix["scale"],
+                    matrix["is_transposed"],
+                )
+            )  # fmt: skip
+        factors = {f"{name}.{kind}" for name in matrices for kind in FACTOR_KINDS}
+        return adapters, {name: whole(name) for name in table if name not in factors}
 
 
 class _Stored:

@@ -10,6 +10,9 @@ from typing import Any, Literal
 import torch
 import yaml
 
+from adalora_dist.checkpoint import checkpoint_at
+from adalora_dist.checkpoint_content import stored_adapters
+from adalora_dist.checkpoint_files import step_of
 from adalora_dist.errors import UserError
 from adalora_dist.export import AdapterWeights, SavedAdapter, base_folder_of, merge, read_adapter, write_task
 from adalora_dist.peft_format import VLLM_MAX_RANKS, fold, save_adalora, save_lora
@@ -43,20 +46,41 @@ class FinishedRun:
     def read(cls, path: Path) -> FinishedRun:
         """
         Args:
-            path: of a finished run, which holds adapter/, or of an adapter folder.
+            path: of a finished run, which holds adapter/, of one of its checkpoints, or of an adapter folder.
 
         Raises:
-            UserError: it is neither.
+            UserError: it is none of them.
         """
+        if step_of(path) is not None:
+            return cls._read_checkpoint(path)
         folder = path / "adapter" if (path / "adapter").is_dir() else path
         if not (folder / "adapter.json").is_file():
-            raise UserError(f"{path} is no finished run (it has no adapter/adapter.json): give a run's output_dir")
+            raise UserError(
+                f"{path} is no finished run (it has no adapter/adapter.json): give a run's output_dir, or one of its "
+                "checkpoints"
+            )
         saved = read_adapter(folder)
         file = path / "config.yaml"
         settings = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
         file = path / "run.json"
         facts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         return cls(path, saved, settings, facts)
+
+    @classmethod
+    def _read_checkpoint(cls, path: Path) -> FinishedRun:
+        checkpoint = checkpoint_at(path)
+        settings = checkpoint.run["config"]
+        adapters, trained = stored_adapters(checkpoint)
+        if not adapters:
+            raise UserError(f"{path} has no adapters: a run with method {settings['adapter']['method']} has none")
+        model = settings["model"]
+        saved = SavedAdapter(adapters, model["name"], model["revision"], trained, checkpoint.run["task"])
+        return cls(path, saved, settings, {})
+
+    @property
+    def folder(self) -> Path:
+        """Of the run: a checkpoint lies in RUN/checkpoints."""
+        return self.path if step_of(self.path) is None else self.path.parents[1]
 
     @property
     def is_quantized(self) -> bool:
@@ -108,6 +132,8 @@ def export_run(
         UserError: the run cannot be read, or not written in this form.
     """
     run = FinishedRun.read(path)
+    if out is None and step_of(path) is not None:
+        raise UserError(f"{path} is a checkpoint, and nothing is written into those: give --out FOLDER")
     out = path / to if out is None else out
     if out.exists():
         raise UserError(f"--out {out} exists: give another folder, or remove it")
@@ -118,7 +144,7 @@ def export_run(
     if to == "merged":
         base_folder = base_folder_of(base, run.saved.base_revision if base == run.saved.base_model else None)
         into = merge_into or run.settings.get("export", {}).get("merge_into", "original")
-        base_weights = read_description(path / "quantized.json") if into == "dequantized" else None
+        base_weights = read_description(run.folder / "quantized.json") if into == "dequantized" else None
         if run.is_quantized and into == "original":
             print("warning: the adapters were trained over quantised weights and are merged into the original ones;")
             print("warning: --merge-into dequantized gives exactly what was trained (docs/quantization.md)")
@@ -152,6 +178,8 @@ def inspect_run(path: Path, pictures: bool = True) -> None:
     Raises:
         UserError: the run cannot be read, or matplotlib is not installed.
     """
+    if step_of(path) is not None:
+        raise UserError(f"{path} is a checkpoint: give the run's folder, {path.absolute().parents[1]}")
     run = FinishedRun.read(path)
     pattern = {a.name: a.rank for a in run.saved.adapters}
     print("Active ranks\n" + rank_table(pattern) + "\n")

@@ -346,6 +346,19 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _adapters_to_use(self) -> RunConfig:
+        if self.adapter.method in ("adalora", "lora"):
+            return self
+        wanted = [form for form in ("lora", "peft") if form in self.export.export_formats]
+        if wanted or self.adapter.init_from is not None:
+            setting = f"export_formats {' '.join(wanted)}" if wanted else f"init_from {self.adapter.init_from}"
+            raise ValueError(
+                f"{setting} with method {self.adapter.method}: there are no adapters; set method to adalora or lora, "
+                f"or leave {setting.partition(' ')[0]} out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _steps_left_to_prune(self) -> RunConfig:
         adapter, total = self.adapter, self.train.max_steps
         if adapter.method != "adalora" or total is None:

@@ -76,13 +76,13 @@ def gather_adapters(allocator: RankAllocator) -> list[AdapterWeights]:
         adapters.append(
             AdapterWeights(
                 matrix.name, p[:, kept].contiguous(), lam[kept], qt[:, kept].T.contiguous(), matrix.layer.scale,
-                _is_conv1d(matrix.layer.base),
+                is_conv1d(matrix.layer.base),
             )
         )  # fmt: skip
     return adapters
 
 
-def _is_conv1d(base: nn.Module) -> bool:
+def is_conv1d(base: nn.Module) -> bool:
     """Whether the files have the weight as (d_in, d_out). A quantised linear remembers what it has replaced."""
     return hasattr(base, "nf") or getattr(base, "source_cls", type(base)).__name__ == "Conv1D"
 

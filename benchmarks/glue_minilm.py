@@ -32,7 +32,7 @@ METHODS = {
     "head": "--learning-rate 3e-2",
 }
 COMMON = (
-    "--no-export-merged --no-evaluate-before --micro-batch-size 32 --lr-warmup-ratio 0.1 --eval-batch-size 64 "
+    "--export-formats none --no-evaluate-before --micro-batch-size 32 --lr-warmup-ratio 0.1 --eval-batch-size 64 "
     "--log-every 20"
 )
 

@@ -14,13 +14,14 @@ import torch
 from distributed import run_ranks
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_export_formats import SETTINGS, STEPS, TOLERANCE, build, logits
+from test_export_formats import SETTINGS, STEPS, TOLERANCE, adapt, build, logits, weights_of
 
 from adalora_dist.allocator import RankAllocator
-from adalora_dist.config import RunConfig, TrainConfig
+from adalora_dist.config import ModelConfig, RunConfig, TrainConfig
 from adalora_dist.export import gather_adapters, load_adapter, save_adapter
 from adalora_dist.inject import inject_adapters
 from adalora_dist.main import main
+from adalora_dist.training.exports import write_adapters
 from adalora_dist.training.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
@@ -102,6 +103,24 @@ def test_export_says_what_the_run_learnt(
     if to == "merged":
         assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
         assert (tmp_path / "out" / "generation_config.json").is_file()
+
+
+def test_a_classifier_comes_with_its_head_and_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The base is saved without its head, as encoders are; head and task are in the run folder alone."""
+    model = build("deberta", id2label={0: "no", 1: "maybe", 2: "yes"}, label2id={"no": 0, "maybe": 1, "yes": 2})
+    model.deberta.save_pretrained(tmp_path / "base")
+    adapt(model)
+    config = RunConfig(model=ModelConfig(name=str(tmp_path / "base")))
+    trained = {n: p.detach() for n, p in model.named_parameters() if n.startswith(("classifier.", "pooler."))}
+    assert write_adapters(config, model, weights_of(model), trained, tmp_path / "run") is None
+    expected = logits(model)
+    for to in ("merged", "lora", "peft"):
+        said = succeed(capsys, "export", tmp_path / "run", "--to", to)
+        names: dict[str, Any] = {}
+        exec(compile(said.split("To use it:\n\n")[1], "usage", "exec"), names)  # the lines as printed
+        assert (logits(names["model"]) - expected).abs().max() <= TOLERANCE, to
+    merged = json.loads((tmp_path / "run" / "merged" / "config.json").read_text())
+    assert merged["architectures"] == ["DebertaV2ForSequenceClassification"] and merged["id2label"]["1"] == "maybe"
 
 
 def test_dtype_of_an_export(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -189,6 +189,8 @@ BAD_FLAGS = [
     ("--train-modules [", ["--train-modules [", "not a regular expression"]),
     ("--init-rank 4", ["target_rank 8", "init_rank 4", "must be <= init_rank"]),
     ("--target-rank 0", ["target_rank 0", "must be > 0"]),
+    ("--method full --export-formats merged lora", ["export_formats lora", "method full", "leave export_formats out"]),
+    ("--method full --init-from adapter", ["init_from adapter", "method full", "leave init_from out"]),
     ("--target-budget 0", ["target_budget 0", "must be > 0"]),
     ("--max-steps 9 --initial-warmup-steps 5 --final-steps 4", ["5", "4", "max_steps 9", "must be < max_steps"]),
     ("--max-steps 9 --final-steps 9", ["final_steps 9 with max_steps 9", "lower final_steps"]),

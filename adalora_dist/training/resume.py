@@ -16,6 +16,7 @@ from adalora_dist.checkpoint_files import step_of
 from adalora_dist.config import ModelConfig, RunConfig, TrainConfig
 from adalora_dist.data.batches import BatchPlan
 from adalora_dist.errors import UserError
+from adalora_dist.export import task_settings
 from adalora_dist.redaction import redacted
 
 CHECKPOINTS = "checkpoints"
@@ -220,6 +221,7 @@ class RunCheckpoints:
             "num_steps": num_steps,
             "num_processes": accelerator.num_processes,
             "notes": dict(notes),
+            "task": task_settings(accelerator.unwrap_model(prepared.model)),
         }
         if prepared.allocator:
             prepared.allocator.bind(prepared.optimizer)

@@ -1,0 +1,77 @@
+"""Exports from a checkpoint say what the run's model said, whatever engine wrote it; no process group is needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_ranks
+from peft import PeftModel
+from resume_runs import configuration, run, write_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from adalora_dist.checkpoint import checkpoint_at
+from adalora_dist.checkpoint_content import stored_adapters
+from adalora_dist.main import main
+
+IDS = torch.tensor([[1, 5, 9, 4, 30, 2]])
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model.eval()(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize(
+    ("engine", "method"),
+    [
+        ("single", "adalora"),
+        *(pytest.param(e, m, marks=pytest.mark.slow) for e, m in (("fsdp2", "adalora"), ("zero3", "adalora"))),
+        pytest.param("single", "lora", marks=pytest.mark.slow),
+    ],
+)
+def test_every_form_from_a_checkpoint(tmp_path: Path, engine: str, method: str) -> None:
+    write_model(tmp_path)
+    world_size = 1 if engine == "single" else 2
+    config = configuration(tmp_path, world_size, method=method, checkpoint_every=7, dropout=0.0)
+    result = run_ranks(world_size, run, engine, config)[0]
+    folder = max((tmp_path / "run" / "checkpoints").glob("step-????????"))
+    adapters, trained = stored_adapters(checkpoint_at(folder))
+    assert {a.name for a in adapters} == result.adapters.keys() and trained.keys() == {"lm_head.weight"}
+    for adapter in adapters:
+        torch.testing.assert_close(adapter.delta(), result.adapters[adapter.name], rtol=1e-6, atol=1e-7)
+    ranks = {a.rank for a in adapters}
+    assert len(ranks) > 1 or method == "lora"
+
+    said = {}
+    for to in ("merged", "lora", "peft"):
+        main(["export", str(folder), "--to", to, "--out", str(tmp_path / to)])
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / ("merged" if to == "merged" else "model"))
+        said[to] = logits(plain if to == "merged" else PeftModel.from_pretrained(plain, tmp_path / to))
+    assert torch.equal(
+        load_file(tmp_path / "merged" / "model.safetensors")["lm_head.weight"], trained["lm_head.weight"]
+    )
+    assert (said["merged"] - logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model"))).abs().max() > 0.01
+    for form in ("lora", "peft"):
+        assert (said[form] - said["merged"]).abs().max() <= 1e-5
+
+
+def test_nothing_is_written_into_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_model(tmp_path)
+    run_ranks(1, run, "single", configuration(tmp_path, checkpoint_every=7), (3, 0))
+    folder = max((tmp_path / "run" / "checkpoints").glob("step-????????"))
+    capsys.readouterr()
+    for words, says in (
+        (["export", str(folder), "--to", "lora"], "--out FOLDER"),
+        (["inspect", str(folder)], str(tmp_path / "run")),
+        (["export", str(folder.with_name("step-99999999")), "--to", "lora", "--out", str(tmp_path / "x")], "99999999"),
+    ):
+        with pytest.raises(SystemExit):
+            main(words)
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and says in line
+    adapters, _ = stored_adapters(checkpoint_at(folder))  # of step 0: all triplets, and they say nothing yet
+    assert {a.rank for a in adapters} == {3} and all(a.lam.eq(0).all() for a in adapters)
