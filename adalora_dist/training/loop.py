@@ -166,7 +166,7 @@ def train(
             prepared.allocator.catch_up(step + 1)
             if config.adapter.compact and compact(prepared.allocator, model, optimizer):
                 prepared.parameters = trained_parameters(model)
-                parameters = [p for p in model.parameters() if p.requires_grad]
+                parameters = [p for group in prepared.inner_optimizer.param_groups for p in group["params"]]
                 report(f"step {step + 1}/{num_steps}: pattern frozen, pruned triplets removed from memory")
         unread.append(loss_of_step / num_targets)
         num_tokens += sum(plan.lengths[row] for row in plan.batch(step))
