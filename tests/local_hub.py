@@ -98,7 +98,7 @@ class LocalHub:
 
     def outputs(self, process: subprocess.Popen[str]) -> tuple[str, str]:
         """What a process printed until its end; kept in a file, too, for the search for the token."""
-        out, errors = process.communicate(timeout=120)
+        out, errors = process.communicate(timeout=300)
         with (self.folder.parent / "outputs.txt").open("a", encoding="utf-8") as file:
             file.write(out + errors)
         return out, errors

@@ -270,7 +270,7 @@ class Reader:
 
 def wait_for(hub: LocalHub, pattern: str, process: subprocess.Popen[str], num_requests: int = 0) -> None:
     """Until the Hub has logged a request that matches, after its first ``num_requests``."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not any(re.search(pattern, line) for line in hub.log()[num_requests:]):
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
