@@ -210,7 +210,7 @@ def assert_continues_exactly(
         for name, tensor in (*wanted.state.items(), *wanted.adapters.items()):
             assert torch.equal({**result.state, **result.adapters}[name], tensor), name
         for mine, theirs in zip(result.averages, wanted.averages, strict=True):
-            assert all(torch.equal(mine[kind], theirs[kind]) for kind in ("sensitivity", "uncertainty"))
+            assert mine.keys() == theirs.keys() and all(torch.equal(mine[kind], theirs[kind]) for kind in mine)
         assert without_speed(result.metrics) == without_speed(wanted.metrics)
 
 
@@ -233,6 +233,9 @@ def assert_continues_elsewhere(
     for where, name, size, resaved in ((project, engine, world_size, None), (there, other, other_size, folder / "re")):
         config = configuration(where, size, resume="auto", **changes)
         run_ranks(size, run, name, config, (later, 0), resaved, timeout=400)
+    for where, size in ((project, world_size), (there, other_size)):
+        newest = newest_checkpoint(where / "run" / "checkpoints")
+        assert newest is not None and (newest.step, newest.run["num_processes"]) == (later, size)
     before = whole_tensors(checkpoint_at(project / "run" / "checkpoints" / f"step-{stop:08d}"))
     after = whole_tensors(checkpoint_at(folder / "re" / f"step-{stop:08d}"))
     assert before.keys() == after.keys() and len(before) > 100
