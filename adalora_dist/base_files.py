@@ -75,6 +75,19 @@ def find_tensors(
     return places
 
 
+def refuse_foreign_link(path: Path) -> None:
+    """Raise unless a file of a model's folder is in it, or in the Hub's cache beside it, where links are the rule.
+
+    Raises:
+        UserError: it is a link to somewhere else, whose content an export would carry along.
+    """
+    folder, target = path.parent.resolve(), path.resolve()
+    if not any(target.is_relative_to(root) for root in (folder, folder.parent.parent / "blobs")):
+        raise UserError(
+            f"{path} is a link to {target}, out of the model's folder: remove it, or put the file itself there"
+        )
+
+
 def is_module_pattern(key: object) -> bool:
     """Whether a key of PEFT's rank_pattern is a name or a simple pattern that can be matched without a second thought.
 

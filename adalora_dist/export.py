@@ -20,7 +20,7 @@ from torch import nn
 
 from adalora_dist.allocator import RankAllocator
 from adalora_dist.base_files import base_folder_of as base_folder_of
-from adalora_dist.base_files import find_tensors, weight_files
+from adalora_dist.base_files import find_tensors, refuse_foreign_link, weight_files
 from adalora_dist.errors import UserError
 from adalora_dist.inject import AdaptedMatrix, linear_shape
 from adalora_dist.layers import SVDLinear
@@ -229,7 +229,8 @@ def merge(
             for instance its quantised value. Default: W0 as the files have it.
 
     Raises:
-        UserError: the base has no safetensors, or lacks the weight of an adapted matrix in its shape.
+        UserError: the base has no safetensors, lacks the weight of an adapted matrix in its shape, or has a link
+            out of its folder.
     """
     shards = weight_files(base_folder)
     if not shards:
@@ -267,6 +268,7 @@ def merge(
         total_size += sum(tensor.nbytes for tensor in tensors.values())
     for path in base_folder.iterdir():
         if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES):
+            refuse_foreign_link(path)
             shutil.copyfile(path, building / path.name)
     index = building / "model.safetensors.index.json"
     if index.is_file():

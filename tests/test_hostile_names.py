@@ -16,9 +16,10 @@ from refusals import refusal
 from safetensors.torch import load_file, save_file
 from tiny_language_model import tiny_llama
 
-from adalora_dist.base_files import indexed_files, weight_files
+from adalora_dist.base_files import indexed_files, refuse_foreign_link, weight_files
 from adalora_dist.cli import parse_config
 from adalora_dist.config import CommonsenseConfig, check_branch, check_repo_id
+from adalora_dist.errors import UserError
 from adalora_dist.export import AdapterWeights, load_adapter, merge
 from adalora_dist.hub_files import check_export
 from adalora_dist.main import main
@@ -290,6 +291,28 @@ def test_links_out_of_the_folder(parent: Path, name: str, relative: bool) -> Non
     before = everything(parent)
     assert "leads out of the folder" in refusal(check_export, merged, None)
     assert everything(parent) == before
+
+
+def test_links_out_of_a_base_are_not_merged(parent: Path) -> None:
+    secret = parent / "secret.txt"
+    secret.write_text("private")
+    for target, refused in ((secret, True), (parent / "base" / "config.json", False)):
+        base = parent / "base"
+        base.mkdir(exist_ok=True)
+        (base / "config.json").write_text("{}")
+        (base / "LICENSE").unlink(missing_ok=True)
+        (base / "LICENSE").symlink_to(target)
+        if refused:
+            with pytest.raises(UserError, match="out of the model's folder"):
+                refuse_foreign_link(base / "LICENSE")
+        else:
+            refuse_foreign_link(base / "LICENSE")
+    cached = parent / "models--a--b" / "snapshots" / "0" / "config.json"
+    (parent / "models--a--b" / "blobs").mkdir(parents=True)
+    (parent / "models--a--b" / "blobs" / "1").write_text("{}")
+    cached.parent.mkdir(parents=True)
+    cached.symlink_to("../../blobs/1")
+    refuse_foreign_link(cached)
 
 
 def test_links_within_the_folder_and_loops(parent: Path) -> None:
