@@ -221,7 +221,9 @@ def test_bf16_goes_on_as_the_masked_run_does(case):
     torch.testing.assert_close(compacted["losses"], masked["losses"], rtol=2e-2, atol=0)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", pytest.param("zero3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "engine", ["fsdp2", *(pytest.param(e, marks=pytest.mark.slow) for e in ("ddp", "zero2", "zero3"))]
+)
 @pytest.mark.parametrize("method", ["none", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_the_loop_compacts_under_accelerate(engine, method, tmp_path, monkeypatch):
     """Evaluation, export and memory of a run whose engine was rebuilt behind accelerate's wrappers."""
