@@ -83,7 +83,7 @@ def test_every_task_reads_its_rows_from_both_spellings() -> None:
         for names in (task.texts, plain):
             row = {name: f"text {k}" for k, name in enumerate(names)} | {"label": label, "idx": 3}
             expected = tuple(f"text {k}" for k in range(len(names)))
-            assert (labelled_text(row, task, "here").texts, labelled_text(row, task, "here").label) == (expected, label)
+            assert (labelled_text(task, row, "here").texts, labelled_text(task, row, "here").label) == (expected, label)
 
 
 BAD_ROWS = [

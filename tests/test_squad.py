@@ -86,8 +86,8 @@ def test_bad_rows_are_named(content: Any, says: str) -> None:
 
 
 def test_good_rows() -> None:
-    assert question_of(row(), "v1.1", "") == Question("1", "where?", "Bob lives in Rome .", ("Rome",), (13,))
-    assert question_of(row(answers={"text": [], "answer_start": []}), "v2.0", "").answers == ()
+    assert question_of("v1.1", row(), "") == Question("1", "where?", "Bob lives in Rome .", ("Rome",), (13,))
+    assert question_of("v2.0", row(answers={"text": [], "answer_start": []}), "").answers == ()
 
 
 def test_real_data_can_be_read() -> None:
