@@ -422,7 +422,7 @@ def test_regression_and_two_evaluation_sets(project: Project, tmp_path: Path) ->
 
 
 def test_seeds_are_runs_of_their_own_and_their_mean_is_reported(project: Project, tmp_path: Path) -> None:
-    quick = ("--max-steps", "6", "--no-export-merged", "--no-evaluate-before")
+    quick = ("--max-steps", "6", "--export-formats", "none", "--no-evaluate-before")
     arguments = project.arguments(tmp_path / "many", *quick, "--seeds", "4", "5")
     assert run_ranks(1, run_recipe, RECIPE, arguments) == [0]
     results = json.loads((tmp_path / "many" / "results.json").read_text())

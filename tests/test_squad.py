@@ -81,7 +81,7 @@ BAD_ROWS = [
 
 @pytest.mark.parametrize(("content", "says"), BAD_ROWS, ids=[says for _, says in BAD_ROWS])
 def test_bad_rows_are_named(content: Any, says: str) -> None:
-    message = refusal(question_of, content, "v1.1", "file:3")
+    message = refusal(question_of, "v1.1", content, "file:3")
     assert message.startswith("file:3: ") and says in message
 
 
@@ -371,7 +371,18 @@ def test_two_processes_do_what_one_does(folder: Path, single: dict[str, Run], en
 
 
 def test_seeds(folder: Path, tmp_path: Path) -> None:
-    quick = ("--max-steps", "3", "--no-export-merged", "--no-evaluate-before", "--method", "lora", "--seeds", "4", "5")
+    quick = (
+        "--max-steps",
+        "3",
+        "--export-formats",
+        "none",
+        "--no-evaluate-before",
+        "--method",
+        "lora",
+        "--seeds",
+        "4",
+        "5",
+    )
     assert run_ranks(1, run_recipe, RECIPE, arguments(folder, tmp_path / "many", *quick)) == [0]
     results = json.loads((tmp_path / "many" / "results.json").read_text())
     assert set(results["summary"]) == {"exact", "f1"} and len(results["runs"]) == 2
