@@ -66,7 +66,7 @@ class SVDLinear(nn.Module):
             # lam goes into P, not into the hidden values: backward then needs one (tokens, r) tensor, as LoRA's does.
             weight = (self.P * (self.lam * self.scale)).to(y.dtype)
             hidden = branch_in.to(y.dtype) @ self.Qt.to(y.dtype)  # (tokens, r)
-            y = y.addmm_(hidden, weight.T)
+            y = y.addmm_(hidden.to(y.dtype), weight.T)  # under autocast the product has its type, whatever y has
         return y.view(*x.shape[:-1], self.d_out)
 
     def extra_repr(self) -> str:
