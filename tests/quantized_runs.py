@@ -48,6 +48,7 @@ class Case:
     evaluate_first: bool = False
     keep_small: bool = False
     """ZeRO-3 with its default of keeping small parameters whole, which would hide whether anything is sharded."""
+    compact: bool = True
 
     @property
     def world_size(self) -> int:
@@ -91,7 +92,7 @@ def example_rows() -> list[dict[str, list[int]]]:
 def configuration(case: Case, model: Path, output: str) -> RunConfig:
     return RunConfig(
         model=ModelConfig(name=str(model)),
-        adapter=ADAPTER,
+        adapter=ADAPTER.model_copy(update={"compact": case.compact}),
         quantization=QuantizationConfig(quantization=case.method, quant_storage=case.storage),
         train=TrainConfig(
             output_dir=output, max_steps=STEPS, batch_size=GLOBAL_BATCH, micro_batch_size=GLOBAL_BATCH,
