@@ -100,13 +100,13 @@ def published_squad(spec: dict[str, Any], row: dict[str, str]) -> tuple[dict[str
 
 
 PUBLISHED = {"deberta_glue": published_glue, "deberta_squad": published_squad}
-"""Every table must have its published numbers here; those of other models and batches bring their own tests."""
+PUBLISHED_ROWS = [(path, row) for path, row in ROWS if path.stem in PUBLISHED]
 
 
-@pytest.mark.parametrize(("path", "row"), ROWS, ids=[f"{p.stem}-{'-'.join(r.values())}" for p, r in ROWS])
+@pytest.mark.parametrize(
+    ("path", "row"), PUBLISHED_ROWS, ids=[f"{p.stem}-{'-'.join(r.values())}" for p, r in PUBLISHED_ROWS]
+)
 def test_row_has_the_published_numbers(path: Path, row: dict[str, str], spec: dict[str, Any]) -> None:
-    if path.stem not in PUBLISHED:
-        pytest.skip(f"{path.name} is compared in a test of its own")
     run: Any = parse_config(schema_of(path), flags_of(row), table=path)
     numbers, ranks, batch_size, num_rows = PUBLISHED[path.stem](spec, row)
     seed = numbers.pop("seed")
@@ -153,7 +153,8 @@ def test_tables_have_every_published_row(spec: dict[str, Any]) -> None:
 
 
 def test_there_are_files_to_check() -> None:
-    assert len(TABLES) >= 2 and len(ROWS) >= 148 and len(SHIPPED) >= 18
+    assert len(ROWS) >= 148 and len(SHIPPED) >= 18
+    assert {path.stem for path in TABLES} == {*PUBLISHED, "summarize_bart"}  # that one's rows: test_dry_run.py
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
