@@ -70,8 +70,11 @@ class Variant:
             self.allocator = RankAllocator.attach(model, self.optimizer, config, total)
             self.allocator.detach()  # not every benchmark runs to the end
 
-    def forward_backward(self, tokens: torch.Tensor) -> None:
-        self.model(input_ids=tokens, labels=tokens).loss.backward()
+    def forward_backward(self, batch: torch.Tensor | dict[str, torch.Tensor]) -> None:
+        """``batch``: the model's arguments, or tokens that are inputs and labels in one."""
+        if isinstance(batch, torch.Tensor):
+            batch = {"input_ids": batch, "labels": batch}
+        self.model(**batch).loss.backward()
 
     def update(self) -> None:
         """Optimizer step, and PEFT's call after it."""
@@ -80,7 +83,7 @@ class Variant:
             self._peft_allocator.update_and_allocate(self._num_steps)
         self._num_steps += 1
 
-    def step(self, tokens: torch.Tensor) -> None:
-        self.forward_backward(tokens)
+    def step(self, batch: torch.Tensor | dict[str, torch.Tensor]) -> None:
+        self.forward_backward(batch)
         self.update()
         self.optimizer.zero_grad()
