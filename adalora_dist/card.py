@@ -6,21 +6,19 @@ bracket in one of them stays text.
 
 from __future__ import annotations
 
-import json
 import shlex
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import ModelCardData
 
 from adalora_dist.config import is_repo_id
-from adalora_dist.errors import UserError
-from adalora_dist.hub_files import read_object, without_tokens
+from adalora_dist.foreign_files import read_object, read_records, read_sections
+from adalora_dist.hub_files import without_tokens
 from adalora_dist.markdown import code, fenced, line, number, setting, table, text
-from adalora_dist.pictures import draw_history, draw_rank_map
+from adalora_dist.pictures import draw_history, draw_rank_map, read_history
 
 _LICENSES = frozenset(
     "apache-2.0 mit bsd-2-clause bsd-3-clause cc0-1.0 cc-by-4.0 cc-by-sa-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 gpl-3.0 "
@@ -62,7 +60,7 @@ def model_card(
     Raises:
         UserError: config.yaml or run.json is missing or not what a run writes.
     """
-    config, facts = _read_config(run), read_object(run / "run.json")
+    config, facts = read_sections(run / "config.yaml"), read_object(run / "run.json")
     export = export or run / "merged"
     base, commit = _base(config, facts)
     data = _metadata(config, export, base, base_license or str(config.get("export", {}).get("base_license") or ""))
@@ -92,23 +90,13 @@ def card_pictures(run: Path) -> dict[str, bytes]:
         pattern = _pattern(run)
         if pattern:
             draw_rank_map(pattern, folder / "ranks.svg")
-        allocations = _records_of(run / "allocations.jsonl")
+        allocations = read_history(run / "allocations.jsonl")
         if allocations:
             draw_history(allocations, folder / "history.svg")
         return {path.name: path.read_bytes() for path in sorted(folder.iterdir(), reverse=True)}
 
 
 # ---------------------------------------------------------------------------------------------- what the folder says
-
-
-def _read_config(run: Path) -> dict[str, dict[str, Any]]:
-    try:
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        config = None
-    if not isinstance(config, dict):
-        raise UserError(f"{run} holds no config.yaml of a run: give the folder that a recipe wrote")
-    return {key: value for key, value in config.items() if isinstance(value, dict)}
 
 
 def _is_adapter(export: Path) -> bool:
@@ -235,7 +223,7 @@ def _ranks(run: Path, facts: Mapping[str, Any], pictures: Sequence[str]) -> str:
         f"{number(facts.get('num_trainable_parameters'))}."
     ]
     parts += [f"![{text(Path(name).stem)}]({name})" for name in pictures]
-    budgets = [record for record in _records_of(run / "metrics.jsonl") if "budget" in record]
+    budgets = [record for record in read_records(run / "metrics.jsonl") if "budget" in record]
     if budgets:
         shown = sorted({round(i * (len(budgets) - 1) / 8) for i in range(9)})
         parts.append(table([{key: number(budgets[i].get(key)) for key in ("step", "budget")} for i in shown]))
@@ -246,17 +234,6 @@ def _pattern(run: Path) -> dict[str, int]:
     """Empty where no matrix was adapted."""
     path = run / "rank_pattern.json"
     return {name: r for name, r in read_object(path).items() if isinstance(r, int)} if path.is_file() else {}
-
-
-def _records_of(path: Path) -> list[dict[str, Any]]:
-    """A line each; the last one of an interrupted run may be cut off."""
-    records = []
-    for content in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            records.append(json.loads(content))
-        except ValueError:
-            break
-    return [record for record in records if isinstance(record, dict)]
 
 
 def _settings(title: str, section: Mapping[str, Any] | None) -> str:

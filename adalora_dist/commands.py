@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 
+from adalora_dist.adapter_files import checked_task
 from adalora_dist.checkpoint import checkpoint_at
 from adalora_dist.checkpoint_content import stored_adapters
 from adalora_dist.checkpoint_files import step_of
 from adalora_dist.errors import UserError
 from adalora_dist.export import AdapterWeights, SavedAdapter, base_folder_of, merge, read_adapter, write_task
-from adalora_dist.peft_format import VLLM_MAX_RANKS, fold, save_adalora, save_lora
-from adalora_dist.pictures import draw_history, draw_rank_map
+from adalora_dist.foreign_files import read_object, read_sections
+from adalora_dist.markdown import number
+from adalora_dist.peft_format import fold, save_adalora, save_lora, vllm_options
+from adalora_dist.pictures import draw_history, draw_rank_map, read_history
 from adalora_dist.training.dequantized import read_description
 from adalora_dist.training.model import dtype_named
 from adalora_dist.training.report import rank_table
@@ -60,22 +61,23 @@ class FinishedRun:
                 "checkpoints"
             )
         saved = read_adapter(folder)
-        file = path / "config.yaml"
-        settings = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        file = path / "run.json"
-        facts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        settings = read_sections(file) if (file := path / "config.yaml").is_file() else {}
+        facts = read_object(file) if (file := path / "run.json").is_file() else {}
         return cls(path, saved, settings, facts)
 
     @classmethod
     def _read_checkpoint(cls, path: Path) -> FinishedRun:
         checkpoint = checkpoint_at(path)
-        settings = checkpoint.run["config"]
-        adapters, trained = stored_adapters(checkpoint)
+        try:
+            settings = checkpoint.run["config"]
+            adapters, trained = stored_adapters(checkpoint)
+            method, model = settings["adapter"]["method"], settings["model"]
+            base, revision, task = str(model["name"]), model["revision"], checkpoint.run["task"]
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise UserError(f"{path} does not describe the adapters of a run ({error!r}): give another") from error
         if not adapters:
-            raise UserError(f"{path} has no adapters: a run with method {settings['adapter']['method']} has none")
-        model = settings["model"]
-        saved = SavedAdapter(adapters, model["name"], model["revision"], trained, checkpoint.run["task"])
-        return cls(path, saved, settings, {})
+            raise UserError(f"{path} has no adapters: a run with method {method} has none")
+        return cls(path, SavedAdapter(adapters, base, revision, trained, checked_task(task, str(path))), settings, {})
 
     @property
     def folder(self) -> Path:
@@ -100,10 +102,7 @@ class FinishedRun:
             f'model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"{labels}), "{out}")'
         )
         if to == "lora" and auto == "AutoModelForCausalLM":
-            largest = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))["r"]
-            accepted = next((rank for rank in VLLM_MAX_RANKS if rank >= largest), None)
-            options = f"--enable-lora --max-lora-rank {accepted} --lora-modules NAME={out}"
-            lines += f"\n\nvLLM: {options if accepted else f'takes ranks up to {VLLM_MAX_RANKS[-1]}, not {largest}'}"
+            lines += f"\n\nvLLM: {vllm_options(out)}"
         return lines
 
 
@@ -187,13 +186,12 @@ def inspect_run(path: Path, pictures: bool = True) -> None:
     whole = sum(len(a.P) * a.Q.shape[1] for a in run.saved.adapters)
     print(f"Base model: {run.saved.base_model}" + (f" at {run.saved.base_revision}" if run.saved.base_revision else ""))
     if "num_trainable_parameters" in run.facts:
-        print(f"Trained parameters at the start: {run.facts['num_trainable_parameters']:,}")
+        print(f"Trained parameters at the start: {number(run.facts['num_trainable_parameters'])}")
     print(
         f"Active adapter parameters: {active:,} in {sum(rank > 0 for rank in pattern.values())} of {len(pattern)} "
         f"matrices, {active / whole:.2%} of the matrices' own {whole:,}"
     )
-    file = path / "allocations.jsonl"
-    history = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    history = read_history(path / "allocations.jsonl")
     if history:
         returned = sum(record["returned"] for record in history)
         print(

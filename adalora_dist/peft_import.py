@@ -8,7 +8,6 @@ triplets have been through that regulariser already: they stay as they are, and 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from safetensors.torch import load_file
 
 from adalora_dist.base_files import is_module_pattern
 from adalora_dist.errors import UserError
+from adalora_dist.foreign_files import read_object
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of the plain model."""
@@ -49,10 +49,10 @@ def read_peft(folder: Path, scale: float) -> dict[str, Triplets]:
             it belongs to no matrix.
     """
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        config = read_object(folder / "adapter_config.json")
         tensors = load_file(folder / "adapter_model.safetensors")
         kind = str(config["peft_type"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(
             f"init_from={folder} is no adapter folder of PEFT (adapter_config.json, adapter_model.safetensors): {error}"
         ) from error

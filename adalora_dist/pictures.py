@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adalora_dist.errors import UserError
+from adalora_dist.foreign_files import read_records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,11 +64,27 @@ def draw_rank_map(pattern: Mapping[str, int], path: Path) -> None:
     _save(figure, path)
 
 
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """A run's allocations.jsonl; empty where there is none.
+
+    Raises:
+        UserError: it cannot be read, or a line lacks a number that the history has.
+    """
+    records = read_records(path)
+    for number, record in enumerate(records, start=1):
+        values = {key: record.get(key) for key in ("step", "budget", "pruned", "returned")}
+        score = record.get("lowest_kept_score")  # null where none stayed
+        for key, value in (values if score is None else {**values, "lowest_kept_score": score}).items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise UserError(f"{path}:{number}: {key} is {value!r:.50}, must be a number >= 0: remove the file")
+    return records
+
+
 def draw_history(allocations: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Over the steps of the run: budget, the score that a triplet needed to stay, triplets that left and came back.
 
     Args:
-        allocations: the lines of a run's allocations.jsonl, see ``RunFolder.log_allocations``; at least one.
+        allocations: from :func:`read_history`, see ``RunFolder.log_allocations``; at least one.
         path: of the SVG to write.
 
     Raises:
