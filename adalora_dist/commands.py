@@ -95,11 +95,11 @@ class FinishedRun:
         auto = next((a for end, a in _AUTO_CLASSES.items() if name.endswith(end)), "AutoModelForCausalLM")
         labels = f", num_labels={len(task['id2label'])}" if auto.endswith("SequenceClassification") else ""
         if to == "merged":
-            return f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{out}")'
+            return f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({str(out)!r})"
         lines = (
             "from peft import PeftModel\n"
             f"from transformers import {auto}\n\n"
-            f'model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"{labels}), "{out}")'
+            f"model = PeftModel.from_pretrained({auto}.from_pretrained({base!r}{labels}), {str(out)!r})"
         )
         if to == "lora" and auto == "AutoModelForCausalLM":
             lines += f"\n\nvLLM: {vllm_options(out)}"
@@ -171,8 +171,8 @@ def _within(adapters: list[AdapterWeights], max_rank: int, fold_ranks: bool) -> 
     return folded
 
 
-def inspect_run(path: Path, pictures: bool = True) -> None:
-    """Print ranks, sizes and how to use a run; draw ranks.svg and history.svg into its folder.
+def inspect_run(path: Path, picture_format: Literal["svg", "png", "none"] = "svg") -> None:
+    """Print ranks, sizes and how to use a run; draw ranks and history into its folder, as SVG or PNG.
 
     Raises:
         UserError: the run cannot be read, or matplotlib is not installed.
@@ -203,10 +203,10 @@ def inspect_run(path: Path, pictures: bool = True) -> None:
         print(f"\nTo use {path / form}:\n\n{run.usage(form, path / form, run.saved.base_model)}")
     if not found:
         print(f"\nNot exported yet: adalora-dist export {path} --to merged, lora or peft")
-    if pictures:
-        drawn = [path / "ranks.svg"]
+    if picture_format != "none":
+        drawn = [path / f"ranks.{picture_format}"]
         draw_rank_map(pattern, drawn[0])
         if history:
-            drawn.append(path / "history.svg")
+            drawn.append(path / f"history.{picture_format}")
             draw_history(history, drawn[1])
         print(f"\nPictures: {', '.join(map(str, drawn))}")

@@ -178,7 +178,7 @@ def test_files_of_a_run(
     (tmp_path / name).write_bytes(content + b"\n")
     run, out = tmp_path / "run", tmp_path / "out"
     words = {
-        "inspect": ("inspect", run, "--no-pictures"),
+        "inspect": ("inspect", run, "--pictures", "none"),
         "export": ("export", run, "--to", "merged", "--dtype", "bfloat16", "--base", tmp_path / "base", "--out", out),
         "push": ("push", run, "somebody/a-model"),
     }
