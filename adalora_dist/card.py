@@ -243,8 +243,10 @@ def _settings(title: str, section: Mapping[str, Any] | None) -> str:
 
 def _origin(facts: Mapping[str, Any]) -> str:
     parts = ["## How it was made"]
-    if isinstance(facts.get("command"), list):
-        parts.append(fenced(line(shlex.join(str(word) for word in facts["command"])), "bash"))
+    own, launcher = facts.get("command"), facts.get("launcher_command")
+    command = launcher if isinstance(launcher, list) else ["python", *own] if isinstance(own, list) else []
+    if command:
+        parts.append(fenced(line(shlex.join(map(str, command))), "bash"))
     shown = {
         **{"engine": "engine", "num_processes": "processes", "num_steps": "optimizer steps"},
         **{"commit": "commit of adalora-dist", "python": "Python", "platform": "platform"},
