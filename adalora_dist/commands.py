@@ -133,6 +133,11 @@ def export_run(
     run = FinishedRun.read(path)
     if out is None and step_of(path) is not None:
         raise UserError(f"{path} is a checkpoint, and nothing is written into those: give --out FOLDER")
+    if out is not None and step_of(path) is not None and out.resolve().parent == run.folder.resolve():
+        raise UserError(
+            f"--out {out} is in the run's own folder, where the export of {path.name} would be taken for that of the "
+            "finished run: give a folder elsewhere"
+        )
     out = path / to if out is None else out
     if out.exists():
         raise UserError(f"--out {out} exists: give another folder, or remove it")
