@@ -32,6 +32,7 @@ from adalora_dist.progress import progress_bar
 _NOT_COPIED = re.compile(
     r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|onnx_data)"
     r"|.*\.index(\.[^.]+)?\.json"  # of weights that stay behind; a loader would look for them, or find half of them
+    r"|README\.md"  # the base's model card is not this model's
 )
 """Names of what a merged model does not take over from its base."""
 

@@ -259,12 +259,15 @@ def test_indexes_of_other_weights_stay_behind(tmp_path: Path, max_shard_size: st
     ):
         (tmp_path / "base" / name).write_text(foreign)
     (tmp_path / "base" / "consolidated.safetensors.index.json").write_text(foreign)
+    (tmp_path / "base" / "README.md").write_text("The card of the base, which is not that of what is merged into it.")
+    (tmp_path / "base" / "LICENSE").write_text("Its terms, which are.")
     if max_shard_size == "1GB":  # left from a time when the model was in shards; transformers does not look at it
         (tmp_path / "base" / "model.safetensors.index.json").write_text(foreign)
     merge_from(tmp_path / "base", tmp_path / "merged")
     merged = tmp_path / "merged"
     indexes = {path.name for path in merged.iterdir() if ".index." in path.name}
     assert indexes == ({"model.safetensors.index.json"} if max_shard_size == "20KB" else set())
+    assert (merged / "LICENSE").is_file() and not (merged / "README.md").exists()
     loaded, report = type(model).from_pretrained(merged, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     expected = model.get_submodule(MATRIX).weight + 0.5
