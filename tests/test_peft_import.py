@@ -14,11 +14,13 @@ from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from refusals import refusal
 from safetensors.torch import load_file, save_file
 from test_export_formats import IDS, TOLERANCE, adapt, build, logits, weights_of
+from transformers import AutoModelForCausalLM
 
-from adalora_dist.config import AdapterConfig
+from adalora_dist.config import AdapterConfig, ModelConfig
 from adalora_dist.inject import adapted_matrices, inject_adapters
 from adalora_dist.peft_format import save_adalora, save_lora
 from adalora_dist.peft_import import _VARIANTS
+from adalora_dist.training.model import load_backbone
 
 TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"], "bart": ["q_proj", "fc1"]}
 
@@ -136,6 +138,13 @@ def test_initialisations_that_change_the_base(tmp_path: Path, init: str) -> None
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": True}))
     assert (logits(start(tmp_path)) - said).abs().max() > 0.01  # what taking it for plain LoRA would have given
+
+
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    """transformers would load its base, wrapped, and adapters would go around adapters."""
+    from_peft("llama", LoraConfig(r=4, target_modules=TARGETS["llama"]), tmp_path)
+    line = refusal(load_backbone, ModelConfig(name=str(tmp_path)), AutoModelForCausalLM)
+    assert line.startswith("model=") and "as init_from" in line
 
 
 def test_what_cannot_be_started_from(tmp_path: Path) -> None:
