@@ -14,6 +14,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from adalora_dist.adapter_files import checked_task
 from adalora_dist.config import is_repo_id
 from adalora_dist.foreign_files import read_object, read_records, read_sections
 from adalora_dist.hub_files import without_tokens
@@ -69,7 +70,7 @@ def model_card(
         f"# {text(repo_id.rpartition('/')[2] or run.resolve().name)}",
         f"Adaptive-rank adapters (AdaLoRA, [arXiv 2303.10512](https://arxiv.org/abs/2303.10512)) "
         f"{'for' if _is_adapter(export) else 'merged into'} {code(base)}, trained with adalora-dist.",
-        "## Use\n\n" + fenced(_usage(export, facts, base, repo_id or str(export), revision), "python"),
+        "## Use\n\n" + fenced(_usage(run, export, facts, base, commit, repo_id or str(export), revision), "python"),
         "## Base\n\n" + "\n".join(f"- {item}" for item in _base_items(run, export, config, base, commit, data)),
         _results(run),
         _ranks(run, facts, tuple(pictures)),
@@ -127,11 +128,15 @@ def _metadata(config: Mapping[str, Any], export: Path, base: str, base_license: 
 # ----------------------------------------------------------------------------------------------------------- chapters
 
 
-def _usage(export: Path, facts: Mapping[str, Any], base: str, name: str, revision: str) -> str:
+def _usage(run: Path, export: Path, facts: Mapping[str, Any], base: str, commit: str, name: str, revision: str) -> str:
     at = "" if revision == "main" else f", revision={revision!r}"
     if _is_adapter(export):
         class_name = _auto_class(facts.get("model_class") or "ForCausalLM")
-        loaded = f"{class_name}.from_pretrained({base!r})"
+        file = run / "adapter" / "task.json"
+        task = checked_task(read_object(file), str(file)) if file.is_file() else {}
+        labels = task.get("id2label") if class_name.endswith("SequenceClassification") else None
+        options = (f", revision={commit!r}" if commit else "") + (f", num_labels={len(labels)}" if labels else "")
+        loaded = f"{class_name}.from_pretrained({base!r}{options})"
         return (
             f"from peft import PeftModel\nfrom transformers import {class_name}\n\n"
             f"model = PeftModel.from_pretrained({loaded}, {name!r}{at})"

@@ -72,7 +72,10 @@ class FinishedRun:
             settings = checkpoint.run["config"]
             adapters, trained = stored_adapters(checkpoint)
             method, model = settings["adapter"]["method"], settings["model"]
-            base, revision, task = str(model["name"]), model["revision"], checkpoint.run["task"]
+            base, task = str(model["name"]), checkpoint.run["task"]
+            facts = read_object(file) if (file := path.absolute().parents[1] / "run.json").is_file() else {}
+            known = (facts.get("base_commit"), model["revision"])
+            revision = next((r for r in known if isinstance(r, str)), None)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise UserError(f"{path} does not describe the adapters of a run ({error!r}): give another") from error
         if not adapters:
@@ -82,7 +85,7 @@ class FinishedRun:
     @property
     def folder(self) -> Path:
         """Of the run: a checkpoint lies in RUN/checkpoints."""
-        return self.path if step_of(self.path) is None else self.path.parents[1]
+        return self.path if step_of(self.path) is None else self.path.absolute().parents[1]
 
     @property
     def is_quantized(self) -> bool:
@@ -93,13 +96,16 @@ class FinishedRun:
         task = self.saved.task
         name = task.get("architectures", [""])[0]
         auto = next((a for end, a in _AUTO_CLASSES.items() if name.endswith(end)), "AutoModelForCausalLM")
-        labels = f", num_labels={len(task['id2label'])}" if auto.endswith("SequenceClassification") else ""
+        names = task.get("id2label") if auto.endswith("SequenceClassification") else None
+        labels = f", num_labels={len(names)}" if names else ""
+        revision = self.saved.base_revision if base == self.saved.base_model else None
+        at = f", revision={revision!r}" if revision else ""
         if to == "merged":
             return f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({str(out)!r})"
         lines = (
             "from peft import PeftModel\n"
             f"from transformers import {auto}\n\n"
-            f"model = PeftModel.from_pretrained({auto}.from_pretrained({base!r}{labels}), {str(out)!r})"
+            f"model = PeftModel.from_pretrained({auto}.from_pretrained({base!r}{at}{labels}), {str(out)!r})"
         )
         if to == "lora" and auto == "AutoModelForCausalLM":
             lines += f"\n\nvLLM: {vllm_options(out)}"
@@ -156,7 +162,8 @@ def export_run(
         write_task(run.saved.task, out)
     else:
         save = save_lora if to == "lora" else save_adalora
-        save(adapters, out, base, run.saved.base_revision, dtype_named(dtype) or torch.float32, run.saved.trained)
+        revision = run.saved.base_revision if base == run.saved.base_model else None
+        save(adapters, out, base, revision, dtype_named(dtype) or torch.float32, run.saved.trained)
     print(f"Wrote {out}. To use it:\n\n{run.usage(to, out, base)}")
 
 

@@ -111,10 +111,14 @@ def test_an_adapter(run: Path) -> None:
     card = model_card(run, run / "lora", "somebody/an-adapter")
     metadata = front_matter(card)
     assert (metadata["library_name"], metadata["base_model_relation"]) == ("peft", "adapter")
-    load_base = "AutoModelForCausalLM.from_pretrained('somebody/a-base')"
+    load_base = f"AutoModelForCausalLM.from_pretrained('somebody/a-base', revision='{BASE_COMMIT}')"
     assert f"PeftModel.from_pretrained({load_base}, 'somebody/an-adapter')" in chapter(card, "Use")
-    rewrite(run / "run.json", model_class="DebertaV2ForSequenceClassification")
-    assert "AutoModelForSequenceClassification.from_pretrained(" in chapter(model_card(run, run / "lora"), "Use")
+    rewrite(run / "run.json", model_class="DebertaV2ForSequenceClassification", base_commit=None)
+    (run / "adapter").mkdir()
+    task = {"architectures": ["DebertaV2ForSequenceClassification"], "id2label": {"0": "no", "1": "so", "2": "yes"}}
+    (run / "adapter" / "task.json").write_text(json.dumps(task))
+    load_base = "AutoModelForSequenceClassification.from_pretrained('a-base', num_labels=3)"
+    assert load_base in chapter(model_card(run, run / "lora"), "Use")
     assert "Merged" not in chapter(card, "Base") and "Logits" not in chapter(card, "Base")
 
 

@@ -82,7 +82,9 @@ def check_between_two_selections(folder: Path, place: Path) -> None:
         torch.testing.assert_close(merged[f"{name}.weight"], base[f"{name}.weight"] + update, rtol=0, atol=1e-5)
 
 
-def test_nothing_is_written_into_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_written_into_a_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_model(tmp_path)
     run_ranks(1, run, "single", configuration(tmp_path, checkpoint_every=7), (3, 0))
     folder = max((tmp_path / "run" / "checkpoints").glob("step-????????"))
@@ -97,5 +99,9 @@ def test_nothing_is_written_into_a_checkpoint(tmp_path: Path, capsys: pytest.Cap
             main(words)
         [line] = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ") and says in line
+    (tmp_path / "run" / "run.json").write_text('{"base_commit": "c0ffee"}')
+    monkeypatch.chdir(folder.parent)
+    main(["export", folder.name, "--to", "lora", "--out", str(tmp_path / "lora")])
+    assert '"revision": "c0ffee"' in (tmp_path / "lora" / "adapter_config.json").read_text()
     adapters, _ = stored_adapters(checkpoint_at(folder))  # of step 0: all triplets, and they say nothing yet
     assert {a.rank for a in adapters} == {3} and all(a.lam.eq(0).all() for a in adapters)

@@ -158,6 +158,23 @@ def test_a_base_that_has_moved(run: Path, tmp_path: Path, capsys: pytest.Capture
     assert config["base_model_name_or_path"] == str(moved)
 
 
+def test_the_commit_that_was_loaded_is_the_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And not the branch, which may have moved when somebody merges, or puts the adapter on it."""
+    commit = "c0ffee" * 6 + "c0de"
+    model = build("llama")
+    model.config._commit_hash = commit  # as from_pretrained leaves it
+    adapt(model)
+    config = RunConfig(model=ModelConfig(name="somebody/a-base", revision="main"))
+    write_adapters(config, model, weights_of(model), {}, tmp_path / "run")
+    said = succeed(capsys, "export", tmp_path / "run", "--to", "lora")
+    assert f"from_pretrained('somebody/a-base', revision='{commit}')" in said
+    written = json.loads((tmp_path / "run" / "lora" / "adapter_config.json").read_text())
+    assert (written["base_model_name_or_path"], written["revision"]) == ("somebody/a-base", commit)
+    said = succeed(capsys, "export", tmp_path / "run", "--to", "peft", "--base", "somebody/another")
+    assert "from_pretrained('somebody/another')" in said
+    assert json.loads((tmp_path / "run" / "peft" / "adapter_config.json").read_text())["revision"] is None
+
+
 def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no finished run" in failure(capsys, "export", tmp_path / "nowhere", "--to", "lora")
     assert "--to" in failure(capsys, "export", run)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
 from adalora_dist.config import RunConfig
 from adalora_dist.export import AdapterWeights, save_adapter, save_trained, task_settings
@@ -17,7 +17,7 @@ from adalora_dist.training.dequantized import QuantizedWeight, describe, quantiz
 
 def write_adapters(
     config: RunConfig,
-    model: nn.Module,
+    model: Any,
     adapters: Sequence[AdapterWeights],
     trained: Mapping[str, torch.Tensor],
     folder: Path,
@@ -34,7 +34,8 @@ def write_adapters(
     Returns:
         ``base_weights`` for :func:`adalora_dist.export.merge`.
     """
-    name, revision = config.model.name, config.model.revision
+    # The commit that was loaded, where there is one: a branch may have moved by the time somebody merges.
+    name, revision = config.model.name, getattr(model.config, "_commit_hash", None) or config.model.revision
     if adapters:
         save_adapter(adapters, folder / "adapter", name, revision)
         save_trained(trained, folder / "adapter")
