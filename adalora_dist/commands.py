@@ -13,7 +13,7 @@ from adalora_dist.checkpoint import checkpoint_at
 from adalora_dist.checkpoint_content import stored_adapters
 from adalora_dist.checkpoint_files import step_of
 from adalora_dist.errors import UserError
-from adalora_dist.export import AdapterWeights, SavedAdapter, base_folder_of, merge, read_adapter, write_task
+from adalora_dist.export import AdapterWeights, SavedAdapter, base_folder_of, merge, read_adapter
 from adalora_dist.foreign_files import read_object, read_sections
 from adalora_dist.markdown import number
 from adalora_dist.peft_format import fold, save_adalora, save_lora, vllm_options
@@ -158,8 +158,7 @@ def export_run(
         if run.is_quantized and into == "original":
             print("warning: the adapters were trained over quantised weights and are merged into the original ones;")
             print("warning: --merge-into dequantized gives exactly what was trained (docs/quantization.md)")
-        merge(adapters, base_folder, out, dtype_named(dtype), run.saved.trained, base_weights)
-        write_task(run.saved.task, out)
+        merge(adapters, base_folder, out, dtype_named(dtype), run.saved.trained, base_weights, run.saved.task)
     else:
         save = save_lora if to == "lora" else save_adalora
         revision = run.saved.base_revision if base == run.saved.base_model else None

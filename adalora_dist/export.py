@@ -210,6 +210,7 @@ def merge(
     dtype: torch.dtype | None = None,
     trained: dict[str, torch.Tensor] | None = None,
     base_weights: Mapping[str, BaseWeight] | None = None,
+    task: Mapping[str, Any] | None = None,
     show_progress: bool = True,
 ) -> None:
     """Write the merged model: the base's files with W0 + s P diag(lambda) Q in place of W0.
@@ -225,6 +226,7 @@ def merge(
             a new classifier's, are added to the last file.
         base_weights: by parameter name, what takes the place of a tensor of the files before its update is added,
             for instance its quantised value. Default: W0 as the files have it.
+        task: from :func:`task_settings`, what config.json says instead of the base's.
 
     Raises:
         UserError: the base has no safetensors, lacks the weight of an adapted matrix in its shape, or has a link
@@ -237,6 +239,7 @@ def merge(
         raise UserError(
             f"{base_folder} has no .safetensors files to merge into: save the base model with save_pretrained"
         )
+    settings = read_object(base_folder / "config.json")
     replaced = {f"{a.name}.weight": a for a in adapters if a.rank}
     whole = dict(trained or {})
     bases = dict(base_weights or {})
@@ -276,9 +279,10 @@ def merge(
         index = {"metadata": metadata, "weight_map": weight_map}
         _write_json(index, building / "model.safetensors.index.json")
     if dtype is not None:
-        config = read_object(building / "config.json")
-        config.pop("torch_dtype", None)
-        _write_json(config | {"dtype": str(dtype).removeprefix("torch.")}, building / "config.json")
+        settings = {key: value for key, value in settings.items() if key != "torch_dtype"}
+        settings["dtype"] = str(dtype).removeprefix("torch.")
+    if dtype is not None or task:
+        _write_json(settings | dict(task or {}), building / "config.json")
     building.rename(folder)
 
 
@@ -289,12 +293,6 @@ def task_settings(model: nn.Module) -> dict[str, Any]:
     return {"architectures": [name]} | {
         key: own[key] for key in TaskSettings.model_fields if key != "architectures" and own.get(key) is not None
     }
-
-
-def write_task(task: Mapping[str, Any], folder: Path) -> None:
-    """Put :func:`task_settings` into config.json of a merged model."""
-    path = folder / "config.json"
-    _write_json(read_object(path) | dict(task), path)
 
 
 def _write_json(content: Mapping[str, Any], path: Path) -> None:

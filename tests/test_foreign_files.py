@@ -184,7 +184,7 @@ def test_files_of_a_run(
     }
     line = told(capsys, *words[command])
     assert Path(name).name in line and len(line) < 600
-    assert not out.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "base"}
 
 
 @no_objects

@@ -15,6 +15,11 @@ from adalora_dist.peft_format import save_adalora, save_lora
 from adalora_dist.training.dequantized import QuantizedWeight, describe, quantized_weights
 
 
+def loaded_revision(config: RunConfig, model: Any) -> str | None:
+    """The commit of the Hub that the backbone came from, which a branch may have left since; None for a folder."""
+    return getattr(model.config, "_commit_hash", None) or config.model.revision
+
+
 def write_adapters(
     config: RunConfig,
     model: Any,
@@ -34,8 +39,7 @@ def write_adapters(
     Returns:
         ``base_weights`` for :func:`adalora_dist.export.merge`.
     """
-    # The commit that was loaded, where there is one: a branch may have moved by the time somebody merges.
-    name, revision = config.model.name, getattr(model.config, "_commit_hash", None) or config.model.revision
+    name, revision = config.model.name, loaded_revision(config, model)
     if adapters:
         save_adapter(adapters, folder / "adapter", name, revision)
         save_trained(trained, folder / "adapter")
