@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from adalora_dist.errors import UserError
+from adalora_dist.foreign_files import read_object
 
 _BASE_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]  # weights, configurations, tokenizers
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers loads: those of its index, else model.safetensors, else none.
+    """The safetensors files that transformers loads: model.safetensors, else those of its index, else none.
 
     A folder may hold others, such as the consolidated.safetensors that some publishers put beside them.
 
     Raises:
         UserError: as :func:`indexed_files`.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return sorted(set(indexed_files(index).values()))
-    single = folder / "model.safetensors"
-    return [single] if single.is_file() else []
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    return sorted(set(indexed_files(index).values())) if index.is_file() else []
 
 
 def indexed_files(index: Path) -> dict[str, Path]:
@@ -38,9 +37,9 @@ def indexed_files(index: Path) -> dict[str, Path]:
         UserError: it is no index, or names a file that is not a plain .safetensors name in the index's own folder.
     """
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_object(index)["weight_map"]
         names = set(weight_map.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (UserError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is not an index of safetensors files ({error}): fetch the model again") from error
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"[\w][\w.\-]*\.safetensors", name):
@@ -54,11 +53,18 @@ def indexed_files(index: Path) -> dict[str, Path]:
 def find_tensors(
     shapes: Mapping[str, tuple[int, ...]], shards: Sequence[Path], base_folder: Path, may_lack: Container[str]
 ) -> dict[str, str]:
-    """Key in the files -> parameter name. A base saved without its head lacks the leading 'model.' or the like."""
+    """Key in the files -> parameter name. A base saved without its head lacks the leading 'model.' or the like.
+
+    Raises:
+        UserError: a file is missing or cut off, or there is no tensor of that name and shape.
+    """
     found: dict[str, tuple[int, ...]] = {}
     for shard in shards:
-        with safe_open(shard, framework="pt") as file:
-            found |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(shard, framework="pt") as file:
+                found |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{shard} is not a whole safetensors file ({error}): fetch the model again") from error
     places = {}
     for name, shape in shapes.items():
         key = next((key for key in (name, name.partition(".")[2]) if key in found), None)

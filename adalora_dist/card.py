@@ -6,21 +6,20 @@ bracket in one of them stays text.
 
 from __future__ import annotations
 
-import json
 import shlex
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import ModelCardData
 
+from adalora_dist.adapter_files import checked_task
 from adalora_dist.config import is_repo_id
-from adalora_dist.errors import UserError
-from adalora_dist.hub_files import read_object, without_tokens
+from adalora_dist.foreign_files import read_object, read_records, read_sections
+from adalora_dist.hub_files import without_tokens
 from adalora_dist.markdown import code, fenced, line, number, setting, table, text
-from adalora_dist.pictures import draw_history, draw_rank_map
+from adalora_dist.pictures import draw_history, draw_rank_map, read_history
 
 _LICENSES = frozenset(
     "apache-2.0 mit bsd-2-clause bsd-3-clause cc0-1.0 cc-by-4.0 cc-by-sa-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 gpl-3.0 "
@@ -62,7 +61,7 @@ def model_card(
     Raises:
         UserError: config.yaml or run.json is missing or not what a run writes.
     """
-    config, facts = _read_config(run), read_object(run / "run.json")
+    config, facts = read_sections(run / "config.yaml"), read_object(run / "run.json")
     export = export or run / "merged"
     base, commit = _base(config, facts)
     data = _metadata(config, export, base, base_license or str(config.get("export", {}).get("base_license") or ""))
@@ -71,7 +70,7 @@ def model_card(
         f"# {text(repo_id.rpartition('/')[2] or run.resolve().name)}",
         f"Adaptive-rank adapters (AdaLoRA, [arXiv 2303.10512](https://arxiv.org/abs/2303.10512)) "
         f"{'for' if _is_adapter(export) else 'merged into'} {code(base)}, trained with adalora-dist.",
-        "## Use\n\n" + fenced(_usage(export, facts, base, repo_id or str(export), revision), "python"),
+        "## Use\n\n" + fenced(_usage(run, export, facts, base, commit, repo_id or str(export), revision), "python"),
         "## Base\n\n" + "\n".join(f"- {item}" for item in _base_items(run, export, config, base, commit, data)),
         _results(run),
         _ranks(run, facts, tuple(pictures)),
@@ -92,23 +91,13 @@ def card_pictures(run: Path) -> dict[str, bytes]:
         pattern = _pattern(run)
         if pattern:
             draw_rank_map(pattern, folder / "ranks.svg")
-        allocations = _records_of(run / "allocations.jsonl")
+        allocations = read_history(run / "allocations.jsonl")
         if allocations:
             draw_history(allocations, folder / "history.svg")
         return {path.name: path.read_bytes() for path in sorted(folder.iterdir(), reverse=True)}
 
 
 # ---------------------------------------------------------------------------------------------- what the folder says
-
-
-def _read_config(run: Path) -> dict[str, dict[str, Any]]:
-    try:
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        config = None
-    if not isinstance(config, dict):
-        raise UserError(f"{run} holds no config.yaml of a run: give the folder that a recipe wrote")
-    return {key: value for key, value in config.items() if isinstance(value, dict)}
 
 
 def _is_adapter(export: Path) -> bool:
@@ -139,11 +128,15 @@ def _metadata(config: Mapping[str, Any], export: Path, base: str, base_license: 
 # ----------------------------------------------------------------------------------------------------------- chapters
 
 
-def _usage(export: Path, facts: Mapping[str, Any], base: str, name: str, revision: str) -> str:
+def _usage(run: Path, export: Path, facts: Mapping[str, Any], base: str, commit: str, name: str, revision: str) -> str:
     at = "" if revision == "main" else f", revision={revision!r}"
     if _is_adapter(export):
         class_name = _auto_class(facts.get("model_class") or "ForCausalLM")
-        loaded = f"{class_name}.from_pretrained({base!r})"
+        file = run / "adapter" / "task.json"
+        task = checked_task(read_object(file), str(file)) if file.is_file() else {}
+        labels = task.get("id2label") if class_name.endswith("SequenceClassification") else None
+        options = (f", revision={commit!r}" if commit else "") + (f", num_labels={len(labels)}" if labels else "")
+        loaded = f"{class_name}.from_pretrained({base!r}{options})"
         return (
             f"from peft import PeftModel\nfrom transformers import {class_name}\n\n"
             f"model = PeftModel.from_pretrained({loaded}, {name!r}{at})"
@@ -235,7 +228,7 @@ def _ranks(run: Path, facts: Mapping[str, Any], pictures: Sequence[str]) -> str:
         f"{number(facts.get('num_trainable_parameters'))}."
     ]
     parts += [f"![{text(Path(name).stem)}]({name})" for name in pictures]
-    budgets = [record for record in _records_of(run / "metrics.jsonl") if "budget" in record]
+    budgets = [record for record in read_records(run / "metrics.jsonl") if "budget" in record]
     if budgets:
         shown = sorted({round(i * (len(budgets) - 1) / 8) for i in range(9)})
         parts.append(table([{key: number(budgets[i].get(key)) for key in ("step", "budget")} for i in shown]))
@@ -248,17 +241,6 @@ def _pattern(run: Path) -> dict[str, int]:
     return {name: r for name, r in read_object(path).items() if isinstance(r, int)} if path.is_file() else {}
 
 
-def _records_of(path: Path) -> list[dict[str, Any]]:
-    """A line each; the last one of an interrupted run may be cut off."""
-    records = []
-    for content in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            records.append(json.loads(content))
-        except ValueError:
-            break
-    return [record for record in records if isinstance(record, dict)]
-
-
 def _settings(title: str, section: Mapping[str, Any] | None) -> str:
     rows = [{"setting": text(k), "value": setting(v)} for k, v in (section or {}).items() if k not in _NOT_SHOWN]
     return f"## {title}\n\n" + table(rows) if rows else ""
@@ -266,8 +248,10 @@ def _settings(title: str, section: Mapping[str, Any] | None) -> str:
 
 def _origin(facts: Mapping[str, Any]) -> str:
     parts = ["## How it was made"]
-    if isinstance(facts.get("command"), list):
-        parts.append(fenced(line(shlex.join(str(word) for word in facts["command"])), "bash"))
+    own, launcher = facts.get("command"), facts.get("launcher_command")
+    command = launcher if isinstance(launcher, list) else ["python", *own] if isinstance(own, list) else []
+    if command:
+        parts.append(fenced(line(shlex.join(map(str, command))), "bash"))
     shown = {
         **{"engine": "engine", "num_processes": "processes", "num_steps": "optimizer steps"},
         **{"commit": "commit of adalora-dist", "python": "Python", "platform": "platform"},

@@ -29,8 +29,9 @@ from safetensors.torch import save as to_safetensors
 from adalora_dist import checkpoint_files as files
 from adalora_dist.agreement import agreed, this_rank, world_size
 from adalora_dist.allocator import RankAllocator
-from adalora_dist.checkpoint_content import STATE, Checkpoint, Shard, snapshot, writes_shard
+from adalora_dist.checkpoint_content import STATE, STATE_KEYS, Checkpoint, Shard, snapshot, writes_shard
 from adalora_dist.errors import UserError
+from adalora_dist.foreign_files import read_object
 from adalora_dist.sharding import select_engine
 
 # ------------------------------------------------------------------------------------------------------------ finding
@@ -98,7 +99,9 @@ def set_newer_aside(checkpoint: Checkpoint) -> None:
 def _opened(folder: Path) -> Checkpoint:
     def read() -> Checkpoint:
         names = tuple(files.read_manifest(folder))
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state = read_object(folder / STATE)
+        if missing := [key for key in STATE_KEYS if key not in state]:
+            raise UserError(f"{folder / STATE} lacks {', '.join(missing)}: give another checkpoint")
         return Checkpoint(folder, state["step"], state, names)
 
     return agreed(read, keep=False)

@@ -8,7 +8,6 @@ itself, so that engine and number of processes may change.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -25,6 +24,7 @@ from adalora_dist.agreement import agreed, this_rank
 from adalora_dist.allocator import AllocatorState, RankAllocator
 from adalora_dist.errors import UserError
 from adalora_dist.export import AdapterWeights, is_conv1d
+from adalora_dist.foreign_files import parse_object
 from adalora_dist.inject import AdaptedMatrix
 from adalora_dist.layers import SVDLinear
 from adalora_dist.sharding import select_engine
@@ -32,6 +32,7 @@ from adalora_dist.sharding.base import ShardEngine, Span
 from adalora_dist.spans import FACTOR_KINDS
 
 STATE = "state.json"
+STATE_KEYS = ("step", "allocator", "parameters", "triplets", "matrices", "run")
 _PATTERNS = "patterns"
 
 
@@ -227,7 +228,7 @@ class _Stored:
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path} cannot be read ({error}): all processes must see the same folder") from error
             self._first = self._first or file
-            for parameter, (start, stop) in json.loads(file.metadata()["spans"]).items():
+            for parameter, (start, stop) in parse_object(file.metadata()["spans"].encode(), str(path)).items():
                 self._where.setdefault(parameter, []).append((Span(start, stop), file))
 
     def compare(self, shapes: Mapping[str, Sequence[int]]) -> None:

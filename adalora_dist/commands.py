@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 
+from adalora_dist.adapter_files import checked_task
 from adalora_dist.checkpoint import checkpoint_at
 from adalora_dist.checkpoint_content import stored_adapters
 from adalora_dist.checkpoint_files import step_of
 from adalora_dist.errors import UserError
-from adalora_dist.export import AdapterWeights, SavedAdapter, base_folder_of, merge, read_adapter, write_task
-from adalora_dist.peft_format import VLLM_MAX_RANKS, fold, save_adalora, save_lora
-from adalora_dist.pictures import draw_history, draw_rank_map
+from adalora_dist.export import AdapterWeights, SavedAdapter, base_folder_of, merge, read_adapter
+from adalora_dist.foreign_files import read_object, read_sections
+from adalora_dist.markdown import number
+from adalora_dist.peft_format import fold, save_adalora, save_lora, vllm_options
+from adalora_dist.pictures import draw_history, draw_rank_map, read_history
 from adalora_dist.training.dequantized import read_description
 from adalora_dist.training.model import dtype_named
 from adalora_dist.training.report import rank_table
@@ -60,27 +61,31 @@ class FinishedRun:
                 "checkpoints"
             )
         saved = read_adapter(folder)
-        file = path / "config.yaml"
-        settings = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        file = path / "run.json"
-        facts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        settings = read_sections(file) if (file := path / "config.yaml").is_file() else {}
+        facts = read_object(file) if (file := path / "run.json").is_file() else {}
         return cls(path, saved, settings, facts)
 
     @classmethod
     def _read_checkpoint(cls, path: Path) -> FinishedRun:
         checkpoint = checkpoint_at(path)
-        settings = checkpoint.run["config"]
-        adapters, trained = stored_adapters(checkpoint)
+        try:
+            settings = checkpoint.run["config"]
+            adapters, trained = stored_adapters(checkpoint)
+            method, model = settings["adapter"]["method"], settings["model"]
+            base, task = str(model["name"]), checkpoint.run["task"]
+            facts = read_object(file) if (file := path.absolute().parents[1] / "run.json").is_file() else {}
+            known = (facts.get("base_commit"), model["revision"])
+            revision = next((r for r in known if isinstance(r, str)), None)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise UserError(f"{path} does not describe the adapters of a run ({error!r}): give another") from error
         if not adapters:
-            raise UserError(f"{path} has no adapters: a run with method {settings['adapter']['method']} has none")
-        model = settings["model"]
-        saved = SavedAdapter(adapters, model["name"], model["revision"], trained, checkpoint.run["task"])
-        return cls(path, saved, settings, {})
+            raise UserError(f"{path} has no adapters: a run with method {method} has none")
+        return cls(path, SavedAdapter(adapters, base, revision, trained, checked_task(task, str(path))), settings, {})
 
     @property
     def folder(self) -> Path:
         """Of the run: a checkpoint lies in RUN/checkpoints."""
-        return self.path if step_of(self.path) is None else self.path.parents[1]
+        return self.path if step_of(self.path) is None else self.path.absolute().parents[1]
 
     @property
     def is_quantized(self) -> bool:
@@ -91,19 +96,19 @@ class FinishedRun:
         task = self.saved.task
         name = task.get("architectures", [""])[0]
         auto = next((a for end, a in _AUTO_CLASSES.items() if name.endswith(end)), "AutoModelForCausalLM")
-        labels = f", num_labels={len(task['id2label'])}" if auto.endswith("SequenceClassification") else ""
+        names = task.get("id2label") if auto.endswith("SequenceClassification") else None
+        labels = f", num_labels={len(names)}" if names else ""
+        revision = self.saved.base_revision if base == self.saved.base_model else None
+        at = f", revision={revision!r}" if revision else ""
         if to == "merged":
-            return f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{out}")'
+            return f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({str(out)!r})"
         lines = (
             "from peft import PeftModel\n"
             f"from transformers import {auto}\n\n"
-            f'model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"{labels}), "{out}")'
+            f"model = PeftModel.from_pretrained({auto}.from_pretrained({base!r}{at}{labels}), {str(out)!r})"
         )
         if to == "lora" and auto == "AutoModelForCausalLM":
-            largest = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))["r"]
-            accepted = next((rank for rank in VLLM_MAX_RANKS if rank >= largest), None)
-            options = f"--enable-lora --max-lora-rank {accepted} --lora-modules NAME={out}"
-            lines += f"\n\nvLLM: {options if accepted else f'takes ranks up to {VLLM_MAX_RANKS[-1]}, not {largest}'}"
+            lines += f"\n\nvLLM: {vllm_options(out)}"
         return lines
 
 
@@ -134,6 +139,11 @@ def export_run(
     run = FinishedRun.read(path)
     if out is None and step_of(path) is not None:
         raise UserError(f"{path} is a checkpoint, and nothing is written into those: give --out FOLDER")
+    if out is not None and step_of(path) is not None and out.resolve().parent == run.folder.resolve():
+        raise UserError(
+            f"--out {out} is in the run's own folder, where the export of {path.name} would be taken for that of the "
+            "finished run: give a folder elsewhere"
+        )
     out = path / to if out is None else out
     if out.exists():
         raise UserError(f"--out {out} exists: give another folder, or remove it")
@@ -148,11 +158,11 @@ def export_run(
         if run.is_quantized and into == "original":
             print("warning: the adapters were trained over quantised weights and are merged into the original ones;")
             print("warning: --merge-into dequantized gives exactly what was trained (docs/quantization.md)")
-        merge(adapters, base_folder, out, dtype_named(dtype), run.saved.trained, base_weights)
-        write_task(run.saved.task, out)
+        merge(adapters, base_folder, out, dtype_named(dtype), run.saved.trained, base_weights, run.saved.task)
     else:
         save = save_lora if to == "lora" else save_adalora
-        save(adapters, out, base, run.saved.base_revision, dtype_named(dtype) or torch.float32, run.saved.trained)
+        revision = run.saved.base_revision if base == run.saved.base_model else None
+        save(adapters, out, base, revision, dtype_named(dtype) or torch.float32, run.saved.trained)
     print(f"Wrote {out}. To use it:\n\n{run.usage(to, out, base)}")
 
 
@@ -172,8 +182,8 @@ def _within(adapters: list[AdapterWeights], max_rank: int, fold_ranks: bool) -> 
     return folded
 
 
-def inspect_run(path: Path, pictures: bool = True) -> None:
-    """Print ranks, sizes and how to use a run; draw ranks.svg and history.svg into its folder.
+def inspect_run(path: Path, picture_format: Literal["svg", "png", "none"] = "svg") -> None:
+    """Print ranks, sizes and how to use a run; draw ranks and history into its folder, as SVG or PNG.
 
     Raises:
         UserError: the run cannot be read, or matplotlib is not installed.
@@ -187,13 +197,12 @@ def inspect_run(path: Path, pictures: bool = True) -> None:
     whole = sum(len(a.P) * a.Q.shape[1] for a in run.saved.adapters)
     print(f"Base model: {run.saved.base_model}" + (f" at {run.saved.base_revision}" if run.saved.base_revision else ""))
     if "num_trainable_parameters" in run.facts:
-        print(f"Trained parameters at the start: {run.facts['num_trainable_parameters']:,}")
+        print(f"Trained parameters at the start: {number(run.facts['num_trainable_parameters'])}")
     print(
         f"Active adapter parameters: {active:,} in {sum(rank > 0 for rank in pattern.values())} of {len(pattern)} "
         f"matrices, {active / whole:.2%} of the matrices' own {whole:,}"
     )
-    file = path / "allocations.jsonl"
-    history = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    history = read_history(path / "allocations.jsonl")
     if history:
         returned = sum(record["returned"] for record in history)
         print(
@@ -205,10 +214,10 @@ def inspect_run(path: Path, pictures: bool = True) -> None:
         print(f"\nTo use {path / form}:\n\n{run.usage(form, path / form, run.saved.base_model)}")
     if not found:
         print(f"\nNot exported yet: adalora-dist export {path} --to merged, lora or peft")
-    if pictures:
-        drawn = [path / "ranks.svg"]
+    if picture_format != "none":
+        drawn = [path / f"ranks.{picture_format}"]
         draw_rank_map(pattern, drawn[0])
         if history:
-            drawn.append(path / "history.svg")
+            drawn.append(path / f"history.{picture_format}")
             draw_history(history, drawn[1])
         print(f"\nPictures: {', '.join(map(str, drawn))}")

@@ -7,6 +7,7 @@ needs no model in memory, works the same after every engine, and leaves everythi
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,17 +19,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from adalora_dist.adapter_files import AdapterDescription, TaskSettings, checked_task, read_description
 from adalora_dist.allocator import RankAllocator
 from adalora_dist.base_files import base_folder_of as base_folder_of
 from adalora_dist.base_files import find_tensors, refuse_foreign_link, weight_files
 from adalora_dist.errors import UserError
+from adalora_dist.foreign_files import read_object
 from adalora_dist.inject import AdaptedMatrix, linear_shape
 from adalora_dist.layers import SVDLinear
 from adalora_dist.progress import progress_bar
 
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-_FORMAT = 2
-_TASK_SETTINGS = ("id2label", "label2id", "problem_type", "classifier_dropout", "cls_dropout")
+_NOT_COPIED = re.compile(
+    r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|onnx_data)"
+    r"|.*\.index(\.[^.]+)?\.json"  # of weights that stay behind; a loader would look for them, or find half of them
+    r"|README\.md"  # the base's model card is not this model's
+)
+"""Names of what a merged model does not take over from its base."""
 
 
 @dataclass(frozen=True)
@@ -92,17 +98,15 @@ def save_adapter(adapters: Sequence[AdapterWeights], folder: Path, base_model: s
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{a.name}.{kind}": getattr(a, kind) for a in adapters for kind in ("P", "lam", "Q") if a.rank}
     save_file(tensors, folder / "adapter.safetensors", metadata={"format": "pt"})
-    description = {
-        "format": _FORMAT,
-        "base_model": base_model,
-        "base_revision": base_revision,
-        "update": "W = W0 + scale * P diag(lam) Q",
-        "scales": {a.name: a.scale for a in adapters},
-        "rank_pattern": {a.name: a.rank for a in adapters},
-        "shapes": {a.name: [len(a.P), a.Q.shape[1]] for a in adapters},
-        "transposed": [a.name for a in adapters if a.weight_is_transposed],
-    }
-    (folder / "adapter.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    description = AdapterDescription(
+        base_model=base_model,
+        base_revision=base_revision,
+        scales={a.name: a.scale for a in adapters},
+        rank_pattern={a.name: a.rank for a in adapters},
+        shapes={a.name: (len(a.P), a.Q.shape[1]) for a in adapters},
+        transposed=[a.name for a in adapters if a.weight_is_transposed],
+    )
+    _write_json(description.model_dump(), folder / "adapter.json")
 
 
 def save_trained(trained: Mapping[str, torch.Tensor], folder: Path) -> None:
@@ -134,31 +138,25 @@ def read_adapter(folder: Path) -> SavedAdapter:
         UserError: the folder is not an adapter of this format, or is incomplete.
     """
     try:
-        description = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
+        described = read_description(folder)
         tensors = load_file(folder / "adapter.safetensors")
         trained = load_file(file) if (file := folder / "trained.safetensors").is_file() else {}
-        task = json.loads(file.read_text(encoding="utf-8")) if (file := folder / "task.json").is_file() else {}
+        task = checked_task(read_object(file), str(file)) if (file := folder / "task.json").is_file() else {}
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder} does not hold an adapter (adapter.json, adapter.safetensors): {error}") from error
-    if description.get("format") != _FORMAT:
-        raise UserError(f"{folder}/adapter.json: format {description.get('format')} is not {_FORMAT}")
     adapters = []
-    try:
-        for name, rank in description["rank_pattern"].items():
-            d_out, d_in = description["shapes"][name]
-            shapes = {"P": (d_out, rank), "lam": (rank,), "Q": (rank, d_in)}
-            for kind, shape in shapes.items() if rank else ():
-                if (key := f"{name}.{kind}") not in tensors or tensors[key].shape != shape:
-                    raise UserError(
-                        f"{folder}/adapter.safetensors has no tensor {key} of shape {shape}, which adapter.json "
-                        "promises: copy both"
-                    )
-            p, lam, q = (tensors[f"{name}.{k}"] if rank else torch.empty(shape) for k, shape in shapes.items())
-            scale, transposed = float(description["scales"][name]), name in description["transposed"]
-            adapters.append(AdapterWeights(name, p, lam, q, scale, transposed))
-        return SavedAdapter(adapters, description["base_model"], description["base_revision"], trained, task)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder}/adapter.json is incomplete ({error!r}): copy it again") from error
+    for name, rank in described.rank_pattern.items():
+        d_out, d_in = described.shapes[name]
+        shapes = {"P": (d_out, rank), "lam": (rank,), "Q": (rank, d_in)}
+        for kind, shape in shapes.items() if rank else ():
+            if (key := f"{name}.{kind}") not in tensors or tensors[key].shape != shape:
+                raise UserError(
+                    f"{folder}/adapter.safetensors has no tensor {key} of shape {shape}, which adapter.json "
+                    "promises: copy both"
+                )
+        p, lam, q = (tensors[f"{name}.{k}"].float() if rank else torch.empty(shape) for k, shape in shapes.items())
+        adapters.append(AdapterWeights(name, p, lam, q, described.scales[name], name in described.transposed))
+    return SavedAdapter(adapters, described.base_model, described.base_revision, trained, task)
 
 
 def load_adapter(model: nn.Module, folder: Path) -> list[AdaptedMatrix]:
@@ -212,6 +210,7 @@ def merge(
     dtype: torch.dtype | None = None,
     trained: dict[str, torch.Tensor] | None = None,
     base_weights: Mapping[str, BaseWeight] | None = None,
+    task: Mapping[str, Any] | None = None,
     show_progress: bool = True,
 ) -> None:
     """Write the merged model: the base's files with W0 + s P diag(lambda) Q in place of W0.
@@ -227,16 +226,20 @@ def merge(
             a new classifier's, are added to the last file.
         base_weights: by parameter name, what takes the place of a tensor of the files before its update is added,
             for instance its quantised value. Default: W0 as the files have it.
+        task: from :func:`task_settings`, what config.json says instead of the base's.
 
     Raises:
         UserError: the base has no safetensors, lacks the weight of an adapted matrix in its shape, or has a link
             out of its folder.
     """
+    if (base_folder / "adapter_config.json").is_file():  # which transformers would put on top of what is merged
+        raise UserError(f"{base_folder} is an adapter (adapter_config.json): merge into the model that it belongs to")
     shards = weight_files(base_folder)
     if not shards:
         raise UserError(
             f"{base_folder} has no .safetensors files to merge into: save the base model with save_pretrained"
         )
+    settings = read_object(base_folder / "config.json")
     replaced = {f"{a.name}.weight": a for a in adapters if a.rank}
     whole = dict(trained or {})
     bases = dict(base_weights or {})
@@ -267,20 +270,19 @@ def merge(
         weight_map |= dict.fromkeys(tensors, shard.name)
         total_size += sum(tensor.nbytes for tensor in tensors.values())
     for path in base_folder.iterdir():
-        if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES):
+        if path.is_file() and not _NOT_COPIED.fullmatch(path.name):
             refuse_foreign_link(path)
             shutil.copyfile(path, building / path.name)
-    index = building / "model.safetensors.index.json"
-    if index.is_file():
-        content = json.loads(index.read_text(encoding="utf-8"))
-        metadata = {**content.get("metadata", {}), "total_size": total_size}
-        content = {"metadata": metadata, "weight_map": weight_map}
-        index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if shards[0].name != "model.safetensors":
+        own = read_object(base_folder / "model.safetensors.index.json").get("metadata")
+        metadata = {**(own if isinstance(own, dict) else {}), "total_size": total_size}
+        index = {"metadata": metadata, "weight_map": weight_map}
+        _write_json(index, building / "model.safetensors.index.json")
     if dtype is not None:
-        config = json.loads((building / "config.json").read_text(encoding="utf-8"))
-        config.pop("torch_dtype", None)
-        config["dtype"] = str(dtype).removeprefix("torch.")
-        (building / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        settings = {key: value for key, value in settings.items() if key != "torch_dtype"}
+        settings["dtype"] = str(dtype).removeprefix("torch.")
+    if dtype is not None or task:
+        _write_json(settings | dict(task or {}), building / "config.json")
     building.rename(folder)
 
 
@@ -288,11 +290,10 @@ def task_settings(model: nn.Module) -> dict[str, Any]:
     """Of a model's config.json, what makes it one of its task: its class, its labels, what else belongs to its head."""
     own = cast(Any, model).config.to_dict()
     name = type(model).__name__.removeprefix("FSDP")  # which fully_shard puts before it
-    return {"architectures": [name]} | {key: own[key] for key in _TASK_SETTINGS if own.get(key) is not None}
+    return {"architectures": [name]} | {
+        key: own[key] for key in TaskSettings.model_fields if key != "architectures" and own.get(key) is not None
+    }
 
 
-def write_task(task: Mapping[str, Any], folder: Path) -> None:
-    """Put :func:`task_settings` into config.json of a merged model."""
-    path = folder / "config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) | dict(task)
-    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+def _write_json(content: Mapping[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

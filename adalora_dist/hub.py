@@ -26,7 +26,8 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, parse_r
 from adalora_dist.card import card_pictures, model_card
 from adalora_dist.config import RunConfig, check_branch, check_repo_id
 from adalora_dist.errors import UserError
-from adalora_dist.hub_files import ExportFiles, check_export, is_model_file, read_object, refuse_token, without_tokens
+from adalora_dist.foreign_files import read_object
+from adalora_dist.hub_files import ExportFiles, check_export, is_model_file, refuse_token, without_tokens
 
 ExportFormat = Literal["merged", "lora", "peft"]
 T = TypeVar("T")

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from adalora_dist.base_files import indexed_files, is_module_pattern
 from adalora_dist.config import is_repo_id
 from adalora_dist.errors import UserError
+from adalora_dist.foreign_files import read_object
 from adalora_dist.progress import progress_bar
 from adalora_dist.redaction import HIDDEN, redacted
 
@@ -105,22 +104,6 @@ def check_export(export: Path, ranks: Mapping[str, int] | None, token: str | Non
         refuse_token(path, token)
         sha256[name] = _sha256(path)
     return ExportFiles(paths, sha256, tuple(left_out))
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON file.
-
-    Raises:
-        UserError: it cannot be read, or is no mapping.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
-        raise UserError(f"{path} cannot be read ({reason}): write it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: must be a JSON object, not {type(content).__name__}: write it again")
-    return content
 
 
 def refuse_token(path: Path, token: str | None) -> None:

@@ -68,7 +68,12 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
 def _add_inspect(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("inspect", help="ranks, history and sizes of a run", allow_abbrev=False)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
-    parser.add_argument("--no-pictures", action="store_true", help="do not draw RUN/ranks.svg and RUN/history.svg")
+    parser.add_argument(
+        "--pictures",
+        default="svg",
+        choices=("svg", "png", "none"),
+        help="how to draw RUN/ranks and RUN/history; default: svg",
+    )
     parser.set_defaults(run_command=_inspect)
 
 
@@ -107,7 +112,7 @@ def _export(arguments: argparse.Namespace) -> None:
 def _inspect(arguments: argparse.Namespace) -> None:
     from adalora_dist.commands import inspect_run
 
-    inspect_run(arguments.run, not arguments.no_pictures)
+    inspect_run(arguments.run, arguments.pictures)
 
 
 def _push(arguments: argparse.Namespace) -> None:

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from adalora_dist.errors import UserError
 from adalora_dist.export import AdapterWeights
+from adalora_dist.foreign_files import read_object
 from adalora_dist.peft_import import PREFIX, RANKNUM_OFFSET
 
 VLLM_MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -104,6 +105,24 @@ def save_lora(
         tensors[f"{name}.lora_A.weight"] = adapter.Q.to(dtype)
         tensors[f"{name}.lora_B.weight"] = (adapter.P * (adapter.scale * adapter.lam)).to(dtype)
     _write(folder, config, tensors, trained)
+
+
+def vllm_options(folder: Path) -> str:
+    """Options with which vLLM serves an adapter of :func:`save_lora`, or why it does not take it.
+
+    Raises:
+        UserError: the folder holds no LoRA.
+    """
+    config = read_object(folder / "adapter_config.json")
+    largest = config.get("r")
+    if not isinstance(largest, int):
+        raise UserError(f"{folder}/adapter_config.json: r is {largest!r:.50}, must be an integer: export again")
+    if config.get("modules_to_save"):
+        return "takes no adapter with modules that were trained in full (modules_to_save): serve the merged model"
+    accepted = next((rank for rank in VLLM_MAX_RANKS if rank >= largest), None)
+    if accepted is None:
+        return f"takes ranks up to {VLLM_MAX_RANKS[-1]}, not {largest}: export with --max-rank and --fold, or merged"
+    return f"--enable-lora --max-lora-rank {accepted} --lora-modules NAME={folder}"
 
 
 def save_adalora(

@@ -8,7 +8,6 @@ triplets have been through that regulariser already: they stay as they are, and 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -21,11 +20,26 @@ from safetensors.torch import load_file
 
 from adalora_dist.base_files import is_module_pattern
 from adalora_dist.errors import UserError
+from adalora_dist.foreign_files import read_object
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of the plain model."""
 RANKNUM_OFFSET = 1e-5
 """PEFT's AdaLoRA divides alpha by init_r plus this."""
+_VARIANTS = {
+    "use_dora": "DoRA",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "BD-LoRA",
+    "alora_invocation_tokens": "aLoRA",
+    "arrow_config": "Arrow",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "lora_bias": "LoRA with a bias in B",
+    "layer_replication": "LoRA on repeated layers",
+}
+"""By the field of adapter_config.json that turns it on."""
+_INITS_OF_ADAPTERS = (True, False, None, "gaussian", "orthogonal", "eva")
+"""Initialisations that leave the base alone; PiSSA, OLoRA, CorDA, LoftQ and the like take their start out of it."""
 _FACTORS = {"LORA": ("lora_A.weight", "lora_B.weight"), "ADALORA": ("lora_A", "lora_B", "lora_E")}
 
 
@@ -45,20 +59,18 @@ def read_peft(folder: Path, scale: float) -> dict[str, Triplets]:
         scale: s, by which the branch is multiplied here.
 
     Raises:
-        UserError: the folder is no such adapter, its variant has no such form (DoRA, trained biases), or a tensor in
+        UserError: the folder is no such adapter, its variant has no such form (DoRA, PiSSA, biases), or a tensor in
             it belongs to no matrix.
     """
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        config = read_object(folder / "adapter_config.json")
         tensors = load_file(folder / "adapter_model.safetensors")
         kind = str(config["peft_type"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(
             f"init_from={folder} is no adapter folder of PEFT (adapter_config.json, adapter_model.safetensors): {error}"
         ) from error
-    if kind not in _FACTORS or config.get("use_dora") or config.get("bias", "none") != "none":
-        variant = "DoRA" if config.get("use_dora") else f"{kind} with bias={config.get('bias', 'none')}"
-        raise UserError(f"init_from={folder} is {variant}: must be LORA or ADALORA, with bias none and without DoRA")
+    _refuse_other_functions(config, kind, folder)
     _check_numbers(config, kind, folder)
     triplets = {}
     for key in [key for key in tensors if key.endswith(f".{_FACTORS[kind][0]}")]:
@@ -82,6 +94,23 @@ def read_peft(folder: Path, scale: float) -> dict[str, Triplets]:
             f"{len(triplets)} matrices are: only adapters can be started from"
         )
     return triplets
+
+
+def _refuse_other_functions(config: Mapping[str, Any], kind: str, folder: Path) -> None:
+    """Raise unless the adapter adds scale B A to the base as it is, and nothing else."""
+    if kind not in _FACTORS:
+        raise UserError(f"init_from={folder} is of the type {kind!r:.50}: must be LORA or ADALORA")
+    if (bias := config.get("bias", "none")) != "none":
+        raise UserError(f"init_from={folder} has bias={bias!r:.50}, trained biases: must be none")
+    variant = next((f"{name} ({field})" for field, name in _VARIANTS.items() if config.get(field)), None)
+    if variant is not None:
+        raise UserError(f"init_from={folder} is {variant}, which no triplets equal: must be plain LORA or ADALORA")
+    init = config.get("init_lora_weights", True)
+    if init not in _INITS_OF_ADAPTERS:
+        raise UserError(
+            f"init_from={folder} has init_lora_weights={init!r:.50}, whose adapters go with a changed base: have PEFT "
+            "convert it to plain LoRA (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
 
 
 def _check_numbers(config: Mapping[str, Any], kind: str, folder: Path) -> None:

@@ -38,14 +38,15 @@ def read_yaml(path: Path) -> tuple[dict[Any, Any], dict[tuple[Any, ...], int]]:
     try:
         loader = _Loader(text)
         root = loader.get_single_node()
-        if not isinstance(root, yaml.MappingNode):
-            raise UserError(f"--config {path}: must be a mapping of sections, such as 'adapter: {{target_rank: 8}}'")
-        content: dict[Any, Any] = loader.construct_document(root)
+        content: Any = loader.construct_document(root) if isinstance(root, yaml.MappingNode) else None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path}:{line}: not valid YAML ({error.problem}): correct that line") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {path}: not valid YAML ({error}): correct the file") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the last two: of a number, a date, deep nesting
+        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise UserError(f"--config {path}: not valid YAML ({reason:.200}): correct the file") from None
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f"--config {path}: must be a mapping of sections, such as 'adapter: {{target_rank: 8}}'")
     lines: dict[tuple[Any, ...], int] = {}
     for section, body in root.value:
         name = loader.construct_object(section)

@@ -47,12 +47,12 @@ def main(config: SquadConfig) -> None:
     from adalora_dist.evaluation.metrics import mean_and_deviation
     from adalora_dist.evaluation.spans import Answer, find_answers
     from adalora_dist.evaluation.squad_metrics import best_thresholds, squad_scores
-    from adalora_dist.export import base_folder_of, gather_adapters, merge, task_settings, write_task
+    from adalora_dist.export import base_folder_of, gather_adapters, merge, task_settings
     from adalora_dist.hub import check_push_of_run, push_run
     from adalora_dist.inject import inject_adapters
     from adalora_dist.training.dry_run import count_rows, dry_run
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
-    from adalora_dist.training.exports import write_adapters
+    from adalora_dist.training.exports import loaded_revision, write_adapters
     from adalora_dist.training.guard import Guard
     from adalora_dist.training.loop import prepare, total_steps, train
     from adalora_dist.training.losses import span_loss
@@ -180,9 +180,9 @@ def main(config: SquadConfig) -> None:
             if "merged" in config.export.export_formats:
                 merged = folder.path / "merged"
                 dtype = dtype_named(config.export.export_dtype)
-                base = base_folder_of(config.model.name, config.model.revision)
-                merge(adapters, base, merged, dtype, trained, base_weights)
-                write_task(task_settings(accelerator.unwrap_model(prepared.model)), merged)
+                own = accelerator.unwrap_model(prepared.model)
+                base = base_folder_of(config.model.name, loaded_revision(config, own))
+                merge(adapters, base, merged, dtype, trained, base_weights, task_settings(own))
                 tokenizer.save_pretrained(merged)
             if "merged" in config.export.export_formats and config.export.verify_export:
                 plain = load_plainly(AutoModelForQuestionAnswering, merged)

@@ -49,7 +49,7 @@ def main(config: CommonsenseConfig) -> None:
     from adalora_dist.inject import inject_adapters
     from adalora_dist.training.dry_run import count_rows, dry_run
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
-    from adalora_dist.training.exports import write_adapters
+    from adalora_dist.training.exports import loaded_revision, write_adapters
     from adalora_dist.training.guard import Guard
     from adalora_dist.training.loop import is_sharded, prepare, total_steps, train
     from adalora_dist.training.losses import causal_loss
@@ -168,7 +168,7 @@ def main(config: CommonsenseConfig) -> None:
         folder.write_json("rank_pattern.json", pattern)
         folder.write_json("results.json", {"before": [vars(r) for r in before], "after": [vars(r) for r in after]})
         if "merged" in formats:
-            base = base_folder_of(config.model.name, config.model.revision)
+            base = base_folder_of(config.model.name, loaded_revision(config, accelerator.unwrap_model(prepared.model)))
             merged = folder.path / "merged"
             merge(adapters, base, merged, dtype_named(config.export.export_dtype), trained, base_weights)
             tokenizer.save_pretrained(merged)

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "adalora_dist"
 LEVELS = {
     0: (
         *("errors", "config", "recipe_config", "schedule", "importance", "orthogonality", "spans", "flat"),
-        *("pattern_digest", "progress", "base_files", "markdown", "redaction"),
+        *("pattern_digest", "progress", "base_files", "markdown", "redaction", "foreign_files", "adapter_files"),
     ),
     1: ("agreement", "layers", "inject", "peft_import"),
     2: ("sharding",),

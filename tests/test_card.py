@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from local_hub import TOKEN, write_run
+from local_hub import ROOT, TOKEN, write_run
 
 from adalora_dist.card import card_pictures, model_card
 from adalora_dist.config import CommonsenseConfig, TrainConfig
@@ -110,10 +111,14 @@ def test_an_adapter(run: Path) -> None:
     card = model_card(run, run / "lora", "somebody/an-adapter")
     metadata = front_matter(card)
     assert (metadata["library_name"], metadata["base_model_relation"]) == ("peft", "adapter")
-    load_base = "AutoModelForCausalLM.from_pretrained('somebody/a-base')"
+    load_base = f"AutoModelForCausalLM.from_pretrained('somebody/a-base', revision='{BASE_COMMIT}')"
     assert f"PeftModel.from_pretrained({load_base}, 'somebody/an-adapter')" in chapter(card, "Use")
-    rewrite(run / "run.json", model_class="DebertaV2ForSequenceClassification")
-    assert "AutoModelForSequenceClassification.from_pretrained(" in chapter(model_card(run, run / "lora"), "Use")
+    rewrite(run / "run.json", model_class="DebertaV2ForSequenceClassification", base_commit=None)
+    (run / "adapter").mkdir()
+    task = {"architectures": ["DebertaV2ForSequenceClassification"], "id2label": {"0": "no", "1": "so", "2": "yes"}}
+    (run / "adapter" / "task.json").write_text(json.dumps(task))
+    load_base = "AutoModelForSequenceClassification.from_pretrained('a-base', num_labels=3)"
+    assert load_base in chapter(model_card(run, run / "lora"), "Use")
     assert "Merged" not in chapter(card, "Base") and "Logits" not in chapter(card, "Base")
 
 
@@ -185,7 +190,7 @@ def test_nothing_gets_out_of_its_place(run: Path, where: str) -> None:
     elif where == "repo":
         options = {"repo_id": HOSTILE}
     elif where == "command":
-        rewrite(run / "run.json", command=["x.py", "--model", HOSTILE])
+        rewrite(run / "run.json", launcher_command=["accelerate", "launch", "x.py", "--model", HOSTILE])
     elif where == "version":
         rewrite(run / "run.json", versions={HOSTILE: HOSTILE}, engine=HOSTILE)
     elif where == "setting":
@@ -209,6 +214,25 @@ def test_markdown() -> None:
     assert code("a`b|c\nd") == "`a'b/c d`" and text("*a* <b>\n[c](d)") == "a b cd"
     assert fenced("```", "x") == "````x\n```\n````"
     assert table([{"a": "1", "b": ""}, {"a": "2", "b": ""}]) == "| a |\n| --- |\n| 1 |\n| 2 |"
+
+
+@pytest.mark.parametrize("launcher", ["accelerate", "deepspeed", "torchrun", "other"])
+def test_the_command_is_the_one_that_was_typed(run: Path, tmp_path: Path, launcher: str) -> None:
+    """A launcher hands on a part of it, and DeepSpeed's a file of its own in between."""
+    recipe, program = tmp_path / "recipe.py", tmp_path / "bin" / launcher
+    recipe.write_text("import sys, json; from adalora_dist.training.run_folder import _launcher_command\n"
+                      "print(json.dumps([_launcher_command(), sys.argv]))\n")  # fmt: skip
+    program.parent.mkdir()
+    program.write_text("import subprocess, sys\nsubprocess.run([sys.executable, *sys.argv[2:]], check=True)\n")
+    command = [sys.executable, str(program), f"--token={TOKEN}", str(recipe), "--seed", "3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    typed, own = json.loads(done.stdout.splitlines()[-1])
+    assert typed == ([launcher, "--token=***", str(recipe), "--seed", "3"] if launcher != "other" else None)
+    rewrite(run / "run.json", launcher_command=typed, command=own)
+    made = chapter(model_card(run), "How it was made")
+    assert f"```bash\n{f'{launcher} --token=***' if typed else 'python'} {recipe} --seed 3\n```" in made.replace(
+        "'", ""
+    )
 
 
 def test_a_token_on_the_command_line_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

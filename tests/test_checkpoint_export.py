@@ -9,7 +9,7 @@ import pytest
 import torch
 from distributed import run_ranks
 from peft import PeftModel
-from resume_runs import configuration, run, write_model
+from resume_runs import configuration, run, whole_tensors, write_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -36,7 +36,7 @@ def logits(model: Any) -> torch.Tensor:
 def test_every_form_from_a_checkpoint(tmp_path: Path, engine: str, method: str) -> None:
     write_model(tmp_path)
     world_size = 1 if engine == "single" else 2
-    config = configuration(tmp_path, world_size, method=method, checkpoint_every=7, dropout=0.0)
+    config = configuration(tmp_path, world_size, method=method, checkpoint_every=7, keep_checkpoints=9, dropout=0.0)
     result = run_ranks(world_size, run, engine, config)[0]
     folder = max((tmp_path / "run" / "checkpoints").glob("step-????????"))
     adapters, trained = stored_adapters(checkpoint_at(folder))
@@ -46,26 +46,52 @@ def test_every_form_from_a_checkpoint(tmp_path: Path, engine: str, method: str) 
     ranks = {a.rank for a in adapters}
     assert len(ranks) > 1 or method == "lora"
 
+    merged = all_forms(folder, tmp_path / "end", tmp_path / "model")
+    assert torch.equal(merged["lm_head.weight"], trained["lm_head.weight"])
+    if method == "adalora":
+        held = checkpoint_at(folder).state["triplets"].values()
+        assert min(map(len, held)) < 3, "the pattern is frozen, and nothing was removed"
+        check_between_two_selections(folder.with_name("step-00000028"), tmp_path)
+
+
+def all_forms(checkpoint: Path, out: Path, base: Path) -> dict[str, torch.Tensor]:
+    """Export each form, see that they say the same, and not what the base says; the merged tensors."""
     said = {}
     for to in ("merged", "lora", "peft"):
-        main(["export", str(folder), "--to", to, "--out", str(tmp_path / to)])
-        plain = AutoModelForCausalLM.from_pretrained(tmp_path / ("merged" if to == "merged" else "model"))
-        said[to] = logits(plain if to == "merged" else PeftModel.from_pretrained(plain, tmp_path / to))
-    assert torch.equal(
-        load_file(tmp_path / "merged" / "model.safetensors")["lm_head.weight"], trained["lm_head.weight"]
-    )
-    assert (said["merged"] - logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model"))).abs().max() > 0.01
+        main(["export", str(checkpoint), "--to", to, "--out", str(out / to)])
+        plain = AutoModelForCausalLM.from_pretrained(out / "merged" if to == "merged" else base)
+        said[to] = logits(plain if to == "merged" else PeftModel.from_pretrained(plain, out / to))
+    assert (said["merged"] - logits(AutoModelForCausalLM.from_pretrained(base))).abs().max() > 0.01
     for form in ("lora", "peft"):
         assert (said[form] - said["merged"]).abs().max() <= 1e-5
+    return load_file(out / "merged" / "model.safetensors")
 
 
-def test_nothing_is_written_into_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def check_between_two_selections(folder: Path, place: Path) -> None:
+    """Halfway, pruned triplets are still there, and may have grown again: the last selection counts."""
+    checkpoint = checkpoint_at(folder)
+    stored = whole_tensors(checkpoint)
+    matrices = checkpoint.state["matrices"]
+    assert {len(held) for held in checkpoint.state["triplets"].values()} == {3}
+    merged, base = all_forms(folder, place / "middle", place / "model"), load_file(place / "model/model.safetensors")
+    keep = stored["patterns"][-1].view(len(matrices), 3)
+    assert 0 < keep.sum() < keep.numel() and (keep.sum(1) == 0).any()
+    for (name, matrix), kept in zip(matrices.items(), keep, strict=True):
+        p, qt = (stored[f"{name}.{kind}"].view(-1, 3) for kind in ("P", "Qt"))
+        update = matrix["scale"] * (p * (stored[f"{name}.lam"] * kept)) @ qt.T
+        torch.testing.assert_close(merged[f"{name}.weight"], base[f"{name}.weight"] + update, rtol=0, atol=1e-5)
+
+
+def test_nothing_is_written_into_a_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_model(tmp_path)
     run_ranks(1, run, "single", configuration(tmp_path, checkpoint_every=7), (3, 0))
     folder = max((tmp_path / "run" / "checkpoints").glob("step-????????"))
     capsys.readouterr()
     for words, says in (
         (["export", str(folder), "--to", "lora"], "--out FOLDER"),
+        (["export", str(folder), "--to", "lora", "--out", str(tmp_path / "run" / "lora")], "the run's own folder"),
         (["inspect", str(folder)], str(tmp_path / "run")),
         (["export", str(folder.with_name("step-99999999")), "--to", "lora", "--out", str(tmp_path / "x")], "99999999"),
     ):
@@ -73,5 +99,9 @@ def test_nothing_is_written_into_a_checkpoint(tmp_path: Path, capsys: pytest.Cap
             main(words)
         [line] = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ") and says in line
+    (tmp_path / "run" / "run.json").write_text('{"base_commit": "c0ffee"}')
+    monkeypatch.chdir(folder.parent)
+    main(["export", folder.name, "--to", "lora", "--out", str(tmp_path / "lora")])
+    assert '"revision": "c0ffee"' in (tmp_path / "lora" / "adapter_config.json").read_text()
     adapters, _ = stored_adapters(checkpoint_at(folder))  # of step 0: all triplets, and they say nothing yet
     assert {a.rank for a in adapters} == {3} and all(a.lam.eq(0).all() for a in adapters)

@@ -21,6 +21,7 @@ from adalora_dist.config import ModelConfig, RunConfig, TrainConfig
 from adalora_dist.export import gather_adapters, load_adapter, save_adapter
 from adalora_dist.inject import inject_adapters
 from adalora_dist.main import main
+from adalora_dist.pictures import rank_grid
 from adalora_dist.training.exports import write_adapters
 from adalora_dist.training.run_folder import RunFolder
 
@@ -157,6 +158,23 @@ def test_a_base_that_has_moved(run: Path, tmp_path: Path, capsys: pytest.Capture
     assert config["base_model_name_or_path"] == str(moved)
 
 
+def test_the_commit_that_was_loaded_is_the_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And not the branch, which may have moved when somebody merges, or puts the adapter on it."""
+    commit = "c0ffee" * 6 + "c0de"
+    model = build("llama")
+    model.config._commit_hash = commit  # as from_pretrained leaves it
+    adapt(model)
+    config = RunConfig(model=ModelConfig(name="somebody/a-base", revision="main"))
+    write_adapters(config, model, weights_of(model), {}, tmp_path / "run")
+    said = succeed(capsys, "export", tmp_path / "run", "--to", "lora")
+    assert f"from_pretrained('somebody/a-base', revision='{commit}')" in said
+    written = json.loads((tmp_path / "run" / "lora" / "adapter_config.json").read_text())
+    assert (written["base_model_name_or_path"], written["revision"]) == ("somebody/a-base", commit)
+    said = succeed(capsys, "export", tmp_path / "run", "--to", "peft", "--base", "somebody/another")
+    assert "from_pretrained('somebody/another')" in said
+    assert json.loads((tmp_path / "run" / "peft" / "adapter_config.json").read_text())["revision"] is None
+
+
 def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no finished run" in failure(capsys, "export", tmp_path / "nowhere", "--to", "lora")
     assert "--to" in failure(capsys, "export", run)
@@ -217,6 +235,31 @@ def test_inspect_shows_ranks_sizes_and_pictures(
     first = (run / "ranks.svg").read_bytes()
     succeed(capsys, "inspect", run)
     assert (run / "ranks.svg").read_bytes() == first
+    assert not list(run.glob("*.png"))
+    succeed(capsys, "inspect", run, "--pictures", "png")
+    for name in ("ranks.png", "history.png"):
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+        (run / name).unlink()
+
+
+def test_matrices_go_by_names_that_tell_them_apart() -> None:
+    def columns(names: list[str]) -> list[str]:
+        lines, columns, cells = rank_grid({name: index for index, name in enumerate(names)})
+        assert len(cells) == len(names) and sorted(cells.values()) == list(range(len(names)))
+        assert {place[0] for place in cells} == set(lines) and {place[1] for place in cells} == set(columns)
+        return columns
+
+    def block(stack: str, *matrices: str) -> list[str]:
+        return [f"{stack}.{layer}.{matrix}" for layer in (0, 11) for matrix in matrices]
+
+    assert columns(block("model.layers", "self_attn.q_proj", "mlp.up_proj")) == ["q_proj", "up_proj"]
+    gpt2 = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert columns(block("transformer.h", *gpt2)) == ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"]
+    deberta = ("attention.self.query_proj", "attention.output.dense", "intermediate.dense", "output.dense")
+    assert columns(block("encoder.layer", *deberta)) == ["query_proj", *deberta[1:]]
+    bart = [*block("encoder.layers", "self_attn.q_proj", "fc1"), *block("decoder.layers", "encoder_attn.q_proj", "fc1")]
+    assert columns(bart) == ["self_attn.q_proj", "fc1", "encoder_attn.q_proj"]
+    assert columns(["lm_head", "classifier"]) == ["rank"]
 
 
 def test_inspect_without_matplotlib(
@@ -228,4 +271,4 @@ def test_inspect_without_matplotlib(
     printed = capsys.readouterr()
     assert "Active ranks" in printed.out
     assert printed.err.count("\n") == 1 and "adalora-dist[plots]" in printed.err
-    assert "Active ranks" in succeed(capsys, "inspect", run, "--no-pictures")
+    assert "Active ranks" in succeed(capsys, "inspect", run, "--pictures", "none")

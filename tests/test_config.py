@@ -225,6 +225,8 @@ BAD_FILES = [
     ("just words\n", ["must be a mapping of sections"]),
     ("# nothing but a comment\n", ["must be a mapping of sections"]),
     ("a: \x07\n", ["not valid YAML"]),
+    ("a: " + "[" * 5000 + "\n", ["nested too deeply"]),
+    ("a: 2001-99-99\n", ["not valid YAML", "month must be in 1..12"]),
 ]
 
 

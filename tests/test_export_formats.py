@@ -34,7 +34,7 @@ from adalora_dist.allocator import RankAllocator
 from adalora_dist.config import AdapterConfig
 from adalora_dist.export import AdapterWeights, gather_adapters, merge
 from adalora_dist.inject import inject_adapters
-from adalora_dist.peft_format import VLLM_MAX_RANKS, fold, save_adalora, save_lora
+from adalora_dist.peft_format import VLLM_MAX_RANKS, fold, save_adalora, save_lora, vllm_options
 
 deepspeed = import_deepspeed()
 
@@ -193,22 +193,91 @@ def test_patterns_hit_their_own_module_alone(tmp_path: Path) -> None:
         assert get_pattern_key(patterns, name) == name, "a key hit a module of another name"
 
 
-def test_lora_config_is_what_vllm_reads(tmp_path: Path) -> None:
-    """The fields that vLLM's loader requires or refuses; its one scale for all modules, alpha / r, has to be 1."""
+VLLM_MODULES = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+"""What vLLM's LLaMA takes adapters for, by the last part of a module's name, its fused matrices taken apart."""
+
+
+def load_as_vllm_does(folder: Path, max_lora_rank: int) -> dict[str, torch.Tensor]:
+    """Updates by module, by the rules of vLLM's LoRA loader, which cannot be installed here.
+
+    They are read off its source: ``lora/peft_helper.py``, ``lora/lora_model.py``, ``lora/utils.py``, ``config/lora.py``
+    and the buffers of ``lora/layers/``. It knows no pattern: one ``lora_alpha / r`` scales every B. Stands for "vLLM
+    accepts this adapter and computes the same from it", not for its kernels.
+    """
+    config = json.loads((folder / "adapter_config.json").read_text())
+    if missing := {"r", "lora_alpha", "target_modules"} - config.keys():
+        raise ValueError(f"Missing required configuration fields: {missing}")
+    if config.get("modules_to_save"):
+        raise ValueError("only supports modules_to_save being None")
+    if config.get("use_dora"):
+        raise ValueError("does not yet support DoRA")
+    if config.get("bias", "none") != "none":
+        raise ValueError("bias is not supported")
+    if max_lora_rank not in VLLM_MAX_RANKS:
+        raise ValueError("max_lora_rank is not one of its values")
+    if config["r"] > max_lora_rank:
+        raise ValueError("LoRA rank is greater than max_lora_rank")
+    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+    factors: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in load_file(folder / "adapter_model.safetensors").items():
+        parts = key.replace("base_model.model.", "").split(".")
+        if parts[-1] != "weight" or parts[-2] not in ("lora_A", "lora_B"):
+            raise ValueError(f"{key} is unsupported LoRA weight")
+        if parts[-3] not in VLLM_MODULES:
+            raise ValueError(f"expected target modules in {VLLM_MODULES} but received {key}")
+        factors.setdefault(".".join(parts[:-2]), {})[parts[-2]] = tensor
+    updates = {}
+    for name, pair in factors.items():
+        a, b = torch.zeros(max_lora_rank, pair["lora_A"].shape[1]), torch.zeros(len(pair["lora_B"]), max_lora_rank)
+        a[: len(pair["lora_A"])] = pair["lora_A"]  # buffers of one size for all; rows beyond the module's rank stay 0
+        b[:, : pair["lora_B"].shape[1]] = pair["lora_B"] * scale
+        updates[name] = b @ a
+    return updates
+
+
+def test_vllm_would_take_the_lora_and_compute_the_same(tmp_path: Path) -> None:
     model = build("llama")
     adapt(model)
-    save_lora(weights_of(model), tmp_path / "lora", "some/model", "abc")
+    adapters = weights_of(model)
+    save_lora(adapters, tmp_path / "lora", "some/model", "abc")
+    updates = load_as_vllm_does(tmp_path / "lora", 8)
+    assert updates.keys() == {a.name for a in adapters if a.rank} != {a.name for a in adapters}
+    for adapter in adapters:
+        if adapter.rank:
+            torch.testing.assert_close(updates[adapter.name], adapter.delta(), rtol=0, atol=1e-6)
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert isinstance(config["r"], int) and isinstance(config["lora_alpha"], int)
-    assert config["lora_alpha"] / config["r"] == 1.0 and config["r"] <= max(VLLM_MAX_RANKS)
     assert config["rank_pattern"] == config["alpha_pattern"] and max(config["rank_pattern"].values()) == config["r"]
-    assert isinstance(config["target_modules"], list) and (config["bias"], config["modules_to_save"]) == ("none", None)
-    assert not config["use_rslora"] and not config["use_dora"]
     assert (config["base_model_name_or_path"], config["revision"]) == ("some/model", "abc")
-    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
-    assert len(tensors) == 2 * len(config["target_modules"]) > 0
-    assert all(re.fullmatch(r"base_model\.model\.model\.layers\..*\.lora_[AB]\.weight", key) for key in tensors)
-    assert all(min(tensor.shape) > 0 for tensor in tensors.values())
+    assert vllm_options(tmp_path / "lora") == f"--enable-lora --max-lora-rank 8 --lora-modules NAME={tmp_path}/lora"
+
+
+def test_what_vllm_would_not_take(tmp_path: Path) -> None:
+    """Each is said by the export, or cannot come from it; and the rules above see it."""
+    model = build("llama")
+    adapt(model)
+    trained = {"lm_head.weight": model.lm_head.weight.detach()}
+    save_lora(weights_of(model), tmp_path / "head", "", trained=trained)
+    with pytest.raises(ValueError, match="modules_to_save"):
+        load_as_vllm_does(tmp_path / "head", 8)
+    assert "serve the merged model" in vllm_options(tmp_path / "head")
+    save_lora(weights_of(model), tmp_path / "lora", "")
+    with pytest.raises(ValueError, match="greater than max_lora_rank"):
+        load_as_vllm_does(tmp_path / "lora", 1)
+    path = tmp_path / "lora" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    for changes, says in (({"use_dora": True}, "DoRA"), ({"bias": "all"}, "bias"), ({"r": 600}, "greater")):
+        path.write_text(json.dumps(config | changes))
+        with pytest.raises(ValueError, match=says):
+            load_as_vllm_does(tmp_path / "lora", 512)
+    assert "takes ranks up to 512, not 600" in vllm_options(tmp_path / "lora")
+    path.write_text(json.dumps({**config, "r": None}))
+    assert "r is None" in refusal(vllm_options, tmp_path / "lora")
+    other = build("gpt2")
+    adapt(other)
+    save_lora(weights_of(other), tmp_path / "gpt2", "")
+    with pytest.raises(ValueError, match="expected target modules"):
+        load_as_vllm_does(tmp_path / "gpt2", 8)
 
 
 def test_folding_is_the_nearest_update_of_that_rank() -> None:

@@ -266,14 +266,15 @@ def test_matrices_of_an_adapter_folder(parent: Path, finished: Path, name: str) 
     tensors = {f"{name}.P": torch.ones(8, 1), f"{name}.lam": torch.ones(1), f"{name}.Q": torch.ones(1, 8)}
     save_file(tensors, folder / "adapter.safetensors")
     description = {
-        "format": 1, "base_model": "a/b", "base_revision": None, "scales": {name: 1.0}, "rank_pattern": {name: 1},
+        "format": 2, "base_model": "a/b", "base_revision": None, "scales": {name: 1.0}, "rank_pattern": {name: 1},
         "shapes": {name: [8, 8]}, "transposed": [],
     }  # fmt: skip
     (folder / "adapter.json").write_text(json.dumps(description))
     before = everything(parent)
     model = tiny_llama(8)
     modules = {name for name, _ in model.named_modules()}
-    refusal(load_adapter, model, folder)
+    line = refusal(load_adapter, model, folder)
+    assert "is not in this model" in line or "is not the name of a matrix" in line
     assert {name for name, _ in model.named_modules()} == modules
     assert everything(parent) == before
 

@@ -9,14 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from distributed import run_ranks
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from refusals import refusal
 from safetensors.torch import load_file, save_file
-from test_export_formats import TOLERANCE, adapt, build, logits, weights_of
+from test_export_formats import IDS, TOLERANCE, adapt, build, logits, weights_of
+from transformers import AutoModelForCausalLM
 
-from adalora_dist.config import AdapterConfig
+from adalora_dist.config import AdapterConfig, ModelConfig
 from adalora_dist.inject import adapted_matrices, inject_adapters
 from adalora_dist.peft_format import save_adalora, save_lora
+from adalora_dist.peft_import import _VARIANTS
+from adalora_dist.training.model import load_backbone
 
 TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"], "bart": ["q_proj", "fc1"]}
 
@@ -88,6 +92,61 @@ def test_adalora_as_the_start(tmp_path: Path) -> None:
         assert ranks == {a.name: a.rank for a in weights_of(model)} and 0 in ranks.values()
 
 
+def prune_in_peft(rank: int, world_size: int, folder: Path) -> torch.Tensor:
+    """An AdaLoRA that PEFT itself has trained and pruned; what it says when PEFT has loaded it again."""
+    config = AdaLoraConfig(
+        init_r=5, target_r=2, tinit=1, tfinal=2, deltaT=1, total_step=8, lora_alpha=7, target_modules=TARGETS["llama"]
+    )
+    model = get_peft_model(build("llama"), config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for step in range(8):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    return logits(PeftModel.from_pretrained(build("llama"), folder))
+
+
+def test_adalora_pruned_by_peft_as_the_start(tmp_path: Path) -> None:
+    """Its file has a rank pattern, and factors of that many rows; PEFT goes on dividing by the initial rank."""
+    [said] = run_ranks(1, prune_in_peft, tmp_path)
+    pattern = json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"]
+    ranks = {name.removesuffix(".lora_E"): sum(kept) for name, kept in pattern.items()}
+    assert len(set(ranks.values())) > 1 and sum(ranks.values()) == 2 * len(ranks)
+    assert (said - logits(build("llama"))).abs().max() > 0.05
+    model = start(tmp_path)
+    assert (logits(model) - said).abs().max() <= TOLERANCE
+    assert {m.name: int((m.layer.lam != 0).sum()) for m in adapted_matrices(model)} == {
+        name: rank for name, rank in ranks.items()
+    }
+
+
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal"])
+def test_initialisations_that_leave_the_base_alone(tmp_path: Path, init: str) -> None:
+    config = LoraConfig(r=4, lora_alpha=7, target_modules=TARGETS["llama"], init_lora_weights=init)  # type: ignore[arg-type]
+    said = from_peft("llama", config, tmp_path)
+    assert (logits(start(tmp_path)) - said).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_initialisations_that_change_the_base(tmp_path: Path, init: str) -> None:
+    """PEFT takes the start out of the base's weights whenever it loads one, so its factors alone are another model."""
+    config = LoraConfig(r=4, lora_alpha=7, target_modules=TARGETS["llama"], init_lora_weights=init)  # type: ignore[arg-type]
+    said = from_peft("llama", config, tmp_path)
+    assert f"init_lora_weights='{init}'" in refusal(lambda: start(tmp_path))
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": True}))
+    assert (logits(start(tmp_path)) - said).abs().max() > 0.01  # what taking it for plain LoRA would have given
+
+
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    """transformers would load its base, wrapped, and adapters would go around adapters."""
+    from_peft("llama", LoraConfig(r=4, target_modules=TARGETS["llama"]), tmp_path)
+    line = refusal(load_backbone, ModelConfig(name=str(tmp_path)), AutoModelForCausalLM)
+    assert line.startswith("model=") and "as init_from" in line
+
+
 def test_what_cannot_be_started_from(tmp_path: Path) -> None:
     def broken(name: str, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None], **changes: Any) -> str:
         folder = tmp_path / name
@@ -105,7 +164,12 @@ def test_what_cannot_be_started_from(tmp_path: Path) -> None:
     assert "not among the targets" in broken("targets", lambda c, t: None, targets=("q_proj",))
     assert "init_rank to at least 4" in broken("rank", lambda c, t: None, init_rank=3)
     assert "DoRA" in broken("dora", lambda c, t: c.update(use_dora=True))
-    assert "bias=all" in broken("bias", lambda c, t: c.update(bias="all"))
+    for field, name in _VARIANTS.items():
+        line = broken(field, lambda c, t, field=field: c.update({field: [1]}))  # type: ignore[misc]
+        assert name in line and field in line
+    assert "loftq" in broken("loftq", lambda c, t: c.update(init_lora_weights="loftq"))
+    assert "['gaussian']" in broken("init", lambda c, t: c.update(init_lora_weights=["gaussian"]))
+    assert "bias='all'" in broken("bias", lambda c, t: c.update(bias="all"))
     assert "IA3" in broken("ia3", lambda c, t: c.update(peft_type="IA3"))
     assert "lm_head" in broken("head", lambda c, t: t.update({"base_model.model.lm_head.weight": torch.zeros(2)}))
     assert "other factor" in broken("half", lambda c, t: t.pop(first.replace("lora_A", "lora_B")))

@@ -79,6 +79,8 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, object] | UserError]:
                     f"{path}:{number}: not UTF-8 text ({error.reason} at byte {error.start} of the row); save it as "
                     "UTF-8"
                 )
+            except (ValueError, RecursionError):  # a number of thousands of digits, brackets within brackets
+                yield UserError(f"{path}:{number}: no row of data; write one JSON object of texts per line")
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:

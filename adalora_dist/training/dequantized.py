@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import nn
 
 from adalora_dist.config import RunConfig
 from adalora_dist.errors import UserError
+from adalora_dist.foreign_files import read_object
 from adalora_dist.training.quantization import quantized_linears
 
 
@@ -80,7 +80,7 @@ def read_description(file: Path) -> dict[str, QuantizedWeight]:
         UserError: the file is not there or incomplete, or it needs a device that this machine lacks.
     """
     try:
-        described = json.loads(file.read_text(encoding="utf-8"))
+        described = read_object(file)
         weights = {
             name: QuantizedWeight(
                 (int(entry["shape"][0]), int(entry["shape"][1])),
@@ -92,9 +92,10 @@ def read_description(file: Path) -> dict[str, QuantizedWeight]:
             )
             for name, entry in described.items()
         }
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
+        reason = error if isinstance(error, UserError) else repr(error)
         raise UserError(
-            f"{file} does not say how the run's backbone was quantised ({error!r}): merge into original"
+            f"{file} does not say how the run's backbone was quantised ({reason}): merge into original"
         ) from error
     if any(w.device.type == "cuda" for w in weights.values()) and not torch.cuda.is_available():
         raise UserError(

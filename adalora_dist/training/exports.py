@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
 from adalora_dist.config import RunConfig
 from adalora_dist.export import AdapterWeights, save_adapter, save_trained, task_settings
@@ -15,9 +15,14 @@ from adalora_dist.peft_format import save_adalora, save_lora
 from adalora_dist.training.dequantized import QuantizedWeight, describe, quantized_weights
 
 
+def loaded_revision(config: RunConfig, model: Any) -> str | None:
+    """The commit of the Hub that the backbone came from, which a branch may have left since; None for a folder."""
+    return getattr(model.config, "_commit_hash", None) or config.model.revision
+
+
 def write_adapters(
     config: RunConfig,
-    model: nn.Module,
+    model: Any,
     adapters: Sequence[AdapterWeights],
     trained: Mapping[str, torch.Tensor],
     folder: Path,
@@ -34,7 +39,7 @@ def write_adapters(
     Returns:
         ``base_weights`` for :func:`adalora_dist.export.merge`.
     """
-    name, revision = config.model.name, config.model.revision
+    name, revision = config.model.name, loaded_revision(config, model)
     if adapters:
         save_adapter(adapters, folder / "adapter", name, revision)
         save_trained(trained, folder / "adapter")

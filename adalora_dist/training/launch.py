@@ -7,7 +7,6 @@ here imports torch, so that a mistake in a flag is told at once.
 
 from __future__ import annotations
 
-import json
 import os
 import runpy
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from adalora_dist.cli import user_errors
 from adalora_dist.errors import UserError
+from adalora_dist.foreign_files import read_object
 
 CONFIG_FLAG = "--deepspeed-config"
 
@@ -63,8 +63,8 @@ def _take_config(arguments: list[str], default: Path) -> tuple[Path, list[str]]:
 
 def _zero_stage(path: Path) -> int:
     try:
-        return json.loads(path.read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0)
-    except (OSError, ValueError, AttributeError) as error:
+        return read_object(path).get("zero_optimization", {}).get("stage", 0)
+    except (UserError, AttributeError) as error:
         raise UserError(
             f"{CONFIG_FLAG} {path}: no DeepSpeed configuration ({error}); give a JSON file, such as "
             "ds_configs/zero3.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,10 +38,15 @@ def load_backbone(
         changes: to the model's own configuration, ``{"num_labels": 3}`` for instance.
 
     Raises:
-        UserError: the model cannot be found or loaded, or quantised, or it has no tokenizer.
+        UserError: the model cannot be found or loaded, or quantised, it has no tokenizer, or is an adapter.
     """
     from transformers import AutoConfig, AutoTokenizer
 
+    if (Path(config.name) / "adapter_config.json").is_file():
+        raise UserError(
+            f"model={config.name!r} is an adapter of PEFT: give the model that it belongs to, and the adapter as "
+            "init_from"
+        )
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     extra: dict[str, Any] = (
         {} if config.attn_implementation == "auto" else {"attn_implementation": config.attn_implementation}

@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import yaml
 
@@ -23,6 +24,7 @@ from adalora_dist.errors import UserError
 from adalora_dist.redaction import redacted, redacted_command
 from adalora_dist.training.resume import ALLOCATIONS, LOGS, METRICS, continues_in_place, refuse_lost_steps
 
+_LAUNCHERS = ("accelerate", "deepspeed", "torchrun")
 _PACKAGES = ("adalora-dist", "torch", "transformers", "accelerate", "datasets", "deepspeed", "bitsandbytes")
 
 
@@ -131,6 +133,19 @@ def _empty(folder: Path) -> None:
             path.unlink()
 
 
+def _launcher_command() -> list[str] | None:
+    """What was typed, where that was not the recipe's own command: a launcher hands on a part of it. None without."""
+    try:
+        for parent in reversed(psutil.Process().parents()):
+            words = parent.cmdline()
+            start = next((k for k, word in enumerate(words[:2]) if Path(word).name in _LAUNCHERS), None)
+            if start is not None:
+                return redacted_command([Path(words[start]).name, *words[start + 1 :]])
+    except psutil.Error:  # of another user, or gone
+        pass
+    return None
+
+
 def _provenance() -> dict[str, Any]:
     versions = {}
     for package in _PACKAGES:
@@ -143,6 +158,7 @@ def _provenance() -> dict[str, Any]:
     )
     return {
         "command": redacted_command(sys.argv),
+        "launcher_command": _launcher_command(),
         "commit": git.stdout.strip() or None,
         "python": platform.python_version(),
         "platform": platform.platform(),
