@@ -80,4 +80,4 @@ def test_a_stopped_worker_ends_everything(tmp_path: Path, which: int) -> None:
     run = Launched(tmp_path, "ddp")
     os.kill(run.workers[which].pid, signal.SIGSTOP)
     run.assert_all_gone(40)
-    assert f"(process {run.workers[which].pid} on " in run.text() and "has not been heard of for 3 s" in run.text()
+    assert f"(process {run.workers[which].pid} on " in run.text() and "has not been heard of for " in run.text()
