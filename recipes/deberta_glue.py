@@ -128,9 +128,8 @@ def main(config: GlueConfig) -> None:
         if resumed is not None:
             say(f"Continuing after step {resumed.step} from {resumed.path}")
         model, _ = load_backbone(config.model, AutoModelForSequenceClassification, quantization, changes)
-        lengths = [len(row["input_ids"]) for row in inputs]
         settings = (config.train.batch_size, config.train.seed, config.train.group_by_length)
-        plan = BatchPlan(lengths, [1] * len(lengths), *settings)
+        plan = BatchPlan.of_inputs(inputs, [[label] for label in labels], *settings)
         num_steps = total_steps(config.train, plan)
 
         # --------------------------------------------------------------------------------------- adapters, engine

@@ -39,7 +39,7 @@ def main(config: SummarizationConfig) -> None:
 
     from adalora_dist.data.batches import BatchPlan
     from adalora_dist.data.encoding import padding_token
-    from adalora_dist.data.summarization import encode_summaries, load_summaries
+    from adalora_dist.data.summarization import digest_of_summaries, encode_summaries, load_summaries
     from adalora_dist.evaluation.rouge import rouge_scorer, rouge_scores
     from adalora_dist.evaluation.texts import generate_texts
     from adalora_dist.export import base_folder_of, gather_adapters, merge
@@ -95,7 +95,7 @@ def main(config: SummarizationConfig) -> None:
     say(f"{len(train_rows):,} training rows, {len(eval_rows):,} evaluation rows")
     settings = (config.train.batch_size, config.train.seed, config.train.group_by_length)
     lengths = [sum(pair) for pair in zip(train_rows["num_source"][:], train_rows["num_targets"][:], strict=True)]
-    plan = BatchPlan(lengths, train_rows["num_targets"][:], *settings)
+    plan = BatchPlan(lengths, train_rows["num_targets"][:], *settings, digest_of_summaries(train_rows))
     num_steps = total_steps(config.train, plan)
 
     # --------------------------------------------------------------------------------------------------- adapters

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset, concatenate_datasets
 from distributed import import_deepspeed, run_ranks
 from recipe_runs import ENGINES, losses_of, read_json, run_recipe
 from tiny_text_project import NUM_TEST, NUM_TRAIN, tiny_bart, write_jsonl, write_summarization
@@ -19,7 +20,7 @@ from adalora_dist.data.batches import collate_pairs
 from adalora_dist.data.demo_pretrained import word_tokenizer
 from adalora_dist.data.demo_reports import demo_reports, towns_of
 from adalora_dist.data.encoding import IGNORED
-from adalora_dist.data.summarization import encode_summaries, load_summaries
+from adalora_dist.data.summarization import digest_of_summaries, encode_summaries, load_summaries
 from adalora_dist.errors import UserError
 from adalora_dist.evaluation.results import gather_lists
 from adalora_dist.evaluation.rouge import METRICS, rouge_scores
@@ -126,6 +127,17 @@ def test_both_sides_are_cut_and_counted() -> None:
         assert (len(row["input_ids"]), len(row["labels"])) == (10, 5) == (row["num_source"], row["num_targets"])
         assert row["input_ids"][0] == row["labels"][0] == tokenizer.bos_token_id
         assert row["input_ids"][-1] == row["labels"][-1] == tokenizer.eos_token_id
+
+
+def test_rows_are_known_by_their_tokens() -> None:
+    columns = {"input_ids": [[k, k + 1, 5] for k in range(1500)], "labels": [[k % 7] for k in range(1500)]}
+    rows = Dataset.from_dict(columns)
+    cut = concatenate_datasets([rows.select(range(700)), rows.select(range(700, 1500))])
+    assert digest_of_summaries(cut) == digest_of_summaries(rows)
+    for name, value in (("input_ids", [3, 4, 6]), ("labels", [8])):
+        values = [*columns[name][:1200], value, *columns[name][1201:]]
+        assert digest_of_summaries(Dataset.from_dict(columns | {name: values})) != digest_of_summaries(rows)
+    assert digest_of_summaries(rows.select(range(1499, -1, -1))) != digest_of_summaries(rows)
 
 
 def test_no_training_summary_names_a_town_of_the_test() -> None:

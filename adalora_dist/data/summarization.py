@@ -7,6 +7,7 @@ A local source is a folder ``SOURCE/TASK/{train,test}.{jsonl,parquet}`` with the
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -75,6 +76,18 @@ def encode_summaries(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: Su
     # A fast tokenizer remembers how it was called last, and datasets' cache is keyed by its whole state.
     encode({"document": ["a"], "summary": ["a"]})
     return rows.map(encode, batched=True, desc="tokenise")
+
+
+def digest_of_summaries(rows: Dataset) -> str:
+    """SHA-256 of the tokens and labels of all rows, as :func:`encode_summaries` made them; read without a list of them.
+
+    The same for equal rows, wherever they lie and however they are cut into files.
+    """
+    digest = hashlib.sha256()
+    for table in rows.select_columns(["input_ids", "labels"]).with_format("arrow").iter(1000):
+        for column in table.columns:
+            digest.update(column.combine_chunks().flatten().to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+    return digest.hexdigest()
 
 
 def _load(data: SummarizationDataConfig, split: Split, max_rows: int | None) -> Dataset:
