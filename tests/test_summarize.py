@@ -16,6 +16,7 @@ from recipe_runs import ENGINES, losses_of, read_json, run_recipe
 from tiny_text_project import NUM_TEST, NUM_TRAIN, tiny_bart, write_jsonl, write_summarization
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
+from adalora_dist.data.bad_rows import BadRows
 from adalora_dist.data.batches import collate_pairs
 from adalora_dist.data.demo_pretrained import word_tokenizer
 from adalora_dist.data.demo_reports import demo_reports, towns_of
@@ -85,26 +86,59 @@ def test_loss_is_the_sum_over_labels_and_padding_counts_nothing() -> None:
 # ----------------------------------------------------------------------------------------------------------- the data
 
 
-def test_rows_without_text_are_counted_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_without_text_are_errors_or_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [
         {"document": "a fire", "summary": "fire"},
         {"document": " ", "summary": "x"},
         {"document": "b", "summary": ""},
     ]
-    write_jsonl(tmp_path / "cnn_dailymail" / "train.jsonl", rows)
+    file = tmp_path / "cnn_dailymail" / "train.jsonl"
+    write_jsonl(file, rows)
     write_jsonl(tmp_path / "cnn_dailymail" / "validation.jsonl", rows[:1])
+    data = SummarizationDataConfig(source=str(tmp_path), task="cnn_dailymail")
+    with pytest.raises(UserError, match=r"train.jsonl:2: field document is ' '; legal: a text; .* --bad-rows skip"):
+        load_summaries(data)
+    bad = BadRows("skip")
     with caplog.at_level(logging.WARNING):
-        loaded = load_summaries(SummarizationDataConfig(source=str(tmp_path), task="cnn_dailymail"))
+        loaded = load_summaries(data, bad)
     assert [loaded[split]["document"][:] for split in ("train", "test")] == [["a fire"], ["a fire"]]
-    assert "2 of 3 rows have no text" in caplog.text and "evaluating on validation.jsonl" in caplog.text
+    assert bad.counts == {str(file): 2} and "evaluating on validation.jsonl" in caplog.text
+    first = data.model_copy(update={"max_train_rows": 1})
+    assert load_summaries(first)["train"]["summary"][:] == ["fire"]
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        ('{"document": ', "not valid JSON"),
+        (b'{"document": "\xff"}', "not UTF-8"),
+        ("[1]", "the row is a list"),
+        ('{"document": "a"}', "field summary is None"),
+        ('{"document": 3, "summary": "b"}', "field document is 3"),
+    ],
+)
+def test_a_corrupt_row_is_named_or_left_out(tmp_path: Path, broken: str | bytes, says: str) -> None:
+    for name in ("train", "test"):
+        write_jsonl(tmp_path / "xsum" / f"{name}.jsonl", [{"document": f"text {k}", "summary": "s"} for k in range(5)])
+    file = tmp_path / "xsum" / "train.jsonl"
+    lines = file.read_bytes().splitlines()
+    lines[2] = broken if isinstance(broken, bytes) else broken.encode()
+    file.write_bytes(b"\n\n".join(lines) + b"\n")
+    data = SummarizationDataConfig(source=str(tmp_path))
+    with pytest.raises(UserError, match=f"xsum/train.jsonl:5: .*{says}"):
+        load_summaries(data)
+    bad = BadRows("skip")
+    assert load_summaries(data, bad)["train"]["document"][:] == ["text 0", "text 1", "text 3", "text 4"]
+    assert bad.counts == {str(file): 1}
 
 
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
         ('{"document": "a", "text": "b"}\n', ["no column summary", "document, text"]),
-        ("not json\n", ["train.jsonl cannot be read"]),
-        ('{"document": "", "summary": ""}\n', ["no row with a document and a summary"]),
+        ("not json\n", ["train.jsonl:1: not valid JSON"]),
+        ("", ["train.jsonl cannot be read"]),
+        ('{"document": "", "summary": ""}\n', ["train.jsonl:1: field document is ''"]),
         (None, ["train.jsonl, train.parquet"]),
     ],
 )
