@@ -36,7 +36,7 @@ def configuration(argv: list[str]) -> SquadConfig:
 def main(config: SquadConfig) -> None:
     # Heavy imports wait until the configuration is known to be right.
     from accelerate.utils import set_seed
-    from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+    from transformers import AutoModelForQuestionAnswering
 
     from adalora_dist.data.bad_rows import BadRows
     from adalora_dist.data.batches import BatchPlan
@@ -56,7 +56,7 @@ def main(config: SquadConfig) -> None:
     from adalora_dist.training.guard import Guard
     from adalora_dist.training.loop import prepare, total_steps, train
     from adalora_dist.training.losses import span_loss
-    from adalora_dist.training.model import dtype_named, load_backbone
+    from adalora_dist.training.model import dtype_named, load_backbone, load_tokenizer
     from adalora_dist.training.quantization import bitsandbytes_config
     from adalora_dist.training.report import facts_line, metrics_table, rank_table, run_facts
     from adalora_dist.training.resume import find_checkpoint
@@ -101,7 +101,7 @@ def main(config: SquadConfig) -> None:
             name = str(demo_encoder_folder(say))
         say("Model: all-MiniLM-L6-v2, 22.7 million parameters. Your own: --model FOLDER_OR_HUB_ID.")
         config = config.model_copy(update={"model": config.model.model_copy(update={"name": name})})
-    tokenizer = AutoTokenizer.from_pretrained(config.model.name, revision=config.model.revision)
+    tokenizer = load_tokenizer(config.model)
     padding = padding_token(tokenizer)
     with accelerator.main_process_first():  # the others find it in the cache
         show = accelerator.is_main_process
