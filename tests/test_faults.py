@@ -192,8 +192,9 @@ def test_a_run_that_a_signal_stopped_continues_to_the_same_end(tmp_path: Path) -
 # ----------------------------------------------------------------------------------------------------------- disk full
 
 
-def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(tmp_path: Path) -> None:
-    changes = {"checkpoint_every": 4}
+@pytest.mark.parametrize("in_thread", [False, also_slow(True)])
+def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(tmp_path: Path, in_thread: bool) -> None:
+    changes = {"checkpoint_every": 4, "async_checkpoints": in_thread}
     ended = Ranks(2, tmp_path, run, tmp_path, "ddp", Fault("disk", step=6, rank=0), changes).wait(60)
     assert ended[0].code == 2 and ended[1].code in (2, EXIT_PEER), errors(ended)
     [line] = [line for one in ended for line in one.log.splitlines() if line.startswith("error:")]
