@@ -23,7 +23,7 @@ from adalora_dist.inject import AdaptedMatrix
 from adalora_dist.layers import SVDLinear
 from adalora_dist.sharding import select_engine
 from adalora_dist.sharding.base import Shrink, assemble
-from adalora_dist.sharding.fsdp2 import Fsdp2Engine, shrink_fsdp2
+from adalora_dist.sharding.fsdp2 import Fsdp2Engine, reshard, shrink_fsdp2
 from adalora_dist.sharding.plain import shrink_plain
 from adalora_dist.sharding.zero import is_zero_optimizer
 from adalora_dist.sharding.zero_shrink import shrink_zero
@@ -73,6 +73,7 @@ def compact(allocator: RankAllocator, model: nn.Module, optimizer: Any) -> bool:
 
 def _shrink(model: nn.Module, optimizer: Any, shrinks: Sequence[Shrink]) -> Any:
     """Reduce parameters in the model, in the engine's buffers, in the optimizer; returns the outermost optimizer."""
+    reshard(model)
     adapters = [shrink.parameter for shrink in shrinks]
     outermost, others = optimizer, []
     zero = getattr(model, "optimizer", None)

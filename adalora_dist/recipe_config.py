@@ -13,7 +13,6 @@ from adalora_dist.config import (
     EvaluationConfig,
     ModelConfig,
     RunConfig,
-    Section,
     TrainConfig,
 )
 
@@ -106,7 +105,7 @@ class GenerationConfig(EvaluationConfig):
     """No sequence of this many tokens occurs twice in a text; 0: allowed."""
 
 
-class SummarizationDataConfig(Section):
+class SummarizationDataConfig(DataConfig):
     source: Annotated[str, tyro.conf.arg(name="data")] = ""
     """Folder with TASK/train and TASK/test files (.jsonl or .parquet), or the word hub; empty: built-in reports."""
     task: Literal["xsum", "cnn_dailymail"] = "xsum"

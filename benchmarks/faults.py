@@ -73,9 +73,10 @@ def divergence(trial: int, rng: random.Random, folder: Path) -> tuple[str, bool,
 def kill(trial: int, rng: random.Random, folder: Path) -> tuple[str, bool, str]:
     """After kill -9 and --resume auto, all losses, patterns and adapters have the bits of a run without it.
 
-    Every other rank is killed while a checkpoint is being written.
+    In every other trial the rank is killed while a checkpoint is being written; two of four write in a thread.
     """
-    engine, changes = ("ddp", "fsdp2", "zero3")[trial % 3], {"checkpoint_every": 1, "resume": "auto"}
+    engine, in_thread = ("ddp", "fsdp2", "zero3")[trial % 3], trial // 2 % 2 == 1
+    changes = {"checkpoint_every": 1, "resume": "auto", "async_checkpoints": in_thread}
     if engine not in UNDISTURBED:
         with tempfile.TemporaryDirectory() as name:
             [one, _] = Ranks(2, Path(name), run, Path(name), engine, Fault(), changes).wait(120)
@@ -93,6 +94,7 @@ def kill(trial: int, rng: random.Random, folder: Path) -> tuple[str, bool, str]:
     os.kill(ranks.pids[victim], signal.SIGKILL)
     killed = ranks.wait(60)
     when = "in a write" if list(checkpoints.glob("*.partial")) else "in a step"
+    when += " with async_checkpoints" if in_thread else ""
     again = Ranks(2, folder / "again", run, folder, engine, Fault(), changes).wait(120)
     log = "\n".join(one.log for one in killed + again)
     if any(one.code for one in again):

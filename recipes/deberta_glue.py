@@ -37,7 +37,7 @@ def configuration(argv: list[str]) -> GlueConfig:
 def main(config: GlueConfig) -> None:
     # Heavy imports wait until the configuration is known to be right.
     from accelerate.utils import set_seed
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
 
     from adalora_dist.data.bad_rows import BadRows
     from adalora_dist.data.batches import BatchPlan
@@ -55,7 +55,7 @@ def main(config: GlueConfig) -> None:
     from adalora_dist.training.guard import Guard
     from adalora_dist.training.loop import prepare, total_steps, train
     from adalora_dist.training.losses import classification_loss
-    from adalora_dist.training.model import dtype_named, load_backbone
+    from adalora_dist.training.model import dtype_named, load_backbone, load_tokenizer
     from adalora_dist.training.quantization import bitsandbytes_config
     from adalora_dist.training.report import facts_line, metrics_table, rank_table, run_facts
     from adalora_dist.training.resume import find_checkpoint
@@ -111,7 +111,7 @@ def main(config: GlueConfig) -> None:
     if config.model.classifier_dropout is not None:  # BERT's name for it, and DeBERTa's
         changes |= dict.fromkeys(("classifier_dropout", "cls_dropout"), config.model.classifier_dropout)
 
-    tokenizer = AutoTokenizer.from_pretrained(config.model.name, revision=config.model.revision)
+    tokenizer = load_tokenizer(config.model)
     padding = padding_token(tokenizer)
     with accelerator.main_process_first():  # the others find it in the cache
         common = (tokenizer, config.data.max_length)
@@ -128,9 +128,8 @@ def main(config: GlueConfig) -> None:
         if resumed is not None:
             say(f"Continuing after step {resumed.step} from {resumed.path}")
         model, _ = load_backbone(config.model, AutoModelForSequenceClassification, quantization, changes)
-        lengths = [len(row["input_ids"]) for row in inputs]
         settings = (config.train.batch_size, config.train.seed, config.train.group_by_length)
-        plan = BatchPlan(lengths, [1] * len(lengths), *settings)
+        plan = BatchPlan.of_inputs(inputs, [[label] for label in labels], *settings)
         num_steps = total_steps(config.train, plan)
 
         # --------------------------------------------------------------------------------------- adapters, engine

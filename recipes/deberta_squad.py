@@ -36,7 +36,7 @@ def configuration(argv: list[str]) -> SquadConfig:
 def main(config: SquadConfig) -> None:
     # Heavy imports wait until the configuration is known to be right.
     from accelerate.utils import set_seed
-    from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+    from transformers import AutoModelForQuestionAnswering
 
     from adalora_dist.data.bad_rows import BadRows
     from adalora_dist.data.batches import BatchPlan
@@ -56,7 +56,7 @@ def main(config: SquadConfig) -> None:
     from adalora_dist.training.guard import Guard
     from adalora_dist.training.loop import prepare, total_steps, train
     from adalora_dist.training.losses import span_loss
-    from adalora_dist.training.model import dtype_named, load_backbone
+    from adalora_dist.training.model import dtype_named, load_backbone, load_tokenizer
     from adalora_dist.training.quantization import bitsandbytes_config
     from adalora_dist.training.report import facts_line, metrics_table, rank_table, run_facts
     from adalora_dist.training.resume import find_checkpoint
@@ -101,7 +101,7 @@ def main(config: SquadConfig) -> None:
             name = str(demo_encoder_folder(say))
         say("Model: all-MiniLM-L6-v2, 22.7 million parameters. Your own: --model FOLDER_OR_HUB_ID.")
         config = config.model_copy(update={"model": config.model.model_copy(update={"name": name})})
-    tokenizer = AutoTokenizer.from_pretrained(config.model.name, revision=config.model.revision)
+    tokenizer = load_tokenizer(config.model)
     padding = padding_token(tokenizer)
     with accelerator.main_process_first():  # the others find it in the cache
         show = accelerator.is_main_process
@@ -120,9 +120,8 @@ def main(config: SquadConfig) -> None:
         if resumed is not None:
             say(f"Continuing after step {resumed.step} from {resumed.path}")
         model, _ = load_backbone(config.model, AutoModelForQuestionAnswering, quantization)
-        lengths = [len(row["input_ids"]) for row in inputs]
         settings = (config.train.batch_size, config.train.seed, config.train.group_by_length)
-        plan = BatchPlan(lengths, [1] * len(lengths), *settings)
+        plan = BatchPlan.of_inputs(inputs, [window.span for window in windows], *settings)
         num_steps = total_steps(config.train, plan)
 
         # --------------------------------------------------------------------------------------- adapters, engine

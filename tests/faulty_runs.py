@@ -6,6 +6,7 @@ Unlike ``distributed.run_ranks``, which fails a test when a rank does, this look
 from __future__ import annotations
 
 import atexit
+import ctypes
 import math
 import os
 import resource
@@ -38,6 +39,7 @@ from adalora_dist.training.resume import find_checkpoint
 from adalora_dist.training.run_folder import RunFolder
 
 STEPS, GLOBAL_BATCH, VOCABULARY, TARGET_BUDGET = 16, 8, 64, 14
+HOLD_SECONDS = 4
 
 
 @dataclass(frozen=True)
@@ -240,6 +242,8 @@ def _with_fault(loss_sum: LossSum, fault: Fault, rank: int, folder: Path, prepar
                 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
             case "slow":
                 time.sleep(0.2)
+            case "hold":  # the interpreter's lock, as an extension may: no other thread of this process runs
+                ctypes.PyDLL(None).usleep(HOLD_SECONDS * 1_000_000)
         return loss
 
     return faulty

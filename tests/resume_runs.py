@@ -34,6 +34,7 @@ deepspeed = import_deepspeed()
 STEPS, WARMUP, FINAL, INTERVAL = 60, 10, 20, 3
 BATCH, NUM_ROWS = 6, 22  # three batches to an epoch; some rows sit out
 MICRO_STEPS = 2
+NUM_TRIPLETS = 42  # of 14 matrices; half of them stay
 WORLD_SIZES = {"single": 1, "ddp": 2, "fsdp2": 2, "zero2": 2, "zero3": 2}
 PAIRS = [
     *(("single", 1, "ddp", 2), ("ddp", 2, "single", 1), ("ddp", 2, "ddp", 3)),
@@ -177,13 +178,16 @@ def losses_in(project: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
-def next_pattern(project: Path, step: int) -> tuple[int, list[bool]]:
-    """The first selection at or after ``step``, and its triplets, from the newest checkpoint."""
+def next_pattern(project: Path, step: int) -> tuple[int, list[bool], dict[str, list[int]]]:
+    """The first selection at or after ``step`` (where there is none, the last), its triplets, and those that are held.
+
+    From the newest checkpoint.
+    """
     checkpoint = newest_checkpoint(project / "run" / "checkpoints")
     assert checkpoint is not None
     steps = checkpoint.state["allocator"]["allocation_steps"]
-    index = next(k for k, made in enumerate(steps) if made >= step)
-    return steps[index], whole_tensors(checkpoint)["patterns"][index].tolist()
+    index = next((k for k, made in enumerate(steps) if made >= step), -1)
+    return steps[index], whole_tensors(checkpoint)["patterns"][index].tolist(), checkpoint.state["triplets"]
 
 
 # ------------------------------------------------------------------------------------------------------------ checks
@@ -223,7 +227,10 @@ def without_speed(metrics: str) -> list[dict[str, Any]]:
 def assert_continues_elsewhere(
     model: Path, folder: Path, engine: str, world_size: int, other: str, other_size: int, stop: int = 25
 ) -> float:
-    """State equal bit for bit, next pattern identical. Returns the relative difference of the next loss."""
+    """State equal bit for bit, next pattern identical. Returns the relative difference of the next loss.
+
+    From step ``STEPS - FINAL`` on the pattern is frozen: stopped after it, pruned triplets are in memory no more.
+    """
     project = new_project(model, folder / "project")
     changes: dict[str, Any] = {"dropout": 0.0, "keep_checkpoints": STEPS}
     later = -(-stop // INTERVAL) * INTERVAL + 1  # the next selection is in between
@@ -244,4 +251,6 @@ def assert_continues_elsewhere(
     mine, theirs = losses_in(project), losses_in(there)
     assert len(mine) == len(theirs) == later and mine[:stop] == theirs[:stop]
     assert next_pattern(project, stop) == next_pattern(there, stop)
+    held = [len(triplets) for triplets in next_pattern(there, stop)[2].values()]
+    assert sum(held) == (NUM_TRIPLETS if later <= STEPS - FINAL else NUM_TRIPLETS // 2)
     return abs(theirs[stop] / mine[stop] - 1)

@@ -179,6 +179,29 @@ def test_a_plan_without_rows_is_refused():
         BatchPlan([], [], 8, seed=0)
 
 
+def test_a_plan_knows_its_rows_by_content():
+    """Equal lengths and target counts do not make equal rows."""
+    inputs = [{"input_ids": [5, 6, 7], "token_type_ids": [0, 0, 1]}, {"input_ids": [8, 9], "token_type_ids": [0, 1]}]
+    answers = [[1.0], [0.5]]
+
+    def changed(index: int, name: str, values: list[int]) -> list[dict[str, list[int]]]:
+        return [row | {name: values} if k == index else row for k, row in enumerate(inputs)]
+
+    cases = [
+        (inputs, answers),
+        (changed(1, "input_ids", [8, 10]), answers),
+        (changed(0, "token_type_ids", [0, 1, 1]), answers),
+        (inputs[::-1], answers[::-1]),
+        (inputs, [[1.0], [0.25]]),
+    ]
+    prints = {BatchPlan.of_inputs(rows, wanted, 2, seed=0).fingerprint() for rows, wanted in cases}
+    assert len(prints) == 5
+    again = [dict(row) for row in inputs]
+    assert BatchPlan.of_inputs(again, [(1,), (0.5,)], 2, seed=0).fingerprint() in prints
+    plan = BatchPlan.of_inputs(inputs, answers, 2, seed=0)
+    assert plan.lengths == [3, 2] and plan.num_target_tokens(0) == 2
+
+
 def test_the_first_label_is_no_target():
     assert count_targets([7, 8, IGNORED, 9]) == 2
     assert count_targets([7]) == count_targets([IGNORED, IGNORED]) == 0

@@ -140,6 +140,9 @@ def run(rank: int, world_size: int, case: Case) -> dict[str, Any]:
             at_freeze = step == allocator.schedule.freeze_step
             if at_freeze:
                 before = live_bytes(), num_local(allocator)
+                if "evaluated" in case.options:  # FSDP2 leaves parameters gathered that it does not reshard by itself
+                    with torch.no_grad():
+                        model(global_batch(step, 4, dict(case.sizes).get("d", 7))[0])
             assert compact(allocator, model, optimizer) == at_freeze
     after = live_bytes(), num_local(allocator)
     allocator.finish()
@@ -168,7 +171,7 @@ def check(case: Case) -> None:
             torch.testing.assert_close(own.delta(), other.delta(), rtol=1e-4, atol=1e-6)
 
 
-EVERY = [Case("plain"), Case("fsdp2", 2), Case("zero3", 2)]
+EVERY = [Case("plain"), Case("fsdp2", 2), Case("fsdp2", 2, options=("no_reshard", "evaluated")), Case("zero3", 2)]
 MORE = [
     Case("ddp", 2, accumulation=2),
     Case("zero1", 2, options=("head",)),
@@ -177,6 +180,7 @@ MORE = [
     Case("ddp", 3, options=("head", "views")),
     Case("fsdp2", 3, accumulation=2, options=("every_layer", "head")),
     Case("fsdp2", 2, options=("offload", "no_reshard")),
+    Case("zero3", 2, persist=0, options=("evaluated",)),
     Case("hsdp", 4, options=("no_reshard",)),
     Case("zero1", 3),
     Case("zero1", 2, options=("offload",)),
@@ -230,7 +234,10 @@ def test_the_loop_compacts_under_accelerate(engine, method, tmp_path):
     folder = quantized_runs.write_llama(tmp_path / "llama")
     runs = {}
     for switch in (True, False):
-        case = quantized_runs.Case(engine, method, evaluate_first=True, compact=switch)
+        recomputes = engine == "zero3"  # whose gathered parameters come and go between forward and recomputation
+        case = quantized_runs.Case(
+            engine, method, evaluate_first=True, gradient_checkpointing=recomputes, compact=switch
+        )
         runs[switch] = run_ranks(2, quantized_runs.run, case, folder)
     for compacted, masked in zip(runs[True], runs[False], strict=True):
         assert compacted.engine == engine and compacted.patterns == masked.patterns

@@ -116,15 +116,23 @@ def test_asynchronous_checkpoints_continue_bit_for_bit(project: Path, undisturbe
 # ---------------------------------------------------------------------------- another engine, another number of ranks
 
 
-@pytest.mark.parametrize("pair", [("single", 1, "ddp", 2), ("fsdp2", 2, "zero3", 2)], ids=str)
-def test_continues_on_another_engine(model: Path, tmp_path: Path, pair: tuple[str, int, str, int]) -> None:
-    assert assert_continues_elsewhere(model, tmp_path, *pair, stop=WARMUP + 1) < 1e-6
+@pytest.mark.parametrize(
+    ("pair", "stop"),
+    [(("single", 1, "ddp", 2), STEPS - FINAL + 2), (("fsdp2", 2, "zero3", 2), WARMUP + 1)],
+    ids=str,
+)
+def test_continues_on_another_engine(model: Path, tmp_path: Path, pair: tuple[str, int, str, int], stop: int) -> None:
+    assert assert_continues_elsewhere(model, tmp_path, *pair, stop=stop) < 1e-6
 
 
+# While triplets are pruned, before the selection that freezes the pattern, and after their removal from memory.
 @pytest.mark.slow
+@pytest.mark.parametrize("stop", [25, STEPS - FINAL, STEPS - FINAL + 5])
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
-def test_continues_on_every_other_engine_and_size(model: Path, tmp_path: Path, pair: tuple[str, int, str, int]) -> None:
-    assert assert_continues_elsewhere(model, tmp_path, *pair) < 1e-6
+def test_continues_on_every_other_engine_and_size(
+    model: Path, tmp_path: Path, pair: tuple[str, int, str, int], stop: int
+) -> None:
+    assert assert_continues_elsewhere(model, tmp_path, *pair, stop=stop) < 1e-6
 
 
 # ---------------------------------------------------------------------------------------------------- may it continue?

@@ -24,7 +24,7 @@ from adalora_dist.data.commonsense import load_tasks
 from adalora_dist.errors import UserError
 from adalora_dist.redaction import redacted, redacted_command
 from adalora_dist.training.memory import cheapest_changes
-from adalora_dist.training.model import load_backbone
+from adalora_dist.training.model import load_backbone, load_tokenizer
 from adalora_dist.training.run_folder import RunFolder
 from adalora_dist.training.run_lock import STALE_SECONDS, RunLock
 
@@ -229,6 +229,40 @@ def test_pickled_weights_need_a_flag_and_even_then_run_no_code(tmp_path: Path) -
 def test_merging_into_pickled_weights_is_refused_before_anything_runs() -> None:
     with pytest.raises(ValueError, match="allow_pickle_weights true with export_formats merged"):
         RunConfig(model=ModelConfig(allow_pickle_weights=True))
+
+
+# ---------------------------------------------------------------------------------------- code of model repositories
+
+
+def change_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, lambda config: load_backbone(config, AutoModelForCausalLM)])
+def test_code_of_a_model_is_refused_without_asking(tmp_path: Path, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, evil = Project(tmp_path).model, tmp_path / "evil-was-here"
+    (folder / "custom.py").write_text(f"open({str(evil)!r}, 'w')\n")
+    change_json(folder / "config.json", model_type="custom", auto_map={"AutoConfig": "custom.Config"})
+    change_json(
+        folder / "tokenizer_config.json", tokenizer_class="Custom", auto_map={"AutoTokenizer": [None, "custom.Custom"]}
+    )
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(UserError, match="cannot be loaded .*custom code"):
+        load(ModelConfig(name=str(folder)))
+    assert not evil.exists()
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_of_another_repository_is_refused_even_if_code_is_trusted(tmp_path: Path, file: str) -> None:
+    """The pinned commit is the model's; the other repository's would be whatever its main branch is."""
+    folder = Project(tmp_path).model
+    trusted = ModelConfig(name=str(folder), trust_remote_code=True, revision="0" * 40)
+    load_tokenizer(trusted)
+    change_json(folder / file, auto_map={"AutoTokenizer": ["someone/else--custom.Custom", None]})
+    with pytest.raises(UserError, match="someone/else--custom.Custom, which revision does not pin"):
+        load_tokenizer(trusted)
+    with pytest.raises(UserError, match="someone/else--custom.Custom, which revision does not pin"):
+        load_backbone(trusted, AutoModelForCausalLM)
 
 
 # ------------------------------------------------------------------------------------------------------------- memory

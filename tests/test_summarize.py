@@ -10,16 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset, concatenate_datasets
 from distributed import import_deepspeed, run_ranks
 from recipe_runs import ENGINES, losses_of, read_json, run_recipe
 from tiny_text_project import NUM_TEST, NUM_TRAIN, tiny_bart, write_jsonl, write_summarization
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
+from adalora_dist.data.bad_rows import BadRows
 from adalora_dist.data.batches import collate_pairs
 from adalora_dist.data.demo_pretrained import word_tokenizer
 from adalora_dist.data.demo_reports import demo_reports, towns_of
 from adalora_dist.data.encoding import IGNORED
-from adalora_dist.data.summarization import encode_summaries, load_summaries
+from adalora_dist.data.summarization import digest_of_summaries, encode_summaries, load_summaries
 from adalora_dist.errors import UserError
 from adalora_dist.evaluation.results import gather_lists
 from adalora_dist.evaluation.rouge import METRICS, rouge_scores
@@ -84,26 +86,59 @@ def test_loss_is_the_sum_over_labels_and_padding_counts_nothing() -> None:
 # ----------------------------------------------------------------------------------------------------------- the data
 
 
-def test_rows_without_text_are_counted_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_without_text_are_errors_or_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [
         {"document": "a fire", "summary": "fire"},
         {"document": " ", "summary": "x"},
         {"document": "b", "summary": ""},
     ]
-    write_jsonl(tmp_path / "cnn_dailymail" / "train.jsonl", rows)
+    file = tmp_path / "cnn_dailymail" / "train.jsonl"
+    write_jsonl(file, rows)
     write_jsonl(tmp_path / "cnn_dailymail" / "validation.jsonl", rows[:1])
+    data = SummarizationDataConfig(source=str(tmp_path), task="cnn_dailymail")
+    with pytest.raises(UserError, match=r"train.jsonl:2: field document is ' '; legal: a text; .* --bad-rows skip"):
+        load_summaries(data)
+    bad = BadRows("skip")
     with caplog.at_level(logging.WARNING):
-        loaded = load_summaries(SummarizationDataConfig(source=str(tmp_path), task="cnn_dailymail"))
+        loaded = load_summaries(data, bad)
     assert [loaded[split]["document"][:] for split in ("train", "test")] == [["a fire"], ["a fire"]]
-    assert "2 of 3 rows have no text" in caplog.text and "evaluating on validation.jsonl" in caplog.text
+    assert bad.counts == {str(file): 2} and "evaluating on validation.jsonl" in caplog.text
+    first = data.model_copy(update={"max_train_rows": 1})
+    assert load_summaries(first)["train"]["summary"][:] == ["fire"]
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        ('{"document": ', "not valid JSON"),
+        (b'{"document": "\xff"}', "not UTF-8"),
+        ("[1]", "the row is a list"),
+        ('{"document": "a"}', "field summary is None"),
+        ('{"document": 3, "summary": "b"}', "field document is 3"),
+    ],
+)
+def test_a_corrupt_row_is_named_or_left_out(tmp_path: Path, broken: str | bytes, says: str) -> None:
+    for name in ("train", "test"):
+        write_jsonl(tmp_path / "xsum" / f"{name}.jsonl", [{"document": f"text {k}", "summary": "s"} for k in range(5)])
+    file = tmp_path / "xsum" / "train.jsonl"
+    lines = file.read_bytes().splitlines()
+    lines[2] = broken if isinstance(broken, bytes) else broken.encode()
+    file.write_bytes(b"\n\n".join(lines) + b"\n")
+    data = SummarizationDataConfig(source=str(tmp_path))
+    with pytest.raises(UserError, match=f"xsum/train.jsonl:5: .*{says}"):
+        load_summaries(data)
+    bad = BadRows("skip")
+    assert load_summaries(data, bad)["train"]["document"][:] == ["text 0", "text 1", "text 3", "text 4"]
+    assert bad.counts == {str(file): 1}
 
 
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
         ('{"document": "a", "text": "b"}\n', ["no column summary", "document, text"]),
-        ("not json\n", ["train.jsonl cannot be read"]),
-        ('{"document": "", "summary": ""}\n', ["no row with a document and a summary"]),
+        ("not json\n", ["train.jsonl:1: not valid JSON"]),
+        ("", ["train.jsonl cannot be read"]),
+        ('{"document": "", "summary": ""}\n', ["train.jsonl:1: field document is ''"]),
         (None, ["train.jsonl, train.parquet"]),
     ],
 )
@@ -126,6 +161,17 @@ def test_both_sides_are_cut_and_counted() -> None:
         assert (len(row["input_ids"]), len(row["labels"])) == (10, 5) == (row["num_source"], row["num_targets"])
         assert row["input_ids"][0] == row["labels"][0] == tokenizer.bos_token_id
         assert row["input_ids"][-1] == row["labels"][-1] == tokenizer.eos_token_id
+
+
+def test_rows_are_known_by_their_tokens() -> None:
+    columns = {"input_ids": [[k, k + 1, 5] for k in range(1500)], "labels": [[k % 7] for k in range(1500)]}
+    rows = Dataset.from_dict(columns)
+    cut = concatenate_datasets([rows.select(range(700)), rows.select(range(700, 1500))])
+    assert digest_of_summaries(cut) == digest_of_summaries(rows)
+    for name, value in (("input_ids", [3, 4, 6]), ("labels", [8])):
+        values = [*columns[name][:1200], value, *columns[name][1201:]]
+        assert digest_of_summaries(Dataset.from_dict(columns | {name: values})) != digest_of_summaries(rows)
+    assert digest_of_summaries(rows.select(range(1499, -1, -1))) != digest_of_summaries(rows)
 
 
 def test_no_training_summary_names_a_town_of_the_test() -> None:

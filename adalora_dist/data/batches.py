@@ -12,7 +12,8 @@ import hashlib
 import json
 import random
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ class BatchPlan:
         target_counts: target tokens of each row (``count_targets``); for a classifier, 1 each.
         batch_size: rows per step over all processes.
         seed: of the order; the order depends on nothing but it, the lengths and the epoch.
+        content: digest of the rows themselves, by which a continued run knows that they are the same; without one it
+            knows their lengths alone.
 
     Raises:
         ValueError: no rows, or as many target counts as lengths were not given.
@@ -48,6 +51,7 @@ class BatchPlan:
         batch_size: int,
         seed: int,
         group_by_length: bool = True,
+        content: str = "",
     ) -> None:
         if not lengths or len(lengths) != len(target_counts) or batch_size < 1:
             raise ValueError(f"{len(lengths)} lengths, {len(target_counts)} target counts, batch size {batch_size}")
@@ -57,8 +61,7 @@ class BatchPlan:
         self.seed = seed
         self.group_by_length = group_by_length
         self.num_batches_per_epoch = len(lengths) // self.batch_size
-        self.content = ""
-        """Digest of the rows themselves, where they were given."""
+        self.content = content
         self._epoch = -1
         self._batches: list[list[int]] = []
 
@@ -66,12 +69,23 @@ class BatchPlan:
     def of_rows(cls, rows: Sequence[EncodedRow], batch_size: int, seed: int, group_by_length: bool = True) -> BatchPlan:
         """The plan for token sequences with labels."""
         lengths = [len(row["input_ids"]) for row in rows]
-        plan = cls(lengths, [count_targets(row["labels"]) for row in rows], batch_size, seed, group_by_length)
-        tokens = hashlib.sha256()
-        for row in rows:
-            tokens.update(array("q", [*row["input_ids"], *row["labels"]]).tobytes())
-        plan.content = tokens.hexdigest()
-        return plan
+        content = digest_of([*row["input_ids"], *row["labels"]] for row in rows)
+        return cls(lengths, [count_targets(row["labels"]) for row in rows], batch_size, seed, group_by_length, content)
+
+    @classmethod
+    def of_inputs(
+        cls,
+        inputs: Sequence[Mapping[str, Sequence[int]]],
+        answers: Sequence[Sequence[float]],
+        batch_size: int,
+        seed: int,
+        group_by_length: bool = True,
+    ) -> BatchPlan:
+        """The plan for what an encoder takes of each row, ``input_ids`` and others, with one target each."""
+        lengths = [len(row["input_ids"]) for row in inputs]
+        rows = zip(inputs, answers, strict=True)
+        content = digest_of([*chain.from_iterable(row.values()), *answer] for row, answer in rows)
+        return cls(lengths, [1] * len(lengths), batch_size, seed, group_by_length, content)
 
     def fingerprint(self) -> str:
         """Equal for plans that put the same rows into the same steps."""
@@ -124,6 +138,14 @@ class BatchPlan:
         if self.group_by_length:
             generator.shuffle(batches)
         return batches
+
+
+def digest_of(rows: Iterable[Sequence[float]]) -> str:
+    """SHA-256 of all numbers of all rows, in order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(array("d", row).tobytes())
+    return digest.hexdigest()
 
 
 def count_targets(labels: Sequence[int]) -> int:

@@ -54,7 +54,9 @@ def read_table(path: Path) -> Dataset:
 
     kind = "json" if path.suffix == ".jsonl" else "parquet"
     try:
-        return datasets.load_dataset(kind, data_files=str(path), split="train")
+        rows = datasets.load_dataset(kind, data_files=str(path), split="train")
+        rows.data.validate(full=True)  # or text that is not UTF-8 would be found when it is used
+        return rows
     except Exception as error:  # of many kinds: from the file system, pyarrow, and datasets itself
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise UserError(

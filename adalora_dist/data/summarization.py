@@ -7,12 +7,16 @@ A local source is a folder ``SOURCE/TASK/{train,test}.{jsonl,parquet}`` with the
 
 from __future__ import annotations
 
+import hashlib
 import logging
+from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from adalora_dist.data.bad_rows import BadRows
 from adalora_dist.data.demo_reports import demo_reports
-from adalora_dist.data.files import find_data_file, read_table
+from adalora_dist.data.files import file_rows, find_data_file, read_table
 from adalora_dist.errors import UserError
 from adalora_dist.recipe_config import SummarizationDataConfig
 
@@ -43,16 +47,21 @@ HUB_TASKS = {
 }
 
 
-def load_summaries(data: SummarizationDataConfig) -> dict[Split, Dataset]:
+def load_summaries(data: SummarizationDataConfig, bad_rows: BadRows | None = None) -> dict[Split, Dataset]:
     """Both splits, with the columns document and summary, in the order of the source.
 
-    Rows without any text in one of them are left out, with a warning that counts them. ``max_train_rows`` and
-    ``max_eval_rows`` keep the first rows.
+    ``max_train_rows`` and ``max_eval_rows`` keep the first rows. ``bad_rows`` (by default with the policy of ``data``)
+    counts those left out because one of the two has no text.
 
     Raises:
-        UserError: a file or a column is missing, a file cannot be read, the Hub cannot be reached, or no row is left.
+        UserError: a file or a column is missing, a file cannot be read, the Hub cannot be reached, a row is not valid,
+            or no row is left.
     """
-    return {"train": _load(data, "train", data.max_train_rows), "test": _load(data, "test", data.max_eval_rows)}
+    bad = bad_rows or BadRows(data.bad_rows)
+    return {
+        "train": _load(data, bad, "train", data.max_train_rows),
+        "test": _load(data, bad, "test", data.max_eval_rows),
+    }
 
 
 def encode_summaries(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: SummarizationDataConfig) -> Dataset:
@@ -77,9 +86,22 @@ def encode_summaries(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: Su
     return rows.map(encode, batched=True, desc="tokenise")
 
 
-def _load(data: SummarizationDataConfig, split: Split, max_rows: int | None) -> Dataset:
+def digest_of_summaries(rows: Dataset) -> str:
+    """SHA-256 of the tokens and labels of all rows, as :func:`encode_summaries` made them; read without a list of them.
+
+    The same for equal rows, wherever they lie and however they are cut into files.
+    """
+    digest = hashlib.sha256()
+    for table in rows.select_columns(["input_ids", "labels"]).with_format("arrow").iter(1000):
+        for column in table.columns:
+            digest.update(column.combine_chunks().flatten().to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _load(data: SummarizationDataConfig, bad: BadRows, split: Split, max_rows: int | None) -> Dataset:
     from datasets import Dataset
 
+    path = None
     if not data.source:
         rows, columns = Dataset.from_list([report._asdict() for report in demo_reports(split)]), ("document", "summary")
         origin = "built-in reports"
@@ -90,7 +112,7 @@ def _load(data: SummarizationDataConfig, split: Split, max_rows: int | None) -> 
         path = find_data_file(Path(data.source) / data.task, FILE_NAMES[split])
         if path.stem != split:
             logger.warning("%s has no test file: evaluating on %s", path.parent, path.name)
-        rows, columns, origin = read_table(path), ("document", "summary"), str(path)
+        rows, columns, origin = _table(path, bad), ("document", "summary"), str(path)
     for column in columns:
         if column not in rows.column_names:
             raise UserError(
@@ -103,11 +125,47 @@ def _load(data: SummarizationDataConfig, split: Split, max_rows: int | None) -> 
     if max_rows is not None:
         rows = rows.select(range(min(max_rows, len(rows))))
     kept = rows.filter(_has_text, desc="check rows")
-    if len(kept) < len(rows):
-        logger.warning("%s: %d of %d rows have no text and are left out", origin, len(rows) - len(kept), len(rows))
+    if len(kept) < len(rows):  # which, and why
+        numbered = file_rows(path) if path else ((f"{origin}:{n}", row) for n, row in enumerate(rows, start=1))
+        for _ in bad.usable(islice(numbered, max_rows), _checked):
+            continue
     if not len(kept):
         raise UserError(f"{origin}: no row with a document and a summary; give at least 1 row")
     return kept
+
+
+def _table(path: Path, bad: BadRows) -> Dataset:
+    """All rows of a local file; if they do not make one table, those that can be used, one by one.
+
+    Raises:
+        UserError: the file cannot be read, or what is wrong with its first bad row.
+    """
+    from datasets import Dataset
+
+    try:
+        return read_table(path)
+    except UserError as error:
+        usable = list(bad.usable(file_rows(path), _checked))
+        if not usable:
+            raise error
+        return Dataset.from_list(usable)
+
+
+def _checked(row: object, origin: str) -> dict[str, str]:
+    """The row, if it can be used.
+
+    Raises:
+        UserError: a field has no text; naming ``origin``.
+    """
+    if not isinstance(row, Mapping):
+        raise UserError(f"{origin}: the row is a {type(row).__name__}; legal: an object with document and summary")
+    for field in ("document", "summary"):
+        if not isinstance(row.get(field), str) or not row[field].strip():
+            raise UserError(
+                f"{origin}: field {field} is {row.get(field)!r}; legal: a text; correct or remove the row, or leave "
+                "out all such rows with --bad-rows skip"
+            )
+    return {field: row[field] for field in ("document", "summary")}
 
 
 def _has_text(row: dict[str, Any]) -> bool:

@@ -136,8 +136,18 @@ def _row_block(p: DTensor, rank: int, world_size: int) -> Span:
     return span
 
 
+def reshard(model: nn.Module) -> None:
+    """Put the optimizer's parameters back into their modules: a forward without a backward leaves gathered ones there.
+
+    Does nothing without FSDP2. No collective.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def shrink_fsdp2(model: nn.Module, optimizer: torch.optim.Optimizer, shrinks: Sequence[Shrink]) -> None:
-    """Put smaller parameters, all 0, in the place of those there are; between two steps. No collective.
+    """Put smaller parameters, all 0, in the place of those there are, resharded; between two steps. No collective.
 
     Every sharded parameter has an object of its own (``FSDPParam``) in its module's group, so only those of adapters
     are made anew, in the way the group's constructor makes them; the frozen backbone is not touched.
@@ -147,7 +157,6 @@ def shrink_fsdp2(model: nn.Module, optimizer: torch.optim.Optimizer, shrinks: Se
     states = []
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # a root that was not resharded after an evaluation
             states.append(module._get_fsdp_state())
             for group in states[-1]._fsdp_param_groups:
                 for held in group.fsdp_params:

@@ -8,6 +8,9 @@ from typing import Any
 from adalora_dist.sharding.base import Shrink
 from adalora_dist.sharding.zero import KINDS, STAGE_3
 
+# What stage 3 leaves on every module for its backward; bound to the optimizer that made it, and not made anew if there.
+_BACKWARD_HOOKS = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_grads_remaining")
+
 
 def shrink_zero(engine: Any, shrinks: Sequence[Shrink]) -> None:
     """Put smaller parameters, all 0, in the place of those there are; between two steps. Collective.
@@ -26,6 +29,9 @@ def shrink_zero(engine: Any, shrinks: Sequence[Shrink]) -> None:
         inner.param_groups[zero.sub_group_to_group_id[index] if kind == STAGE_3 else index]["params"] += params
     if kind == STAGE_3:
         zero.parameter_offload.partition_all_parameters()
+        for module in engine.module.modules():
+            for name in _BACKWARD_HOOKS:
+                module.__dict__.pop(name, None)
     zero.destroy()
     inner.state.clear()
     for shrink in shrinks:

@@ -20,6 +20,7 @@ from adalora_dist.errors import UserError
 from adalora_dist.inject import inject_adapters
 from adalora_dist.schedule import BudgetSchedule
 from adalora_dist.training.loop import total_steps
+from adalora_dist.training.model import refuse_code_from_elsewhere
 
 PUBLIC_ROWS = {
     "cola": 8551, "sst2": 67349, "mrpc": 3668, "stsb": 5749, "qqp": 363846, "mnli": 392702, "qnli": 104743, "rte": 2490,
@@ -179,6 +180,8 @@ def _architecture(config: RunConfig, name: str, architectures: Path) -> Any:
     shipped = architectures / f"{name.rpartition('/')[2]}.json"
     is_shipped = shipped.is_file() and not Path(name).is_dir()
     try:
+        if not is_shipped:
+            refuse_code_from_elsewhere(config.model.model_copy(update={"name": name}))
         return AutoConfig.from_pretrained(
             shipped if is_shipped else name,
             **({} if is_shipped else {"revision": config.model.revision}),

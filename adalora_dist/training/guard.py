@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import psutil
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -61,7 +62,7 @@ class Guard:
         }
         if accelerator.is_main_process:
             self._lock = RunLock(Path(config.train.output_dir))
-        self._parent = os.getppid() if _is_launched() else None
+        self._launchers = _launchers() if _is_launched() else None
         threading.Thread(target=self._keep, name="guard", daemon=True).start()
 
     # ------------------------------------------------------------------------------------------- for the loop
@@ -156,8 +157,8 @@ class Guard:
         while not self._closed:
             if self._lock is not None:
                 self._lock.touch()
-            if self._parent is not None and os.getppid() != self._parent:
-                self._parent = None
+            if self._launchers is not None and _launchers() != self._launchers:
+                self._launchers = None
                 os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(BEAT_SECONDS)
 
@@ -169,6 +170,17 @@ def _from_rank_0(value: Any) -> Any:
 def _is_launched() -> bool:
     """Started by a launcher, whose end means that nobody waits for this process any more."""
     return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def _launchers() -> list[int]:
+    """The processes that started this one: its parent, and where that is the half of DeepSpeed's launcher that starts
+    processes, the other half, which the user sees and ends."""
+    parent = os.getppid()
+    try:
+        process = psutil.Process(parent)
+        return [parent, process.ppid()] if "deepspeed.launcher.launch" in process.cmdline() else [parent]
+    except psutil.Error:
+        return [parent]
 
 
 def _write_status(step: int | None) -> None:

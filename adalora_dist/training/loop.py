@@ -138,11 +138,6 @@ def train(
     bad_steps = BadSteps(
         settings.max_nonfinite_steps, prepared.allocator.num_skipped_steps if prepared.allocator else 0
     )
-    # What a ZeRO-3 forward saves and recomputes is told apart by shapes that removal changes.
-    zero3 = accelerator.distributed_type == DistributedType.DEEPSPEED and is_sharded(accelerator)
-    compacts = config.adapter.compact and not (zero3 and settings.gradient_checkpointing)
-    if config.adapter.compact and not compacts:
-        report("gradient_checkpointing under ZeRO-3: compact is left out, pruned triplets stay in memory, at 0")
     num_tokens, started = 0, time.monotonic()
     bar = progress_bar(total=num_steps, initial=first_step, desc="train", unit="step", show=accelerator.is_main_process)
     model.train()
@@ -169,7 +164,7 @@ def train(
                 optimizer.zero_grad()
         if prepared.allocator is not None:
             prepared.allocator.catch_up(step + 1)
-            if compacts and compact(prepared.allocator, model, optimizer):
+            if config.adapter.compact and compact(prepared.allocator, model, optimizer):
                 prepared.parameters = trained_parameters(model)
                 parameters = [p for group in prepared.inner_optimizer.param_groups for p in group["params"]]
                 report(f"step {step + 1}/{num_steps}: pattern frozen, pruned triplets removed from memory")

@@ -40,20 +40,20 @@ def load_backbone(
     Raises:
         UserError: the model cannot be found or loaded, or quantised, it has no tokenizer, or is an adapter.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     if (Path(config.name) / "adapter_config.json").is_file():
         raise UserError(
             f"model={config.name!r} is an adapter of PEFT: give the model that it belongs to, and the adapter as "
             "init_from"
         )
+    tokenizer = load_tokenizer(config)
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     extra: dict[str, Any] = (
         {} if config.attn_implementation == "auto" else {"attn_implementation": config.attn_implementation}
     )
     pickles = config.allow_pickle_weights
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.name, **options)
         own = AutoConfig.from_pretrained(config.name, **options)
         is_quantized = hasattr(own, "quantization_config")
         if changes:
@@ -74,11 +74,7 @@ def load_backbone(
     except UserError:
         raise
     except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"model={config.name!r} cannot be loaded ({reason}): give a folder that save_pretrained wrote, or a Hub id "
-            "that this machine can reach"
-        ) from error
+        raise _cannot_be_loaded(config, error) from error
     except RuntimeError as error:
         if quantization is None:
             raise
@@ -92,6 +88,57 @@ def load_backbone(
     model.config.use_cache = False
     _name_blocks(model)
     return model, tokenizer
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of the backbone.
+
+    Raises:
+        UserError: it cannot be found or loaded, or code from elsewhere would be run.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        refuse_code_from_elsewhere(config)
+        # Never left open: transformers would ask whoever sits at the terminal whether to run the repository's code.
+        return AutoTokenizer.from_pretrained(
+            config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except UserError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        raise _cannot_be_loaded(config, error) from error
+
+
+def refuse_code_from_elsewhere(config: ModelConfig) -> None:
+    """Raise a ``UserError`` if code would be run that ``revision`` does not pin.
+
+    A repository may name classes of another one, REPOSITORY--module.Class, of which transformers takes the main branch.
+    """
+    if not config.trust_remote_code:
+        return
+    from transformers import PretrainedConfig
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    own, _ = PretrainedConfig.get_config_dict(config.name, revision=config.revision)
+    for settings in (own, get_tokenizer_config(config.name, revision=config.revision)):
+        named: Any = settings.get("auto_map", {})
+        for classes in named.values() if isinstance(named, Mapping) else [named]:
+            for name in classes if isinstance(classes, list | tuple) else [classes]:
+                repository, mark, _ = str(name).partition("--")
+                if mark and repository != config.name:
+                    raise UserError(
+                        f"trust_remote_code true, but model={config.name!r} names code of another repository, {name}, "
+                        "which revision does not pin: copy that code into a repository of your own and name it there"
+                    )
+
+
+def _cannot_be_loaded(config: ModelConfig, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:300]
+    return UserError(
+        f"model={config.name!r} cannot be loaded ({reason}): give a folder that save_pretrained wrote, or a Hub id "
+        "that this machine can reach"
+    )
 
 
 def _name_blocks(model: PreTrainedModel) -> None:

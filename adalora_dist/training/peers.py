@@ -30,6 +30,7 @@ from adalora_dist.training.verdict import (
     Meeting,
     State,
     Verdict,
+    is_missing,
     kill_stopped,
     leave,
     listen,
@@ -99,8 +100,9 @@ class _Hub:
         self._last_round = now
         if self._lost:
             return missed(self._lost[0], self._identities.get(self._lost[0]), None)
-        if silent := [rank for rank, when in self._heard.items() if now - when > self._timeout_seconds]:
-            return missed(silent[0], self._identities.get(silent[0]), self._timeout_seconds)
+        for rank, when in self._heard.items():
+            if is_missing(self._identities.get(rank), now - when, self._timeout_seconds):
+                return missed(rank, self._identities.get(rank), now - when)
         reports = {0: own_report} | {rank: state.report for rank, state in self.states.items()}
         for rank, report in reports.items():
             if report is not None:
@@ -123,7 +125,7 @@ class Peers:
 
     Args:
         rank, world_size: of this process.
-        timeout_seconds: silence after which a process counts as stopped.
+        timeout_seconds: silence after which a process counts as stopped, unless it is seen to be slow.
         share: gives every rank what rank 0 puts in, through the process group; called once, here.
     """
 
@@ -265,13 +267,15 @@ class Peers:
                     return
             except (EOFError, OSError):
                 if not self._own.done:
-                    self._end(missed(0, self._hub, None))
+                    silent_seconds = time.monotonic() - heard
+                    was_stopped = silent_seconds > self.timeout_seconds - BEAT_SECONDS  # and another rank killed it
+                    self._end(missed(0, self._hub, silent_seconds if was_stopped else None))
                 return
             if now - last_round > 4 * BEAT_SECONDS:  # this process was stopped itself
                 heard = now
             last_round = now
-            if now - heard > self.timeout_seconds:
-                self._end(missed(0, self._hub, self.timeout_seconds))
+            if is_missing(self._hub, now - heard, self.timeout_seconds):
+                self._end(missed(0, self._hub, now - heard))
                 return
 
     def _learn(self, message: Mapping[str, Any]) -> None:

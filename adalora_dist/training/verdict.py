@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import signal
 import socket
 import sys
 from collections.abc import Mapping
@@ -58,11 +58,46 @@ class Verdict:
     identity: tuple[int, str, int, float] | None = None
 
 
+_SLOW_FACTOR = 5
+_STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP, psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+_CLOCK_SECONDS = 2.0
+"""When a process was created is counted from the machine's start, which is known to a second, now so and now so."""
+
+
+def is_missing(identity: Identity | None, silent_seconds: float, timeout_seconds: float) -> bool:
+    """Whether a process that has said nothing for so long counts as stopped.
+
+    On this machine the operating system knows. One that is merely slow, because it gets no processor or something
+    holds its interpreter lock, has several times as long here: not for ever, since a frozen control group looks like
+    that, too. Of other machines silence is all there is to go by.
+    """
+    if silent_seconds <= timeout_seconds:
+        return False
+    process = _local_process(identity)
+    if process is None or silent_seconds > _SLOW_FACTOR * timeout_seconds:
+        return True
+    try:
+        return process.status() in _STOPPED
+    except psutil.Error:
+        return True
+
+
+def _local_process(identity: tuple[int, str, int, float] | None) -> psutil.Process | None:
+    """That process, if it is on this machine and still there, and not another that has its number now."""
+    if identity is None or identity[1] != socket.gethostname():
+        return None
+    try:
+        process = psutil.Process(identity[2])
+        return process if abs(process.create_time() - identity[3]) < _CLOCK_SECONDS else None
+    except psutil.Error:
+        return None
+
+
 def missed(rank: int, identity: Identity | None, silent_seconds: float | None) -> Verdict:
     """The verdict on a rank that says nothing any more; without ``silent_seconds`` its connection has ended."""
     what = "has ended without a word: it was killed, or its machine ran out of memory"
     if silent_seconds is not None:
-        what = f"has not been heard of for {silent_seconds:g} s: it, or its machine, was stopped"
+        what = f"has not been heard of for {silent_seconds:.0f} s: it, or its machine, was stopped"
     return Verdict(rank, f"{identity or f'rank {rank}'} {what}", EXIT_PEER, is_gone=True, identity=identity)
 
 
@@ -123,11 +158,7 @@ def leave(code: int) -> NoReturn:
 
 def kill_stopped(identity: tuple[int, str, int, float] | None) -> None:
     """A stopped process outlives its run, since launchers' polite signals do not reach it: end it, if it is here."""
-    if identity is None or identity[1] != socket.gethostname():
-        return
-    _, _, pid, created = identity
-    try:
-        if psutil.Process(pid).create_time() == created:
-            os.kill(pid, signal.SIGKILL)
-    except (psutil.Error, OSError):
-        return
+    process = _local_process(identity)
+    if process is not None:
+        with contextlib.suppress(psutil.Error):
+            process.kill()

@@ -35,7 +35,7 @@ def load_plainly(auto_class: Any, folder: Path) -> nn.Module:
     For one process, at the end of a run: under ZeRO-3, loading would otherwise be collective, so that is turned off.
     """
     unset_hf_deepspeed_config()
-    return auto_class.from_pretrained(folder, use_safetensors=True).eval()
+    return auto_class.from_pretrained(folder, use_safetensors=True, trust_remote_code=False).eval()
 
 
 class LogitDifference(NamedTuple):
