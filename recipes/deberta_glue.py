@@ -167,7 +167,7 @@ def main(config: GlueConfig) -> None:
         # ------------------------------------------------------------------------------------------------- export
 
         adapters = gather_adapters(allocator) if allocator else []
-        trained = gather_trained(accelerator.unwrap_model(prepared.model), keep=accelerator.is_main_process)
+        trained = gather_trained(accelerator, prepared.model)
         if accelerator.is_main_process:
             base_weights = write_adapters(
                 config, accelerator.unwrap_model(prepared.model), adapters, trained, folder.path

@@ -172,7 +172,7 @@ def main(config: SquadConfig) -> None:
 
         adapters = gather_adapters(allocator) if allocator else []
         pattern = {a.name: a.lam.numel() for a in adapters}
-        trained = gather_trained(accelerator.unwrap_model(prepared.model), keep=accelerator.is_main_process)
+        trained = gather_trained(accelerator, prepared.model)
         if accelerator.is_main_process:
             base_weights = write_adapters(
                 config, accelerator.unwrap_model(prepared.model), adapters, trained, folder.path

@@ -142,7 +142,7 @@ def main(config: E2EConfig) -> None:
     # ----------------------------------------------------------------------------------------------------- export
 
     adapters = gather_adapters(allocator) if allocator else []
-    trained = gather_trained(accelerator.unwrap_model(prepared.model), keep=accelerator.is_main_process)
+    trained = gather_trained(accelerator, prepared.model)
     pattern = {a.name: a.lam.numel() for a in adapters}
     formats = config.export.export_formats
     verified = "merged" in formats and config.export.verify_export
