@@ -13,7 +13,6 @@ from adalora_dist.config import (
     EvaluationConfig,
     ModelConfig,
     RunConfig,
-    Section,
     TrainConfig,
 )
 
@@ -106,7 +105,9 @@ class GenerationConfig(EvaluationConfig):
     """No sequence of this many tokens occurs twice in a text; 0: allowed."""
 
 
-class SummarizationDataConfig(Section):
+class SummarizationDataConfig(DataConfig):
+    bad_rows: Literal["error", "skip"] = "skip"
+    """A row without text, as XSum has some: skip leaves it out and counts it in run.json; error names it."""
     source: Annotated[str, tyro.conf.arg(name="data")] = ""
     """Folder with TASK/train and TASK/test files (.jsonl or .parquet), or the word hub; empty: built-in reports."""
     task: Literal["xsum", "cnn_dailymail"] = "xsum"

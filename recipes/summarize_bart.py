@@ -37,6 +37,7 @@ def main(config: SummarizationConfig) -> None:
     from accelerate.utils import set_seed
     from transformers import AutoModelForSeq2SeqLM
 
+    from adalora_dist.data.bad_rows import BadRows
     from adalora_dist.data.batches import BatchPlan
     from adalora_dist.data.encoding import padding_token
     from adalora_dist.data.summarization import encode_summaries, load_summaries
@@ -89,9 +90,12 @@ def main(config: SummarizationConfig) -> None:
 
     if not config.data.source:
         say("Data: built-in reports. Your own: --data FOLDER, or --data hub for XSum and CNN/DailyMail.")
+    bad_rows = BadRows(config.data.bad_rows)
     with accelerator.main_process_first():  # the others find its work in the cache
-        splits = load_summaries(config.data)
+        splits = load_summaries(config.data, bad_rows)
         train_rows, eval_rows = (encode_summaries(splits[name], tokenizer, config.data) for name in ("train", "test"))
+    if summary := bad_rows.summary():
+        say(summary)
     say(f"{len(train_rows):,} training rows, {len(eval_rows):,} evaluation rows")
     settings = (config.train.batch_size, config.train.seed, config.train.group_by_length)
     lengths = [sum(pair) for pair in zip(train_rows["num_source"][:], train_rows["num_targets"][:], strict=True)]
@@ -106,7 +110,7 @@ def main(config: SummarizationConfig) -> None:
 
     prepared = prepare(accelerator, model, config, num_steps, resumed)
     allocator = prepared.allocator
-    facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared)
+    facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared, bad_rows)
     folder = RunFolder(config, accelerator.is_main_process, facts, resumed)
     start_trackers(accelerator, config)
     say(facts_line(facts, allocator.schedule.freeze_step if allocator else None))

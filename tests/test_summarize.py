@@ -12,9 +12,11 @@ import pytest
 import torch
 from distributed import import_deepspeed, run_ranks
 from recipe_runs import ENGINES, losses_of, read_json, run_recipe
+from refusals import refusal
 from tiny_text_project import NUM_TEST, NUM_TRAIN, tiny_bart, write_jsonl, write_summarization
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
+from adalora_dist.data.bad_rows import BadRows
 from adalora_dist.data.batches import collate_pairs
 from adalora_dist.data.demo_pretrained import word_tokenizer
 from adalora_dist.data.demo_reports import demo_reports, towns_of
@@ -84,7 +86,9 @@ def test_loss_is_the_sum_over_labels_and_padding_counts_nothing() -> None:
 # ----------------------------------------------------------------------------------------------------------- the data
 
 
-def test_rows_without_text_are_counted_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_without_text_are_left_out_and_counted_or_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     rows = [
         {"document": "a fire", "summary": "fire"},
         {"document": " ", "summary": "x"},
@@ -92,10 +96,15 @@ def test_rows_without_text_are_counted_and_left_out(tmp_path: Path, caplog: pyte
     ]
     write_jsonl(tmp_path / "cnn_dailymail" / "train.jsonl", rows)
     write_jsonl(tmp_path / "cnn_dailymail" / "validation.jsonl", rows[:1])
+    data, file = SummarizationDataConfig(source=str(tmp_path), task="cnn_dailymail"), f"{tmp_path}/cnn_dailymail/train"
+    bad = BadRows(data.bad_rows)
     with caplog.at_level(logging.WARNING):
-        loaded = load_summaries(SummarizationDataConfig(source=str(tmp_path), task="cnn_dailymail"))
+        loaded = load_summaries(data, bad)
     assert [loaded[split]["document"][:] for split in ("train", "test")] == [["a fire"], ["a fire"]]
-    assert "2 of 3 rows have no text" in caplog.text and "evaluating on validation.jsonl" in caplog.text
+    assert bad.counts == {f"{file}.jsonl": 2} and f"{file}.jsonl:2: field document is ' '" in caplog.text
+    assert "evaluating on validation.jsonl" in caplog.text
+    message = refusal(load_summaries, data.model_copy(update={"bad_rows": "error"}))
+    assert f"{file}.jsonl:2: field document is ' '" in message and "--bad-rows skip" in message
 
 
 @pytest.mark.parametrize(

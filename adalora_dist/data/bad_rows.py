@@ -39,12 +39,20 @@ class BadRows:
                 origin, row = item
                 yield parse(row, origin)
             except UserError as error:
-                if self.policy == "error":
-                    raise
-                file = str(error).partition(":")[0]
-                if not self.counts[file]:
-                    logger.warning("left out (bad_rows=skip; later ones of this file are only counted): %s", error)
-                self.counts[file] += 1
+                self.leave_out(error)
+
+    def leave_out(self, error: UserError, num_rows: int = 1) -> None:
+        """Count rows that cannot be used, of which the first is ``error``'s.
+
+        Raises:
+            UserError: ``error``, with the policy ``error``.
+        """
+        if self.policy == "error":
+            raise error
+        file = str(error).partition(":")[0]
+        if not self.counts[file]:
+            logger.warning("left out (bad_rows=skip; later ones of this file are only counted): %s", error)
+        self.counts[file] += num_rows
 
     def summary(self) -> str | None:
         """One line for the log; None if every row could be used."""

@@ -11,6 +11,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from adalora_dist.data.bad_rows import BadRows
 from adalora_dist.data.demo_reports import demo_reports
 from adalora_dist.data.files import find_data_file, read_table
 from adalora_dist.errors import UserError
@@ -43,16 +44,21 @@ HUB_TASKS = {
 }
 
 
-def load_summaries(data: SummarizationDataConfig) -> dict[Split, Dataset]:
+def load_summaries(data: SummarizationDataConfig, bad_rows: BadRows | None = None) -> dict[Split, Dataset]:
     """Both splits, with the columns document and summary, in the order of the source.
 
-    Rows without any text in one of them are left out, with a warning that counts them. ``max_train_rows`` and
-    ``max_eval_rows`` keep the first rows.
+    ``max_train_rows`` and ``max_eval_rows`` keep the first rows. What becomes of those without any text in one of the
+    columns ``bad_rows`` (by default with the policy of ``data``) says, and counts.
 
     Raises:
-        UserError: a file or a column is missing, a file cannot be read, the Hub cannot be reached, or no row is left.
+        UserError: a file or a column is missing, a file cannot be read, the Hub cannot be reached, a row has no text
+            and may not be left out, or no row is left.
     """
-    return {"train": _load(data, "train", data.max_train_rows), "test": _load(data, "test", data.max_eval_rows)}
+    bad = bad_rows or BadRows(data.bad_rows)
+    return {
+        "train": _load(data, bad, "train", data.max_train_rows),
+        "test": _load(data, bad, "test", data.max_eval_rows),
+    }
 
 
 def encode_summaries(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: SummarizationDataConfig) -> Dataset:
@@ -77,7 +83,7 @@ def encode_summaries(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: Su
     return rows.map(encode, batched=True, desc="tokenise")
 
 
-def _load(data: SummarizationDataConfig, split: Split, max_rows: int | None) -> Dataset:
+def _load(data: SummarizationDataConfig, bad_rows: BadRows, split: Split, max_rows: int | None) -> Dataset:
     from datasets import Dataset
 
     if not data.source:
@@ -104,14 +110,24 @@ def _load(data: SummarizationDataConfig, split: Split, max_rows: int | None) -> 
         rows = rows.select(range(min(max_rows, len(rows))))
     kept = rows.filter(_has_text, desc="check rows")
     if len(kept) < len(rows):
-        logger.warning("%s: %d of %d rows have no text and are left out", origin, len(rows) - len(kept), len(rows))
+        number, row = next((k, row) for k, row in enumerate(rows, start=1) if not _has_text(row))
+        [column, *_] = [name for name in row if not _is_text(row[name])]
+        error = UserError(
+            f"{origin}:{number}: field {column} is {row[column]!r}; legal: a text; correct the row, or leave it out "
+            "with --bad-rows skip"
+        )
+        bad_rows.leave_out(error, len(rows) - len(kept))
     if not len(kept):
         raise UserError(f"{origin}: no row with a document and a summary; give at least 1 row")
     return kept
 
 
 def _has_text(row: dict[str, Any]) -> bool:
-    return all(isinstance(row[column], str) and row[column].strip() for column in ("document", "summary"))
+    return _is_text(row["document"]) and _is_text(row["summary"])
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _hub_rows(task: HubTask, name: str, split: Split) -> Dataset:
