@@ -11,7 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_recipe import BIN, RECIPE, ROOT, Project, free_port
+from distributed import free_port
+from test_recipe import BIN, RECIPE, ROOT, Project
 
 from adalora_dist.training.guard import STATUS_FILE
 
