@@ -262,6 +262,10 @@ class ExportConfig(Section):
     base_license: str = ""
     """Licence of the backbone, for the model card: apache-2.0, llama3.1, ...; empty: the card calls it unknown."""
 
+    @property
+    def verifies_merged(self) -> bool:
+        return "merged" in self.export_formats and self.verify_export
+
     @model_validator(mode="after")
     def _pushed(self) -> ExportConfig:
         check_branch(self.push_revision)

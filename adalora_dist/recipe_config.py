@@ -106,6 +106,8 @@ class GenerationConfig(EvaluationConfig):
 
 
 class SummarizationDataConfig(DataConfig):
+    bad_rows: Literal["error", "skip"] = "skip"
+    """A row without text, as XSum has some: skip leaves it out and counts it in run.json; error names it."""
     source: Annotated[str, tyro.conf.arg(name="data")] = ""
     """Folder with TASK/train and TASK/test files (.jsonl or .parquet), or the word hub; empty: built-in reports."""
     task: Literal["xsum", "cnn_dailymail"] = "xsum"

@@ -45,22 +45,21 @@ def main(config: GlueConfig) -> None:
     from adalora_dist.data.encoding import padding_token
     from adalora_dist.data.glue import TASKS, encode_texts, load_glue
     from adalora_dist.evaluation.classification import largest_difference, predict, score
-    from adalora_dist.evaluation.metrics import mean_and_deviation, require_metrics
-    from adalora_dist.export import base_folder_of, gather_adapters, merge, task_settings
+    from adalora_dist.evaluation.metrics import require_metrics
     from adalora_dist.hub import check_push_of_run, push_run
     from adalora_dist.inject import inject_adapters
     from adalora_dist.training.dry_run import count_rows, dry_run
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
-    from adalora_dist.training.exports import loaded_revision, write_adapters
+    from adalora_dist.training.exports import export_run
     from adalora_dist.training.guard import Guard
     from adalora_dist.training.loop import prepare, total_steps, train
     from adalora_dist.training.losses import classification_loss
-    from adalora_dist.training.model import dtype_named, load_backbone, load_tokenizer
+    from adalora_dist.training.model import load_backbone, load_tokenizer
     from adalora_dist.training.quantization import bitsandbytes_config
-    from adalora_dist.training.report import facts_line, metrics_table, rank_table, run_facts
+    from adalora_dist.training.report import facts_line, metrics_table, rank_report, run_facts
     from adalora_dist.training.resume import find_checkpoint
     from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
-    from adalora_dist.training.trained import gather_trained
+    from adalora_dist.training.seeds import run_seeds
     from adalora_dist.training.verify import load_plainly
 
     if config.train.dry_run:
@@ -120,6 +119,10 @@ def main(config: GlueConfig) -> None:
         eval_inputs = {n: encode_texts(e, *common, f"tokenise {n}", show) for n, e in eval_examples.items()}
     labels = [example.label for example in train_examples]
     eval_labels = {name: [example.label for example in examples] for name, examples in eval_examples.items()}
+    majority = {}
+    for name, values in eval_labels.items():
+        most_frequent = max(sorted(set(values)), key=values.count)
+        majority |= score(name, task, most_frequent, values)
 
     def one_run(config: GlueConfig) -> dict[str, float]:
         """Train and evaluate with one seed; the scores at the end."""
@@ -165,65 +168,26 @@ def main(config: GlueConfig) -> None:
 
         # ------------------------------------------------------------------------------------------------- export
 
-        adapters = gather_adapters(allocator) if allocator else []
-        trained = gather_trained(accelerator.unwrap_model(prepared.model), keep=accelerator.is_main_process)
-        if accelerator.is_main_process:
-            base_weights = write_adapters(
-                config, accelerator.unwrap_model(prepared.model), adapters, trained, folder.path
-            )
-            if "merged" in config.export.export_formats:
-                merged = folder.path / "merged"
-                dtype = dtype_named(config.export.export_dtype)
-                own = accelerator.unwrap_model(prepared.model)
-                base = base_folder_of(config.model.name, loaded_revision(config, own))
-                merge(adapters, base, merged, dtype, trained, base_weights, task_settings(own))
-                tokenizer.save_pretrained(merged)
-            if "merged" in config.export.export_formats and config.export.verify_export:
-                plain = load_plainly(AutoModelForSequenceClassification, merged)
-                name, rows = next(iter(eval_inputs.items()))
-                again = predict(
-                    plain, rows, padding, config.evaluation.eval_batch_size, description="merged", gather=list
-                )
-                columns["merged"] = score(name, task, again, eval_labels[name])
-                far = largest_difference(again, logits[name])
-                folder.write_json("verification.json", {"largest_logit_difference": far})
-                say(f"Merged model in plain transformers: logits differ from the trained model's by up to {far:.1e}")
-            pattern = {a.name: a.lam.numel() for a in adapters}
-            folder.write_json("rank_pattern.json", pattern)
-            folder.write_json("results.json", columns)
+        pattern = export_run(accelerator, prepared, config, tokenizer, folder)
+        if accelerator.is_main_process and config.export.verifies_merged:
+            plain = load_plainly(AutoModelForSequenceClassification, folder.path / "merged")
+            (name, rows), size = next(iter(eval_inputs.items())), config.evaluation.eval_batch_size
+            again = predict(plain, rows, padding, size, description="merged", gather=list)
+            columns["merged"] = score(name, task, again, eval_labels[name])
+            far = largest_difference(again, logits[name])
+            folder.write_json("verification.json", {"largest_logit_difference": far})
+            say(f"Merged model in plain transformers: logits differ from the trained model's by up to {far:.1e}")
+        folder.write_json("results.json", columns)
         accelerator.wait_for_everyone()
 
-        say("\n" + metrics_table(columns))
-        if allocator and config.adapter.method == "adalora":
-            ranks_of = {a.name: a.lam.numel() for a in adapters}
-            say("\nActive ranks\n" + rank_table(ranks_of))
-            say(f"Total rank {sum(ranks_of.values())}, budget {allocator.schedule.target_budget}")
-        say(f"\nFiles in {folder.path}: " + ", ".join(sorted(p.name for p in folder.path.iterdir())))
+        say("\n" + metrics_table({"majority": majority, **columns}))
+        say(rank_report(prepared, pattern))
+        say(folder.listing())
         return columns["after"]
 
     # ------------------------------------------------------------------------------------------------------- seeds
 
-    majority = {}
-    for name, values in eval_labels.items():
-        most_frequent = max(sorted(set(values)), key=values.count)
-        majority |= score(name, task, most_frequent, values)
-    if not config.train.seeds:
-        one_run(config)
-        say("\nAlways the most frequent label: " + ", ".join(f"{n} {v:.4f}" for n, v in majority.items()))
-    else:
-        overview = RunFolder(config, accelerator.is_main_process, {})
-        runs = []
-        for seed in config.train.seeds:
-            own = {"seed": seed, "seeds": (), "output_dir": f"{config.train.output_dir}/seed_{seed}"}
-            say(f"\nSeed {seed}")
-            runs.append(one_run(config.model_copy(update={"train": config.train.model_copy(update=own)})))
-            accelerator.free_memory()
-        statistics = mean_and_deviation(runs)
-        results = {"seeds": config.train.seeds, "runs": runs, "majority": majority, "summary": statistics}
-        overview.write_json("results.json", results)
-        say(f"\n{len(runs)} seeds, mean and sample standard deviation; always the most frequent label")
-        for name, value in statistics.items():
-            say(f"{name}  {value['mean']:.4f} +- {value['deviation']:.4f}  {majority[name]:.4f}")
+    run_seeds(accelerator, config, one_run, {"majority": majority})
     accelerator.end_training()
     guard.close()
     if accelerator.is_main_process:  # no process group is left that could wait for the network

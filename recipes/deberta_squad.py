@@ -44,24 +44,22 @@ def main(config: SquadConfig) -> None:
     from adalora_dist.data.encoding import padding_token
     from adalora_dist.data.squad import load_squad, make_windows
     from adalora_dist.evaluation.classification import largest_difference, predict
-    from adalora_dist.evaluation.metrics import mean_and_deviation
     from adalora_dist.evaluation.spans import Answer, find_answers
     from adalora_dist.evaluation.squad_metrics import best_thresholds, squad_scores
-    from adalora_dist.export import base_folder_of, gather_adapters, merge, task_settings
     from adalora_dist.hub import check_push_of_run, push_run
     from adalora_dist.inject import inject_adapters
     from adalora_dist.training.dry_run import count_rows, dry_run
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
-    from adalora_dist.training.exports import loaded_revision, write_adapters
+    from adalora_dist.training.exports import export_run
     from adalora_dist.training.guard import Guard
     from adalora_dist.training.loop import prepare, total_steps, train
     from adalora_dist.training.losses import span_loss
-    from adalora_dist.training.model import dtype_named, load_backbone, load_tokenizer
+    from adalora_dist.training.model import load_backbone, load_tokenizer
     from adalora_dist.training.quantization import bitsandbytes_config
-    from adalora_dist.training.report import facts_line, metrics_table, rank_table, run_facts
+    from adalora_dist.training.report import facts_line, metrics_table, rank_report, run_facts
     from adalora_dist.training.resume import find_checkpoint
     from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
-    from adalora_dist.training.trained import gather_trained
+    from adalora_dist.training.seeds import run_seeds
     from adalora_dist.training.verify import load_plainly
 
     if config.train.dry_run:  # a long passage makes several windows: steps are at least these
@@ -169,60 +167,30 @@ def main(config: SquadConfig) -> None:
 
         # ------------------------------------------------------------------------------------------------- export
 
-        adapters = gather_adapters(allocator) if allocator else []
-        pattern = {a.name: a.lam.numel() for a in adapters}
-        trained = gather_trained(accelerator.unwrap_model(prepared.model), keep=accelerator.is_main_process)
-        if accelerator.is_main_process:
-            base_weights = write_adapters(
-                config, accelerator.unwrap_model(prepared.model), adapters, trained, folder.path
-            )
-            if "merged" in config.export.export_formats:
-                merged = folder.path / "merged"
-                dtype = dtype_named(config.export.export_dtype)
-                own = accelerator.unwrap_model(prepared.model)
-                base = base_folder_of(config.model.name, loaded_revision(config, own))
-                merge(adapters, base, merged, dtype, trained, base_weights, task_settings(own))
-                tokenizer.save_pretrained(merged)
-            if "merged" in config.export.export_formats and config.export.verify_export:
-                plain = load_plainly(AutoModelForQuestionAnswering, merged)
-                size, outputs = config.evaluation.eval_batch_size, ("start_logits", "end_logits")
-                again = predict(plain, eval_inputs, padding, size, description="merged", outputs=outputs, gather=list)
-                columns["merged"] = scores_of(answers_of(again))
-                far = largest_difference(again, logits)
-                folder.write_json("verification.json", {"largest_logit_difference": far})
-                say(f"Merged model in plain transformers: logits differ from the trained model's by up to {far:.1e}")
-            ids = [question.id for question in eval_questions]
-            given = [answer.given(threshold) for answer in answers]
-            folder.write_json("predictions.json", dict(zip(ids, given, strict=True)))
-            folder.write_json("nbest_predictions.json", {i: a.best for i, a in zip(ids, answers, strict=True)})
-            folder.write_json("rank_pattern.json", pattern)
-            folder.write_json("results.json", columns)
+        ids = [question.id for question in eval_questions]
+        given = [answer.given(threshold) for answer in answers]
+        folder.write_json("predictions.json", dict(zip(ids, given, strict=True)))
+        folder.write_json("nbest_predictions.json", {i: a.best for i, a in zip(ids, answers, strict=True)})
+        pattern = export_run(accelerator, prepared, config, tokenizer, folder)
+        if accelerator.is_main_process and config.export.verifies_merged:
+            plain = load_plainly(AutoModelForQuestionAnswering, folder.path / "merged")
+            size, outputs = config.evaluation.eval_batch_size, ("start_logits", "end_logits")
+            again = predict(plain, eval_inputs, padding, size, description="merged", outputs=outputs, gather=list)
+            columns["merged"] = scores_of(answers_of(again))
+            far = largest_difference(again, logits)
+            folder.write_json("verification.json", {"largest_logit_difference": far})
+            say(f"Merged model in plain transformers: logits differ from the trained model's by up to {far:.1e}")
+        folder.write_json("results.json", columns)
         accelerator.wait_for_everyone()
 
         say("\n" + metrics_table(columns))
-        if allocator and config.adapter.method == "adalora":
-            say("\nActive ranks\n" + rank_table(pattern))
-            say(f"Total rank {sum(pattern.values())}, budget {allocator.schedule.target_budget}")
-        say(f"\nFiles in {folder.path}: " + ", ".join(sorted(p.name for p in folder.path.iterdir())))
+        say(rank_report(prepared, pattern))
+        say(folder.listing())
         return columns["after"]
 
     # ------------------------------------------------------------------------------------------------------- seeds
 
-    if not config.train.seeds:
-        one_run(config)
-    else:
-        overview = RunFolder(config, accelerator.is_main_process, {})
-        runs = []
-        for seed in config.train.seeds:
-            own = {"seed": seed, "seeds": (), "output_dir": f"{config.train.output_dir}/seed_{seed}"}
-            say(f"\nSeed {seed}")
-            runs.append(one_run(config.model_copy(update={"train": config.train.model_copy(update=own)})))
-            accelerator.free_memory()
-        statistics = mean_and_deviation(runs)
-        overview.write_json("results.json", {"seeds": config.train.seeds, "runs": runs, "summary": statistics})
-        say(f"\n{len(runs)} seeds, mean and sample standard deviation")
-        for name, value in statistics.items():
-            say(f"{name}  {value['mean']:.2f} +- {value['deviation']:.2f}")
+    run_seeds(accelerator, config, one_run, {})
     accelerator.end_training()
     guard.close()
     if accelerator.is_main_process:  # no process group is left that could wait for the network

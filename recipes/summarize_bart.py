@@ -43,21 +43,19 @@ def main(config: SummarizationConfig) -> None:
     from adalora_dist.data.summarization import digest_of_summaries, encode_summaries, load_summaries
     from adalora_dist.evaluation.rouge import rouge_scorer, rouge_scores
     from adalora_dist.evaluation.texts import generate_texts
-    from adalora_dist.export import base_folder_of, gather_adapters, merge
     from adalora_dist.hub import check_push_of_run, push_run
     from adalora_dist.inject import inject_adapters
     from adalora_dist.training.dry_run import count_rows, dry_run
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
-    from adalora_dist.training.exports import loaded_revision, write_adapters
+    from adalora_dist.training.exports import export_run
     from adalora_dist.training.guard import Guard
     from adalora_dist.training.loop import generates_together, prepare, total_steps, train
     from adalora_dist.training.losses import decoder_start_token, seq2seq_loss
-    from adalora_dist.training.model import dtype_named, load_backbone
+    from adalora_dist.training.model import load_backbone
     from adalora_dist.training.quantization import bitsandbytes_config
-    from adalora_dist.training.report import facts_line, metrics_table, rank_table, run_facts
+    from adalora_dist.training.report import facts_line, metrics_table, rank_report, run_facts
     from adalora_dist.training.resume import find_checkpoint
     from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
-    from adalora_dist.training.trained import gather_trained
     from adalora_dist.training.verify import last_logits, logit_differences
 
     if config.train.dry_run:
@@ -140,41 +138,27 @@ def main(config: SummarizationConfig) -> None:
 
     # ----------------------------------------------------------------------------------------------------- export
 
-    adapters = gather_adapters(allocator) if allocator else []
-    trained = gather_trained(accelerator.unwrap_model(prepared.model), keep=accelerator.is_main_process)
-    pattern = {a.name: a.lam.numel() for a in adapters}
-    formats = config.export.export_formats
-    verified = "merged" in formats and config.export.verify_export
-    if verified:  # on every process: where the model is sharded, forwards are collective
+    folder.write_json("results.json", columns)
+    folder.write_json("texts.json", texts)
+    if config.export.verifies_merged:  # on every process: where the model is sharded, forwards are collective
         labels = train_rows[0]["labels"]
         probe = {"input_ids": train_rows[0]["input_ids"], "decoder_input_ids": [start, *labels[:-1]]}
         logits = last_logits(accelerator.unwrap_model(prepared.model), probe, len(labels), accelerator.device)
-    if accelerator.is_main_process:
-        base_weights = write_adapters(config, accelerator.unwrap_model(prepared.model), adapters, trained, folder.path)
-        folder.write_json("rank_pattern.json", pattern)
-        folder.write_json("results.json", columns)
-        folder.write_json("texts.json", texts)
-        if "merged" in formats:
-            base = base_folder_of(config.model.name, loaded_revision(config, accelerator.unwrap_model(prepared.model)))
-            merged = folder.path / "merged"
-            merge(adapters, base, merged, dtype_named(config.export.export_dtype), trained, base_weights)
-            tokenizer.save_pretrained(merged)
-            if verified:
-                difference = logit_differences(AutoModelForSeq2SeqLM, merged, probe, logits)
-                folder.write_json("verification.json", difference.as_record(logits))
-                say(
-                    "Merged model in plain transformers: a summary's logits differ from the trained model's by at most "
-                    f"{difference.largest:.1e}, on average by {difference.mean:.1e} (of up to {logits.abs().max():.1f})"
-                )
+    pattern = export_run(accelerator, prepared, config, tokenizer, folder)
+    if accelerator.is_main_process and config.export.verifies_merged:
+        difference = logit_differences(AutoModelForSeq2SeqLM, folder.path / "merged", probe, logits)
+        folder.write_json("verification.json", difference.as_record(logits))
+        say(
+            "Merged model in plain transformers: a summary's logits differ from the trained model's by at most "
+            f"{difference.largest:.1e}, on average by {difference.mean:.1e} (of up to {logits.abs().max():.1f})"
+        )
     accelerator.wait_for_everyone()
 
     say("\nA document: " + eval_rows[0]["document"][:500])
     say("Its summary: " + eval_rows[0]["summary"] + "\nWritten now: " + texts[0])
     say("\n" + metrics_table(columns))
-    if allocator and config.adapter.method == "adalora":
-        say("\nActive ranks\n" + rank_table(pattern))
-        say(f"Total rank {sum(pattern.values())}, budget {allocator.schedule.target_budget}")
-    say(f"\nFiles in {folder.path}: " + ", ".join(sorted(p.name for p in folder.path.glob("[!.]*"))))
+    say(rank_report(prepared, pattern))
+    say(folder.listing())
     accelerator.end_training()
     guard.close()
     if accelerator.is_main_process:  # no process group is left that could wait for the network

@@ -15,7 +15,9 @@ import faulthandler
 import importlib
 import os
 import pickle
+import random
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -45,6 +47,21 @@ def import_deepspeed() -> ModuleType:
     # An optional kernel that init_distributed would otherwise compile for a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def free_port() -> str:
+    """A port for a rendezvous, outside of the range in which the system picks ports by itself.
+
+    One that the system picked for us could be picked again, for some other test's connection, before it is used.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return str(port)
 
 
 def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:

@@ -7,14 +7,13 @@ import io
 import json
 import os
 import runpy
-import socket
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from distributed import run_ranks
+from distributed import free_port, run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINES: dict[str, dict[str, str]] = {
@@ -38,12 +37,8 @@ def run_recipe(
     recipe: str, num_processes: int, arguments: list[str], environment: dict[str, str] | None = None
 ) -> tuple[Any, str, str]:
     """(exit code, standard output, standard error) of rank 0 of ``recipes/RECIPE.py``; other ranks' codes are equal."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    results = run_ranks(
-        num_processes, _run, recipe, arguments, {"MASTER_PORT": port, **(environment or {})}, timeout=200.0
-    )
+    environment = {"MASTER_PORT": free_port(), **(environment or {})}
+    results = run_ranks(num_processes, _run, recipe, arguments, environment, timeout=200.0)
     assert len({code for code, *_ in results}) == 1, results
     return results[0]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import ast
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from distributed import free_port
 from recipe_runs import read_json
 from tiny_text_project import write_summarization
 
@@ -43,12 +43,6 @@ def run_command(*command: Any, timeout: float = 300, **environment: str) -> subp
         [str(word) for word in command], cwd=ROOT, env={**inherited, **own}, capture_output=True, text=True,
         timeout=timeout,
     )  # fmt: skip
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def arguments(project: Path, output: Path) -> list[str]:

@@ -12,7 +12,8 @@ from typing import Any
 
 import psutil
 import pytest
-from test_recipe import BIN, RECIPE, ROOT, Project, free_port
+from distributed import free_port
+from test_recipe import BIN, RECIPE, ROOT, Project
 
 from adalora_dist.training.guard import STATUS_FILE
 

@@ -9,7 +9,6 @@ import json
 import os
 import runpy
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from accelerate.utils import is_tensorboard_available
-from distributed import run_ranks
+from distributed import free_port, run_ranks
 from peft import PeftModel
 from tiny_project import write_data, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -78,12 +77,6 @@ def run_command(*command: Any, **environment: str) -> subprocess.CompletedProces
         text=True,
         timeout=400,
     )
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 class Run:

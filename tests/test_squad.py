@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import run_ranks
+from distributed import import_deepspeed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from recipe_runs import ENGINES, run_recipe
 from refusals import refusal
-from test_recipe import BIN, ROOT, SHARED, Run, finished, free_port, run_command
-from tiny_encoders import encoder_tokenizer, run_recipe, write_encoder, write_squad
+from test_recipe import SHARED, Run
+from tiny_encoders import encoder_tokenizer, write_encoder, write_squad
 from transformers import AutoModelForQuestionAnswering
 
 from adalora_dist.data.demo_passages import demo_passages, demo_passages_folder
@@ -26,11 +27,11 @@ from adalora_dist.evaluation.squad_metrics import best_thresholds, exact_match, 
 from adalora_dist.recipe_config import SquadDataConfig
 from adalora_dist.training.losses import span_loss
 
+import_deepspeed()
 for name in ("training.loop", "training.verify", "training.report", "training.trained", "training.quantization"):
     importlib.import_module(f"adalora_dist.{name}")  # what the recipe imports when it runs, so that forks need not
 importlib.import_module("adalora_dist.evaluation.classification")
 
-RECIPE = ROOT / "recipes" / "deberta_squad.py"
 TASKS = {"1": "v1.1", "2": "v2.0"}
 STEPS = 16
 FLAGS = [
@@ -38,6 +39,13 @@ FLAGS = [
     *("--init-rank", "3", "--target-rank", "2", "--init", "orthonormal", "--log-every", "8", "--eval-batch-size", "4"),
     *("--max-length", "18", "--doc-stride", "4", "--max-question-length", "8"),
 ]
+
+
+def run_of(output: Path, words: list[str], engine: str | None = None) -> Run:
+    """The recipe on one process, or on two of ``engine``."""
+    code, _, errors = run_recipe("deberta_squad", 2 if engine else 1, words, ENGINES[engine] if engine else {})
+    assert code == 0, errors
+    return Run(output)
 
 
 @pytest.fixture(scope="module")
@@ -309,9 +317,7 @@ def single(folder: Path) -> dict[str, Run]:
     runs = {}
     for version, kind in (("1", "bert"), ("2", "deberta")):
         output = folder / f"single_{version}"
-        words = arguments(folder, output, model=kind, version=version)
-        assert run_ranks(1, run_recipe, RECIPE, words) == [0]
-        runs[version] = Run(output)
+        runs[version] = run_of(output, arguments(folder, output, model=kind, version=version))
     return runs
 
 
@@ -342,47 +348,26 @@ def test_one_process_learns_scores_and_exports(single: dict[str, Run], folder: P
 @pytest.mark.parametrize(
     ("engine", "version"),
     [
-        pytest.param("ddp", "1", marks=pytest.mark.slow),
-        pytest.param("fsdp2", "2", marks=pytest.mark.slow),
         ("zero3", "1"),
+        *(pytest.param(*launch, marks=pytest.mark.slow) for launch in (("ddp", "1"), ("fsdp2", "2"), ("zero2", "2"))),
     ],
 )
 def test_two_processes_do_what_one_does(folder: Path, single: dict[str, Run], engine: str, version: str) -> None:
-    if engine == "zero3":
-        pytest.importorskip("deepspeed")
     output, kind = folder / f"{engine}_{version}", {"1": "bert", "2": "deberta"}[version]
-    command = [BIN / "accelerate", "launch", "--config_file", f"launch/accelerate/{engine}.yaml", "--num_processes", 2]
-    process = run_command(
-        *command, "--main_process_port", free_port(), RECIPE, *arguments(folder, output, model=kind, version=version),
-        ADALORA_DIST_CACHE=str(folder / "cache"),
-    )  # fmt: skip
-    run, expected = finished(output, process), single[version]
+    run = run_of(output, arguments(folder, output, model=kind, version=version), engine)
+    expected = single[version]
     assert (run.facts["engine"], run.facts["num_processes"]) == (engine, 2)
     assert run.pattern == expected.pattern
     torch.testing.assert_close(run.losses, expected.losses, rtol=0, atol=1e-4)
-    for name in ("predictions.json", "results.json"):
-        ours, theirs = (json.loads((r.folder / name).read_text()) for r in (run, expected))
-        if name == "predictions.json":
-            assert ours == theirs
-        else:
-            assert {k: v for k, v in ours["after"].items() if "threshold" not in k} == pytest.approx(
-                {k: v for k, v in theirs["after"].items() if "threshold" not in k}
-            )
+    ours, theirs = (json.loads((r.folder / "predictions.json").read_text()) for r in (run, expected))
+    assert ours == theirs
+    ours, theirs = ({k: v for k, v in r.results["after"].items() if "threshold" not in k} for r in (run, expected))
+    assert ours == pytest.approx(theirs)
 
 
 def test_seeds(folder: Path, tmp_path: Path) -> None:
-    quick = (
-        "--max-steps",
-        "3",
-        "--export-formats",
-        "none",
-        "--no-evaluate-before",
-        "--method",
-        "lora",
-        "--seeds",
-        "4",
-        "5",
-    )
-    assert run_ranks(1, run_recipe, RECIPE, arguments(folder, tmp_path / "many", *quick)) == [0]
+    quick = "--max-steps 3 --export-formats none --no-evaluate-before --method lora --seeds 4 5".split()
+    code, _, errors = run_recipe("deberta_squad", 1, arguments(folder, tmp_path / "many", *quick))
+    assert code == 0, errors
     results = json.loads((tmp_path / "many" / "results.json").read_text())
     assert set(results["summary"]) == {"exact", "f1"} and len(results["runs"]) == 2

@@ -95,7 +95,7 @@ def test_rows_without_text_are_errors_or_left_out_and_counted(tmp_path: Path, ca
     file = tmp_path / "cnn_dailymail" / "train.jsonl"
     write_jsonl(file, rows)
     write_jsonl(tmp_path / "cnn_dailymail" / "validation.jsonl", rows[:1])
-    data = SummarizationDataConfig(source=str(tmp_path), task="cnn_dailymail")
+    data = SummarizationDataConfig(source=str(tmp_path), task="cnn_dailymail", bad_rows="error")
     with pytest.raises(UserError, match=r"train.jsonl:2: field document is ' '; legal: a text; .* --bad-rows skip"):
         load_summaries(data)
     bad = BadRows("skip")
@@ -124,7 +124,7 @@ def test_a_corrupt_row_is_named_or_left_out(tmp_path: Path, broken: str | bytes,
     lines = file.read_bytes().splitlines()
     lines[2] = broken if isinstance(broken, bytes) else broken.encode()
     file.write_bytes(b"\n\n".join(lines) + b"\n")
-    data = SummarizationDataConfig(source=str(tmp_path))
+    data = SummarizationDataConfig(source=str(tmp_path), bad_rows="error")
     with pytest.raises(UserError, match=f"xsum/train.jsonl:5: .*{says}"):
         load_summaries(data)
     bad = BadRows("skip")
@@ -147,7 +147,7 @@ def test_bad_files_get_one_line(tmp_path: Path, text: str | None, parts: list[st
     if text is not None:
         (tmp_path / "xsum" / "train.jsonl").write_text(text)
     with pytest.raises(UserError) as error:
-        load_summaries(SummarizationDataConfig(source=str(tmp_path)))
+        load_summaries(SummarizationDataConfig(source=str(tmp_path), bad_rows="error"))
     assert all(part in str(error.value) for part in parts), error.value
 
 

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-import runpy
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, DebertaV2Config, DebertaV2Model, PreTrainedTokenizerFast
 
@@ -104,18 +100,3 @@ def write_encoder(folder: Path, kind: str) -> None:
         model = DebertaV2Model(DebertaV2Config(**size))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def run_recipe(rank: int, world_size: int, recipe: Path, words: list[str]) -> int:
-    """The recipe's file as the main program of this (forked) process: its exit code."""
-    dist.destroy_process_group()  # the recipe makes its own, and ends it
-    sys.argv = [str(recipe), *words]
-    code = 0
-    try:
-        runpy.run_path(str(recipe), run_name="__main__")
-    except SystemExit as stopped:
-        code = int(stopped.code or 0)
-    if not dist.is_initialized():  # run_ranks wants one
-        with tempfile.NamedTemporaryFile() as rendezvous:
-            dist.init_process_group("gloo", init_method=f"file://{rendezvous.name}", rank=rank, world_size=world_size)
-    return code

@@ -160,7 +160,7 @@ def _checked(row: object, origin: str) -> dict[str, str]:
     if not isinstance(row, Mapping):
         raise UserError(f"{origin}: the row is a {type(row).__name__}; legal: an object with document and summary")
     for field in ("document", "summary"):
-        if not isinstance(row.get(field), str) or not row[field].strip():
+        if not _is_text(row.get(field)):
             raise UserError(
                 f"{origin}: field {field} is {row.get(field)!r}; legal: a text; correct or remove the row, or leave "
                 "out all such rows with --bad-rows skip"
@@ -169,7 +169,11 @@ def _checked(row: object, origin: str) -> dict[str, str]:
 
 
 def _has_text(row: dict[str, Any]) -> bool:
-    return all(isinstance(row[column], str) and row[column].strip() for column in ("document", "summary"))
+    return _is_text(row["document"]) and _is_text(row["summary"])
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _hub_rows(task: HubTask, name: str, split: Split) -> Dataset:

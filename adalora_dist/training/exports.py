@@ -1,4 +1,4 @@
-"""What every recipe leaves in its run folder besides a merged model."""
+"""What every recipe leaves in its run folder."""
 
 from __future__ import annotations
 
@@ -8,11 +8,52 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
 
 from adalora_dist.config import RunConfig
-from adalora_dist.export import AdapterWeights, save_adapter, save_trained, task_settings
+from adalora_dist.export import (
+    AdapterWeights,
+    base_folder_of,
+    gather_adapters,
+    merge,
+    save_adapter,
+    save_trained,
+    task_settings,
+)
 from adalora_dist.peft_format import save_adalora, save_lora
 from adalora_dist.training.dequantized import QuantizedWeight, describe, quantized_weights
+from adalora_dist.training.loop import Prepared
+from adalora_dist.training.model import dtype_named
+from adalora_dist.training.run_folder import RunFolder
+from adalora_dist.training.trained import gather_trained
+
+
+def export_run(
+    accelerator: Accelerator,
+    prepared: Prepared,
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: RunFolder,
+) -> dict[str, int]:
+    """Write adapter/, what ``export_formats`` asks for, and rank_pattern.json. Collective.
+
+    Returns:
+        The rank of each adapted matrix, by name; empty without adapters.
+    """
+    model = accelerator.unwrap_model(prepared.model)
+    adapters = gather_adapters(prepared.allocator) if prepared.allocator else []
+    trained = gather_trained(accelerator, prepared.model)
+    pattern = {adapter.name: adapter.lam.numel() for adapter in adapters}
+    if accelerator.is_main_process:
+        base_weights = write_adapters(config, model, adapters, trained, folder.path)
+        folder.write_json("rank_pattern.json", pattern)
+        if "merged" in config.export.export_formats:
+            base = base_folder_of(config.model.name, loaded_revision(config, model))
+            merged, dtype = folder.path / "merged", dtype_named(config.export.export_dtype)
+            merge(adapters, base, merged, dtype, trained, base_weights, task_settings(model))
+            tokenizer.save_pretrained(merged)
+    return pattern
 
 
 def loaded_revision(config: RunConfig, model: Any) -> str | None:

@@ -25,7 +25,7 @@ from adalora_dist.data.batches import BatchPlan
 from adalora_dist.errors import UserError
 from adalora_dist.inject import adapted_matrices
 from adalora_dist.progress import progress_bar
-from adalora_dist.training.engine import tied_weights_in_one_group
+from adalora_dist.training.engine import reshard, tied_weights_in_one_group
 from adalora_dist.training.guard import Guard
 from adalora_dist.training.losses import LossSum
 from adalora_dist.training.nonfinite import BadSteps, find_origin
@@ -126,7 +126,7 @@ def train(
     settings, model, optimizer = config.train, prepared.model, prepared.optimizer
     num_steps = total_steps(settings, plan)
     num_processes, num_micro = accelerator.num_processes, accelerator.gradient_accumulation_steps
-    # The optimizer's, because the model's are others while FSDP2 has gathered them, as after an evaluation.
+    reshard(model)
     parameters = [p for group in prepared.inner_optimizer.param_groups for p in group["params"]]
     losses: list[float] = []
     if prepared.resumed is not None:

@@ -142,11 +142,19 @@ def _cannot_be_loaded(config: ModelConfig, error: Exception) -> UserError:
 
 
 def _name_blocks(model: PreTrainedModel) -> None:
-    """Name the layers that FSDP2 gathers one by one, where the model class does not (DeBERTa: DebertaV2Layer)."""
+    """Name the layers that FSDP2 gathers one by one, where the model class does not (DeBERTa: DebertaV2Layer).
+
+    BERT names what its embeddings lie in as well. accelerate shards input embeddings by themselves, and torch refuses
+    to do that inside a module that has been sharded before.
+    """
     stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
-    if not model._no_split_modules and stacks:
+    embeddings = model.get_input_embeddings()
+    around = {type(m).__name__ for m in model.modules() if m is not embeddings and embeddings in m.modules()}
+    blocks = set(model._no_split_modules or ()) - around
+    if not blocks and stacks:
         largest = max(stacks, key=lambda stack: sum(getattr(p, "ds_numel", p.numel()) for p in stack.parameters()))
-        model._no_split_modules = sorted({type(layer).__name__ for layer in largest})
+        blocks = {type(layer).__name__ for layer in largest}
+    model._no_split_modules = blocks
 
 
 def _under_fsdp2() -> bool:

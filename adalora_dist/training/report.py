@@ -73,6 +73,14 @@ def metrics_table(columns: Mapping[str, Mapping[str, float]]) -> str:
     return aligned(rows)
 
 
+def rank_report(prepared: Prepared, pattern: Mapping[str, int]) -> str:
+    """:func:`rank_table` of a finished run and its budget; nothing to say where ranks are fixed or there are none."""
+    if prepared.allocator is None or prepared.allocator.config.method != "adalora":
+        return ""
+    total = f"Total rank {sum(pattern.values())}, budget {prepared.allocator.schedule.target_budget}"
+    return f"\nActive ranks\n{rank_table(pattern)}\n{total}\n"
+
+
 def rank_table(pattern: Mapping[str, int]) -> str:
     """Active ranks, layers down and matrices across; names without a layer number get a line of their own."""
     lines, columns, cells = rank_grid(pattern)

@@ -104,6 +104,10 @@ class RunFolder:
                 file.write(json.dumps(record) + "\n")
         self._num_allocations = len(allocator.allocations)
 
+    def listing(self) -> str:
+        """One line for the end of the run: the folder and what is in it."""
+        return f"Files in {self.path}: " + ", ".join(sorted(path.name for path in self.path.glob("[!.]*")))
+
     def write_json(self, name: str, content: Any) -> None:
         """Write ``content`` as NAME in the folder."""
         if self._metrics is not None:

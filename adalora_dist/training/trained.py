@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import torch
+from accelerate import Accelerator
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from adalora_dist.layers import SVDLinear
-from adalora_dist.training.engine import full_tensor
+from adalora_dist.training.engine import full_tensor, reshard
 
 
-def gather_trained(model: nn.Module, keep: bool = True) -> dict[str, torch.Tensor]:
+def gather_trained(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor]:
     """The trained parameters that are no adapters, whole, on the CPU, by the names that they have in the backbone.
 
-    Collective: every process calls it, with the model as ``accelerator.unwrap_model`` gives it.
+    For the main process; the others take part and get nothing, one tensor in memory at a time. Collective.
 
     Args:
-        keep: whether this process wants them; others take part and get nothing, one tensor in memory at a time.
+        model: as the engine wraps it.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # the last evaluation may have left it gathered
+    reshard(model)
+    release = getattr(model, "empty_partition_cache", None)
+    if release is not None:  # ZeRO-3 is still fetching for a backward that does not follow an evaluation
+        release()
     trained = {}
-    for path, module in model.named_modules():
+    for path, module in accelerator.unwrap_model(model).named_modules():
         if isinstance(module, SVDLinear):
             continue
         for leaf, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
                 whole = full_tensor(parameter)
-                if keep:
+                if accelerator.is_main_process:
                     trained[f"{path}.{leaf}" if path else leaf] = whole.cpu().clone()
     return trained
