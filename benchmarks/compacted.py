@@ -21,7 +21,9 @@ from adalora_dist.compaction import compact, shrink_layers
 from adalora_dist.config import AdapterConfig
 from adalora_dist.inject import AdaptedMatrix, inject_adapters
 
-SHAPE = dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=12, vocab_size=1000)
+SHAPE: dict[str, Any] = dict(
+    hidden_size=768, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=12, vocab_size=1000
+)
 INIT_RANK, TARGET_RANK, STEPS, ROUNDS = 12, 8, 20, 15
 
 

@@ -46,7 +46,8 @@ def write_model(folder: Path, num_bytes: float, shard_bytes: float) -> None:
 
     (folder / "base").mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
-    adapters, weight_map, shard, size, total, layer, number = [], {}, {}, 0, 0, 0, 1
+    shard: dict[str, torch.Tensor] = {}
+    adapters, weight_map, size, total, layer, number = [], {}, 0, 0, 0, 1
 
     def flush() -> None:
         nonlocal shard, size, number

@@ -83,7 +83,7 @@ def count_run(
         method: one of ``variants.NAMES``; PEFT's on a single process only.
         fused: AdamW's own kernel, which can leave out a step; otherwise the host tells it to.
     """
-    model = llama(16, 44, num_layers)
+    model: Any = llama(16, 44, num_layers)
     variant = Variant(method, model, RANK, TARGET, (NUM_STEPS, WARMUP_STEPS, FINAL_STEPS, 1), fused)
     if engine == "fsdp2":
         for layer in model.model.layers:

@@ -62,9 +62,14 @@ def _write_model(folder: Path) -> None:
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    shape = dict(hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=LAYERS, vocab_size=VOCABULARY)
-    heads = dict(num_attention_heads=8, num_key_value_heads=8 * KEY_VALUE // HIDDEN, tie_word_embeddings=False)
-    LlamaForCausalLM(LlamaConfig(**shape, **heads)).to(torch.bfloat16).save_pretrained(folder)
+    shape: dict[str, Any] = dict(
+        hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=LAYERS, vocab_size=VOCABULARY
+    )
+    heads: dict[str, Any] = dict(
+        num_attention_heads=8, num_key_value_heads=8 * KEY_VALUE // HIDDEN, tie_word_embeddings=False
+    )
+    model: Any = LlamaForCausalLM(LlamaConfig(**shape, **heads))
+    model.to(torch.bfloat16).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
 

@@ -19,7 +19,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -79,7 +81,7 @@ def ops() -> None:
             ours, lora = runs
             step = extra(ours, lora, "step", "ops")
             reads, collectives = (extra(ours, lora, "step", key) for key in ("host_reads", "collectives"))
-            cells = [max(extra(ours, lora, "forward", "ops")[2:]), step[2], max(step[3:5]), step[5]]
+            cells: list[Any] = [max(extra(ours, lora, "forward", "ops")[2:]), step[2], max(step[3:5]), step[5]]
             cells += [f"{reads[2]} / {max(reads[3:5])}", f"{collectives[2]} / {max(collectives[3:5])}"]
             print(f"| {name} | " + " | ".join(f"{c:,}" if isinstance(c, int) else c for c in cells) + " |", flush=True)
 
@@ -92,11 +94,12 @@ class Shapes(nn.Module):
 
     def __init__(self, shapes: dict[str, tuple[int, int]], num_layers: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.ModuleDict() for _ in range(num_layers))
-        for layer in self.layers:
+        layers = [nn.ModuleDict() for _ in range(num_layers)]
+        self.layers = nn.ModuleList(layers)
+        for layer in layers:
             for name, (d_out, d_in) in shapes.items():
-                layer[name] = nn.Linear(d_in, d_out, bias=False, device="meta")
-                layer[name].weight = nn.Parameter(torch.zeros(1).expand(d_out, d_in), requires_grad=False)
+                layer[name] = linear = nn.Linear(d_in, d_out, bias=False, device="meta")
+                linear.weight = nn.Parameter(torch.zeros(1).expand(d_out, d_in), requires_grad=False)
 
     def forward(self) -> None:
         raise NotImplementedError
@@ -148,18 +151,20 @@ def compare_updates(shapes: dict[str, tuple[int, int]], num_layers: int, rounds:
 CPU_MODEL = dict(hidden=768, mlp=2048, num_layers=4, num_heads=12, vocabulary=1000)
 
 
-def step(rounds: int = 12, tokens: int = 512) -> None:
+def step(rounds: int = 12) -> None:
     schedule = (100_000, 1, 1, 10)  # far from its end: selections are made, and take one triplet of 224
     variants = {m: Variant(m, llama(**CPU_MODEL), 8, 7, schedule) for m in NAMES}
-    batch = torch.randint(1000, (tokens // 64, 64), generator=torch.Generator().manual_seed(0))
-    actions = {m: (lambda v=v: v.step(batch)) for m, v in variants.items()}
-    seconds = take_turns(actions, rounds)
-    print(f"LLaMA shapes {CPU_MODEL}, {len(TARGETS)} matrices a layer, rank 8, {tokens} tokens a step, float32\n")
-    print("| | seconds | step / our LoRA's | step / PEFT AdaLoRA's | step / PEFT LoRA's |")
-    print("| --- | ---: | ---: | ---: | ---: |")
-    for method, name in NAMES.items():
-        others = [f"{ratio(seconds, method, other):.3f}" for other in ("lora", "peft-adalora", "peft-lora")]
-        print(f"| {name} | {statistics.median(seconds[method]):.3f} | " + " | ".join(others) + " |")
+    print(f"LLaMA shapes {CPU_MODEL}, {len(TARGETS)} matrices a layer, rank 8, float32\n")
+    print("| tokens a step | | seconds | step / our LoRA's | step / PEFT AdaLoRA's | step / PEFT LoRA's |")
+    print("| ---: | --- | ---: | ---: | ---: | ---: |")
+    for tokens in (64, 512):
+        batch = torch.randint(1000, (tokens // 64, 64), generator=torch.Generator().manual_seed(0))
+        actions: dict[str, Callable[[], None]] = {m: partial(v.step, batch) for m, v in variants.items()}
+        seconds = take_turns(actions, rounds)
+        for method, name in NAMES.items():
+            others = [f"{ratio(seconds, method, other):.3f}" for other in ("lora", "peft-adalora", "peft-lora")]
+            cells = [str(tokens), name, f"{statistics.median(seconds[method]):.3f}", *others]
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def run(num_steps: int = 60, tokens: int = 512) -> None:

@@ -158,11 +158,11 @@ def compare(case: Case, timer: Timer, tiny: bool, rounds: int, warmup: int) -> l
 
 def update_bandwidth(timer: Timer, num_elements: int) -> str:
     """The update reads four vectors and writes two; a copy reads one and writes one."""
-    vectors = [torch.rand(num_elements, device=timer.device) for _ in range(4)]
-    copied = timer.median(lambda: vectors[0].copy_(vectors[1]))
-    update = timer.median(lambda: update_averages(*vectors, 0.85, 0.85))
+    i_bar, u_bar, w, g = (torch.rand(num_elements, device=timer.device) for _ in range(4))
+    copied = timer.median(lambda: i_bar.copy_(u_bar))
+    update = timer.median(lambda: update_averages(i_bar, u_bar, w, g, 0.85, 0.85))
     compiled = torch.compile(update_averages, dynamic=False) if timer.device.type == "cuda" else update_averages
-    fused = timer.median(lambda: compiled(*vectors, 0.85, 0.85))
+    fused = timer.median(lambda: compiled(i_bar, u_bar, w, g, 0.85, 0.85))
     return (
         f"Importance update of {num_elements:,} elements, share of the bandwidth of a copy: {3 * copied / update:.2f}, "
         f"compiled {3 * copied / fused:.2f}"

@@ -19,7 +19,9 @@ NAMES = {"adalora": "our AdaLoRA", "lora": "our LoRA", "peft-adalora": "PEFT Ada
 def llama(hidden: int, mlp: int, num_layers: int, num_heads: int = 4, vocabulary: int = 32, **more: Any) -> nn.Module:
     """A LLaMA of these sizes with random weights, seven adaptable matrices per layer."""
     torch.manual_seed(0)
-    shape = dict(hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=num_layers, vocab_size=vocabulary)
+    shape: dict[str, Any] = dict(
+        hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=num_layers, vocab_size=vocabulary
+    )
     return LlamaForCausalLM(LlamaConfig(num_attention_heads=num_heads, **shape, **more))
 
 
@@ -54,7 +56,9 @@ class Variant:
             if method == "peft-lora":
                 model = get_peft_model(model, LoraConfig(r=rank, **common))
             else:
-                timing = dict(tinit=initial, tfinal=final, deltaT=interval, total_step=total, orth_reg_weight=0.1)
+                timing: dict[str, Any] = dict(
+                    tinit=initial, tfinal=final, deltaT=interval, total_step=total, orth_reg_weight=0.1
+                )
                 model = get_peft_model(model, AdaLoraConfig(init_r=rank, target_r=target, **timing, **common))
                 self._peft_allocator = model.base_model
         else:

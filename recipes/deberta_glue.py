@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from adalora_dist.cli import parse_config, user_errors
 from adalora_dist.errors import UserError
@@ -106,7 +107,8 @@ def main(config: GlueConfig) -> None:
             name = str(demo_encoder_folder(say))
         say("Model: all-MiniLM-L6-v2, 22.7 million parameters. Your own: --model FOLDER_OR_HUB_ID.")
         config = config.model_copy(update={"model": config.model.model_copy(update={"name": name})})
-    changes = {"num_labels": task.num_labels, "problem_type": "regression" if task.num_labels == 1 else None}
+    problem_type = "regression" if task.num_labels == 1 else None
+    changes: dict[str, Any] = {"num_labels": task.num_labels, "problem_type": problem_type}
     if config.model.classifier_dropout is not None:  # BERT's name for it, and DeBERTa's
         changes |= dict.fromkeys(("classifier_dropout", "cls_dropout"), config.model.classifier_dropout)
 
@@ -119,7 +121,7 @@ def main(config: GlueConfig) -> None:
         eval_inputs = {n: encode_texts(e, *common, f"tokenise {n}", show) for n, e in eval_examples.items()}
     labels = [example.label for example in train_examples]
     eval_labels = {name: [example.label for example in examples] for name, examples in eval_examples.items()}
-    majority = {}
+    majority: dict[str, float] = {}
     for name, values in eval_labels.items():
         most_frequent = max(sorted(set(values)), key=values.count)
         majority |= score(name, task, most_frequent, values)
@@ -148,7 +150,8 @@ def main(config: GlueConfig) -> None:
         # ----------------------------------------------------------------------------------------------- evaluate
 
         def evaluate() -> tuple[dict[str, float], dict[str, list]]:
-            scores, logits = {}, {}
+            scores: dict[str, float] = {}
+            logits: dict[str, list] = {}
             unwrapped, size = accelerator.unwrap_model(prepared.model), config.evaluation.eval_batch_size
             for name, rows in eval_inputs.items():
                 logits[name] = predict(unwrapped, rows, padding, size, **ranks, description=name)

@@ -154,8 +154,8 @@ def main(config: E2EConfig) -> None:
         )
     accelerator.wait_for_everyone()
 
-    facts, written = next(iter(references.items()))
-    say("\nFacts: " + facts + "\nA reference: " + written[0] + "\nWritten now: " + texts[0].strip())
+    shown, written = next(iter(references.items()))
+    say("\nFacts: " + shown + "\nA reference: " + written[0] + "\nWritten now: " + texts[0].strip())
     say("\n" + metrics_table(columns))
     say(rank_report(prepared, pattern))
     say(folder.listing())
