@@ -2,7 +2,7 @@
 
     export PYTHONPATH=.:tests OMP_NUM_THREADS=1
     python benchmarks/reliability.py stops                                  one process, stopped at each of 60 steps
-    python benchmarks/reliability.py stops --engine ddp fsdp2 zero3 --num-stops 10        two processes, a sample
+    python benchmarks/reliability.py stops --engine ddp fsdp2 zero2 zero3 --num-stops 10  two processes, a sample
     python benchmarks/reliability.py elsewhere                              on other engines and numbers of processes
     python benchmarks/reliability.py crashes                                every state that a crash can leave on disk
     python benchmarks/reliability.py damages --trials 1000                  files changed, cut off, lost, exchanged
