@@ -137,9 +137,9 @@ def _row_block(p: DTensor, rank: int, world_size: int) -> Span:
 
 
 def reshard(model: nn.Module) -> None:
-    """Put the optimizer's parameters back into their modules: a forward without a backward leaves gathered ones there.
+    """Put the optimizer's parameters back into their modules. No effect but under FSDP2; no collective.
 
-    Does nothing without FSDP2. No collective.
+    A forward without a backward leaves gathered what lies outside the layers: a classifier, BERT's pooler.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -17,7 +17,6 @@ from accelerate.utils import (
     is_wandb_available,
 )
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from adalora_dist.config import RunConfig, TrainConfig
@@ -122,16 +121,6 @@ def tied_weights_in_one_group(accelerator: Accelerator, model: nn.Module) -> Ite
     finally:
         for name in names:
             delattr(model, name)
-
-
-def reshard(model: nn.Module) -> None:
-    """Have the model's parameters be the optimizer's again. No effect but under FSDP2.
-
-    After a forward without a backward, FSDP2 keeps what lies outside the layers gathered: a classifier, BERT's pooler.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def full_tensor(parameter: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,8 @@ from adalora_dist.data.batches import BatchPlan
 from adalora_dist.errors import UserError
 from adalora_dist.inject import adapted_matrices
 from adalora_dist.progress import progress_bar
-from adalora_dist.training.engine import reshard, tied_weights_in_one_group
+from adalora_dist.sharding.fsdp2 import reshard
+from adalora_dist.training.engine import tied_weights_in_one_group
 from adalora_dist.training.guard import Guard
 from adalora_dist.training.losses import LossSum
 from adalora_dist.training.nonfinite import BadSteps, find_origin

@@ -7,7 +7,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from adalora_dist.layers import SVDLinear
-from adalora_dist.training.engine import full_tensor, reshard
+from adalora_dist.sharding.fsdp2 import reshard
+from adalora_dist.training.engine import full_tensor
 
 
 def gather_trained(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor]:
