@@ -89,7 +89,7 @@ class RankAllocator:
 
     def __init__(self, matrices: list[AdaptedMatrix], config: AdapterConfig, schedule: BudgetSchedule) -> None:
         self.matrices, self.config, self.schedule = matrices, config, schedule
-        self._adapts = config.method == "adalora"
+        self._adapts = config.adapts_ranks
         self._regularised = self._adapts and config.orthogonality > 0
         self.ranks = [m.layer.init_rank for m in matrices]
         """Triplets of each matrix at the start of the run; patterns are about these, removed ones included."""
@@ -131,7 +131,7 @@ class RankAllocator:
             raise UserError("the model has no adapters: call inject_adapters(model, config) before attach")
         num_triplets = sum(m.layer.init_rank for m in matrices)
         target = round(config.target_rank * len(matrices)) if config.target_budget is None else config.target_budget
-        if config.method == "lora":
+        if not config.adapts_ranks:
             target = num_triplets
         schedule = BudgetSchedule.for_run(
             total_steps=total_steps,

@@ -141,6 +141,16 @@ class AdapterConfig(Section):
     orthogonality_form: Literal["norm", "squared"] = "norm"
     """norm: mean of Frobenius norms (authors' code; published gammas); squared: eq. 4 as printed."""
 
+    # What the rest asks of a method; only inject.py, which builds it, goes by its name.
+    @property
+    def has_adapters(self) -> bool:
+        return self.method in ("adalora", "lora")
+
+    @property
+    def adapts_ranks(self) -> bool:
+        """Whether there is a budget that falls."""
+        return self.method == "adalora"
+
     @field_validator("targets", "train_modules")
     @classmethod
     def _regular_expressions(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
@@ -333,7 +343,7 @@ class RunConfig(Section):
                 "method head with no train_modules: nothing would be trained; name modules in train_modules, or set it "
                 "to task-head for all that lies outside the backbone"
             )
-        if adapter.method != "adalora":  # nothing has a budget: the target_* settings are not read
+        if not adapter.adapts_ranks:  # nothing has a budget: the target_* settings are not read
             return self
         if adapter.target_budget is None and adapter.target_rank > adapter.init_rank:
             raise ValueError(
@@ -351,7 +361,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _adapters_to_use(self) -> RunConfig:
-        if self.adapter.method in ("adalora", "lora"):
+        if self.adapter.has_adapters:
             return self
         wanted = [form for form in ("lora", "peft") if form in self.export.export_formats]
         if wanted or self.adapter.init_from is not None:
@@ -365,7 +375,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _steps_left_to_prune(self) -> RunConfig:
         adapter, total = self.adapter, self.train.max_steps
-        if adapter.method != "adalora" or total is None:
+        if not adapter.adapts_ranks or total is None:
             return self
         given = {"initial_warmup_steps": adapter.initial_warmup_steps, "final_steps": adapter.final_steps}
         known = {name: steps for name, steps in given.items() if steps is not None}

@@ -87,7 +87,7 @@ class AdaLoraCallback(TrainerCallback):
         first_step = allocator.schedule.freeze_step + 1  # the first checkpoint whose pattern is final
         strategy = IntervalStrategy(args.eval_strategy)
         delayed = strategy == IntervalStrategy.STEPS and args.eval_delay >= first_step
-        if args.load_best_model_at_end and self.config.method == "adalora" and not delayed:
+        if args.load_best_model_at_end and self.config.adapts_ranks and not delayed:
             allocator.detach()
             raise UserError(
                 f"load_best_model_at_end=True with eval_strategy={strategy.value!r} and eval_delay="

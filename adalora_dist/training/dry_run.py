@@ -113,7 +113,7 @@ def plan_run(
     plan = BatchPlan([1] * num_rows, [1] * num_rows, config.train.batch_size, config.train.seed)
     num_steps = total_steps(config.train, plan)
     schedule = None
-    if config.adapter.method == "adalora":
+    if config.adapter.adapts_ranks:
         # As the allocator does it.
         adapter = config.adapter
         target = adapter.target_budget

@@ -73,8 +73,9 @@ def prepare(
         weight_decay=config.train.weight_decay,
         fused=config.train.precision != "fp16",  # its kernel would unscale gradients after the allocator has seen them
     )
-    with_adapters = config.adapter.method in ("adalora", "lora")
-    allocator = RankAllocator.attach(model, optimizer, config.adapter, num_steps) if with_adapters else None
+    allocator = None
+    if config.adapter.has_adapters:
+        allocator = RankAllocator.attach(model, optimizer, config.adapter, num_steps)
     if config.train.gradient_checkpointing:
         cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     with tied_weights_in_one_group(accelerator, model):
@@ -260,7 +261,7 @@ def _records(
             "learning_rate": learning_rate(config.train, step, num_steps),
             "tokens_per_second": round(tokens_per_second, 1),
         }
-        if allocator is not None and config.adapter.method == "adalora":
+        if allocator is not None and config.adapter.adapts_ranks:
             made = [a for a in allocator.allocations if a.step <= step]
             record["budget"] = made[-1].budget if made else allocator.schedule.initial_budget
             record["allocated"] = int(bool(made) and made[-1].step == step)

@@ -75,7 +75,7 @@ def metrics_table(columns: Mapping[str, Mapping[str, float]]) -> str:
 
 def rank_report(prepared: Prepared, pattern: Mapping[str, int]) -> str:
     """:func:`rank_table` of a finished run and its budget; nothing to say where ranks are fixed or there are none."""
-    if prepared.allocator is None or prepared.allocator.config.method != "adalora":
+    if prepared.allocator is None or not prepared.allocator.config.adapts_ranks:
         return ""
     total = f"Total rank {sum(pattern.values())}, budget {prepared.allocator.schedule.target_budget}"
     return f"\nActive ranks\n{rank_table(pattern)}\n{total}\n"
