@@ -148,10 +148,7 @@ def main(config: E2EConfig) -> None:
     if accelerator.is_main_process and config.export.verifies_merged:
         difference = logit_differences(AutoModelForCausalLM, folder.path / "merged", probe, logits)
         folder.write_json("verification.json", difference.as_record(logits))
-        say(
-            "Merged model in plain transformers: a text's logits differ from the trained model's by at most "
-            f"{difference.largest:.1e}, on average by {difference.mean:.1e} (of up to {logits.abs().max():.1f})"
-        )
+        say(difference.as_sentence("a text", logits))
     accelerator.wait_for_everyone()
 
     shown, written = next(iter(references.items()))

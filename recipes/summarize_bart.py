@@ -148,10 +148,7 @@ def main(config: SummarizationConfig) -> None:
     if accelerator.is_main_process and config.export.verifies_merged:
         difference = logit_differences(AutoModelForSeq2SeqLM, folder.path / "merged", probe, logits)
         folder.write_json("verification.json", difference.as_record(logits))
-        say(
-            "Merged model in plain transformers: a summary's logits differ from the trained model's by at most "
-            f"{difference.largest:.1e}, on average by {difference.mean:.1e} (of up to {logits.abs().max():.1f})"
-        )
+        say(difference.as_sentence("a summary", logits))
     accelerator.wait_for_everyone()
 
     say("\nA document: " + eval_rows[0]["document"][:500])

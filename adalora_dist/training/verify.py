@@ -52,6 +52,13 @@ class LogitDifference(NamedTuple):
             "largest_logit": expected.abs().max().item(),
         }
 
+    def as_sentence(self, what: str, expected: torch.Tensor) -> str:
+        """For the console; ``what`` was compared."""
+        return (
+            f"Merged model in plain transformers: {what}'s logits differ from the trained model's by at most "
+            f"{self.largest:.1e}, on average by {self.mean:.1e} (of up to {expected.abs().max():.1f})"
+        )
+
 
 def logit_differences(auto_class: Any, folder: Path, probe: Probe, expected: torch.Tensor) -> LogitDifference:
     """How far the last logits of the model in ``folder``, loaded afresh in plain transformers, are from ``expected``.
