@@ -3,7 +3,7 @@
     python benchmarks/glue_minilm.py --data ../shared/data/glue --output-dir runs/glue_minilm > table.md
 
 Runs the recipe's own command once per task and method and prints a Markdown table. --data has TASK/{train,dev}.jsonl
-of cola, sst2, mrpc and rte. About half an hour on one core; --tasks and --methods run a part, and what has been run
+of cola, sst2, mrpc and rte. About an hour on one core; --tasks and --methods run a part, and what has been run
 already is not run again.
 """
 
