@@ -262,8 +262,11 @@ def peak_of_loading(rank: int, world_size: int, engine: str, folder: Path) -> in
     settings = TrainConfig(output_dir=str(folder / "run"), max_steps=STEPS)
     config = RunConfig(model=ModelConfig(name=str(folder)), adapter=ADAPTER, train=settings)
     accelerator = start(engine, settings)
-    # M_MMAP_THRESHOLD: freed tensors go back to the system at once, as large ones always do.
-    assert ctypes.CDLL(None).mallopt(-3, 1 << 14) == 1
+    # M_MMAP_THRESHOLD: freed tensors go back to the system at once, as large ones always do. What earlier tests have
+    # freed goes back as well: tensors would come to lie there, and no growth would be seen.
+    libc = ctypes.CDLL(None)
+    assert libc.mallopt(-3, 1 << 14) == 1
+    libc.malloc_trim(0)
     peak, before, done = 0, anonymous_bytes(), threading.Event()
 
     def watch() -> None:
