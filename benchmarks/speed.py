@@ -101,9 +101,6 @@ class Shapes(nn.Module):
                 layer[name] = linear = nn.Linear(d_in, d_out, bias=False, device="meta")
                 linear.weight = nn.Parameter(torch.zeros(1).expand(d_out, d_in), requires_grad=False)
 
-    def forward(self) -> None:
-        raise NotImplementedError
-
 
 DEBERTA = {k: (768, 768) for k in ("q", "k", "v", "o")} | {"up": (3072, 768), "down": (768, 3072)}
 LLAMA_7B = {k: (4096, 4096) for k in ("q", "k", "v", "o")} | {"gate": (11008, 4096), "up": (11008, 4096)}
