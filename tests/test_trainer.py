@@ -161,7 +161,10 @@ def refusals(rank: int, world_size: int) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         served = trainer(save_strategy="steps", save_steps=10)
         served.train()
+        of_two_gpus = trainer()
+        of_two_gpus.args._n_gpu = 2
         return {
+            "two GPUs in one process": error_of(of_two_gpus),
             "resumed": error_of(trainer(), resume_from_checkpoint=f"{folder}/checkpoint-10"),
             "called again": error_of(served),
             "best of all": error_of(trainer(**FROZEN_CHECKPOINTS | {"eval_delay": FROZEN_FROM - 1})),
@@ -178,6 +181,7 @@ def test_refusals():
     [result] = run_ranks(1, refusals)
     assert "UserError: resume_from_checkpoint (step 10)" in result["resumed"]
     assert "not supported yet" in result["resumed"]
+    assert "UserError: 2 GPUs in one process" in result["two GPUs in one process"]
     assert "UserError: train() was called again" in result["called again"]
     for case in ("best of all", "best epoch"):
         assert "UserError: load_best_model_at_end=True" in result[case]

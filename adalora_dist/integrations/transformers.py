@@ -80,6 +80,11 @@ class AdaLoraCallback(TrainerCallback):
                 "train() was called again with an AdaLoraCallback that has served a run (auto_find_batch_size does so "
                 "too): start from a new model, Trainer and AdaLoraCallback, with a batch size that fits"
             )
+        if args.n_gpu > 1:
+            raise UserError(
+                f"{args.n_gpu} GPUs in one process: Trainer would copy the model to each (torch.nn.DataParallel), "
+                "adapters and all; start one process per GPU, with accelerate launch or torchrun"
+            )
         # Kept even if the run is refused below: the optimizer has its hooks, so another train() must not add more.
         self._allocator = allocator = RankAllocator.attach(
             kwargs["model"], kwargs["optimizer"], self.config, state.max_steps
