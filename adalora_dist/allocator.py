@@ -41,17 +41,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from adalora_dist.agreement import agreed
 from adalora_dist.config import AdapterConfig
 from adalora_dist.errors import UserError
 from adalora_dist.flat import FlatBuffer, SpanLayout
 from adalora_dist.importance import element_scores, select, select_local, update_averages
 from adalora_dist.inject import AdaptedMatrix, adapted_matrices
-from adalora_dist.layers import SVDLinear
+from adalora_dist.lambdas import LAMBDAS_NAME
 from adalora_dist.pattern_digest import DelayedSums, PatternDigest
 from adalora_dist.schedule import BudgetSchedule
 from adalora_dist.sharding import select_engine
 from adalora_dist.sharding.base import ShardEngine, sum_over
-from adalora_dist.spans import FACTOR_KINDS, Factor, Span
+from adalora_dist.spans import FACTORS_OF_MATRIX, Factor, Span
 
 _LAMBDA_TOLERANCE = 1e-3
 """Relative to the largest lambda; replicas on equal hardware have equal bits, on unequal hardware they drift apart."""
@@ -89,8 +90,10 @@ class RankAllocator:
 
     def __init__(self, matrices: list[AdaptedMatrix], config: AdapterConfig, schedule: BudgetSchedule) -> None:
         self.matrices, self.config, self.schedule = matrices, config, schedule
+        self._lambdas = matrices[0].layer.lambdas
         self._adapts = config.adapts_ranks
         self._regularised = self._adapts and config.orthogonality > 0
+        self._compiled = config.importance_kernel == "compiled"
         self.ranks = [m.layer.init_rank for m in matrices]
         """Triplets of each matrix at the start of the run; patterns are about these, removed ones included."""
         self.step = 0
@@ -165,11 +168,18 @@ class RankAllocator:
         if self._firing == 0:
             self._begin_step()
         if self._adapts:
-            local, flat = self._layout.views(self._engine.gradients(), self._gradients)
-            if local and self._regularised:
-                torch._foreach_add_(local, flat)
-            if local and self._measures:
-                torch._foreach_copy_(flat, local)
+            gradients = self._engine.gradients()
+            if self._regularised:
+                local, flat = self._layout.views(gradients, self._gradients, orthogonal=True)
+                if local:
+                    torch._foreach_add_(local, flat)
+            if self._measures and self.config.importance_order == "after":
+                self._layout.collect(gradients, self._gradients)
+            elif self._measures:
+                # Nothing else needs the values in this step: w becomes w g in its place.
+                local, flat = self._layout.views(gradients, self._values)
+                if local:
+                    torch._foreach_mul_(flat, local)
             if self._firing == self._engine.num_firings - 1 and self.config.importance_order == "before":
                 self._update_importance()
         self._engine.skip_firing_if(self._skip)
@@ -177,6 +187,7 @@ class RankAllocator:
     @torch.no_grad()
     def _after_firing(self) -> None:
         assert self._engine is not None
+        self._lambdas.release()
         self._firing += 1
         if self._firing < self._engine.num_firings:
             return
@@ -185,6 +196,7 @@ class RankAllocator:
         if self._adapts:
             if self.config.importance_order == "after" and self._measures:
                 self._collect_values()
+                self._values.data.mul_(self._gradients.data)
                 self._update_importance()
             if self._pending:
                 self._allocate()
@@ -225,10 +237,31 @@ class RankAllocator:
         return self._adapts and not self.frozen and self.config.importance != "magnitude"
 
     def _update_importance(self) -> None:
+        """Advance the averages by w g, which stands where the values were."""
         if self._measures:
             beta1, beta2 = self.config.beta1, self.config.beta2
-            values, gradients = self._values.data, self._gradients.data
-            update_averages(self.sensitivity, self.uncertainty, values, gradients, beta1, beta2, self._skip)
+            averages, products = (self.sensitivity, self.uncertainty), self._values.data
+            update_averages(*averages, products, beta1, beta2, self._skip, self._compiled)
+
+    def _compile(self) -> None:
+        """Build the kernel of the importance averages, by a step that is left out. Collective.
+
+        Raises:
+            UserError: it cannot be built.
+        """
+
+        def attempt() -> None:
+            self._skip.fill_(1)
+            try:
+                self._update_importance()
+            except Exception as error:  # whatever compiler it is that fails
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise UserError(
+                    f"importance_kernel=compiled: torch.compile cannot build it ({reason}): install a C++ compiler "
+                    "(CPU) or Triton (GPU), or set importance_kernel to eager"
+                ) from error
+
+        agreed(attempt, keep=False)
 
     def _due(self, step: int) -> bool:
         """A selection is due at its steps, and at any later step if the last one was missed."""
@@ -248,18 +281,15 @@ class RankAllocator:
         else:
             element_scores(self.config.importance, self.sensitivity, self.uncertainty, out=elements.data)
         scores = self._layout.score_partials(elements, lam_only=of_values)
-        if self._num_replicas > 1:
-            scores /= self._num_replicas
         world = dist.group.WORLD if dist.is_initialized() else None
         reduced = sum_over(world, torch.cat([scores, *self._digest.summands(self.keep)]))
         scores, digests = reduced.split([len(scores), 6])
         self._unread = self.step, DelayedSums(digests)
         budget = self.schedule.budget(self.step)
         if self.config.budget_scope == "local":
-            self.keep = select_local(scores, self.ranks, budget)
+            self.keep, lowest = select_local(scores, self.ranks, budget)
         else:
-            self.keep = select(scores, budget)
-        lowest = torch.where(self.keep, scores, torch.inf).min()
+            self.keep, lowest = select(scores, budget)
         self.allocations.append(Allocation(self.step, budget, self.keep, lowest))
         self._pending = False
         self.frozen = self.step >= self.schedule.freeze_step
@@ -274,10 +304,9 @@ class RankAllocator:
         values = [self._engine.values()[k] for k in masked]
         if self._masks is None or self._masks[0] is not self.keep:
             # cut at both ends of every span, so that each second part is a span
-            keep = self.keep.float()
-            masks = [*keep.split(self._lam_cuts)[1::2]]
+            masks = [*self.keep.split(self._lam_cuts)[1::2]]
             if self.frozen:
-                rows = dict(zip(self._row_cuts, keep.split(list(self._row_cuts.values())), strict=True))
+                rows = dict(zip(self._row_cuts, self.keep.split(list(self._row_cuts.values())), strict=True))
                 masks += [self._mask_of(k, rows[k], x) for k, x in zip(self._ps, values[len(masks) :], strict=True)]
             self._masks = self.keep, masks
         if masked:
@@ -294,16 +323,22 @@ class RankAllocator:
     # ------------------------------------------------------------------ set-up and small parts
 
     def _list_factors(self) -> None:
-        """The adapter parameters as the layers have them now, in canonical order, and where each is to be found."""
+        """The adapter parameters as the model has them now, in canonical order, and where each is to be found."""
         self._factors: list[Factor] = []
-        self._owners: list[tuple[SVDLinear, str]] = []  # of each factor: its layer, its name there
+        self._owners: list[tuple[nn.Module, str]] = []  # of each factor: its module, its name there
+        self.parameter_names: list[str] = []
+        """In the order of spans: MATRIX.P and MATRIX.Qt of each matrix, then lambda of all."""
         first = 0
         for layer in (m.layer for m in self.matrices if m.layer.rank):
-            for kind, rows in zip(FACTOR_KINDS, (layer.d_out, 1, layer.d_in), strict=True):
-                if self._adapts or kind != "lam":  # plain LoRA does not train lambda
-                    self._factors.append(Factor(kind, rows, layer.rank, first))
-                    self._owners.append((layer, kind))
+            for kind, rows in zip(FACTORS_OF_MATRIX, (layer.d_out, layer.d_in), strict=True):
+                self._factors.append(Factor(kind, rows, layer.rank, first))
+                self._owners.append((layer, kind))
+                self.parameter_names.append(f"{layer.name}.{kind}")
             first += layer.rank
+        if self._adapts:  # plain LoRA does not train lambda
+            self._factors.append(Factor("lam", 1, first, 0))
+            self._owners.append((self._lambdas, "lam"))
+            self.parameter_names.append(LAMBDAS_NAME)
 
     def bind(self, optimizer: Any) -> None:
         """Before the first step, when the engine has taken over the parameters: see which spans this rank holds.
@@ -345,9 +380,11 @@ class RankAllocator:
                 num_shards = dist.get_world_size(engine.shard_group)
                 spans_of_ranks = [[]] * num_shards
                 dist.all_gather_object(spans_of_ranks, self._spans, group=engine.shard_group)
-        self._num_replicas = world_size // num_shards
         num_matrices = 2 * sum(rank > 0 for rank in self.ranks)
-        self._layout = SpanLayout(self._factors, self._spans, spans_of_ranks, device, num_matrices=num_matrices)
+        self._layout = SpanLayout(
+            self._factors, self._spans, spans_of_ranks, device, num_matrices=num_matrices,
+            num_replicas=world_size // num_shards,
+        )  # fmt: skip
         self._skip = self._layout.partials[-1]  # 1 where this step has a non-finite gradient
         self._digest = PatternDigest(sum(self.ranks), device)
         if self._adapts:
@@ -369,6 +406,8 @@ class RankAllocator:
         self._lam_cuts[-1] = self._layout.num_triplets - sum(self._lam_cuts)
         self._masks = None
         self._engine = engine
+        if self._compiled and not self.compacted:
+            self._compile()
 
     def _collect_values(self) -> None:
         """All local elements into the flat layout, float32."""
@@ -387,11 +426,6 @@ class RankAllocator:
                 )
 
     # ------------------------------------------------------------------ what a checkpoint holds
-
-    @property
-    def parameter_names(self) -> list[str]:
-        """Of the adapter parameters, in the order of their spans: MATRIX.P, MATRIX.lam, MATRIX.Qt."""
-        return [f"{layer.name}.{kind}" for layer, kind in self._owners]
 
     def state(self) -> AllocatorState:
         """A copy of the allocator's state between two steps, on the CPU. :meth:`bind` comes first.
@@ -495,15 +529,19 @@ class RankAllocator:
             RuntimeError: no step has been made, so it is not known yet how the parameters are sharded.
         """
         engine = self.engine
+        gathered = {(id(owner), kind): engine.full(k).cpu() for k, (owner, kind) in enumerate(self._owners)}
         layers = [m.layer for m in self.matrices]
-        # What stands where there is nothing to gather: no columns at rank 0, lambda = 1 in plain LoRA.
-        whole = {
-            id(x): {"P": torch.empty(x.d_out, 0), "lam": torch.ones(x.rank), "Qt": torch.empty(x.d_in, 0)}
-            for x in layers
-        }
-        for k, (layer, kind) in enumerate(self._owners):
-            whole[id(layer)][kind] = engine.full(k).cpu()
-        return [whole[id(x)] for x in layers]
+        ranks = [layer.rank for layer in layers]
+        # What stands where there is nothing to gather: lambda = 1 in plain LoRA, no columns at rank 0.
+        lams = gathered.get((id(self._lambdas), "lam"), torch.ones(sum(ranks))).split(ranks)
+        return [
+            {
+                "P": gathered.get((id(layer), "P"), torch.empty(layer.d_out, 0)),
+                "lam": lam,
+                "Qt": gathered.get((id(layer), "Qt"), torch.empty(layer.d_in, 0)),
+            }
+            for layer, lam in zip(layers, lams, strict=True)
+        ]
 
     def catch_up(self, num_steps: int) -> None:
         """Tell the allocator that the loop counts ``num_steps`` finished steps.

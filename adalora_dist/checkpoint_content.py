@@ -1,9 +1,9 @@
 """What a checkpoint holds: everything that training changed, by name and in elements of the whole tensors.
 
-Per trained parameter NAME (for adapters MATRIX.P, MATRIX.lam and MATRIX.Qt) the spans that a rank holds of its values
-(key NAME), of the optimizer's moments (exp_avg/NAME, ...) and of the importance averages (sensitivity/NAME,
-uncertainty/NAME). Nothing says how the run was sharded: who continues it reads whatever overlaps the spans it holds
-itself, so that engine and number of processes may change.
+Per trained parameter NAME (for adapters MATRIX.P and MATRIX.Qt, and adalora.lam of all matrices) the spans that a rank
+holds of its values (key NAME), of the optimizer's moments (exp_avg/NAME, ...) and of the importance averages
+(sensitivity/NAME, uncertainty/NAME). Nothing says how the run was sharded: who continues it reads whatever overlaps the
+spans it holds itself, so that engine and number of processes may change.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from adalora_dist.errors import UserError
 from adalora_dist.export import AdapterWeights, is_conv1d
 from adalora_dist.foreign_files import parse_object
 from adalora_dist.inject import AdaptedMatrix
+from adalora_dist.lambdas import LAMBDAS_NAME, Lambdas
 from adalora_dist.layers import SVDLinear
 from adalora_dist.sharding import select_engine
 from adalora_dist.sharding.base import ShardEngine, Span
-from adalora_dist.spans import FACTOR_KINDS
+from adalora_dist.spans import FACTORS_OF_MATRIX
 
 STATE = "state.json"
 STATE_KEYS = ("step", "allocator", "parameters", "triplets", "matrices", "run")
@@ -112,9 +113,11 @@ def writes_shard(engine: ShardEngine) -> bool:
 def trained_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     """All trainable parameters as the model holds them now, by names that no engine changes."""
     adapters: dict[int, str] = {}
-    for layer in model.modules():
-        if isinstance(layer, SVDLinear):
-            adapters |= {id(p): f"{layer.name}.{kind}" for kind, p in layer.named_parameters(recurse=False)}
+    for module in model.modules():
+        if isinstance(module, SVDLinear):
+            adapters |= {id(p): f"{module.name}.{kind}" for kind, p in module.named_parameters(recurse=False)}
+        elif isinstance(module, Lambdas):
+            adapters[id(module.lam)] = LAMBDAS_NAME
     wrappers = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")
     found: dict[str, torch.Tensor] = {}
     for path, parameter in model.named_parameters():
@@ -197,20 +200,22 @@ def stored_adapters(checkpoint: Checkpoint) -> tuple[list[AdapterWeights], dict[
         patterns = stored.patterns()
         num_triplets = [matrix["init_rank"] for matrix in matrices.values()]
         keep = patterns[-1] if len(patterns) else torch.ones(sum(num_triplets), dtype=torch.bool)
-        for (name, matrix), kept in zip(matrices.items(), keep.split(num_triplets), strict=True):
-            kept = kept[checkpoint.state["triplets"][name]]  # of those that have not been removed
+        held = checkpoint.state["triplets"]  # those that have not been removed
+        ranks = [len(held[name]) for name in matrices]
+        # Plain LoRA does not train lambda.
+        lams = (whole(LAMBDAS_NAME) if LAMBDAS_NAME in table else torch.ones(sum(ranks))).split(ranks)
+        for (name, matrix), kept, lam in zip(matrices.items(), keep.split(num_triplets), lams, strict=True):
+            kept = kept[held[name]]
             p, qt = torch.empty(matrix["d_out"], 0), torch.empty(matrix["d_in"], 0)
-            lam = torch.ones(len(kept))  # plain LoRA does not train it
             if len(kept):
                 p, qt = whole(f"{name}.P"), whole(f"{name}.Qt")
-                lam = whole(f"{name}.lam") if f"{name}.lam" in table else lam
             adapters.append(
                 AdapterWeights(
                     name, p[:, kept].contiguous(), lam[kept], qt[:, kept].T.contiguous(), matrix["scale"],
                     matrix["is_transposed"],
                 )
             )  # fmt: skip
-        factors = {f"{name}.{kind}" for name in matrices for kind in FACTOR_KINDS}
+        factors = {LAMBDAS_NAME} | {f"{name}.{kind}" for name in matrices for kind in FACTORS_OF_MATRIX}
         return adapters, {name: whole(name) for name in table if name not in factors}
 
 

@@ -27,7 +27,7 @@ from adalora_dist.sharding.fsdp2 import Fsdp2Engine, reshard, shrink_fsdp2
 from adalora_dist.sharding.plain import shrink_plain
 from adalora_dist.sharding.zero import is_zero_optimizer
 from adalora_dist.sharding.zero_shrink import shrink_zero
-from adalora_dist.spans import FACTOR_KINDS, Span
+from adalora_dist.spans import FACTORS_OF_MATRIX, Span
 
 
 @torch.no_grad()
@@ -61,12 +61,15 @@ def compact(allocator: RankAllocator, model: nn.Module, optimizer: Any) -> bool:
     shrinks = [
         Shrink(matrix.layer, kind, triplets)
         for matrix, triplets in zip(allocator.matrices, kept, strict=True)
-        for kind in FACTOR_KINDS
+        for kind in FACTORS_OF_MATRIX
         if matrix.layer.rank
     ]
+    lambdas = allocator.matrices[0].layer.lambdas
+    shrinks.append(Shrink(lambdas, "lam", allocator.keep.nonzero().flatten()))
     outermost = _shrink(model, optimizer, shrinks)
     for matrix, triplets in zip(allocator.matrices, kept, strict=True):
         _remember(matrix.layer, triplets.tolist())
+    lambdas.index()
     allocator.rebind(outermost)
     return True
 
@@ -129,18 +132,29 @@ def shrink_layers(matrices: Sequence[AdaptedMatrix], kept: Sequence[Sequence[int
     Raises:
         ValueError: a triplet that the layer does not hold.
     """
+    in_vector = []
     for matrix, indices in zip(matrices, kept, strict=True):
         layer = matrix.layer
         if not set(indices) <= set(layer.triplets):
             raise ValueError(f"{matrix.name} holds the triplets {layer.triplets}, not all of {tuple(indices)}")
-        for kind in FACTOR_KINDS if layer.rank else ():
-            old = getattr(layer, kind)
-            columns = torch.tensor([layer.triplets.index(i) for i in indices], dtype=torch.long, device=old.device)
-            if len(columns):
-                setattr(layer, kind, nn.Parameter(old.index_select(-1, columns), requires_grad=old.requires_grad))
-            else:
-                delattr(layer, kind)
+        columns = [layer.triplets.index(i) for i in indices]
+        in_vector += [layer.first + column for column in columns]
+        for kind in FACTORS_OF_MATRIX if layer.rank else ():
+            _select(layer, kind, columns)
         _remember(layer, indices)
+    lambdas = matrices[0].layer.lambdas
+    _select(lambdas, "lam", in_vector)
+    lambdas.index()
+
+
+def _select(module: nn.Module, name: str, columns: Sequence[int]) -> None:
+    """Reduce a parameter to some of its columns, its last dimension; without any it goes."""
+    old = getattr(module, name)
+    if columns:
+        chosen = old.index_select(-1, torch.tensor(columns, dtype=torch.long, device=old.device))
+        setattr(module, name, nn.Parameter(chosen, requires_grad=old.requires_grad))
+    else:
+        delattr(module, name)
 
 
 def _remember(layer: SVDLinear, triplets: Sequence[int]) -> None:

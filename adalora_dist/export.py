@@ -25,7 +25,7 @@ from adalora_dist.base_files import base_folder_of as base_folder_of
 from adalora_dist.base_files import find_tensors, refuse_foreign_link, weight_files
 from adalora_dist.errors import UserError
 from adalora_dist.foreign_files import read_object
-from adalora_dist.inject import AdaptedMatrix, linear_shape
+from adalora_dist.inject import AdaptedMatrix, add_lambdas, linear_shape
 from adalora_dist.layers import SVDLinear
 from adalora_dist.progress import progress_bar
 
@@ -167,7 +167,8 @@ def load_adapter(model: nn.Module, folder: Path) -> list[AdaptedMatrix]:
     """
     modules = dict(model.named_modules())
     matrices = []
-    for adapter in read_adapter(folder).adapters:
+    adapters = read_adapter(folder).adapters
+    for adapter in adapters:
         base = modules.get(adapter.name)
         shape = linear_shape(base) if base is not None else None
         if base is None or shape is None:
@@ -182,11 +183,13 @@ def load_adapter(model: nn.Module, folder: Path) -> list[AdaptedMatrix]:
         if adapter.rank:
             with torch.no_grad():
                 layer.P.copy_(adapter.P)
-                layer.lam.copy_(adapter.lam)
                 layer.Qt.copy_(adapter.Q.T)
         parent, _, child = adapter.name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
         matrices.append(AdaptedMatrix(adapter.name, layer))
+    if matrices:
+        with torch.no_grad():
+            add_lambdas(model, matrices).lam.copy_(torch.cat([adapter.lam for adapter in adapters]))
     return matrices
 
 

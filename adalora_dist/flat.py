@@ -80,6 +80,7 @@ class SpanLayout:
         dtype: of ``partials`` and of the flat buffers.
         num_matrices: 2n, how many P and Q the mean of the regulariser's ``norm`` form runs over; default: those of
             rank > 0 among ``factors``.
+        num_replicas: how many ranks have the same spans; scores are divided by it, so that all ranks' add up.
 
     Sizes, for communication budgets: ``num_gram_elements`` and ``num_split_row_elements`` float32 per step.
     """
@@ -95,13 +96,14 @@ class SpanLayout:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         num_matrices: int | None = None,
+        num_replicas: int = 1,
     ) -> None:
         self.factors = tuple(factors)
         self.num_triplets = max((f.first_triplet + f.rank for f in factors), default=0)
         self.pieces: list[Piece] = []
         self.groups: list[Group] = []
         self._place(spans)
-        self._index_triplets(device)
+        self._index_triplets(device, num_replicas)
         self._index_grams(spans_of_ranks or [spans], device)
         self._num_matrices = sum(self._num_of_rank.values()) if num_matrices is None else num_matrices
         self._view_partials(device, dtype)
@@ -130,7 +132,7 @@ class SpanLayout:
             flat += length
         self.num_elements = flat
 
-    def _index_triplets(self, device: torch.device | str) -> None:
+    def _index_triplets(self, device: torch.device | str, num_replicas: int) -> None:
         """Scores: column sums of all bodies, then the fragments' elements, weighted by 1/d (1 for lambda).
 
         ``_score_index`` says for every triplet which of these it adds up; a last one, always 0, fills the rows up.
@@ -153,7 +155,7 @@ class SpanLayout:
             self._group_sums.append(self._sums[start : start + size].view(-1, group.rank))
             start += size
         self._fragment_sums = self._sums[start:-1]
-        self._score_weights = torch.tensor([*weights, 0.0], dtype=torch.float64, device=device)
+        self._score_weights = torch.tensor([*weights, 0.0], dtype=torch.float64, device=device) / num_replicas
         self._lam_weights = self._score_weights * torch.tensor([*is_lam, False], device=device)
         sources: list[list[int]] = [[] for _ in range(self.num_triplets)]
         for source, triplet in enumerate(triplets):
@@ -233,10 +235,16 @@ class SpanLayout:
         for r, n in self._num_split_of_rank.items():
             self._rows[r] = self.partials[start : start + n * r].view(n, r)
             start += n * r
-        self._group_grams = [
-            self._grams[group.rank][slots] if isinstance(slots, slice) else None
-            for group, slots in zip(self.groups, self._group_slots, strict=True)
-        ]
+        self._gram_factors = {r: torch.zeros_like(grams) for r, grams in self._grams.items()}
+        self._group_grams, self._group_factors = (
+            [
+                of_rank[group.rank][slots] if isinstance(slots, slice) else None
+                for group, slots in zip(self.groups, self._group_slots, strict=True)
+            ]
+            for of_rank in (self._grams, self._gram_factors)
+        )
+        # There are no split rows, and this rank holds rows of every matrix.
+        self._all_written = sum(grams.numel() for grams in self._group_grams if grams is not None) == size - 1
 
     @property
     def num_gram_elements(self) -> int:
@@ -246,12 +254,17 @@ class SpanLayout:
     def num_split_row_elements(self) -> int:
         return sum(r * n for r, n in self._num_split_of_rank.items())
 
-    def views(self, locals_: Sequence[torch.Tensor | None], flat: FlatBuffer) -> tuple[list, list]:
-        """Matching views of local spans and of ``flat``, leaving out parameters given as None."""
+    def views(
+        self, locals_: Sequence[torch.Tensor | None], flat: FlatBuffer, orthogonal: bool = False
+    ) -> tuple[list, list]:
+        """Matching views of local spans and of ``flat``, leaving out parameters given as None.
+
+        ``orthogonal``: of P and Q alone.
+        """
         chosen = [
             (local if p.is_whole else local.view(-1).narrow(0, p.local_start, p.length), view)
             for p, view in zip(self.pieces, flat.pieces, strict=True)
-            if (local := locals_[p.factor]) is not None
+            if (local := locals_[p.factor]) is not None and (self.factors[p.factor].orthogonal or not orthogonal)
         ]
         return [local for local, _ in chosen], [view for _, view in chosen]
 
@@ -276,8 +289,9 @@ class SpanLayout:
         return weighted[self._score_index].sum(dim=1)
 
     def gram_partials(self, values: FlatBuffer) -> torch.Tensor:
-        """Write this rank's part of Gram matrices and split rows to ``partials``, the last element 0; returns it."""
-        self.partials.zero_()
+        """Write this rank's part of Gram matrices and split rows to ``partials``, all but the last; returns it."""
+        if not self._all_written:
+            self.partials.zero_()
         for k, (group, slots) in enumerate(zip(self.groups, self._group_slots, strict=True)):
             if (grams := self._group_grams[k]) is not None:
                 torch.bmm(values.transposed[k], values.bodies[k], out=grams)
@@ -296,26 +310,23 @@ class SpanLayout:
         out: FlatBuffer,
         keep: torch.Tensor | None = None,
     ) -> FlatBuffer:
-        """Write dR/dw of every local element to ``out``, 0 for lambda, from the summed ``partials``.
+        """Write dR/dw of every local element of P and Q to ``out``, from the summed ``partials``.
 
         With ``keep``, (num_triplets,) bool, R is about the columns of these triplets alone.
         """
-        factors = {}
-        if self.fragments:
-            out.fragments.zero_()
         for r, slots in self._split_slots.items():
             rows, grams = self._rows[r], self._grams[r]
             if len(slots):
                 grams = grams.index_add(0, slots, rows.unsqueeze(2) * rows.unsqueeze(1))
             active = None if keep is None else keep[self._gram_triplets[r]]
-            factors[r] = gradient_factor(grams, form, gamma, self._num_matrices, active)
+            factor = self._gram_factors[r].copy_(gradient_factor(grams, form, gamma, self._num_matrices, active))
             flat_index, row_index = self._split_elements[r]
             if len(flat_index):
-                row_gradients = torch.bmm(rows.unsqueeze(1), factors[r][slots])
+                row_gradients = torch.bmm(rows.unsqueeze(1), factor[slots])
                 out.data[flat_index] = row_gradients.flatten()[row_index]
         for k, (group, group_slots) in enumerate(zip(self.groups, self._group_slots, strict=True)):
-            if group_slots is None:
-                out.bodies[k].zero_()
-            else:
-                torch.bmm(values.bodies[k], factors[group.rank][group_slots], out=out.bodies[k])
+            if group_slots is not None:
+                of_group = self._group_factors[k]
+                factor = self._gram_factors[group.rank][group_slots] if of_group is None else of_group
+                torch.bmm(values.bodies[k], factor, out=out.bodies[k])
         return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -12,6 +13,7 @@ from torch import nn
 
 from adalora_dist.config import AdapterConfig
 from adalora_dist.errors import UserError
+from adalora_dist.lambdas import MODULE_NAME, Lambdas
 from adalora_dist.layers import SVDLinear
 from adalora_dist.peft_import import Triplets, read_peft
 
@@ -70,13 +72,35 @@ def inject_adapters(model: nn.Module, config: AdapterConfig, seed: int = 0) -> l
             layer.reset_as_lora(generator)
         else:
             layer.reset(generator, std=0.02 if config.init == "gaussian" else None)
-        if name in start:
-            _start_with(layer, start[name], config)
         layer.train(base.training)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
         matrices.append(AdaptedMatrix(name, layer))
+    if matrices:
+        lambdas = add_lambdas(model, matrices)
+        if config.method == "lora":  # lambda is 1 and not trained
+            lambdas.lam.requires_grad_(False).fill_(1.0)
+    for matrix in matrices:
+        if matrix.name in start:
+            _start_with(matrix.layer, start[matrix.name], config)
     return matrices
+
+
+def add_lambdas(model: nn.Module, matrices: Sequence[AdaptedMatrix]) -> Lambdas:
+    """Give the layers of ``matrices``, all that the model has, their lambdas: one vector, on the model itself.
+
+    Raises:
+        UserError: the name is taken.
+    """
+    if hasattr(model, MODULE_NAME):
+        raise UserError(f"{type(model).__name__} has an attribute {MODULE_NAME!r} already: adapters need that name")
+    if any(p.requires_grad and p.dtype != torch.float32 for p in model.parameters()):
+        # FSDP2 wants one type of what is trained in a group. Here lambda would meet others in the root's: accelerate
+        # makes groups of these classes.
+        model._no_split_modules = {*(getattr(model, "_no_split_modules", None) or ()), Lambdas.__name__}  # type: ignore[assignment]
+    lambdas = Lambdas([matrix.layer for matrix in matrices])
+    model.add_module(MODULE_NAME, lambdas)
+    return lambdas
 
 
 def trained_modules(model: nn.Module, config: AdapterConfig) -> list[str]:
@@ -119,7 +143,7 @@ def _start_with(layer: SVDLinear, triplets: Triplets, config: AdapterConfig) -> 
             f"init_from={config.init_from}: {layer.name} is {len(p)} x {q.shape[1]} there and {layer.d_out} x "
             f"{layer.d_in} in this model: use the adapter's own base model"
         )
-    if config.method == "lora":  # lambda is 1 and not trained
+    if config.method == "lora":
         p, lam = p * lam, torch.ones_like(lam)
     layer.P[:, : len(lam)] = p.to(layer.P.device)
     layer.lam[: len(lam)] = lam.to(layer.lam.device)

@@ -1,8 +1,8 @@
 """Spans: what a rank holds of each adapter parameter, and the rows that it holds only in part. Pure.
 
-Every adapter parameter is a row-major matrix of r columns, one per triplet: P (d_out rows), Q^T (d_in rows), and
-lambda (1 row). A span of it is a run of whole rows, the *body*, with at most one partial row at either end, the
-*fragments* (only flat slices cut rows).
+Every adapter parameter is a row-major matrix with a column per triplet: of each adapted matrix P (d_out rows) and Q^T
+(d_in rows), and of the whole model lambda (1 row). A span of it is a run of whole rows, the *body*, with at most one
+partial row at either end, the *fragments* (flat slices cut rows, and every engine that shards cuts lambda's).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ class Span(NamedTuple):
 
 
 FactorKind = Literal["P", "lam", "Qt"]
-FACTOR_KINDS: tuple[FactorKind, ...] = ("P", "lam", "Qt")
+FACTORS_OF_MATRIX: tuple[FactorKind, ...] = ("P", "Qt")
+"""What every adapted matrix has of its own; lambda is one vector for all of them (lambdas.py)."""
 
 
 @dataclass(frozen=True)

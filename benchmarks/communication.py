@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from adalora_dist.spans import FACTOR_KINDS, Factor, Span, cut_rows
+from adalora_dist.spans import FACTORS_OF_MATRIX, Factor, Span, cut_rows
 
 RANK = 12
 MODELS = {  # hidden size, MLP size, key-value size, layers
@@ -24,9 +24,9 @@ def factors(hidden: int, mlp: int, key_value: int, num_layers: int) -> list[Fact
     found, first = [], 0
     for _ in range(num_layers):
         for d_out, d_in in shapes:
-            found += [Factor(k, rows, RANK, first) for k, rows in zip(FACTOR_KINDS, (d_out, 1, d_in), strict=True)]
+            found += [Factor(k, rows, RANK, first) for k, rows in zip(FACTORS_OF_MATRIX, (d_out, d_in), strict=True)]
             first += RANK
-    return found
+    return [*found, Factor("lam", 1, first, 0)]
 
 
 def spans_by_rows(factor: Factor, world_size: int) -> Iterator[Span]:
@@ -62,9 +62,9 @@ def main() -> None:
         all_factors = factors(*sizes)
         elements = sum(f.numel for f in all_factors)
         orthogonal = [f for f in all_factors if f.orthogonal]
-        triplets = sum(f.rank for f in all_factors) // 3
+        triplets = all_factors[-1].rank
         grams = 4 * sum(f.rank**2 for f in orthogonal)
-        print(f"\n{name}: {len(all_factors) // 3} matrices, r = {RANK}, {triplets} triplets, {elements:,} elements\n")
+        print(f"\n{name}: {len(orthogonal) // 2} matrices, r = {RANK}, {triplets} triplets, {elements:,} elements\n")
         print("| ranks | step, FSDP2 | step, ZeRO-3 | step, ZeRO-1/2 (at most) | allocation | importance per rank |")
         print("| ---: | ---: | ---: | ---: | ---: | ---: |")
         for world_size in WORLD_SIZES:

@@ -108,66 +108,88 @@ LLAMA_7B |= {"down": (4096, 11008)}
 
 
 def update(rounds: int = 15) -> None:
-    print(
-        "| r = 12 | adapter elements | importance update / PEFT's | whole hook, regulariser included / PEFT's update |"
-    )
-    print("| --- | ---: | ---: | ---: |")
+    print("| r = 12 | adapter elements | kernel | importance update / PEFT's | values copied, too | whole hook, "
+          "regulariser included |\n| --- | ---: | --- | ---: | ---: | ---: |")  # fmt: skip
     for name, shapes, num_layers in (("DeBERTa-base", DEBERTA, 12), ("8 layers of LLaMA-7B", LLAMA_7B, 8)):
-        print(f"| {name} | {compare_updates(shapes, num_layers, rounds)} |", flush=True)
+        for row in compare_updates(shapes, num_layers, rounds):
+            print(f"| {name} | {row} |", flush=True)
 
 
-def compare_updates(shapes: dict[str, tuple[int, int]], num_layers: int, rounds: int) -> str:
-    ours, theirs = (
-        Variant(method, Shapes(shapes, num_layers), 12, 8, (1000, 10, 10, 10), targets=tuple(shapes))
-        for method in ("adalora", "peft-adalora")
-    )
-    for variant in (ours, theirs):
-        for p in variant.trainable:
-            p.grad = torch.full_like(p, 1e-3)
-    ours.optimizer.step()  # binds
-    allocator, engine = ours.allocator, ours.allocator._engine
+def compare_updates(shapes: dict[str, tuple[int, int]], num_layers: int, rounds: int) -> list[str]:
+    """A row per kernel: medians of ratios to PEFT's update of the same averages."""
+
+    def variant(method: str, **changes: Any) -> Variant:
+        made = Variant(method, Shapes(shapes, num_layers), 12, 8, (1000, 10, 10, 10), targets=tuple(shapes), **changes)
+        for p in made.trainable:
+            p.grad = torch.ones_like(p)  # values, multiplied by it again and again, keep their size
+        return made
+
+    theirs = variant("peft-adalora")
+    actions = {"peft": lambda: theirs.model.base_model.rankallocator.update_ipt(theirs.model)}
+    kernels = ("eager", "compiled")
+    for kernel in kernels:
+        ours = variant("adalora", importance_kernel=kernel)
+        ours.optimizer.step()  # binds
+        actions |= _parts_of_the_hook(ours, kernel)
+    seconds = take_turns(actions, rounds)
+    num_elements = f"{ours.allocator.sensitivity.numel() / 1e6:.1f} M"
+    rows = []
+    for kernel in kernels:
+        ratios = [f"{ratio(seconds, f'{part}, {kernel}', 'peft'):.2f}" for part in ("update", "alone", "hook")]
+        rows.append(" | ".join([num_elements, kernel, *ratios]))
+    return rows
+
+
+def _parts_of_the_hook(variant: Variant, kernel: str) -> dict[str, Callable[[], None]]:
+    allocator, optimizer = variant.allocator, variant.optimizer
 
     @torch.no_grad()
-    def importance() -> None:  # what the hook does for it: gather values and gradients, advance the averages
-        allocator._collect_values()
-        allocator._layout.collect(engine.gradients(), allocator._gradients)
+    def update() -> None:  # what the hook does for importance: multiply values by gradients, advance the averages
+        gradients, values = allocator._layout.views(allocator._engine.gradients(), allocator._values)
+        torch._foreach_mul_(values, gradients)
         allocator._update_importance()
 
-    actions = {
-        "ours": importance,
-        "hook": lambda: allocator._before_firing(ours.optimizer),
-        "peft": lambda: theirs.model.base_model.rankallocator.update_ipt(theirs.model),
+    @torch.no_grad()
+    def alone() -> None:  # with the copy of the values that the regulariser has made otherwise
+        allocator._collect_values()
+        update()
+
+    return {
+        f"update, {kernel}": update,
+        f"alone, {kernel}": alone,
+        f"hook, {kernel}": lambda: allocator._before_firing(optimizer),
     }
-    seconds = take_turns(actions, rounds)
-    ratios = [f"{ratio(seconds, name, 'peft'):.2f}" for name in ("ours", "hook")]
-    return " | ".join([f"{allocator.sensitivity.numel() / 1e6:.1f} M", *ratios])
 
 
 # ------------------------------------------------------------------------------------------------------ steps and runs
 
-CPU_MODEL = dict(hidden=768, mlp=2048, num_layers=4, num_heads=12, vocabulary=1000)
+FEW_WIDE = dict(hidden=768, mlp=2048, num_layers=4, num_heads=12, vocabulary=1000)
+MANY_NARROW = dict(hidden=256, mlp=688, num_layers=32, num_heads=4, vocabulary=1000)  # LLaMA-7B's 224 matrices
 
 
 def step(rounds: int = 12) -> None:
     schedule = (100_000, 1, 1, 10)  # far from its end: selections are made, and take one triplet of 224
-    variants = {m: Variant(m, llama(**CPU_MODEL), 8, 7, schedule) for m in NAMES}
-    print(f"LLaMA shapes {CPU_MODEL}, {len(TARGETS)} matrices a layer, rank 8, float32\n")
-    print("| tokens a step | | seconds | step / our LoRA's | step / PEFT AdaLoRA's | step / PEFT LoRA's |")
-    print("| ---: | --- | ---: | ---: | ---: | ---: |")
-    for tokens in (64, 512):
-        batch = torch.randint(1000, (tokens // 64, 64), generator=torch.Generator().manual_seed(0))
-        actions: dict[str, Callable[[], None]] = {m: partial(v.step, batch) for m, v in variants.items()}
-        seconds = take_turns(actions, rounds)
-        for method, name in NAMES.items():
-            others = [f"{ratio(seconds, method, other):.3f}" for other in ("lora", "peft-adalora", "peft-lora")]
-            cells = [str(tokens), name, f"{statistics.median(seconds[method]):.3f}", *others]
-            print(f"| {' | '.join(cells)} |", flush=True)
+    print(f"LLaMA shapes, {len(TARGETS)} matrices a layer, rank 8, float32\n")
+    print("| layers x width | tokens a step | | seconds | step / our LoRA's | / PEFT AdaLoRA's | / PEFT LoRA's |")
+    print("| --- | ---: | --- | ---: | ---: | ---: | ---: |")
+    for sizes in (FEW_WIDE, MANY_NARROW):
+        variants = {m: Variant(m, llama(**sizes), 8, 7, schedule) for m in NAMES}
+        for tokens in (64, 128, 512):
+            batch = torch.randint(1000, (tokens // 64, 64), generator=torch.Generator().manual_seed(0))
+            actions: dict[str, Callable[[], None]] = {m: partial(v.step, batch) for m, v in variants.items()}
+            seconds = take_turns(actions, rounds)
+            for method, name in NAMES.items():
+                others = [f"{ratio(seconds, method, other):.3f}" for other in ("lora", "peft-adalora", "peft-lora")]
+                shape = f"{sizes['num_layers']} x {sizes['hidden']}"
+                cells = [shape, str(tokens), name, f"{statistics.median(seconds[method]):.3f}", *others]
+                print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def run(num_steps: int = 60, tokens: int = 512) -> None:
-    """AdaLoRA 12 -> 8 and LoRA at 8, step by step in turns; seconds add up over the whole run."""
+    """AdaLoRA 12 -> 8, compacted at the freeze, and LoRA at 8, step by step in turns; seconds add up over the run."""
     schedule = (num_steps, round(num_steps * MNLI_INITIAL / MNLI_STEPS), round(num_steps * MNLI_FINAL / MNLI_STEPS), 1)
-    ours, lora = (Variant(m, llama(**CPU_MODEL), r, 8, schedule) for m, r in (("adalora", 12), ("lora", 8)))
+    ours = Variant("adalora", llama(**FEW_WIDE), 12, 8, schedule, compacts=True)
+    lora = Variant("lora", llama(**FEW_WIDE), 8, 8, schedule)
     batch = torch.randint(1000, (tokens // 64, 64), generator=torch.Generator().manual_seed(0))
     seconds = take_turns({"ours": lambda: ours.step(batch), "lora": lambda: lora.step(batch)}, num_steps, warmup=0)
     ours.allocator.finish()
@@ -178,8 +200,8 @@ def run(num_steps: int = 60, tokens: int = 512) -> None:
     print("| AdaLoRA / LoRA, CPU seconds | |\n| --- | ---: |")
     for name, part in (
         ("whole run", slice(1, None)),
-        ("until frozen", slice(1, pruning)),
-        ("frozen", slice(pruning, None)),
+        ("until frozen, and compaction", slice(1, pruning + 1)),
+        ("frozen", slice(pruning + 1, None)),
     ):
         print(f"| {name} | {sum(seconds['ours'][part]) / sum(seconds['lora'][part]):.3f} |")
 

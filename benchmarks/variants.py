@@ -9,6 +9,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adalora_dist.allocator import RankAllocator
+from adalora_dist.compaction import compact
 from adalora_dist.config import AdapterConfig
 from adalora_dist.inject import inject_adapters
 
@@ -33,6 +34,8 @@ class Variant:
         rank, target: initial and final mean rank.
         schedule: total, t_i, t_f and the mask interval, in steps.
         fused: AdamW's own kernel.
+        compacts: ours loses pruned triplets when the pattern freezes, as in the recipes.
+        changes: to our configuration.
     """
 
     def __init__(
@@ -44,7 +47,10 @@ class Variant:
         schedule: tuple[int, int, int, int],
         fused: bool = True,
         targets: tuple[str, ...] = TARGETS,
+        compacts: bool = False,
+        **changes: Any,
     ) -> None:
+        self.compacts = compacts
         total, initial, final, interval = schedule
         self.allocator: Any = None  # ours
         self._peft_allocator: Any = None
@@ -64,7 +70,7 @@ class Variant:
         else:
             config = AdapterConfig(
                 method=method, init_rank=rank, target_rank=target, alpha=16, targets=targets, orthogonality=0.1,
-                initial_warmup_steps=initial, final_steps=final, mask_interval_steps=interval,
+                initial_warmup_steps=initial, final_steps=final, mask_interval_steps=interval, **changes,
             )  # fmt: skip
             inject_adapters(model, config)
         self.model: Any = model
@@ -85,6 +91,8 @@ class Variant:
         self.optimizer.step()
         if self._peft_allocator is not None:
             self._peft_allocator.update_and_allocate(self._num_steps)
+        if self.compacts:
+            compact(self.allocator, self.model, self.optimizer)
         self._num_steps += 1
 
     def step(self, batch: torch.Tensor | dict[str, torch.Tensor]) -> None:

@@ -215,7 +215,7 @@ def _with_fault(loss_sum: LossSum, fault: Fault, rank: int, folder: Path, prepar
         """The gradient of one parameter, of this rank alone."""
         if fault.kind == "gradient" and fault.hits(now[0], rank):
             # The parameter, and with it the hook, may outlive the step.
-            layer.lam.register_hook(lambda g: g * math.nan if fault.hits(now[0], rank) else g)
+            layer.lambdas.lam.register_hook(lambda g: g * math.nan if fault.hits(now[0], rank) else g)
 
     prepared.allocator.matrices[0].layer.register_forward_pre_hook(poison)
 

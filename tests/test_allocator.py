@@ -1,10 +1,12 @@
 """The allocator on one process: budget, freezing, skipped and missing gradients, what goes wrong and is said."""
 
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from distributed import run_ranks
 from models import adapted_net, config, global_batch
 from torch import nn
 
@@ -39,7 +41,7 @@ def attached(settings=None, total_steps=STEPS, seed=0, optimizer=torch.optim.Ada
 
 
 def active(model):
-    return sum(int((layer.lam != 0).sum()) for layer in (m for m in model.modules() if hasattr(m, "lam")))
+    return int((model.adalora.lam != 0).sum())
 
 
 def test_budget_follows_the_schedule_and_is_met_exactly():
@@ -67,8 +69,9 @@ def test_pruned_triplets_keep_their_vectors_until_the_pattern_freezes_and_then_h
     for matrix, pruned in zip(allocator.matrices, zero, strict=True):
         layer = matrix.layer
         assert torch.equal(layer.lam == 0, pruned) and torch.equal((layer.P == 0).all(dim=0), pruned)
-        for p in (layer.P, layer.lam, layer.Qt):
-            assert (p.grad[..., pruned] == 0).all() and (p.grad[..., ~pruned] != 0).all()
+        of_lam = model.adalora.lam.grad[layer.first : layer.first + layer.rank]
+        for gradient in (layer.P.grad, of_lam, layer.Qt.grad):
+            assert (gradient[..., pruned] == 0).all() and (gradient[..., ~pruned] != 0).all()
 
 
 def test_a_triplet_can_return_before_the_pattern_freezes():
@@ -117,6 +120,30 @@ def test_accumulation_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
 
 
+def patterns_with(rank: int, world_size: int, kernel: str) -> torch.Tensor:
+    model, allocator, optimizer = attached(config(importance_kernel=kernel))
+    train(model, allocator, optimizer)
+    allocator.finish()
+    return torch.stack([a.keep for a in allocator.allocations])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_importance_leads_to_the_same_patterns():
+    [eager], [compiled] = (run_ranks(1, patterns_with, kernel) for kernel in ("eager", "compiled"))
+    assert torch.equal(eager, compiled) and len(eager.unique(dim=0)) > 1
+
+
+def test_a_kernel_that_cannot_be_compiled_is_an_error(monkeypatch):
+    def fail():
+        raise RuntimeError("no compiler here\nand many more lines")
+
+    monkeypatch.setattr("adalora_dist.importance.compiled_advance", fail)
+    model, allocator, optimizer = attached(config(importance_kernel="compiled"))
+    with pytest.raises(UserError, match=r"cannot build it \(no compiler here\): .* set importance_kernel to eager"):
+        train(model, allocator, optimizer, range(1))
+    allocator.detach()
+
+
 def test_orthogonality_gradient_is_that_of_the_loss_term():
     """One SGD step with the closed form equals one with the regulariser inside the loss."""
     from adalora_dist.orthogonality import regulariser
@@ -128,7 +155,7 @@ def test_orthogonality_gradient_is_that_of_the_loss_term():
         x, y = global_batch(0)
         (model(x) - y).square().mean().backward()
         optimizer.step()
-        factors = [getattr(m, kind) for m in control.modules() if hasattr(m, "lam") for kind in ("P", "Qt")]
+        factors = [getattr(m, kind) for m in control.modules() if hasattr(m, "Qt") for kind in ("P", "Qt")]
         ((control(x) - y).square().mean() + regulariser(factors, form, 0.1)).backward()
         reference.step()
         for (name, a), (_, b) in zip(model.named_parameters(), control.named_parameters(), strict=True):
@@ -159,7 +186,7 @@ def test_a_nonfinite_gradient_leaves_weights_moments_and_importance_untouched(fu
         return [p.detach().clone() for p in model.parameters()], states, averages
 
     def poison(step):
-        model.blocks[0].up.lam.grad[0] = float("nan" if step % 2 else "inf")
+        model.adalora.lam.grad[0] = float("nan" if step % 2 else "inf")
 
     before = everything()
     train(model, allocator, optimizer, range(4, 6), before_step=poison)

@@ -12,7 +12,7 @@ LEVELS = {
         *("errors", "config", "recipe_config", "schedule", "importance", "orthogonality", "spans", "flat"),
         *("pattern_digest", "progress", "base_files", "markdown", "redaction", "foreign_files", "adapter_files"),
     ),
-    1: ("agreement", "layers", "inject", "peft_import"),
+    1: ("agreement", "lambdas", "layers", "inject", "peft_import"),
     2: ("sharding",),
     3: (
         *("allocator", "compaction", "checkpoint", "checkpoint_content", "checkpoint_files"),

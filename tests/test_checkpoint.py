@@ -182,15 +182,15 @@ def lose_average(tensors: dict, spans: dict, state: dict) -> None:
 
 
 def lose_parameter(tensors: dict, spans: dict, state: dict) -> None:
-    del state["parameters"]["blocks.1.down.lam"]
+    del state["parameters"]["adalora.lam"]
 
 
 def another_parameter(tensors: dict, spans: dict, state: dict) -> None:
-    state["parameters"]["blocks.7.down.lam"] = {"shape": [3], "step": None, "state": []}
+    state["parameters"]["blocks.7.down.P"] = {"shape": [3], "step": None, "state": []}
 
 
 def another_shape(tensors: dict, spans: dict, state: dict) -> None:
-    state["parameters"]["blocks.1.down.lam"]["shape"] = [4]
+    state["parameters"]["adalora.lam"]["shape"] = [4]
 
 
 def another_optimizer(tensors: dict, spans: dict, state: dict) -> None:
@@ -204,9 +204,9 @@ def another_optimizer(tensors: dict, spans: dict, state: dict) -> None:
     [
         (lose_half, ["values of blocks.0.up.P from element 10 on"]),
         (lose_average, ["sensitivity of blocks.0.up.P from element 0 on"]),
-        (lose_parameter, ["blocks.1.down.lam", "not there in the checkpoint", "(3,)"]),
-        (another_parameter, ["blocks.7.down.lam", "not there in this run"]),
-        (another_shape, ["blocks.1.down.lam", "(4,)", "(3,)"]),
+        (lose_parameter, ["adalora.lam", "not there in the checkpoint", "(12,)"]),
+        (another_parameter, ["blocks.7.down.P", "not there in this run"]),
+        (another_shape, ["adalora.lam", "(4,)", "(12,)"]),
         (another_optimizer, ["momentum_buffer", "exp_avg"]),
     ],
 )

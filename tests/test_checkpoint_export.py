@@ -76,9 +76,10 @@ def check_between_two_selections(folder: Path, place: Path) -> None:
     merged, base = all_forms(folder, place / "middle", place / "model"), load_file(place / "model/model.safetensors")
     keep = stored["patterns"][-1].view(len(matrices), 3)
     assert 0 < keep.sum() < keep.numel() and (keep.sum(1) == 0).any()
-    for (name, matrix), kept in zip(matrices.items(), keep, strict=True):
+    lams = stored["adalora.lam"].view(-1, 3)
+    for (name, matrix), kept, lam in zip(matrices.items(), keep, lams, strict=True):
         p, qt = (stored[f"{name}.{kind}"].view(-1, 3) for kind in ("P", "Qt"))
-        update = matrix["scale"] * (p * (stored[f"{name}.lam"] * kept)) @ qt.T
+        update = matrix["scale"] * (p * (lam * kept)) @ qt.T
         torch.testing.assert_close(merged[f"{name}.weight"], base[f"{name}.weight"] + update, rtol=0, atol=1e-5)
 
 

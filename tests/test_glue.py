@@ -253,7 +253,7 @@ def test_what_each_method_trains(project: Project, kind: str) -> None:
         else:
             assert trained - factors == head
             assert len(matrices) == (0 if method == "head" else 12 + (kind == "bert"))  # BERT's pooler is a matrix, too
-            assert len(factors) == len(matrices) * (3 if method == "adalora" else 2)
+            assert len(factors) == 2 * len(matrices) + (method == "adalora")
 
 
 def test_a_head_that_is_tied_or_missing_is_refused(project: Project) -> None:
@@ -357,6 +357,14 @@ def test_two_processes_do_what_one_does(project: Project, single: dict[str, Run]
     assert run.pattern == expected.pattern
     torch.testing.assert_close(run.losses, expected.losses, rtol=0, atol=1e-4)
     assert run.results["after"] == run.results["merged"] == expected.results["after"]
+
+
+def test_a_head_of_16_bits_under_fsdp2(project: Project, tmp_path: Path) -> None:
+    """Beside lambda, which has 32: FSDP2 takes trained parameters of one type in a group."""
+    more = ["--dtype", "bfloat16", "--max-steps", "6", "--export-formats", "none", "--no-evaluate-before"]
+    run = run_of(tmp_path / "run", project.arguments(tmp_path / "run", *more, model="deberta"), "fsdp2")
+    assert run.facts["engine"] == "fsdp2" and len(run.losses) == 6 and run.losses.isfinite().all()
+    assert sum(run.pattern.values()) == 2 * len(run.pattern)
 
 
 def test_fsdp2_wraps_the_layers_of_deberta_one_by_one(project: Project) -> None:

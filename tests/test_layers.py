@@ -8,6 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adalora_dist.errors import UserError
 from adalora_dist.inject import adapted_matrices, inject_adapters
+from adalora_dist.lambdas import Lambdas
 from adalora_dist.layers import SVDLinear
 
 
@@ -18,8 +19,12 @@ def formula(layer: SVDLinear, x: torch.Tensor) -> torch.Tensor:
 def filled(base, d_in, d_out, rank=3) -> SVDLinear:
     layer = SVDLinear(base, d_in, d_out, rank, scale=0.7)
     layer.reset(torch.Generator().manual_seed(0))
-    nn.init.normal_(layer.lam)
+    nn.init.normal_(Lambdas([layer]).lam)
     return layer
+
+
+def factors_of(layer: SVDLinear) -> list[nn.Parameter]:
+    return [layer.P, layer.lambdas.lam, layer.Qt]
 
 
 @pytest.mark.parametrize("base", [nn.Linear(5, 8), nn.Linear(5, 8, bias=False), Conv1D(8, 5)])
@@ -32,8 +37,9 @@ def test_forward_and_gradients_equal_the_formula(base, shape):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).requires_grad_()
         y = forward(x)
         y.sin().sum().backward()
-        gradients.append([y.detach(), x.grad] + [p.grad.clone() for p in (layer.P, layer.lam, layer.Qt)])
-        layer.zero_grad()
+        gradients.append([y.detach(), x.grad] + [p.grad.clone() for p in factors_of(layer)])
+        for p in factors_of(layer):
+            p.grad = None
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -42,9 +48,10 @@ def test_a_new_layer_is_its_base_and_rank_zero_has_no_branch():
     base = nn.Linear(5, 8)
     layer = SVDLinear(base, 5, 8, 3, 1.0)
     layer.reset(torch.Generator().manual_seed(0))
+    empty = SVDLinear(base, 5, 8, 0, 1.0)
+    Lambdas([layer, empty])
     x = torch.randn(4, 5)
     assert torch.equal(layer(x), base(x))
-    empty = SVDLinear(base, 5, 8, 0, 1.0)
     assert [n for n, _ in empty.named_parameters()] == ["base.weight", "base.bias"]
     assert torch.equal(empty(x), base(x))
 
@@ -66,12 +73,16 @@ def test_branch_computes_in_the_type_of_the_bases_output():
 def test_compiles_without_graph_breaks(dynamic):
     torch._dynamo.reset()
     stack = nn.Sequential(filled(nn.Linear(5, 8), 5, 8), nn.Tanh(), filled(Conv1D(5, 8), 8, 5))
+    lam = Lambdas([stack[0], stack[2]]).lam
+    nn.init.normal_(lam)
+    parameters = [*stack.parameters(), lam]
     x = torch.randn(2, 4, 5)
     compiled = torch.compile(stack, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for run in (compiled, stack):
         run(x).square().sum().backward()
-        gradients = [p.grad.clone() for p in stack.parameters()]
-        stack.zero_grad()
+        gradients = [p.grad.clone() for p in parameters]
+        for p in parameters:
+            p.grad = None
         if run is compiled:
             expected = gradients
     torch.testing.assert_close(gradients, expected)
@@ -84,7 +95,7 @@ def test_backward_keeps_no_more_than_loras():
     for trains_lambda in (True, False):
         layer = filled(nn.Linear(d_in, 8), d_in, 8, rank)
         layer.base.requires_grad_(False)
-        layer.lam.requires_grad_(trains_lambda)
+        layer.lambdas.lam.requires_grad_(trains_lambda)
         kept: list[torch.Tensor] = []
         x = torch.randn(tokens, d_in, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
@@ -103,7 +114,11 @@ def test_injection_freezes_the_rest_and_is_the_same_every_time():
     assert [m.name for m in matrices] == ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]
     assert adapted_matrices(model) == matrices
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert trainable == {f"{m.name}.{k}" for m in matrices for k in ("P", "lam", "Qt")} | {"head.weight", "head.bias"}
+    assert trainable == {f"{m.name}.{k}" for m in matrices for k in ("P", "Qt")} | {
+        "head.weight",
+        "head.bias",
+        "adalora.lam",
+    }
     for (name, a), (_, b) in zip(*(m.named_parameters() for m in models), strict=True):
         assert torch.equal(a, b), name
 

@@ -13,8 +13,8 @@ from operations import MATRICES_PER_LAYER, count_run, extra  # noqa: E402
 MAX_EXTRA_OPS = 64
 WORLD_SIZE = {"single": 1, "ddp": 2, "fsdp2": 2}
 CASES = [("single", 32), ("ddp", 32), ("fsdp2", 4), pytest.param("fsdp2", 32, marks=pytest.mark.slow)]
-# Per matrix, in backward: product, sum over rows and its view, scale, hand-over to .grad; and what engines do with it.
-LAMBDA_GRADIENT_OPS = {"single": 5, "ddp": 8, "fsdp2": 6}
+# FSDP2 never holds all P at once: there each layer has its product, the sum over rows and its view, in backward.
+PER_MATRIX = {"single": 0, "ddp": 0, "fsdp2": 3}
 
 
 @functools.cache
@@ -33,9 +33,11 @@ def test_there_is_something_to_count(engine, num_layers):
 
 @pytest.mark.parametrize(("engine", "num_layers"), CASES)
 def test_a_step_adds_a_constant_number_of_operations_and_no_host_read(engine, num_layers):
+    """Forward, backward and the optimizer's step, with a selection or without."""
     ours, lora = (steps_of(engine, method, num_layers) for method in ("adalora", "lora"))
-    assert max(extra(ours, lora, "step", "ops")) <= MAX_EXTRA_OPS
-    assert set(extra(ours, lora, "forward", "ops")) == {LAMBDA_GRADIENT_OPS[engine] * num_layers * MATRICES_PER_LAYER}
+    of_layers = PER_MATRIX[engine] * num_layers * MATRICES_PER_LAYER
+    for forward, step in zip(*(extra(ours, lora, part, "ops") for part in ("forward", "step")), strict=True):
+        assert 0 < forward + step - of_layers <= MAX_EXTRA_OPS
     for part in ("forward", "step"):
         assert all(step[part]["host_reads"] == 0 for step in ours)
 
@@ -47,10 +49,13 @@ def test_the_counter_sees_a_host_read():
 
 
 @pytest.mark.parametrize(("engine", "num_layers"), CASES)
-def test_no_collective_more_per_step_and_one_per_allocation(engine, num_layers):
-    """LoRA's own check for non-finite gradients is a sum over shards; the regulariser rides on it."""
+def test_at_most_one_collective_more_per_step_and_one_per_allocation(engine, num_layers):
+    """LoRA's own check for non-finite gradients is a sum over shards; the regulariser rides on it.
+
+    Lambda is FSDP2's business with what lies outside of its blocks, where a LoRA without a head trains nothing.
+    """
     ours, lora = (steps_of(engine, method, num_layers) for method in ("adalora", "lora"))
-    assert set(extra(ours, lora, "forward", "collectives")) == {0}
+    assert set(extra(ours, lora, "forward", "collectives")) == {int(engine == "fsdp2")}
     for step, more in zip(ours, extra(ours, lora, "step", "collectives"), strict=True):
         assert more == (step["allocates"] and WORLD_SIZE[engine] > 1)
     assert all(step["step"]["collectives"] == (engine == "fsdp2") for step in lora)

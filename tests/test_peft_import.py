@@ -62,7 +62,7 @@ def test_lora_as_the_start(tmp_path: Path, kind: str, options: dict[str, Any]) -
     assert (logits(model) - said).abs().max() <= TOLERANCE
     for layer in (m.layer for m in adapted_matrices(model)):
         rank = int((layer.lam != 0).sum())
-        assert 0 < rank < 6 and layer.lam[:rank].diff().max() <= 0 and layer.lam.requires_grad
+        assert 0 < rank < 6 and layer.lam[:rank].diff().max() <= 0 and layer.lambdas.lam.requires_grad
         for factor in (layer.P, layer.Qt):  # ready for the regulariser
             torch.testing.assert_close(factor[:, :rank].T @ factor[:, :rank], torch.eye(rank), rtol=0, atol=1e-5)
             assert factor[:, rank:].abs().min() > 0  # the others as always: they can grow
@@ -72,7 +72,7 @@ def test_lora_as_the_start_of_lora(tmp_path: Path) -> None:
     said = from_peft("llama", LoraConfig(r=4, lora_alpha=7, target_modules=TARGETS["llama"]), tmp_path)
     model = start(tmp_path, method="lora")
     assert (logits(model) - said).abs().max() <= TOLERANCE
-    assert all(m.layer.lam.eq(1).all() and not m.layer.lam.requires_grad for m in adapted_matrices(model))
+    assert all(m.layer.lam.eq(1).all() and not m.layer.lambdas.lam.requires_grad for m in adapted_matrices(model))
 
 
 def test_adalora_as_the_start(tmp_path: Path) -> None:

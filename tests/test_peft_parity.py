@@ -41,6 +41,7 @@ def test_the_same_triplets_are_masked_over_a_whole_run():
             layer.Qt.copy_(peft_layer.lora_A["default"].T)
             layer.lam.copy_(peft_layer.lora_E["default"].flatten())
             layer.scale = ALPHA / (RANK + 1e-5)  # PEFT's scale
+        own.adalora.index()
 
     own_optimizer = torch.optim.AdamW([p for p in own.parameters() if p.requires_grad], lr=1e-2)
     peft_optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-2)

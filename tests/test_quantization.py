@@ -20,6 +20,7 @@ from adalora_dist.config import AdapterConfig, ExportConfig, ModelConfig, Quanti
 from adalora_dist.errors import UserError
 from adalora_dist.export import gather_adapters, merge
 from adalora_dist.inject import inject_adapters
+from adalora_dist.lambdas import Lambdas
 from adalora_dist.layers import SVDLinear
 from adalora_dist.training import quantization
 from adalora_dist.training.dequantized import describe, quantized_weights, read_description
@@ -229,11 +230,12 @@ def test_the_branch_is_added_in_place_soundly(method, training, settled, folder)
         del base.forward
     torch.manual_seed(0)
     layer = SVDLinear(base, 64, 128, 3, 2.0).train(training)
+    lam = Lambdas([layer]).lam
     with torch.no_grad():
-        for parameter in (layer.P, layer.lam, layer.Qt):
+        for parameter in (layer.P, lam, layer.Qt):
             parameter.normal_()
-    inputs = [torch.randn(2, 5, 64, requires_grad=True), layer.P, layer.lam, layer.Qt]
-    expected = base(inputs[0]) + 2.0 * (inputs[0] @ layer.Qt * layer.lam) @ layer.P.T
+    inputs = [torch.randn(2, 5, 64, requires_grad=True), layer.P, lam, layer.Qt]
+    expected = base(inputs[0]) + 2.0 * (inputs[0] @ layer.Qt * lam) @ layer.P.T
     actual = layer(inputs[0])
     torch.testing.assert_close(actual, expected)
     cotangent = torch.randn_like(expected)

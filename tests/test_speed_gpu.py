@@ -1,5 +1,6 @@
 """The GPU benchmark at toy sizes on a CPU: it runs, and every figure is there. What it measures is not looked at."""
 
+import shutil
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -13,6 +14,8 @@ from speed_gpu import CASES, report  # noqa: E402
 from variants import NAMES  # noqa: E402
 
 pytest.importorskip("bitsandbytes")
+if shutil.which("g++") is None:
+    pytest.skip("torch.compile needs a C++ compiler", allow_module_level=True)
 
 
 def measure(rank: int, world_size: int, file: Path) -> None:

@@ -109,7 +109,9 @@ def plan_run(
         model.float()
     matrices = inject_adapters(model, config.adapter, config.train.seed)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    adapters = sum(p.numel() for m in matrices for p in (m.layer.P, m.layer.lam, m.layer.Qt) if p.requires_grad)
+    adapters = sum(p.numel() for m in matrices for p in (m.layer.P, m.layer.Qt))
+    if config.adapter.adapts_ranks:
+        adapters += matrices[0].layer.lambdas.lam.numel()
     plan = BatchPlan([1] * num_rows, [1] * num_rows, config.train.batch_size, config.train.seed)
     num_steps = total_steps(config.train, plan)
     schedule = None

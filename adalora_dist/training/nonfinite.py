@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from adalora_dist.lambdas import Lambdas
 from adalora_dist.training.losses import LossSum
 
 
@@ -86,14 +87,17 @@ class _Watched:
         # Parameters are taken as they are now: some engines put others into the module for the time of its forward.
         for leaf, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and torch.is_grad_enabled():
-                parameter.register_hook(partial(self._gradient, f"{name}.{leaf}"))
+                parameter.register_hook(partial(self._gradient, f"{name}.{leaf}", module))
 
     def _after(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, torch.Tensor) and not torch.isfinite(output).all():
             self.note(1, f"the output of {name}")
 
-    def _gradient(self, name: str, gradient: torch.Tensor) -> None:
-        if not torch.isfinite(gradient).all():
+    def _gradient(self, name: str, module: nn.Module, gradient: torch.Tensor) -> None:
+        finite = torch.isfinite(gradient)
+        if not finite.all():
+            if isinstance(module, Lambdas):
+                name = f"{module.matrix_of(int(finite.logical_not().nonzero()[0]))}.lam"
             self.note(2, f"the gradient of {name}")
 
 

@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from adalora_dist.lambdas import Lambdas
 from adalora_dist.layers import SVDLinear
 from adalora_dist.sharding.fsdp2 import reshard
 from adalora_dist.training.engine import full_tensor
@@ -25,7 +26,7 @@ def gather_trained(accelerator: Accelerator, model: nn.Module) -> dict[str, torc
         release()
     trained = {}
     for path, module in accelerator.unwrap_model(model).named_modules():
-        if isinstance(module, SVDLinear):
+        if isinstance(module, SVDLinear | Lambdas):
             continue
         for leaf, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
