@@ -103,7 +103,7 @@ def run(rank: int, world_size: int, case: Case) -> dict[str, Any]:
                     fully_shard(layer, **kwargs)
             fully_shard(block, **kwargs)
         fully_shard(model, **kwargs)
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2, weight_decay=0.1)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=8e-3, weight_decay=0.1)
     allocator = RankAllocator.attach(model, optimizer, case.settings, STEPS)
     if case.engine == "ddp":
         model = DistributedDataParallel(model, gradient_as_bucket_view="views" in case.options)
