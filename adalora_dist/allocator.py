@@ -90,7 +90,8 @@ class RankAllocator:
 
     def __init__(self, matrices: list[AdaptedMatrix], config: AdapterConfig, schedule: BudgetSchedule) -> None:
         self.matrices, self.config, self.schedule = matrices, config, schedule
-        self._lambdas = matrices[0].layer.lambdas
+        self.lambdas = matrices[0].layer.lambdas
+        """Lambda of all matrices."""
         self._adapts = config.adapts_ranks
         self._regularised = self._adapts and config.orthogonality > 0
         self._compiled = config.importance_kernel == "compiled"
@@ -187,7 +188,7 @@ class RankAllocator:
     @torch.no_grad()
     def _after_firing(self) -> None:
         assert self._engine is not None
-        self._lambdas.release()
+        self.lambdas.release()
         self._firing += 1
         if self._firing < self._engine.num_firings:
             return
@@ -303,8 +304,7 @@ class RankAllocator:
         masked = self._lams + self._ps if self.frozen else self._lams
         values = [self._engine.values()[k] for k in masked]
         if self._masks is None or self._masks[0] is not self.keep:
-            # cut at both ends of every span, so that each second part is a span
-            masks = [*self.keep.split(self._lam_cuts)[1::2]]
+            masks = [self.keep[slice(*self._spans[k])] for k in self._lams]
             if self.frozen:
                 rows = dict(zip(self._row_cuts, self.keep.split(list(self._row_cuts.values())), strict=True))
                 masks += [self._mask_of(k, rows[k], x) for k, x in zip(self._ps, values[len(masks) :], strict=True)]
@@ -337,7 +337,7 @@ class RankAllocator:
             first += layer.rank
         if self._adapts:  # plain LoRA does not train lambda
             self._factors.append(Factor("lam", 1, first, 0))
-            self._owners.append((self._lambdas, "lam"))
+            self._owners.append((self.lambdas, "lam"))
             self.parameter_names.append(LAMBDAS_NAME)
 
     def bind(self, optimizer: Any) -> None:
@@ -394,16 +394,10 @@ class RankAllocator:
             num_scored = 0 if self.compacted else len(self._values.data)  # importance decides nothing any more
             self.sensitivity = torch.zeros(num_scored, dtype=torch.float32, device=device)
             self.uncertainty = torch.zeros(num_scored, dtype=torch.float32, device=device)
-        self._lams: list[int] = []  # the lambdas of which this rank holds something
         self._row_cuts = {k: f.rank for k, f in enumerate(self._factors) if f.kind == "P"}  # the triplets of each P
         self._ps = [k for k in self._row_cuts if values[k].numel()]
-        self._lam_cuts = [0]
-        for k, (factor, span) in enumerate(zip(self._factors, self._spans, strict=True)):
-            if factor.kind == "lam" and span.stop > span.start:
-                self._lams.append(k)
-                gap = factor.first_triplet + span.start - sum(self._lam_cuts)
-                self._lam_cuts = [*self._lam_cuts[:-1], self._lam_cuts[-1] + gap, span.stop - span.start, 0]
-        self._lam_cuts[-1] = self._layout.num_triplets - sum(self._lam_cuts)
+        # lambda, if it is trained and this rank holds a part of it
+        self._lams = [k for k, f in enumerate(self._factors) if f.kind == "lam" and values[k].numel()]
         self._masks = None
         self._engine = engine
         if self._compiled and not self.compacted:
@@ -533,7 +527,7 @@ class RankAllocator:
         layers = [m.layer for m in self.matrices]
         ranks = [layer.rank for layer in layers]
         # What stands where there is nothing to gather: lambda = 1 in plain LoRA, no columns at rank 0.
-        lams = gathered.get((id(self._lambdas), "lam"), torch.ones(sum(ranks))).split(ranks)
+        lams = gathered.get((id(self.lambdas), "lam"), torch.ones(sum(ranks))).split(ranks)
         return [
             {
                 "P": gathered.get((id(layer), "P"), torch.empty(layer.d_out, 0)),
@@ -596,8 +590,7 @@ class RankAllocator:
         values = self._engine.values()
         lam = torch.zeros(self._layout.num_triplets, dtype=torch.float64, device=self.keep.device)
         for k in self._lams:
-            first = self._factors[k].first_triplet
-            lam[first + self._spans[k].start : first + self._spans[k].stop] = values[k].flatten()
+            lam[slice(*self._spans[k])] = values[k].flatten()
         lam = sum_over(self._engine.shard_group, lam)  # whole, as this rank's replica has it
         mean = sum_over(world, lam.clone()) / (dist.get_world_size() if dist.is_initialized() else 1)
         differs = ~((lam - mean).abs().max() <= _LAMBDA_TOLERANCE * mean.abs().max())

@@ -64,12 +64,11 @@ def compact(allocator: RankAllocator, model: nn.Module, optimizer: Any) -> bool:
         for kind in FACTORS_OF_MATRIX
         if matrix.layer.rank
     ]
-    lambdas = allocator.matrices[0].layer.lambdas
-    shrinks.append(Shrink(lambdas, "lam", allocator.keep.nonzero().flatten()))
+    shrinks.append(Shrink(allocator.lambdas, "lam", allocator.keep.nonzero().flatten()))
     outermost = _shrink(model, optimizer, shrinks)
     for matrix, triplets in zip(allocator.matrices, kept, strict=True):
         _remember(matrix.layer, triplets.tolist())
-    lambdas.index()
+    allocator.lambdas.index()
     allocator.rebind(outermost)
     return True
 

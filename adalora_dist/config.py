@@ -133,7 +133,7 @@ class AdapterConfig(Section):
     importance_order: Literal["before", "after"] = "before"
     """Weights in |w g|: before the optimizer step (Algorithm 1) or after it (the authors' code)."""
     importance_kernel: Literal["eager", "compiled"] = "eager"
-    """How the averages advance: in seven operations, or in one kernel, equal up to rounding, which torch.compile builds
+    """How the averages advance: in six operations, or in one kernel, equal up to rounding, which torch.compile builds
     at the first step, in seconds, with a C++ compiler on a CPU and Triton on a GPU."""
     compact: bool = True
     """Remove pruned triplets from memory once the pattern is frozen; false: keep them, at 0, to the end.
