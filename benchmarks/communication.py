@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from adalora_dist.spans import FACTORS_OF_MATRIX, Factor, Span, cut_rows
+from adalora_dist.sharding.spans import FACTORS_OF_MATRIX, Factor, Span, cut_rows
 
 RANK = 12
 MODELS = {  # hidden size, MLP size, key-value size, layers

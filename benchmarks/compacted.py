@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adalora_dist.allocator import RankAllocator
-from adalora_dist.compaction import compact, shrink_layers
-from adalora_dist.config import AdapterConfig
-from adalora_dist.inject import AdaptedMatrix, inject_adapters
+from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.methods.adalora.allocator import RankAllocator
+from adalora_dist.methods.adalora.compaction import compact, shrink_layers
+from adalora_dist.methods.inject import AdaptedMatrix, inject_adapters
 
 SHAPE: dict[str, Any] = dict(
     hidden_size=768, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=12, vocab_size=1000

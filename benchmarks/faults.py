@@ -1,13 +1,13 @@
 """What happens to a run when one of its ranks goes wrong, counted on real processes (gloo, CPU).
 
-    export PYTHONPATH=.:tests OMP_NUM_THREADS=1
+    export PYTHONPATH=. OMP_NUM_THREADS=1
     python benchmarks/faults.py nan --trials 50          a nan or inf on one rank, at a random step of a random engine
     python benchmarks/faults.py stopped --trials 20      SIGSTOP to one rank at a random time
     python benchmarks/faults.py kill --trials 40         kill -9 of one rank at a random time, then --resume auto
     python benchmarks/faults.py divergence --trials 20   a rank whose pattern or lambda is changed behind its back
 
 Each trial is a whole run of a two-layer model through the shared loop, with everything that the recipes use around it
-(``tests/faulty_runs.py``). Results are in ``reliability.md``.
+(``tests/support/faulty_runs.py``). Results are in ``reliability.md``.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from faulty_runs import STEPS, Fault, Ranks, Untouched, corrupt, run
 from tqdm import tqdm
 
-from adalora_dist.progress import progress_bar
-from adalora_dist.training.verdict import EXIT_PEER
+from adalora_dist.io.progress import progress_bar
+from adalora_dist.training.faults.verdict import EXIT_PEER
+from tests.support.faulty_runs import STEPS, Fault, Ranks, Untouched, corrupt, run
 
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 

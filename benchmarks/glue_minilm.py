@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from adalora_dist.evaluation.metrics import mean_and_deviation
+from adalora_dist.tasks.glue.metrics import mean_and_deviation
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -42,7 +42,8 @@ def write_model(folder: Path, num_bytes: float, shard_bytes: float) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from adalora_dist.export import AdapterWeights, save_adapter
+    from adalora_dist.artifacts.export import save_adapter
+    from adalora_dist.methods.update import AdapterWeights
 
     (folder / "base").mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
@@ -84,7 +85,7 @@ def merge_and_measure(folder: Path, out: Path, dtype_name: str) -> dict[str, flo
     """What ``adalora-dist export RUN --to merged`` does, with its memory and time. In its own process."""
     import torch
 
-    from adalora_dist.export import merge, read_adapter
+    from adalora_dist.artifacts.export import merge, read_adapter
 
     before = resident()
     highest = {"anonymous": 0, "file": 0, "sum": 0}

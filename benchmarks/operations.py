@@ -2,8 +2,8 @@
 
     python benchmarks/speed.py ops        prints the table (one process, DDP and FSDP2 on two, and PEFT)
 
-tests/test_operations.py holds the counts to their limits. Counted are calls into torch's dispatcher, each a kernel on a
-GPU, a few multi-tensor kernels (``_foreach_*``) or a mere view; views count, too.
+tests/methods/test_operations.py holds the counts to their limits. Counted are calls into torch's dispatcher, each a
+kernel on a GPU, a few multi-tensor kernels (``_foreach_*``) or a mere view; views count, too.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Counts(TorchDispatchMode):
 
         def counting(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
             def method(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-                if sys._getframe(1).f_globals.get("__name__") == "adalora_dist.pattern_digest":
+                if sys._getframe(1).f_globals.get("__name__") == "adalora_dist.methods.adalora.digest":
                     self.late_reads += 1
                 else:
                     self.host_reads[name] += 1

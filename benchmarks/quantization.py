@@ -79,15 +79,17 @@ def hold(method: str, folder: str, result: str) -> None:
     from accelerate.utils import gather_object
     from transformers import AutoModelForCausalLM
 
-    from adalora_dist.config import AdapterConfig, ModelConfig, QuantizationConfig, RunConfig, TrainConfig
-    from adalora_dist.data.batches import BatchPlan
-    from adalora_dist.inject import inject_adapters
+    from adalora_dist.backbones.load import load_backbone
+    from adalora_dist.backbones.quantization import bitsandbytes_config
+    from adalora_dist.config.methods import AdapterConfig
+    from adalora_dist.config.sections import ModelConfig, QuantizationConfig, RunConfig, TrainConfig
+    from adalora_dist.methods.inject import inject_adapters
+    from adalora_dist.tasks.batches import BatchPlan
+    from adalora_dist.tasks.losses import causal_loss
     from adalora_dist.training.engine import build_accelerator, engine_name
-    from adalora_dist.training.loop import prepare, train
-    from adalora_dist.training.losses import causal_loss
-    from adalora_dist.training.memory import held_bytes
-    from adalora_dist.training.model import load_backbone
-    from adalora_dist.training.quantization import bitsandbytes_config
+    from adalora_dist.training.faults.memory import held_bytes
+    from adalora_dist.training.loop import train
+    from adalora_dist.training.prepared import prepare
     from adalora_dist.training.run_folder import RunFolder
 
     settings = dict(output_dir=f"{result}.run", max_steps=3, batch_size=2, micro_batch_size=2, precision="bf16")
@@ -119,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cell", nargs="*", help="METHOD MODEL RESULT: one process of one cell, by itself")
     if cell := parser.parse_args().cell:
-        from adalora_dist.cli import user_errors
+        from adalora_dist.config.flags import user_errors
 
         with user_errors():
             hold(*cell)

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from adalora_dist.data.demo_pretrained import BART_SHAPE, GPT2_SHAPE, word_tokenizer
-from adalora_dist.data.e2e import prompt_text
+from adalora_dist.tasks.demo_models.pretrained import BART_SHAPE, GPT2_SHAPE, word_tokenizer
+from adalora_dist.tasks.e2e.rows import prompt_text
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent

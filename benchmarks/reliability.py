@@ -1,6 +1,6 @@
 """Does a run that was stopped continue as if nothing had been? Counted on real processes (gloo, CPU).
 
-    export PYTHONPATH=.:tests OMP_NUM_THREADS=1
+    export PYTHONPATH=. OMP_NUM_THREADS=1
     python benchmarks/reliability.py stops                                  one process, stopped at each of 60 steps
     python benchmarks/reliability.py stops --engine ddp fsdp2 zero2 zero3 --num-stops 10  two processes, a sample
     python benchmarks/reliability.py elsewhere                              on other engines and numbers of processes
@@ -8,8 +8,8 @@
     python benchmarks/reliability.py damages --trials 1000                  files changed, cut off, lost, exchanged
 
 Each prints the rows of a table in ``reliability.md`` and ends with an error at the first miss. What a run meets is in
-``tests/resume_runs.py``, what happens to files in ``tests/checkpoint_faults.py``. What kills, stops and poisons ranks
-is in ``faults.py``.
+``tests/support/resume_runs.py``, what happens to files in ``tests/support/checkpoint_faults.py``. What kills, stops and
+poisons ranks is in ``faults.py``.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from checkpoint_faults import check_crashes, check_damages
-from distributed import run_ranks
-from resume_runs import (
+from adalora_dist.io.progress import progress_bar
+from tests.support.checkpoint_faults import check_crashes, check_damages
+from tests.support.ranks import run_ranks
+from tests.support.resume_runs import (
     FINAL,
     PAIRS,
     STEPS,
@@ -34,8 +35,6 @@ from resume_runs import (
     run,
     write_model,
 )
-
-from adalora_dist.progress import progress_bar
 
 ELSEWHERE = (25, STEPS - FINAL, STEPS - FINAL + 5)
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from variants import NAMES, TARGETS, Variant
 
-from adalora_dist.importance import update_averages
+from adalora_dist.methods.adalora.importance import update_averages
 
 ARCHITECTURES = Path(__file__).resolve().parents[1] / "recipes" / "configs" / "architectures"
 SCHEDULE = (100_000, 10, 10, 100)  # far from its end: selections are made, and take next to nothing

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adalora_dist.allocator import RankAllocator
-from adalora_dist.compaction import compact
-from adalora_dist.config import AdapterConfig
-from adalora_dist.inject import inject_adapters
+from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.methods.adalora.allocator import RankAllocator
+from adalora_dist.methods.adalora.compaction import compact
+from adalora_dist.methods.inject import inject_adapters
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NAMES = {"adalora": "our AdaLoRA", "lora": "our LoRA", "peft-adalora": "PEFT AdaLoRA", "peft-lora": "PEFT LoRA"}

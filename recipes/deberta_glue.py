@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from adalora_dist.cli import parse_config, user_errors
-from adalora_dist.errors import UserError
-from adalora_dist.recipe_config import GlueConfig
+from adalora_dist.config.flags import parse_config, user_errors
+from adalora_dist.io.errors import UserError
+from adalora_dist.tasks.glue.config import GlueConfig
 
 TABLE = Path(__file__).parent / "configs" / "tables" / "deberta_glue.yaml"
 ARCHITECTURES = Path(__file__).parent / "configs" / "architectures"
@@ -40,23 +40,26 @@ def main(config: GlueConfig) -> None:
     from accelerate.utils import set_seed
     from transformers import AutoModelForSequenceClassification
 
-    from adalora_dist.data.bad_rows import BadRows
-    from adalora_dist.data.batches import BatchPlan
-    from adalora_dist.data.demo_sentences import TASK, demo_sentences, demo_sentences_folder
-    from adalora_dist.data.encoding import padding_token
-    from adalora_dist.data.glue import TASKS, encode_texts, load_glue
-    from adalora_dist.evaluation.classification import largest_difference, predict, score
-    from adalora_dist.evaluation.metrics import require_metrics
-    from adalora_dist.hub import check_push_of_run, push_run
-    from adalora_dist.inject import inject_adapters
-    from adalora_dist.training.dry_run import count_rows, dry_run
+    from adalora_dist.artifacts.hub.push import check_push_of_run, push_run
+    from adalora_dist.backbones.load import load_backbone, load_tokenizer
+    from adalora_dist.backbones.quantization import bitsandbytes_config
+    from adalora_dist.methods.inject import inject_adapters
+    from adalora_dist.tasks.batches import BatchPlan
+    from adalora_dist.tasks.evaluation.predict import largest_difference, predict
+    from adalora_dist.tasks.glue.demo import TASK, demo_sentences, demo_sentences_folder
+    from adalora_dist.tasks.glue.metrics import require_metrics
+    from adalora_dist.tasks.glue.rows import TASKS, encode_texts, load_glue
+    from adalora_dist.tasks.glue.scores import score
+    from adalora_dist.tasks.losses import classification_loss
+    from adalora_dist.tasks.rows.bad_rows import BadRows
+    from adalora_dist.tasks.rows.public import count_rows
+    from adalora_dist.tasks.rows.tokens import padding_token
+    from adalora_dist.training.dry_run import dry_run
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
-    from adalora_dist.training.exports import export_run
-    from adalora_dist.training.guard import Guard
-    from adalora_dist.training.loop import prepare, total_steps, train
-    from adalora_dist.training.losses import classification_loss
-    from adalora_dist.training.model import load_backbone, load_tokenizer
-    from adalora_dist.training.quantization import bitsandbytes_config
+    from adalora_dist.training.faults.guard import Guard
+    from adalora_dist.training.finish import export_run
+    from adalora_dist.training.loop import train
+    from adalora_dist.training.prepared import prepare, total_steps
     from adalora_dist.training.report import facts_line, metrics_table, rank_report, run_facts
     from adalora_dist.training.resume import find_checkpoint
     from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
@@ -101,7 +104,7 @@ def main(config: GlueConfig) -> None:
     # --------------------------------------------------------------------------------------------- model and tokens
 
     if not config.model.name:
-        from adalora_dist.data.demo_encoder import demo_encoder_folder
+        from adalora_dist.tasks.demo_models.minilm import demo_encoder_folder
 
         with accelerator.main_process_first():
             name = str(demo_encoder_folder(say))

@@ -13,8 +13,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from adalora_dist.cli import parse_config, user_errors
-from adalora_dist.recipe_config import E2EConfig
+from adalora_dist.config.flags import parse_config, user_errors
+from adalora_dist.tasks.e2e.config import E2EConfig
 
 ARCHITECTURES = Path(__file__).parent / "configs" / "architectures"
 DEMO_CONFIG = Path(__file__).parent / "configs" / "gpt2_e2e_demo.yaml"
@@ -36,22 +36,24 @@ def main(config: E2EConfig) -> None:
     from accelerate.utils import set_seed
     from transformers import AutoModelForCausalLM
 
-    from adalora_dist.data.bad_rows import BadRows
-    from adalora_dist.data.batches import BatchPlan, count_targets
-    from adalora_dist.data.e2e import by_meaning, encode_rows, load_e2e, prompt_tokens
-    from adalora_dist.data.encoding import padding_token
-    from adalora_dist.evaluation.data_to_text import data_to_text_scores, missing_metrics
-    from adalora_dist.evaluation.texts import generate_texts
-    from adalora_dist.hub import check_push_of_run, push_run
-    from adalora_dist.inject import inject_adapters
-    from adalora_dist.training.dry_run import count_rows, dry_run
+    from adalora_dist.artifacts.hub.push import check_push_of_run, push_run
+    from adalora_dist.backbones.load import load_backbone
+    from adalora_dist.backbones.quantization import bitsandbytes_config
+    from adalora_dist.methods.inject import inject_adapters
+    from adalora_dist.tasks.batches import BatchPlan, count_targets
+    from adalora_dist.tasks.e2e.metrics import data_to_text_scores, missing_metrics
+    from adalora_dist.tasks.e2e.rows import by_meaning, encode_rows, load_e2e, prompt_tokens
+    from adalora_dist.tasks.evaluation.texts import generate_texts
+    from adalora_dist.tasks.losses import causal_loss
+    from adalora_dist.tasks.rows.bad_rows import BadRows
+    from adalora_dist.tasks.rows.public import count_rows
+    from adalora_dist.tasks.rows.tokens import padding_token
+    from adalora_dist.training.dry_run import dry_run
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
-    from adalora_dist.training.exports import export_run
-    from adalora_dist.training.guard import Guard
-    from adalora_dist.training.loop import generates_together, prepare, total_steps, train
-    from adalora_dist.training.losses import causal_loss
-    from adalora_dist.training.model import load_backbone
-    from adalora_dist.training.quantization import bitsandbytes_config
+    from adalora_dist.training.faults.guard import Guard
+    from adalora_dist.training.finish import export_run
+    from adalora_dist.training.loop import generates_together, train
+    from adalora_dist.training.prepared import prepare, total_steps
     from adalora_dist.training.report import facts_line, metrics_table, rank_report, run_facts
     from adalora_dist.training.resume import find_checkpoint
     from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
@@ -77,7 +79,7 @@ def main(config: E2EConfig) -> None:
     # ------------------------------------------------------------------------------------------------------ model
 
     if not config.model.name:
-        from adalora_dist.data.demo_pretrained import demo_gpt2_folder
+        from adalora_dist.tasks.demo_models.pretrained import demo_gpt2_folder
 
         with accelerator.main_process_first():
             name = str(demo_gpt2_folder(say))

@@ -13,8 +13,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from adalora_dist.cli import parse_config, user_errors
-from adalora_dist.config import COMMONSENSE_TASKS, CommonsenseConfig
+from adalora_dist.config.flags import parse_config, user_errors
+from adalora_dist.tasks.commonsense.config import COMMONSENSE_TASKS, CommonsenseConfig
 
 ARCHITECTURES = Path(__file__).parent / "configs" / "architectures"
 DEMO_CONFIG = Path(__file__).parent / "configs" / "llama_commonsense_demo.yaml"
@@ -36,24 +36,27 @@ def main(config: CommonsenseConfig) -> None:
     from accelerate.utils import set_seed
     from transformers import AutoModelForCausalLM
 
-    from adalora_dist.data.bad_rows import BadRows
-    from adalora_dist.data.batches import BatchPlan, count_targets
-    from adalora_dist.data.commonsense import load_tasks
-    from adalora_dist.data.demo_questions import demo_questions, demo_questions_folder
-    from adalora_dist.data.encoding import encode_examples, padding_token
-    from adalora_dist.evaluation.choices import evaluate_choices
-    from adalora_dist.evaluation.generation import evaluate_generation
-    from adalora_dist.evaluation.results import TaskResult
-    from adalora_dist.hub import check_push_of_run, push_run
-    from adalora_dist.inject import inject_adapters
-    from adalora_dist.training.dry_run import count_rows, dry_run
+    from adalora_dist.artifacts.hub.push import check_push_of_run, push_run
+    from adalora_dist.backbones.load import load_backbone
+    from adalora_dist.backbones.quantization import bitsandbytes_config
+    from adalora_dist.methods.inject import inject_adapters
+    from adalora_dist.tasks.batches import BatchPlan, count_targets
+    from adalora_dist.tasks.commonsense.choices import evaluate_choices
+    from adalora_dist.tasks.commonsense.demo import demo_questions, demo_questions_folder
+    from adalora_dist.tasks.commonsense.generation import evaluate_generation
+    from adalora_dist.tasks.commonsense.prompts import encode_examples
+    from adalora_dist.tasks.commonsense.results import TaskResult
+    from adalora_dist.tasks.commonsense.rows import load_tasks
+    from adalora_dist.tasks.losses import causal_loss
+    from adalora_dist.tasks.rows.bad_rows import BadRows
+    from adalora_dist.tasks.rows.public import count_rows
+    from adalora_dist.tasks.rows.tokens import padding_token
+    from adalora_dist.training.dry_run import dry_run
     from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
-    from adalora_dist.training.exports import export_run
-    from adalora_dist.training.guard import Guard
-    from adalora_dist.training.loop import is_sharded, prepare, total_steps, train
-    from adalora_dist.training.losses import causal_loss
-    from adalora_dist.training.model import load_backbone
-    from adalora_dist.training.quantization import bitsandbytes_config
+    from adalora_dist.training.faults.guard import Guard
+    from adalora_dist.training.finish import export_run
+    from adalora_dist.training.loop import is_sharded, train
+    from adalora_dist.training.prepared import prepare, total_steps
     from adalora_dist.training.report import accuracy_table, facts_line, rank_report, run_facts
     from adalora_dist.training.resume import find_checkpoint
     from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
@@ -96,7 +99,7 @@ def main(config: CommonsenseConfig) -> None:
     # ------------------------------------------------------------------------------------------------------ model
 
     if not config.model.name:
-        from adalora_dist.data.demo_model import demo_model_folder
+        from adalora_dist.tasks.demo_models.smollm2 import demo_model_folder
 
         with accelerator.main_process_first():
             name = str(demo_model_folder(say))

@@ -1,63 +1,106 @@
-"""Imports point down only, mathematics knows no process group, recipes are imported by nobody."""
+"""The order of rooms, no circle anywhere, mathematics that knows no process group, recipes that nobody imports."""
 
 import ast
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support.paths import ROOT
+
 PACKAGE = ROOT / "adalora_dist"
-LEVELS = {
-    0: (
-        *("errors", "config", "recipe_config", "schedule", "importance", "orthogonality", "spans", "flat"),
-        *("pattern_digest", "progress", "base_files", "markdown", "redaction", "foreign_files", "adapter_files"),
-    ),
-    1: ("agreement", "lambdas", "layers", "inject", "peft_import"),
-    2: ("sharding",),
-    3: (
-        *("allocator", "compaction", "checkpoint", "checkpoint_content", "checkpoint_files"),
-        *("export", "peft_format", "pictures", "hub_files", "card", "hub"),
-    ),
-    4: ("cli", "main", "commands", "yaml_file", "presets", "training", "data", "evaluation", "integrations"),
-}
+ROOMS = ("io", "config", "sharding", "backbones", "tasks", "methods", "artifacts", "training")
+"""From the ground up: a room imports from itself and from those before it."""
+PURE = ("config", "methods/adalora/schedule", "methods/adalora/importance", "methods/adalora/orthogonality")
+PURE += ("methods/adalora/digest", "methods/adalora/sums", "sharding/spans", "sharding/layout")
+"""What never sees a process group."""
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
 def imported(path: Path) -> set[str]:
+    """Names of all modules that a file imports, anywhere in it, those for type checkers included."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path}: relative import"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
-def level(module: str) -> int:
-    """Level of adalora_dist.X..., by X."""
-    part = module.split(".")[1]
-    return next(number for number, parts in LEVELS.items() if part in parts)
+MODULES = {module_of(path): path for path in FILES}
+
+
+def edges() -> dict[str, set[str]]:
+    """Module -> modules of the package that it imports."""
+
+    def resolve(name: str) -> str | None:
+        while name and name not in MODULES:
+            name = name.rpartition(".")[0]
+        return name or None
+
+    found = {}
+    for module, path in MODULES.items():
+        targets = {resolve(name) for name in imported(path) if name.startswith("adalora_dist.")}
+        found[module] = {target for target in targets if target and target not in (module, "adalora_dist")}
+    return found
+
+
+def circle_in(graph: dict[str, set[str]]) -> list[str]:
+    """Some modules that import each other in a circle; none: []."""
+    done: set[str] = set()
+
+    def walk(module: str, way: list[str]) -> list[str]:
+        if module in way:
+            return way[way.index(module) :]
+        if module in done:
+            return []
+        for target in sorted(graph[module]):
+            if circle := walk(target, [*way, module]):
+                return circle
+        done.add(module)
+        return []
+
+    return next((circle for module in sorted(graph) if (circle := walk(module, []))), [])
 
 
 def test_there_is_something_to_check():
-    assert len(FILES) > 20 and {level(f"adalora_dist.{p}") for parts in LEVELS.values() for p in parts} == set(LEVELS)
+    assert len(FILES) > 80 and sum(map(len, edges().values())) > 200
+    assert {path.relative_to(PACKAGE).parts[0] for path in FILES if path.parent != PACKAGE} == set(ROOMS)
+    assert circle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"] and not circle_in({"a": {"b"}, "b": set()})
+
+
+def test_the_root_is_small():
+    shown = [path.name for path in PACKAGE.iterdir() if not path.name.startswith("__pycache__")]
+    assert len(shown) <= 11  # the rooms, __init__.py, __main__.py, py.typed
+
+
+def test_no_file_is_in_a_circle():
+    assert circle_in(edges()) == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_down(path):
-    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    if module == "adalora_dist.__init__":
-        assert not imported(path)
-        return
-    own = level(module)
+    module = module_of(path)
+    parts = module.split(".")
     for name in imported(path):
-        if name.startswith("adalora_dist."):
-            assert level(name) <= own, f"{module} (level {own}) imports {name} (level {level(name)})"
-        assert not name.startswith("recipes"), f"{module} imports a recipe"
-        if own == 0:
+        assert not name.startswith(("recipes", "benchmarks", "tests")), f"{module} imports {name}"
+        if len(parts) > 1 and name.startswith("adalora_dist.") and parts[1] in ROOMS:
+            room = name.split(".")[1]
+            assert ROOMS.index(room) <= ROOMS.index(parts[1]), f"{module} imports {name}, which stands above it"
+        if "/".join(parts[1:]).startswith(PURE):
             assert not name.startswith("torch.distributed"), f"{module} is mathematics and imports {name}"
         if name.split(".")[0] == "deepspeed":
-            assert module in ("adalora_dist.sharding.zero", "adalora_dist.training.engine")
+            assert parts[1:2] == ["sharding"] or module == "adalora_dist.training.engine"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_are_one_room_each(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 350
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.py")), ids=lambda p: p.name)

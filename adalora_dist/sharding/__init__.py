@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from adalora_dist.errors import UserError
+from adalora_dist.io.errors import UserError
 from adalora_dist.sharding.base import ShardEngine
 from adalora_dist.sharding.fsdp2 import Fsdp2Engine
 from adalora_dist.sharding.plain import PlainEngine

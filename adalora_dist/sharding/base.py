@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import get_total_norm
 
-from adalora_dist.errors import UserError
-from adalora_dist.spans import Span as Span
+from adalora_dist.io.errors import UserError
+from adalora_dist.sharding.spans import Span as Span
 
 State = dict[str, torch.Tensor]
 """What an optimizer remembers of one parameter, by the optimizer's own names: the local span of what has an entry per

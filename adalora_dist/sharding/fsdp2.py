@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from adalora_dist.errors import UserError
+from adalora_dist.io.errors import UserError
 from adalora_dist.sharding.base import (
     Shrink,
     State,
@@ -30,7 +30,7 @@ from adalora_dist.sharding.base import (
     restore_state,
     skip_step_if,
 )
-from adalora_dist.spans import Span
+from adalora_dist.sharding.spans import Span
 
 
 class Fsdp2Engine:
@@ -134,16 +134,6 @@ def _row_block(p: DTensor, rank: int, world_size: int) -> Span:
             f"{tuple(p.shape)}, not rows {start} to {stop}: fully_shard must be the only thing that shards it"
         )
     return span
-
-
-def reshard(model: nn.Module) -> None:
-    """Put the optimizer's parameters back into their modules. No effect but under FSDP2; no collective.
-
-    A forward without a backward leaves gathered what lies outside the layers: a classifier, BERT's pooler.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def shrink_fsdp2(model: nn.Module, optimizer: torch.optim.Optimizer, shrinks: Sequence[Shrink]) -> None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from adalora_dist.errors import UserError
+from adalora_dist.io.errors import UserError
 from adalora_dist.sharding.base import (
     Shrink,
     State,
@@ -23,7 +23,7 @@ from adalora_dist.sharding.base import (
     restore_state,
     skip_step_if,
 )
-from adalora_dist.spans import Span
+from adalora_dist.sharding.spans import Span
 
 
 class PlainEngine:

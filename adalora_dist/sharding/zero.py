@@ -29,9 +29,9 @@ import torch
 import torch.distributed as dist
 from torch.utils.hooks import RemovableHandle
 
-from adalora_dist.errors import UserError
+from adalora_dist.io.errors import UserError
 from adalora_dist.sharding.base import State, assemble, local_state, nonfinite_flag, restore_state
-from adalora_dist.spans import Span
+from adalora_dist.sharding.spans import Span
 
 
 class _Fragment(NamedTuple):

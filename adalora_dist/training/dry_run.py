@@ -7,29 +7,19 @@ with the recipes (recipes/configs/architectures), and so do the sizes of the pub
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from adalora_dist.config import RunConfig
-from adalora_dist.data.batches import BatchPlan
-from adalora_dist.errors import UserError
-from adalora_dist.inject import inject_adapters
-from adalora_dist.schedule import BudgetSchedule
-from adalora_dist.training.loop import total_steps
-from adalora_dist.training.model import refuse_code_from_elsewhere
-
-PUBLIC_ROWS = {
-    "cola": 8551, "sst2": 67349, "mrpc": 3668, "stsb": 5749, "qqp": 363846, "mnli": 392702, "qnli": 104743, "rte": 2490,
-    "v1.1": 87599, "v2.0": 130319,  # SQuAD: questions
-    "xsum": 204045, "cnn_dailymail": 287113, "e2e": 42061,
-    "boolq": 9427, "piqa": 16113, "siqa": 33410, "hellaswag": 39905, "winogrande": 40398, "arc_easy": 2251,
-    "arc_challenge": 1119, "openbookqa": 4957,
-}  # fmt: skip
-"""Training rows of the public data sets, by task."""
+from adalora_dist.backbones.load import refuse_code_from_elsewhere
+from adalora_dist.config.sections import RunConfig
+from adalora_dist.io.errors import UserError
+from adalora_dist.methods.adalora.schedule import BudgetSchedule
+from adalora_dist.methods.inject import inject_adapters
+from adalora_dist.tasks.batches import BatchPlan
+from adalora_dist.training.prepared import total_steps
 
 SHOWN_ALLOCATIONS = 3
 
@@ -74,13 +64,6 @@ class DryRun:
         each = sorted(size for size in self.sizes for _ in range(init_rank))
         budget = self.schedule.target_budget
         return sum(each[:budget]), sum(each[len(each) - budget :])
-
-
-def count_rows(data: Any, tasks: Sequence[str], load: Callable[[], Sized]) -> int:
-    """Training rows: of public data sets from the table above, of all others by loading them."""
-    if data.source != "hub":
-        return len(load())
-    return sum(min(PUBLIC_ROWS[task], data.max_train_rows or PUBLIC_ROWS[task]) for task in tasks)
 
 
 def plan_run(

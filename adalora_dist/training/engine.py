@@ -17,11 +17,10 @@ from accelerate.utils import (
     is_wandb_available,
 )
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from adalora_dist.config import RunConfig, TrainConfig
-from adalora_dist.errors import UserError
-from adalora_dist.redaction import redacted
+from adalora_dist.config.sections import RunConfig, TrainConfig
+from adalora_dist.io.errors import UserError
+from adalora_dist.io.redaction import redacted
 
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 _TRACKER_INSTALLED = {
@@ -121,18 +120,6 @@ def tied_weights_in_one_group(accelerator: Accelerator, model: nn.Module) -> Ite
     finally:
         for name in names:
             delattr(model, name)
-
-
-def full_tensor(parameter: torch.Tensor) -> torch.Tensor:
-    """The whole parameter, detached, on every process, as the next forward has it. Collective where it is sharded."""
-    if isinstance(parameter, DTensor):
-        return parameter.full_tensor().detach()
-    if hasattr(parameter, "ds_id"):  # ZeRO-3
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.detach().clone()
-    return parameter.detach()
 
 
 def _installed_trackers(names: Sequence[str]) -> list[str] | None:

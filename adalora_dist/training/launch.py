@@ -12,9 +12,9 @@ import runpy
 import sys
 from pathlib import Path
 
-from adalora_dist.cli import user_errors
-from adalora_dist.errors import UserError
-from adalora_dist.foreign_files import read_object
+from adalora_dist.config.flags import user_errors
+from adalora_dist.io.errors import UserError
+from adalora_dist.io.foreign_files import read_object
 
 CONFIG_FLAG = "--deepspeed-config"
 

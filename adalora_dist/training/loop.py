@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,90 +15,20 @@ from accelerate.utils import DistributedType, set_seed
 from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
-from adalora_dist.allocator import RankAllocator
-from adalora_dist.checkpoint_content import Checkpoint, held_triplets, load_checkpoint, trained_parameters
-from adalora_dist.compaction import compact, shrink_layers
-from adalora_dist.config import RunConfig, TrainConfig
-from adalora_dist.data.batches import BatchPlan
-from adalora_dist.errors import UserError
-from adalora_dist.inject import adapted_matrices
-from adalora_dist.progress import progress_bar
-from adalora_dist.sharding.fsdp2 import reshard
-from adalora_dist.training.engine import tied_weights_in_one_group
-from adalora_dist.training.guard import Guard
-from adalora_dist.training.losses import LossSum
-from adalora_dist.training.nonfinite import BadSteps, find_origin
-from adalora_dist.training.resume import METRICS, RunCheckpoints, compare_backbone, compare_data, set_loss_scale
+from adalora_dist.artifacts.checkpoints.content import trained_parameters
+from adalora_dist.config.sections import RunConfig
+from adalora_dist.io.errors import UserError
+from adalora_dist.io.progress import progress_bar
+from adalora_dist.methods.adalora.allocator import RankAllocator
+from adalora_dist.methods.adalora.compaction import compact
+from adalora_dist.sharding.tensors import reshard
+from adalora_dist.tasks.batches import BatchPlan
+from adalora_dist.tasks.losses import LossSum
+from adalora_dist.training.faults.guard import Guard
+from adalora_dist.training.faults.nonfinite import BadSteps, find_origin
+from adalora_dist.training.prepared import Prepared, learning_rate, total_steps
+from adalora_dist.training.resume import METRICS, RunCheckpoints, compare_data
 from adalora_dist.training.run_folder import RunFolder
-from adalora_dist.training.sharded_load import read_shards, read_trained_modules
-
-
-@dataclass
-class Prepared:
-    """A model under its engine, with what trains it."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer  # as the engine wraps it
-    inner_optimizer: torch.optim.Optimizer  # the torch optimizer that updates the weights
-    allocator: RankAllocator | None
-    """None where there are no adapters: methods head and full."""
-    parameters: dict[str, torch.Tensor]  # all that is trained, as the optimizer has it, by name
-    resumed: Checkpoint | None = None  # where the run continues from
-
-
-def total_steps(train: TrainConfig, plan: BatchPlan) -> int:
-    """Optimizer steps of the run."""
-    return train.max_steps or plan.num_steps(train.epochs)
-
-
-def prepare(
-    accelerator: Accelerator, model: nn.Module, config: RunConfig, num_steps: int, resumed: Checkpoint | None = None
-) -> Prepared:
-    """Optimizer over the trainable parameters, allocator attached, both handed to the engine; weights read last.
-
-    Raises:
-        UserError: ``resumed`` does not fit the model.
-    """
-    if resumed is not None:
-        compare_backbone(resumed, config.model)
-        matrices = adapted_matrices(model)
-        shrink_layers(matrices, held_triplets(resumed, matrices))
-    read_trained_modules(model)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trainable,
-        lr=config.train.learning_rate,
-        weight_decay=config.train.weight_decay,
-        fused=config.train.precision != "fp16",  # its kernel would unscale gradients after the allocator has seen them
-    )
-    allocator = None
-    if config.adapter.has_adapters:
-        allocator = RankAllocator.attach(model, optimizer, config.adapter, num_steps)
-    if config.train.gradient_checkpointing:
-        cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    with tied_weights_in_one_group(accelerator, model):
-        model, wrapped = accelerator.prepare(model, optimizer)
-    read_shards(model)
-    prepared = Prepared(model, wrapped, optimizer, allocator, trained_parameters(model), resumed)
-    if resumed is not None:
-        load_checkpoint(resumed, prepared.parameters, wrapped, allocator)
-        set_loss_scale(accelerator, wrapped, resumed.run["loss_scale"])
-    return prepared
-
-
-def learning_rate(train: TrainConfig, step: int, num_steps: int) -> float:
-    """Linear warm-up from 0, then linear or cosine decay to 0, or constant. A pure function of the 0-based step."""
-    num_warmup = train.lr_warmup_steps
-    if num_warmup is None:
-        num_warmup = math.ceil(train.lr_warmup_ratio * num_steps)
-    if step < num_warmup:
-        return train.learning_rate * (step + 1) / num_warmup
-    done = (step - num_warmup) / max(1, num_steps - num_warmup)
-    if train.lr_schedule == "linear":
-        return train.learning_rate * (1 - done)
-    if train.lr_schedule == "cosine":
-        return train.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-    return train.learning_rate
 
 
 def train(

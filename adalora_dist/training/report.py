@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from adalora_dist.config import RunConfig
-from adalora_dist.data.bad_rows import BadRows
-from adalora_dist.evaluation.results import TaskResult
-from adalora_dist.pictures import rank_grid
-from adalora_dist.training.loop import Prepared
+from adalora_dist.artifacts.tables import aligned, rank_table
+from adalora_dist.config.sections import RunConfig
+from adalora_dist.tasks.commonsense.results import TaskResult
+from adalora_dist.tasks.rows.bad_rows import BadRows
+from adalora_dist.training.prepared import Prepared
 
 
 def run_facts(
@@ -79,26 +79,3 @@ def rank_report(prepared: Prepared, pattern: Mapping[str, int]) -> str:
         return ""
     total = f"Total rank {sum(pattern.values())}, budget {prepared.allocator.schedule.target_budget}"
     return f"\nActive ranks\n{rank_table(pattern)}\n{total}\n"
-
-
-def rank_table(pattern: Mapping[str, int]) -> str:
-    """Active ranks, layers down and matrices across; names without a layer number get a line of their own."""
-    lines, columns, cells = rank_grid(pattern)
-    rows = [("layer", *columns, "total")]
-    for layer in lines:
-        ranks = [cells.get((layer, c)) for c in columns]
-        rows.append((layer, *("" if r is None else str(r) for r in ranks), str(sum(r for r in ranks if r is not None))))
-    rows.append(("total", *(str(sum(r for (_, c), r in cells.items() if c == column)) for column in columns),
-                 str(sum(pattern.values()))))  # fmt: skip
-    return aligned(rows)
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded to equal width, the first flush left, the others flush right."""
-    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if c == 0 else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )

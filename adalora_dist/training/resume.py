@@ -9,15 +9,20 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from adalora_dist.agreement import agreed, this_rank
-from adalora_dist.checkpoint import CheckpointWriter, checkpoint_at, newest_checkpoint, set_newer_aside
-from adalora_dist.checkpoint_content import Checkpoint
-from adalora_dist.checkpoint_files import step_of
-from adalora_dist.config import ModelConfig, RunConfig, TrainConfig
-from adalora_dist.data.batches import BatchPlan
-from adalora_dist.errors import UserError
-from adalora_dist.export import task_settings
-from adalora_dist.redaction import redacted
+from adalora_dist.artifacts.checkpoints.content import Checkpoint
+from adalora_dist.artifacts.checkpoints.files import step_of
+from adalora_dist.artifacts.checkpoints.writer import (
+    CheckpointWriter,
+    checkpoint_at,
+    newest_checkpoint,
+    set_newer_aside,
+)
+from adalora_dist.artifacts.export import task_settings
+from adalora_dist.config.sections import ModelConfig, RunConfig, TrainConfig
+from adalora_dist.io.errors import UserError
+from adalora_dist.io.redaction import redacted
+from adalora_dist.sharding.agreement import agreed, this_rank
+from adalora_dist.tasks.batches import BatchPlan
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"

@@ -17,11 +17,11 @@ import psutil
 import torch
 import yaml
 
-from adalora_dist.allocator import RankAllocator
-from adalora_dist.checkpoint_content import Checkpoint
-from adalora_dist.config import RunConfig
-from adalora_dist.errors import UserError
-from adalora_dist.redaction import redacted, redacted_command
+from adalora_dist.artifacts.checkpoints.content import Checkpoint
+from adalora_dist.config.sections import RunConfig
+from adalora_dist.io.errors import UserError
+from adalora_dist.io.redaction import redacted, redacted_command
+from adalora_dist.methods.adalora.allocator import RankAllocator
 from adalora_dist.training.resume import ALLOCATIONS, LOGS, METRICS, continues_in_place, refuse_lost_steps
 
 _LAUNCHERS = ("accelerate", "deepspeed", "torchrun")

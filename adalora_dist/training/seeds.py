@@ -7,8 +7,9 @@ from typing import TypeVar
 
 from accelerate import Accelerator
 
-from adalora_dist.evaluation.metrics import mean_and_deviation
-from adalora_dist.recipe_config import GlueConfig, SquadConfig
+from adalora_dist.tasks.glue.config import GlueConfig
+from adalora_dist.tasks.glue.metrics import mean_and_deviation
+from adalora_dist.tasks.squad.config import SquadConfig
 from adalora_dist.training.report import metrics_table
 from adalora_dist.training.run_folder import RunFolder
 

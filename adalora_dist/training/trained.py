@@ -6,10 +6,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from adalora_dist.lambdas import Lambdas
-from adalora_dist.layers import SVDLinear
-from adalora_dist.sharding.fsdp2 import reshard
-from adalora_dist.training.engine import full_tensor
+from adalora_dist.methods.adalora.layers import Lambdas, SVDLinear
+from adalora_dist.sharding.tensors import full_tensor, reshard
 
 
 def gather_trained(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from adalora_dist.evaluation.results import evaluating
+from adalora_dist.tasks.evaluation.batches import evaluating
 
 Probe = Sequence[int] | Mapping[str, Sequence[int]]
 """Tokens of one sequence for a causal model, or for an encoder-decoder input_ids and decoder_input_ids."""

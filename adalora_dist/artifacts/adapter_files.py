@@ -1,0 +1,80 @@
+"""What adapter.json and task.json of an adapter folder say, checked: the folder may be anybody's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError
+
+from adalora_dist.io.errors import UserError
+from adalora_dist.io.foreign_files import read_object
+
+FORMAT = 2
+
+
+class AdapterDescription(BaseModel):
+    """adapter.json; every matrix is in each of the tables."""
+
+    format: int = FORMAT
+    base_model: str
+    base_revision: str | None
+    update: str = "W = W0 + scale * P diag(lam) Q"
+    scales: dict[str, FiniteFloat]
+    rank_pattern: dict[str, NonNegativeInt]
+    shapes: dict[str, tuple[PositiveInt, PositiveInt]]
+    """d_out, d_in."""
+    transposed: list[str]
+
+
+class TaskSettings(BaseModel):
+    """task.json: of config.json, what makes a model one of its task. Other keys are not taken over."""
+
+    architectures: list[str] = Field(min_length=1)
+    id2label: dict[str, str] | None = None
+    label2id: dict[str, int] | None = None
+    problem_type: str | None = None
+    classifier_dropout: float | None = None
+    cls_dropout: float | None = None
+
+
+def read_description(folder: Path) -> AdapterDescription:
+    """adapter.json of an adapter folder.
+
+    Raises:
+        UserError: it cannot be read, is of another format, or is incomplete.
+    """
+    path = folder / "adapter.json"
+    content = read_object(path)
+    if content.get("format") != FORMAT:
+        raise UserError(f"{path}: format {content.get('format')!r:.50} is not {FORMAT}: export the run again")
+    try:
+        described = AdapterDescription.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_first(error)}: copy it again") from None
+    for name in described.rank_pattern:
+        if not name.isprintable():
+            raise UserError(f"{path}: {name!r:.80} is not the name of a matrix: do not use this adapter")
+        if name not in described.scales or name not in described.shapes:
+            raise UserError(f"{path} is incomplete (scale or shape of {name}): copy it again")
+    return described
+
+
+def checked_task(content: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The settings of a task in what was read from ``where``; empty where there are none.
+
+    Raises:
+        UserError: one of them is not what it should be.
+    """
+    if not content:
+        return {}
+    try:
+        return TaskSettings.model_validate(content).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_first(error)}: copy it again") from None
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"{'.'.join(map(repr, first['loc']))} ({first['msg']})"

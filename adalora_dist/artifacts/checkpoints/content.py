@@ -1,0 +1,277 @@
+"""What a checkpoint holds: everything that training changed, by name and in elements of the whole tensors.
+
+Per trained parameter NAME (for adapters MATRIX.P and MATRIX.Qt, and adalora.lam of all matrices) the spans that a rank
+holds of its values (key NAME), of the optimizer's moments (exp_avg/NAME, ...) and of the importance averages
+(sensitivity/NAME, uncertainty/NAME). Nothing says how the run was sharded: who continues it reads whatever overlaps the
+spans it holds itself, so that engine and number of processes may change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from adalora_dist.backbones.linears import is_conv1d
+from adalora_dist.io.errors import UserError
+from adalora_dist.io.foreign_files import parse_object
+from adalora_dist.methods.adalora.allocator import AllocatorState, RankAllocator
+from adalora_dist.methods.adalora.layers import LAMBDAS_NAME, Lambdas, SVDLinear
+from adalora_dist.methods.inject import AdaptedMatrix
+from adalora_dist.methods.update import AdapterWeights
+from adalora_dist.sharding import select_engine
+from adalora_dist.sharding.agreement import agreed, this_rank
+from adalora_dist.sharding.base import ShardEngine, Span
+from adalora_dist.sharding.spans import FACTORS_OF_MATRIX
+
+STATE = "state.json"
+STATE_KEYS = ("step", "allocator", "parameters", "triplets", "matrices", "run")
+_PATTERNS = "patterns"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint."""
+
+    path: Path
+    step: int
+    """Optimizer steps done."""
+    state: dict[str, Any]
+    """The content of state.json."""
+    files: tuple[str, ...]
+    """Names of the files that the manifest vouches for; nothing else is read."""
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """What :meth:`CheckpointWriter.save` was given to keep."""
+        return self.state["run"]
+
+    def read(self, name: str) -> bytes:
+        """The content of one of the files that :meth:`CheckpointWriter.save` was given to keep."""
+        return (self.path / name).read_bytes()
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one rank holds, on the CPU."""
+
+    tensors: dict[str, torch.Tensor]
+    spans: dict[str, Span]
+
+
+def snapshot(
+    step: int, names: Sequence[str], engine: ShardEngine, allocator: RankAllocator | None
+) -> tuple[Shard, dict[str, Any]]:
+    """A copy of everything that training changed, and the description of it."""
+    learnt = allocator.state() if allocator else AllocatorState({}, torch.zeros(0, 0, dtype=torch.bool), [])
+    averages = dict(zip(allocator.parameter_names, learnt.averages, strict=True)) if allocator else {}
+    tensors: dict[str, torch.Tensor] = {_PATTERNS: learnt.patterns} if this_rank() == 0 else {}
+    spans, table = {}, {}
+    parts = zip(names, engine.shapes(), engine.spans(), engine.values(), engine.states(), strict=True)
+    for name, shape, span, values, state in parts:
+        moments = {kind: value for kind, value in state.items() if kind != "step"}
+        held = {"": values, **moments, **averages.get(name, {})}
+        if span.stop > span.start:
+            spans[name] = span
+            tensors |= {_key(kind, name): value.detach().flatten().to("cpu", copy=True) for kind, value in held.items()}
+        table[name] = {"shape": list(shape), "step": float(state["step"]) if state else None, "state": sorted(moments)}
+    description = {
+        "step": step,
+        "allocator": learnt.numbers,
+        "parameters": table,
+        "triplets": {m.name: list(m.layer.triplets) for m in (allocator.matrices if allocator else ())},
+        "matrices": {m.name: _described(m.layer) for m in (allocator.matrices if allocator else ())},
+    }
+    return Shard(tensors, spans), description
+
+
+def _described(layer: SVDLinear) -> dict[str, Any]:
+    """What an export needs to know of a matrix besides its triplets."""
+    sizes = {"d_out": layer.d_out, "d_in": layer.d_in, "init_rank": layer.init_rank}
+    return sizes | {"scale": layer.scale, "is_transposed": is_conv1d(layer.base)}
+
+
+def _key(kind: str, name: str) -> str:
+    return f"{kind}/{name}" if kind else name
+
+
+def writes_shard(engine: ShardEngine) -> bool:
+    """Whether this rank belongs to the first replica."""
+    if engine.shard_group is None:
+        return this_rank() == 0
+    return 0 in dist.get_process_group_ranks(engine.shard_group)
+
+
+def trained_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All trainable parameters as the model holds them now, by names that no engine changes."""
+    adapters: dict[int, str] = {}
+    for module in model.modules():
+        if isinstance(module, SVDLinear):
+            adapters |= {id(p): f"{module.name}.{kind}" for kind, p in module.named_parameters(recurse=False)}
+        elif isinstance(module, Lambdas):
+            adapters[id(module.lam)] = LAMBDAS_NAME
+    wrappers = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")
+    found: dict[str, torch.Tensor] = {}
+    for path, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            name = adapters.get(id(parameter))
+            if name is None:
+                name = path.removeprefix(wrappers[0])
+                for wrapper in wrappers[1:]:
+                    name = name.replace(wrapper, "")
+            found[name] = parameter
+    return found
+
+
+def held_triplets(checkpoint: Checkpoint, matrices: Sequence[AdaptedMatrix]) -> list[list[int]]:
+    """For each matrix, which of its original triplets the checkpoint has.
+
+    Raises:
+        UserError: the checkpoint is of other matrices.
+    """
+    held = checkpoint.state["triplets"]
+    if list(held) != [m.name for m in matrices]:
+        raise UserError(
+            f"{checkpoint.path} is of {len(held)} other adapted matrices ({', '.join(list(held)[:2])} ...): give the "
+            "model and the targets of the run that it is of"
+        )
+    return list(held.values())
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint, parameters: Mapping[str, torch.Tensor], optimizer: Any, allocator: RankAllocator | None
+) -> None:
+    """Put weights, the optimizer's state and the allocator's into a prepared run, before its first step. Collective.
+
+    Args:
+        parameters: all that is trained, from :func:`trained_parameters`.
+        optimizer: as the engine wraps it.
+        allocator: attached to it; None where there are no adapters.
+
+    Raises:
+        UserError: a parameter, a part of it or a part of its state is missing, or of another shape.
+    """
+    if allocator:
+        allocator.bind(optimizer)
+    engine = select_engine(list(parameters.values()), optimizer)
+
+    def read() -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]], AllocatorState]:
+        with ExitStack() as stack:
+            stored = _Stored(checkpoint, stack)
+            stored.compare(dict(zip(parameters, engine.shapes(), strict=True)))
+            spans = dict(zip(parameters, engine.spans(), strict=True))
+            values = [stored.part("", name, span) for name, span in spans.items()]
+            states = [stored.optimizer_state(name, span) for name, span in spans.items()]
+            kinds = zip(allocator.parameter_names, allocator.state().averages, strict=True) if allocator else ()
+            averages = [{kind: stored.part(kind, name, spans[name]) for kind in held} for name, held in kinds]
+            return values, states, AllocatorState(checkpoint.state["allocator"], stored.patterns(), averages)
+
+    values, states, learnt = agreed(read, keep=False)
+    engine.restore(values, states)
+    if allocator:
+        allocator.load_state(learnt)
+
+
+def stored_adapters(checkpoint: Checkpoint) -> tuple[list[AdapterWeights], dict[str, torch.Tensor]]:
+    """The active triplets of every adapted matrix, and what is trained besides, whole. Needs no model and no process.
+
+    Active are the triplets of the last selection, as in ``gather_adapters``; before the first, all.
+
+    Raises:
+        UserError: something is missing.
+    """
+    table, matrices = checkpoint.state["parameters"], checkpoint.state["matrices"]
+    adapters = []
+    with ExitStack() as stack:
+        stored = _Stored(checkpoint, stack)
+
+        def whole(name: str) -> torch.Tensor:
+            shape = table[name]["shape"]
+            return stored.part("", name, Span(0, math.prod(shape))).view(shape).float()
+
+        patterns = stored.patterns()
+        num_triplets = [matrix["init_rank"] for matrix in matrices.values()]
+        keep = patterns[-1] if len(patterns) else torch.ones(sum(num_triplets), dtype=torch.bool)
+        held = checkpoint.state["triplets"]  # those that have not been removed
+        ranks = [len(held[name]) for name in matrices]
+        # Plain LoRA does not train lambda.
+        lams = (whole(LAMBDAS_NAME) if LAMBDAS_NAME in table else torch.ones(sum(ranks))).split(ranks)
+        for (name, matrix), kept, lam in zip(matrices.items(), keep.split(num_triplets), lams, strict=True):
+            kept = kept[held[name]]
+            p, qt = torch.empty(matrix["d_out"], 0), torch.empty(matrix["d_in"], 0)
+            if len(kept):
+                p, qt = whole(f"{name}.P"), whole(f"{name}.Qt")
+            adapters.append(
+                AdapterWeights(
+                    name, p[:, kept].contiguous(), lam[kept], qt[:, kept].T.contiguous(), matrix["scale"],
+                    matrix["is_transposed"],
+                )
+            )  # fmt: skip
+        factors = {LAMBDAS_NAME} | {f"{name}.{kind}" for name in matrices for kind in FACTORS_OF_MATRIX}
+        return adapters, {name: whole(name) for name in table if name not in factors}
+
+
+class _Stored:
+    """The shards of a checkpoint, open for reading."""
+
+    def __init__(self, checkpoint: Checkpoint, stack: ExitStack) -> None:
+        self._path, self._table = checkpoint.path, checkpoint.state["parameters"]
+        self._where: dict[str, list[tuple[Span, Any]]] = {}
+        self._first: Any = None
+        for name in sorted(name for name in checkpoint.files if name.endswith(".safetensors")):
+            path = checkpoint.path / name
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path} cannot be read ({error}): all processes must see the same folder") from error
+            self._first = self._first or file
+            for parameter, (start, stop) in parse_object(file.metadata()["spans"].encode(), str(path)).items():
+                self._where.setdefault(parameter, []).append((Span(start, stop), file))
+
+    def compare(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Raise unless the checkpoint is of exactly these parameters."""
+        for name in [*shapes, *self._table]:
+            stored = tuple(self._table[name]["shape"]) if name in self._table else "not there"
+            needed = tuple(shapes[name]) if name in shapes else "not there"
+            if stored != needed:
+                raise UserError(
+                    f"{self._path}: parameter {name} is {stored} in the checkpoint and {needed} in this run: continue "
+                    "with the model and the settings of the run that it is of"
+                )
+
+    def part(self, kind: str, name: str, span: Span) -> torch.Tensor:
+        """Elements [start, stop) of one quantity of a parameter, from whichever shards have them."""
+        parts: list[torch.Tensor] = []
+        position = span.start
+        for held, file in sorted(self._where.get(name, []), key=lambda item: item[0]):
+            start, stop = max(position, held.start), min(span.stop, held.stop)
+            if start == position and start < stop:
+                try:
+                    parts.append(file.get_slice(_key(kind, name))[start - held.start : stop - held.start])
+                except SafetensorError:
+                    break
+                position = stop
+        if position < span.stop:
+            raise UserError(
+                f"{self._path}: {kind or 'values'} of {name} from element {position} on are missing: the checkpoint is "
+                "not complete, use another"
+            )
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    def optimizer_state(self, name: str, span: Span) -> dict[str, torch.Tensor]:
+        described = self._table[name]
+        if described["step"] is None:
+            return {}
+        moments = {kind: self.part(kind, name, span) for kind in described["state"]}
+        return {"step": torch.tensor(described["step"]), **moments}
+
+    def patterns(self) -> torch.Tensor:
+        return self._first.get_tensor(_PATTERNS)

@@ -1,0 +1,233 @@
+"""Checkpoints of a run on any engine, to be continued on any engine and number of processes.
+
+A checkpoint is a folder (``files.py`` says how it comes into being) of
+
+- ``shard-K-of-N.safetensors``: what rank K held (``content.py``); its metadata gives the [start, stop) of
+  every parameter. Replicas are written once. The first shard also has all selections of triplets (patterns).
+- ``state.json``: step and counters, the shape and optimizer step of every parameter, which of the original triplets
+  each matrix holds, and what the caller wants to find again (``run``).
+- files of the caller's, and ``manifest.json``.
+
+The frozen backbone is not stored.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import threading
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save as to_safetensors
+
+from adalora_dist.artifacts.checkpoints import files as files
+from adalora_dist.artifacts.checkpoints.content import STATE, STATE_KEYS, Checkpoint, Shard, snapshot, writes_shard
+from adalora_dist.io.errors import UserError
+from adalora_dist.io.foreign_files import read_object
+from adalora_dist.methods.adalora.allocator import RankAllocator
+from adalora_dist.sharding import select_engine
+from adalora_dist.sharding.agreement import agreed, this_rank, world_size
+
+# ------------------------------------------------------------------------------------------------------------ finding
+
+
+def newest_checkpoint(root: Path) -> Checkpoint | None:
+    """The newest whole checkpoint among those in ``root``; None if there is none, whole or not. Collective.
+
+    The main process reads and verifies; damaged ones are passed over with a warning.
+
+    Raises:
+        UserError: there are checkpoints, and none can be used.
+    """
+
+    def find() -> str | None:
+        problems = []
+        for folder in files.checkpoints_in(root):
+            try:
+                files.verify(folder)
+            except files.Damaged as damage:
+                problems.append(str(damage))
+                continue
+            for problem in problems:
+                warnings.warn(f"{problem}: continuing from {folder.name}", stacklevel=2)
+            return str(folder)
+        if problems:
+            raise UserError(
+                f"no checkpoint in {root} can be used ({'; '.join(problems)}): bring one back from a copy, or start "
+                "anew in another --output-dir or with --overwrite"
+            )
+        return None
+
+    found = agreed(find if this_rank() == 0 else lambda: None)[0]
+    return None if found is None else _opened(Path(found))
+
+
+def checkpoint_at(folder: Path) -> Checkpoint:
+    """The checkpoint in ``folder``, and no other. Collective.
+
+    Raises:
+        UserError: it is not a whole checkpoint; the message names the file.
+    """
+
+    def check() -> None:
+        try:
+            files.verify(folder)
+        except files.Damaged as damage:
+            raise UserError(f"{damage}: give another checkpoint's path, or the run folder for its newest") from None
+
+    agreed(check if this_rank() == 0 else lambda: None)
+    return _opened(folder)
+
+
+def set_newer_aside(checkpoint: Checkpoint) -> None:
+    """Rename the later checkpoints beside this one: a run that continues from it writes its own. Collective."""
+
+    def rename() -> None:
+        for other in files.checkpoints_in(checkpoint.path.parent):
+            if (files.step_of(other) or 0) > checkpoint.step:
+                files.set_aside(other)
+
+    agreed(rename if this_rank() == 0 else lambda: None)
+
+
+def _opened(folder: Path) -> Checkpoint:
+    def read() -> Checkpoint:
+        names = tuple(files.read_manifest(folder))
+        state = read_object(folder / STATE)
+        if missing := [key for key in STATE_KEYS if key not in state]:
+            raise UserError(f"{folder / STATE} lacks {', '.join(missing)}: give another checkpoint")
+        return Checkpoint(folder, state["step"], state, names)
+
+    return agreed(read, keep=False)
+
+
+# ------------------------------------------------------------------------------------------------------------- saving
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _no_room(root: Path, needed_bytes: int, error: OSError) -> str:
+    free_bytes = shutil.disk_usage(root).free
+    return (
+        f"output_dir: a checkpoint needs {needed_bytes:,} bytes, {root} has {free_bytes:,} free ({error.strerror}): "
+        "free some or lower keep_checkpoints, then continue with --resume auto; the checkpoint before this one is whole"
+    )
+
+
+class CheckpointWriter:
+    """Writes checkpoints of one run.
+
+    Args:
+        root: folder of the checkpoints, the same for all processes.
+        keep: how many to keep.
+        asynchronous: write from a copy in CPU memory while training goes on; the next save waits for it.
+    """
+
+    def __init__(self, root: Path, keep: int, asynchronous: bool = False) -> None:
+        self.root, self.keep, self.asynchronous = root, keep, asynchronous
+        # Processes agree over the CPU, and in a thread they must not use the group that training uses.
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(
+        self,
+        step: int,
+        parameters: Mapping[str, torch.Tensor],
+        optimizer: Any,
+        allocator: RankAllocator | None,
+        run: Mapping[str, Any],
+        extra: Mapping[str, bytes] | None = None,
+    ) -> None:
+        """Write the checkpoint of this moment, between two steps. Collective.
+
+        Args:
+            step: optimizer steps done.
+            parameters: all that is trained, from :func:`trained_parameters`.
+            optimizer: as the engine wraps it.
+            allocator: bound; None where there are no adapters.
+            run: what JSON can hold, to be found again as :attr:`Checkpoint.run`; the main process's counts.
+            extra: files to keep, by name; the main process's count.
+
+        Raises:
+            RuntimeError: on every process, if one cannot write. Earlier checkpoints are as they were.
+        """
+        self.wait()
+        engine = select_engine(list(parameters.values()), optimizer)
+        tensors, state = snapshot(step, list(parameters), engine, allocator)
+        state["run"] = dict(run)
+        main = {STATE: (json.dumps(state, indent=1) + "\n").encode(), **(extra or {})}
+        shard = tensors if writes_shard(engine) else None
+        if not self.asynchronous:
+            self._write(state["step"], shard, main)
+            return
+        self._thread = threading.Thread(target=self._write_and_remember, args=(state["step"], shard, main), daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the checkpoint that is being written is complete."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _write_and_remember(self, *args: Any) -> None:
+        try:
+            self._write(*args)
+        except BaseException as error:  # for the main thread
+            self._error = error
+
+    def _write(self, step: int, shard: Shard | None, main: Mapping[str, bytes]) -> None:
+        """Every process its shard, then the main process the rest. All stop if one fails."""
+        first = this_rank() == 0
+        own_bytes = sum(t.nbytes for t in shard.tensors.values()) if shard is not None else 0
+        own_bytes += sum(len(content) for content in main.values()) if first else 0
+
+        def start() -> list[Any]:
+            return [str(files.start(self.root, step)) if first else "", own_bytes]
+
+        started = agreed(start, self._group)
+        partial = started[0][0]
+        try:
+            self._fill(Path(partial), shard, main, sum(num_bytes for _, num_bytes in started))
+        except Exception:
+            if first:
+                files.discard(Path(partial))  # it may be what fills the disk
+            raise
+
+    def _fill(self, partial: Path, shard: Shard | None, main: Mapping[str, bytes], needed_bytes: int) -> None:
+        first = this_rank() == 0
+
+        def write() -> list[tuple[str, int, str]]:
+            try:
+                return write_all()
+            except OSError as error:
+                if error.errno not in _NO_ROOM:
+                    raise
+                raise UserError(_no_room(self.root, needed_bytes, error)) from error
+
+        def write_all() -> list[tuple[str, int, str]]:
+            written = []
+            if shard is not None:
+                name = f"shard-{this_rank():05d}-of-{world_size():05d}.safetensors"
+                metadata = {"format": "pt", "spans": json.dumps(shard.spans)}
+                written.append(files.write_file(partial / name, to_safetensors(shard.tensors, metadata)))
+            if first:
+                written += [files.write_file(partial / name, content) for name, content in main.items()]
+            return [(file.name, file.size_bytes, file.sha256) for file in written]
+
+        written = [files.Written(*file) for table in agreed(write, self._group) for file in table]
+
+        def publish() -> None:
+            files.publish(partial, written)
+            files.rotate(self.root, self.keep)
+
+        agreed(publish if first else lambda: None, self._group)

@@ -1,0 +1,224 @@
+"""What the subcommands of ``adalora-dist`` do with a run folder: export it, look at it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from adalora_dist.artifacts.adapter_files import checked_task
+from adalora_dist.artifacts.checkpoints.content import stored_adapters
+from adalora_dist.artifacts.checkpoints.files import step_of
+from adalora_dist.artifacts.checkpoints.writer import checkpoint_at
+from adalora_dist.artifacts.export import SavedAdapter, base_folder_of, merge, read_adapter
+from adalora_dist.artifacts.hub.pictures import draw_history, draw_rank_map, read_history
+from adalora_dist.artifacts.peft_format import fold, save_adalora, save_lora, vllm_options
+from adalora_dist.artifacts.tables import rank_table
+from adalora_dist.backbones.dequantized import read_description
+from adalora_dist.backbones.load import dtype_named
+from adalora_dist.io.errors import UserError
+from adalora_dist.io.foreign_files import read_object, read_sections
+from adalora_dist.io.markdown import number
+from adalora_dist.methods.update import AdapterWeights
+
+ExportFormat = Literal["merged", "lora", "peft"]
+
+_AUTO_CLASSES = {
+    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
+}
+"""By the end of a model class's name; all others are causal language models."""
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run folder, read. Of an adapter folder that stands alone, the settings are empty."""
+
+    path: Path
+    saved: SavedAdapter
+    settings: dict[str, dict[str, Any]]
+    """config.yaml: the resolved configuration."""
+    facts: dict[str, Any]
+    """run.json: versions, command, sizes."""
+
+    @classmethod
+    def read(cls, path: Path) -> FinishedRun:
+        """
+        Args:
+            path: of a finished run, which holds adapter/, of one of its checkpoints, or of an adapter folder.
+
+        Raises:
+            UserError: it is none of them.
+        """
+        if step_of(path) is not None:
+            return cls._read_checkpoint(path)
+        folder = path / "adapter" if (path / "adapter").is_dir() else path
+        if not (folder / "adapter.json").is_file():
+            raise UserError(
+                f"{path} is no finished run (it has no adapter/adapter.json): give a run's output_dir, or one of its "
+                "checkpoints"
+            )
+        saved = read_adapter(folder)
+        settings = read_sections(file) if (file := path / "config.yaml").is_file() else {}
+        facts = read_object(file) if (file := path / "run.json").is_file() else {}
+        return cls(path, saved, settings, facts)
+
+    @classmethod
+    def _read_checkpoint(cls, path: Path) -> FinishedRun:
+        checkpoint = checkpoint_at(path)
+        try:
+            settings = checkpoint.run["config"]
+            adapters, trained = stored_adapters(checkpoint)
+            method, model = settings["adapter"]["method"], settings["model"]
+            base, task = str(model["name"]), checkpoint.run["task"]
+            facts = read_object(file) if (file := path.absolute().parents[1] / "run.json").is_file() else {}
+            known = (facts.get("base_commit"), model["revision"])
+            revision = next((r for r in known if isinstance(r, str)), None)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise UserError(f"{path} does not describe the adapters of a run ({error!r}): give another") from error
+        if not adapters:
+            raise UserError(f"{path} has no adapters: a run with method {method} has none")
+        return cls(path, SavedAdapter(adapters, base, revision, trained, checked_task(task, str(path))), settings, {})
+
+    @property
+    def folder(self) -> Path:
+        """Of the run: a checkpoint lies in RUN/checkpoints."""
+        return self.path if step_of(self.path) is None else self.path.absolute().parents[1]
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.settings.get("quantization", {}).get("quantization", "none") != "none"
+
+    def usage(self, to: ExportFormat, out: Path, base: str) -> str:
+        """Lines of Python that load an export, and for LoRA the options that vLLM needs."""
+        task = self.saved.task
+        name = task.get("architectures", [""])[0]
+        auto = next((a for end, a in _AUTO_CLASSES.items() if name.endswith(end)), "AutoModelForCausalLM")
+        names = task.get("id2label") if auto.endswith("SequenceClassification") else None
+        labels = f", num_labels={len(names)}" if names else ""
+        revision = self.saved.base_revision if base == self.saved.base_model else None
+        at = f", revision={revision!r}" if revision else ""
+        if to == "merged":
+            return f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({str(out)!r})"
+        lines = (
+            "from peft import PeftModel\n"
+            f"from transformers import {auto}\n\n"
+            f"model = PeftModel.from_pretrained({auto}.from_pretrained({base!r}{at}{labels}), {str(out)!r})"
+        )
+        if to == "lora" and auto == "AutoModelForCausalLM":
+            lines += f"\n\nvLLM: {vllm_options(out)}"
+        return lines
+
+
+def export_run(
+    path: Path,
+    to: ExportFormat,
+    out: Path | None = None,
+    base: str | None = None,
+    dtype: str = "auto",
+    merge_into: Literal["original", "dequantized"] | None = None,
+    max_rank: int | None = None,
+    fold_ranks: bool = False,
+) -> None:
+    """Write a run as a merged model, as plain LoRA or as PEFT's AdaLoRA, and say how to use it.
+
+    Args:
+        path: see :meth:`FinishedRun.read`.
+        out: must not exist; default: a folder in the run, named after the format.
+        base: Hub id or folder of the base model, where it is not what the run was trained on (it has moved).
+        dtype: of what is written; auto: as the base's files, or float32 for adapters.
+        merge_into: weights that a quantised run's adapters are added to; default: as the run was configured.
+        max_rank: refuse adapters with a higher rank.
+        fold_ranks: cut ranks above ``max_rank`` by truncated SVD instead, and say what it costs.
+
+    Raises:
+        UserError: the run cannot be read, or not written in this form.
+    """
+    run = FinishedRun.read(path)
+    if out is None and step_of(path) is not None:
+        raise UserError(f"{path} is a checkpoint, and nothing is written into those: give --out FOLDER")
+    if out is not None and step_of(path) is not None and out.resolve().parent == run.folder.resolve():
+        raise UserError(
+            f"--out {out} is in the run's own folder, where the export of {path.name} would be taken for that of the "
+            "finished run: give a folder elsewhere"
+        )
+    out = path / to if out is None else out
+    if out.exists():
+        raise UserError(f"--out {out} exists: give another folder, or remove it")
+    base = base or run.saved.base_model
+    adapters = run.saved.adapters
+    if max_rank is not None:
+        adapters = _within(adapters, max_rank, fold_ranks)
+    if to == "merged":
+        base_folder = base_folder_of(base, run.saved.base_revision if base == run.saved.base_model else None)
+        into = merge_into or run.settings.get("export", {}).get("merge_into", "original")
+        base_weights = read_description(run.folder / "quantized.json") if into == "dequantized" else None
+        if run.is_quantized and into == "original":
+            print("warning: the adapters were trained over quantised weights and are merged into the original ones;")
+            print("warning: --merge-into dequantized gives exactly what was trained (docs/quantization.md)")
+        merge(adapters, base_folder, out, dtype_named(dtype), run.saved.trained, base_weights, run.saved.task)
+    else:
+        save = save_lora if to == "lora" else save_adalora
+        revision = run.saved.base_revision if base == run.saved.base_model else None
+        save(adapters, out, base, revision, dtype_named(dtype) or torch.float32, run.saved.trained)
+    print(f"Wrote {out}. To use it:\n\n{run.usage(to, out, base)}")
+
+
+def _within(adapters: list[AdapterWeights], max_rank: int, fold_ranks: bool) -> list[AdapterWeights]:
+    above = [a for a in adapters if a.rank > max_rank]
+    if above and not fold_ranks:
+        raise UserError(
+            f"--max-rank {max_rank}: {len(above)} matrices have a higher rank ({above[0].name} has {above[0].rank}), "
+            f"up to {max(a.rank for a in above)}; raise it, or add --fold to cut them by truncated SVD"
+        )
+    folded, cost = fold(adapters, max_rank)
+    if above:
+        print(
+            f"Folded {cost.num_matrices} of {len(adapters)} matrices to rank {max_rank}. Relative error of the update: "
+            f"{cost.largest_error:.1e} at most, {cost.total_error:.1e} over all matrices"
+        )
+    return folded
+
+
+def inspect_run(path: Path, picture_format: Literal["svg", "png", "none"] = "svg") -> None:
+    """Print ranks, sizes and how to use a run; draw ranks and history into its folder, as SVG or PNG.
+
+    Raises:
+        UserError: the run cannot be read, or matplotlib is not installed.
+    """
+    if step_of(path) is not None:
+        raise UserError(f"{path} is a checkpoint: give the run's folder, {path.absolute().parents[1]}")
+    run = FinishedRun.read(path)
+    pattern = {a.name: a.rank for a in run.saved.adapters}
+    print("Active ranks\n" + rank_table(pattern) + "\n")
+    active = sum(a.P.numel() + a.lam.numel() + a.Q.numel() for a in run.saved.adapters)
+    whole = sum(len(a.P) * a.Q.shape[1] for a in run.saved.adapters)
+    print(f"Base model: {run.saved.base_model}" + (f" at {run.saved.base_revision}" if run.saved.base_revision else ""))
+    if "num_trainable_parameters" in run.facts:
+        print(f"Trained parameters at the start: {number(run.facts['num_trainable_parameters'])}")
+    print(
+        f"Active adapter parameters: {active:,} in {sum(rank > 0 for rank in pattern.values())} of {len(pattern)} "
+        f"matrices, {active / whole:.2%} of the matrices' own {whole:,}"
+    )
+    history = read_history(path / "allocations.jsonl")
+    if history:
+        returned = sum(record["returned"] for record in history)
+        print(
+            f"Allocations: {len(history)}, at steps {history[0]['step']} to {history[-1]['step']}; budget "
+            f"{history[0]['budget']} -> {history[-1]['budget']}; triplets that came back after pruning: {returned}"
+        )
+    found: list[ExportFormat] = [form for form in ("merged", "lora", "peft") if (path / form).is_dir()]
+    for form in found or ():
+        print(f"\nTo use {path / form}:\n\n{run.usage(form, path / form, run.saved.base_model)}")
+    if not found:
+        print(f"\nNot exported yet: adalora-dist export {path} --to merged, lora or peft")
+    if picture_format != "none":
+        drawn = [path / f"ranks.{picture_format}"]
+        draw_rank_map(pattern, drawn[0])
+        if history:
+            drawn.append(path / f"history.{picture_format}")
+            draw_history(history, drawn[1])
+        print(f"\nPictures: {', '.join(map(str, drawn))}")

@@ -1,0 +1,247 @@
+"""What a run leaves behind: the adapter alone, and a merged model that plain transformers loads.
+
+W = W0 + s P diag(lambda) Q. Merging goes through the backbone's own safetensors files, one file at a time, so it
+needs no model in memory, works the same after every engine, and leaves everything that was not adapted bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from adalora_dist.artifacts.adapter_files import AdapterDescription, TaskSettings, checked_task, read_description
+from adalora_dist.backbones.files import base_folder_of as base_folder_of
+from adalora_dist.backbones.files import find_tensors, refuse_foreign_link, weight_files
+from adalora_dist.backbones.linears import linear_shape
+from adalora_dist.io.errors import UserError
+from adalora_dist.io.foreign_files import read_object
+from adalora_dist.io.progress import progress_bar
+from adalora_dist.methods.adalora.layers import SVDLinear
+from adalora_dist.methods.inject import AdaptedMatrix, add_lambdas
+from adalora_dist.methods.update import AdapterWeights
+
+_NOT_COPIED = re.compile(
+    r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|onnx_data)"
+    r"|.*\.index(\.[^.]+)?\.json"  # of weights that stay behind; a loader would look for them, or find half of them
+    r"|README\.md"  # the base's model card is not this model's
+)
+"""Names of what a merged model does not take over from its base."""
+
+
+def save_adapter(adapters: Sequence[AdapterWeights], folder: Path, base_model: str, base_revision: str | None) -> None:
+    """Write adapter.safetensors (NAME.P, NAME.lam, NAME.Q of the active triplets) and adapter.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"{a.name}.{kind}": getattr(a, kind) for a in adapters for kind in ("P", "lam", "Q") if a.rank}
+    save_file(tensors, folder / "adapter.safetensors", metadata={"format": "pt"})
+    description = AdapterDescription(
+        base_model=base_model,
+        base_revision=base_revision,
+        scales={a.name: a.scale for a in adapters},
+        rank_pattern={a.name: a.rank for a in adapters},
+        shapes={a.name: (len(a.P), a.Q.shape[1]) for a in adapters},
+        transposed=[a.name for a in adapters if a.weight_is_transposed],
+    )
+    _write_json(description.model_dump(), folder / "adapter.json")
+
+
+def save_trained(trained: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Write trained.safetensors beside an adapter: what was trained in full, by parameter name; nothing if it is empty.
+
+    ``model.load_state_dict(load_file(...), strict=False)`` puts it back.
+    """
+    if trained:
+        save_file(dict(trained), folder / "trained.safetensors", metadata={"format": "pt"})
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter folder, read."""
+
+    adapters: list[AdapterWeights]
+    base_model: str
+    base_revision: str | None
+    trained: dict[str, torch.Tensor]
+    """What was trained in full, by parameter name."""
+    task: dict[str, Any]
+    """Of config.json, what makes the model one of its task; empty where nothing does."""
+
+
+def read_adapter(folder: Path) -> SavedAdapter:
+    """What :func:`save_adapter` wrote; needs no model.
+
+    Raises:
+        UserError: the folder is not an adapter of this format, or is incomplete.
+    """
+    try:
+        described = read_description(folder)
+        tensors = load_file(folder / "adapter.safetensors")
+        trained = load_file(file) if (file := folder / "trained.safetensors").is_file() else {}
+        task = checked_task(read_object(file), str(file)) if (file := folder / "task.json").is_file() else {}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder} does not hold an adapter (adapter.json, adapter.safetensors): {error}") from error
+    adapters = []
+    for name, rank in described.rank_pattern.items():
+        d_out, d_in = described.shapes[name]
+        shapes = {"P": (d_out, rank), "lam": (rank,), "Q": (rank, d_in)}
+        for kind, shape in shapes.items() if rank else ():
+            if (key := f"{name}.{kind}") not in tensors or tensors[key].shape != shape:
+                raise UserError(
+                    f"{folder}/adapter.safetensors has no tensor {key} of shape {shape}, which adapter.json "
+                    "promises: copy both"
+                )
+        p, lam, q = (tensors[f"{name}.{k}"].float() if rank else torch.empty(shape) for k, shape in shapes.items())
+        adapters.append(AdapterWeights(name, p, lam, q, described.scales[name], name in described.transposed))
+    return SavedAdapter(adapters, described.base_model, described.base_revision, trained, task)
+
+
+def load_adapter(model: nn.Module, folder: Path) -> list[AdaptedMatrix]:
+    """Put a saved adapter into its plain backbone, every matrix at its own rank (0: no branch).
+
+    Raises:
+        UserError: the folder is not an adapter of this format, or does not fit the model.
+    """
+    modules = dict(model.named_modules())
+    matrices = []
+    adapters = read_adapter(folder).adapters
+    for adapter in adapters:
+        base = modules.get(adapter.name)
+        shape = linear_shape(base) if base is not None else None
+        if base is None or shape is None:
+            raise UserError(f"{folder}: the adapter's matrix {adapter.name} is not in this model: load its base model")
+        d_in, d_out = shape
+        if (len(adapter.P), adapter.Q.shape[1]) != (d_out, d_in):
+            raise UserError(
+                f"{folder}: {adapter.name} has P {tuple(adapter.P.shape)} and Q {tuple(adapter.Q.shape)}, but the "
+                f"model's matrix is {d_out} x {d_in}: load its base model"
+            )
+        layer = SVDLinear(base, d_in, d_out, adapter.rank, adapter.scale, name=adapter.name)
+        if adapter.rank:
+            with torch.no_grad():
+                layer.P.copy_(adapter.P)
+                layer.Qt.copy_(adapter.Q.T)
+        parent, _, child = adapter.name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+        matrices.append(AdaptedMatrix(adapter.name, layer))
+    if matrices:
+        with torch.no_grad():
+            add_lambdas(model, matrices).lam.copy_(torch.cat([adapter.lam for adapter in adapters]))
+    return matrices
+
+
+class BaseWeight(Protocol):
+    """What the merged model has of the backbone in place of a tensor of its files."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor in the files."""
+        ...
+
+    def __call__(self, stored: torch.Tensor) -> torch.Tensor:
+        """The weight, float32 on the CPU, in the layout of the files."""
+        ...
+
+
+def merge(
+    adapters: Sequence[AdapterWeights],
+    base_folder: Path,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    trained: dict[str, torch.Tensor] | None = None,
+    base_weights: Mapping[str, BaseWeight] | None = None,
+    task: Mapping[str, Any] | None = None,
+    show_progress: bool = True,
+) -> None:
+    """Write the merged model: the base's files with W0 + s P diag(lambda) Q in place of W0.
+
+    Built beside ``folder`` and renamed when complete. Sums are float32; ``dtype`` None keeps each tensor's type.
+
+    Args:
+        adapters: of every adapted matrix.
+        base_folder: the backbone as transformers saved it, in safetensors.
+        folder: must not exist.
+        dtype: of all floating-point weights written.
+        trained: full tensors that training replaced (``train_modules``), by parameter name. Those that the files lack,
+            a new classifier's, are added to the last file.
+        base_weights: by parameter name, what takes the place of a tensor of the files before its update is added,
+            for instance its quantised value. Default: W0 as the files have it.
+        task: from :func:`task_settings`, what config.json says instead of the base's.
+
+    Raises:
+        UserError: the base has no safetensors, lacks the weight of an adapted matrix in its shape, or has a link
+            out of its folder.
+    """
+    if (base_folder / "adapter_config.json").is_file():  # which transformers would put on top of what is merged
+        raise UserError(f"{base_folder} is an adapter (adapter_config.json): merge into the model that it belongs to")
+    shards = weight_files(base_folder)
+    if not shards:
+        raise UserError(
+            f"{base_folder} has no .safetensors files to merge into: save the base model with save_pretrained"
+        )
+    settings = read_object(base_folder / "config.json")
+    replaced = {f"{a.name}.weight": a for a in adapters if a.rank}
+    whole = dict(trained or {})
+    bases = dict(base_weights or {})
+    shapes = {name: base.shape for name, base in bases.items()}
+    shapes |= {name: a.weight_shape for name, a in replaced.items()} | {n: tuple(t.shape) for n, t in whole.items()}
+    places = find_tensors(shapes, shards, base_folder, may_lack=whole)
+    added = {name: whole[name].contiguous() for name in sorted(whole.keys() - set(places.values()))}
+    building = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    weight_map: dict[str, str] = {}
+    total_size = 0
+    for shard in progress_bar(shards, desc="merge", unit="file", show=show_progress):
+        tensors = {}
+        with safe_open(shard, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (not a dictionary)
+                tensor = file.get_tensor(key)
+                name = places.get(key)
+                if name in whole:
+                    tensor = whole[name].to(tensor.dtype)
+                elif name is not None:
+                    weight = bases[name](tensor) if name in bases else tensor.to(torch.float32, copy=True)
+                    tensor = (replaced[name].add_to(weight) if name in replaced else weight).to(dtype or tensor.dtype)
+                tensors[key] = (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).contiguous()
+            if shard == shards[-1]:
+                tensors |= {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in added.items()}
+            save_file(tensors, building / shard.name, metadata=file.metadata() or {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, shard.name)
+        total_size += sum(tensor.nbytes for tensor in tensors.values())
+    for path in base_folder.iterdir():
+        if path.is_file() and not _NOT_COPIED.fullmatch(path.name):
+            refuse_foreign_link(path)
+            shutil.copyfile(path, building / path.name)
+    if shards[0].name != "model.safetensors":
+        own = read_object(base_folder / "model.safetensors.index.json").get("metadata")
+        metadata = {**(own if isinstance(own, dict) else {}), "total_size": total_size}
+        index = {"metadata": metadata, "weight_map": weight_map}
+        _write_json(index, building / "model.safetensors.index.json")
+    if dtype is not None:
+        settings = {key: value for key, value in settings.items() if key != "torch_dtype"}
+        settings["dtype"] = str(dtype).removeprefix("torch.")
+    if dtype is not None or task:
+        _write_json(settings | dict(task or {}), building / "config.json")
+    building.rename(folder)
+
+
+def task_settings(model: nn.Module) -> dict[str, Any]:
+    """Of a model's config.json, what makes it one of its task: its class, its labels, what else belongs to its head."""
+    own = cast(Any, model).config.to_dict()
+    name = type(model).__name__.removeprefix("FSDP")  # which fully_shard puts before it
+    return {"architectures": [name]} | {
+        key: own[key] for key in TaskSettings.model_fields if key != "architectures" and own.get(key) is not None
+    }
+
+
+def _write_json(content: Mapping[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

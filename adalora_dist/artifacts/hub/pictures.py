@@ -1,0 +1,153 @@
+"""A run's ranks as pictures (SVG or PNG): the map of layers and matrices, and how budget, scores and churn went."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adalora_dist.io.errors import UserError
+from adalora_dist.io.foreign_files import read_records
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+
+def rank_grid(pattern: Mapping[str, int]) -> tuple[list[str], list[str], dict[tuple[str, str], int]]:
+    """Lines (layers), columns (matrices) and the rank in each cell that there is, by line and column.
+
+    A matrix goes by the end of its name, as much of it as no other matrix shares. A name without a layer number gets a
+    line of its own.
+    """
+    places: dict[str, tuple[str, str]] = {}
+    for name in pattern:
+        match = re.match(r"(?P<stack>.*?)\.?(?P<layer>\d+)\.(?P<matrix>.*)$", name)
+        places[name] = (f"{match['stack']}.{match['layer']}", match["matrix"]) if match else (name, "rank")
+    columns = _short({matrix: None for _, matrix in places.values()})
+    cells = {(layer, columns[matrix]): pattern[name] for name, (layer, matrix) in places.items()}
+    return list(dict.fromkeys(layer for layer, _ in cells)), list(columns.values()), cells
+
+
+def _short(names: Iterable[str]) -> dict[str, str]:
+    """The shortest end of each name, from a dot on, that is the end of no other; the whole name where there is none."""
+    parts = {name: name.split(".") for name in names}
+    ends = Counter(".".join(words[k:]) for words in parts.values() for k in range(len(words)))
+    return {
+        name: next((e for k in reversed(range(len(words))) if ends[e := ".".join(words[k:])] == 1), name)
+        for name, words in parts.items()
+    }
+
+
+def draw_rank_map(pattern: Mapping[str, int], path: Path) -> None:
+    """Heat map of active ranks, layers down and matrices across, one number in each cell.
+
+    Args:
+        pattern: active rank by name of the adapted matrix.
+        path: of the .svg or .png to write.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    lines, columns, cells = rank_grid(pattern)
+    figure = _figure(2.6 + 0.75 * len(columns), 1.3 + 0.24 * len(lines))
+    axes = figure.add_subplot()
+    values = [[cells.get((line, column), float("nan")) for column in columns] for line in lines]
+    image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0)
+    for (line, column), rank in cells.items():
+        dark = rank < 0.6 * max(1, *pattern.values())
+        axes.text(
+            columns.index(column), lines.index(line), str(rank), ha="center", va="center", fontsize=7,
+            color="white" if dark else "black",
+        )  # fmt: skip
+    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", fontsize=8)
+    axes.set_yticks(range(len(lines)), lines, fontsize=8)
+    axes.set_title(f"Active ranks: {sum(pattern.values())} triplets in {len(pattern)} matrices", fontsize=10)
+    figure.colorbar(image, ax=axes, label="rank").locator = _whole_numbers()
+    _save(figure, path)
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """A run's allocations.jsonl; empty where there is none.
+
+    Raises:
+        UserError: it cannot be read, or a line lacks a number that the history has.
+    """
+    records = read_records(path)
+    for number, record in enumerate(records, start=1):
+        values = {key: record.get(key) for key in ("step", "budget", "pruned", "returned")}
+        score = record.get("lowest_kept_score")  # null where none stayed
+        for key, value in (values if score is None else {**values, "lowest_kept_score": score}).items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise UserError(f"{path}:{number}: {key} is {value!r:.50}, must be a number >= 0: remove the file")
+    return records
+
+
+def draw_history(allocations: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Over the steps of the run: budget, the score that a triplet needed to stay, triplets that left and came back.
+
+    Args:
+        allocations: from :func:`read_history`, see ``RunFolder.log_allocations``; at least one.
+        path: of the .svg or .png to write.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    steps = [record["step"] for record in allocations]
+    figure = _figure(7, 6)
+    budget, score, churn = figure.subplots(3, sharex=True)
+    first, last = allocations[0], allocations[-1]
+    initial = first["budget"] + first["pruned"] - first["returned"]
+    budget.step([0, *steps], [initial, *(record["budget"] for record in allocations)], where="post")
+    budget.set_ylim(bottom=0)
+    budget.set_title(f"{len(steps)} allocations: {initial} -> {last['budget']} triplets", fontsize=10)
+    _label(budget, "budget, triplets")
+    needed = [(s, record["lowest_kept_score"]) for s, record in zip(steps, allocations, strict=True)]
+    scores = [(s, value) for s, value in needed if value] or [(steps[0], float("nan"))]
+    score.plot(*zip(*scores, strict=True), marker=".")
+    score.set_yscale("log")
+    _label(score, "lowest score kept")
+    width = 0.4 * min([b - a for a, b in zip(steps, steps[1:], strict=False)], default=1)
+    churn.bar([s - width / 2 for s in steps], [record["pruned"] for record in allocations], width, label="pruned")
+    churn.bar([s + width / 2 for s in steps], [record["returned"] for record in allocations], width, label="came back")
+    churn.legend(fontsize=8)
+    _label(churn, "triplets changed")
+    churn.set_xlabel("step", fontsize=8)
+    for axis in (budget.yaxis, churn.yaxis, churn.xaxis):
+        axis.set_major_locator(_whole_numbers())
+    _save(figure, path)
+
+
+def _label(axes: Axes, text: str) -> None:
+    axes.set_ylabel(text, fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+
+
+def _whole_numbers() -> MaxNLocator:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(integer=True)
+
+
+def _figure(width_inches: float, height_inches: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(
+            "pictures need matplotlib, which is not installed: pip install 'adalora-dist[plots]'"
+        ) from error
+    return Figure(figsize=(width_inches, height_inches), layout="constrained")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """SVG or PNG by the file's ending. The same bytes for the same numbers: no date, fixed names; text stays text."""
+    import matplotlib
+
+    metadata = {"Date": None} if path.suffix == ".svg" else None
+    with matplotlib.rc_context({"svg.hashsalt": "adalora-dist", "svg.fonttype": "none"}):
+        figure.savefig(path, dpi=150, metadata=metadata)

@@ -1,0 +1,30 @@
+"""Tables of text: aligned columns, and active ranks by layer and matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from adalora_dist.artifacts.hub.pictures import rank_grid
+
+
+def rank_table(pattern: Mapping[str, int]) -> str:
+    """Active ranks, layers down and matrices across; names without a layer number get a line of their own."""
+    lines, columns, cells = rank_grid(pattern)
+    rows = [("layer", *columns, "total")]
+    for layer in lines:
+        ranks = [cells.get((layer, c)) for c in columns]
+        rows.append((layer, *("" if r is None else str(r) for r in ranks), str(sum(r for r in ranks if r is not None))))
+    rows.append(("total", *(str(sum(r for (_, c), r in cells.items() if c == column)) for column in columns),
+                 str(sum(pattern.values()))))  # fmt: skip
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded to equal width, the first flush left, the others flush right."""
+    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if c == 0 else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )

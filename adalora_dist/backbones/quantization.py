@@ -1,0 +1,138 @@
+"""4-bit and 8-bit backbones: how they are loaded, and on which engine they can be trained.
+
+bitsandbytes replaces the linear maps of the backbone as transformers loads it; embeddings, norms and the output head
+stay as they are, and so does every module that is trained in full. The adapters sit around the replaced modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from adalora_dist.config.sections import RunConfig
+from adalora_dist.io.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
+
+METHODS = ("nf4", "fp4", "int8")
+ENGINES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
+REFUSED = {
+    ("int8", "fsdp2"): "bitsandbytes keeps int8 scales on parameter objects, which FSDP2 replaces",
+    ("int8", "zero3"): "bitsandbytes keeps the whole int8 weights beside the partitioned ones, so none would be saved",
+}
+"""(method, engine) that cannot work, and why. Every other combination is tested, see ``support_table``."""
+
+# Modules after the backbone, by the names that transformers gives them.
+_HEADS = ("lm_head", "embed_out", "classifier", "score", "qa_outputs", "pooler")
+_COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def bitsandbytes_config(config: RunConfig, engine: str) -> BitsAndBytesConfig | None:
+    """What ``from_pretrained`` takes as ``quantization_config``; None for a backbone that stays as its files say.
+
+    Args:
+        engine: as :func:`adalora_dist.training.engine.engine_name` calls it.
+
+    Raises:
+        UserError: bitsandbytes is not installed, or this engine cannot hold, or cannot shard, such weights.
+    """
+    settings = config.quantization
+    method = settings.quantization
+    if method == "none":
+        return None
+    if find_spec("bitsandbytes") is None:
+        raise UserError(f"quantization={method} needs bitsandbytes: pip install 'adalora-dist[quant]'")
+    if reason := REFUSED.get((method, engine)):
+        raise UserError(
+            f"quantization={method} with {engine}: {reason}; use quantization nf4, or ddp or zero2 for {method}"
+        )
+    if settings.quant_storage == "uint8" and engine == "fsdp2":
+        raise UserError(
+            "quant_storage=uint8 with fsdp2: accelerate leaves integer weights whole on every process; use "
+            "quant_storage auto"
+        )
+    from transformers import BitsAndBytesConfig
+
+    # A list replaces transformers' own finding of the output head.
+    skipped = [*_HEADS, *config.adapter.train_modules] if config.adapter.train_modules else None
+    if method == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+    compute = _COMPUTE[config.train.precision]
+    storage = compute if settings.quant_storage == "auto" else getattr(torch, settings.quant_storage)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=method,
+        bnb_4bit_use_double_quant=settings.double_quant,
+        bnb_4bit_compute_dtype=compute,
+        # Packed bytes in the type that the engine computes in: whatever it casts its parameters to, these stay.
+        bnb_4bit_quant_storage=storage,
+        llm_int8_skip_modules=skipped,
+    )
+
+
+def settle_quantized(model: nn.Module) -> None:
+    """Make the quantised linears of a freshly loaded model fit for training under an engine that shards them.
+
+    bitsandbytes' own autograd functions hold on to what they computed with, out of reach of the engine and of
+    gradient checkpointing: the gathered 4-bit weights under ZeRO-3, the input with int8. :class:`_FrozenLinear` keeps
+    nothing. On CPUs with AVX512-BF16 they also repack a weight at its first evaluation, into a form without gradients
+    and with bf16 scales: turned off. Each remembers its name, whatever is put around it later.
+    """
+    for name, module in quantized_linears(model):
+        module.plain_name = name
+        module.support_avx512bf16_for_cpu = False
+        module.forward = partial(_forward, module)
+
+
+def _forward(module: Any, x: torch.Tensor) -> torch.Tensor:
+    return _FrozenLinear.apply(x, module)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """y = base(x) and dx = dy W, with W dequantised twice and read from the module, as the engine has it by then."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, module: Any) -> torch.Tensor:
+        ctx.module = module
+        return type(module).forward(module, x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        [grad] = grads
+        compute = getattr(ctx.module, "compute_dtype", None) or grad.dtype
+        return (grad.to(compute) @ dequantized(ctx.module).to(compute)).to(grad.dtype), None
+
+
+def quantized_linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every quantised linear map, under the name that it has in the plain backbone."""
+    import bitsandbytes
+
+    kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+    for name, module in model.named_modules():
+        if isinstance(module, kinds):
+            yield getattr(module, "plain_name", name), module
+
+
+def dequantized(module: Any) -> torch.Tensor:
+    """The weight (d_out, d_in) that a quantised linear, whole on this process at the moment, stands for."""
+    from bitsandbytes import functional
+
+    if hasattr(module, "quant_state"):
+        return functional.dequantize_4bit(module.weight.data, module.quant_state)
+    state = module.state if module.state.CB is not None else module.weight
+    return functional.int8_vectorwise_dequant(state.CB, state.SCB)
+
+
+def support_table() -> str:
+    """Markdown: what works on which engine. The docs hold it, tests/backbones/test_quantization.py runs every cell."""
+    rows = [("", *ENGINES), ("---", *("---" for _ in ENGINES))]
+    rows += [(m, *("no" if (m, e) in REFUSED else "yes" for e in ENGINES)) for m in METHODS]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    reasons = [f"- {method} with {engine}: {reason}." for (method, engine), reason in REFUSED.items()]
+    return "\n".join([*lines, "", *reasons])

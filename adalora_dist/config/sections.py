@@ -1,0 +1,300 @@
+"""The one schema: what a run is, as validated data. Importing this file never imports torch.
+
+Sections are nested in YAML (``adapter: {target_rank: 8}``) and flat on the command line (``--target-rank 8``),
+so field names are unique over all sections. Rules that data or model decide (the number of optimizer steps, the
+number of adapted matrices) are checked by ``schedule.py`` once those are known; every other rule is checked here.
+A validator's message is one line: the settings with their values, the rule, the remedy.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+import tyro
+from pydantic import Field, model_validator
+
+from adalora_dist.config.hub_names import check_branch, check_repo_id
+from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.section import Section
+
+
+class ModelConfig(Section):
+    name: Annotated[str, tyro.conf.arg(name="model")] = ""
+    """Hub id or local folder of the backbone; empty: the recipe's built-in demonstration model."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit) of the backbone; default: its main branch."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Storage type of the frozen backbone; auto: as its files say. Adapters are always float32."""
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """Attention kernel; auto: transformers decides."""
+    allow_pickle_weights: bool = False
+    """Also load weights from pytorch_model.bin, a pickle; with FSDP2 every process then reads them whole."""
+    trust_remote_code: bool = False
+    """Run Python code from the model's repository. Needs revision to be a full commit hash."""
+
+    @model_validator(mode="after")
+    def _pinned_code(self) -> ModelConfig:
+        # A branch or a tag can be moved to other code after someone has read it; a commit cannot.
+        if self.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
+            raise ValueError(
+                f"trust_remote_code true with revision {self.revision}: code is run from a pinned commit only; "
+                "set revision to the 40 hexadecimal digits of the commit that you have read"
+            )
+        return self
+
+
+class TrainConfig(Section):
+    output_dir: str = Field("runs/latest", min_length=1)
+    """Run folder: resolved configuration, metrics.jsonl, exports. A folder that holds a run is refused."""
+    overwrite: bool = False
+    """Replace the run that output_dir holds."""
+    dry_run: bool = False
+    """Only say what the run would be, without reading weights: steps, budgets, trainable parameters."""
+    epochs: float = Field(3.0, gt=0)
+    """Passes over the training data; ignored when max_steps is set."""
+    max_steps: int | None = Field(None, ge=1)
+    """Number of optimizer steps."""
+    batch_size: int = Field(16, ge=1)
+    """Sequences per optimizer step over ALL processes, so that 1 and N processes train alike."""
+    micro_batch_size: int = Field(16, ge=1)
+    """Largest number of sequences per process in one forward; accumulation steps follow from it.
+
+    Must divide batch_size unless it is larger."""
+    learning_rate: float = Field(5e-4, gt=0)
+    """Peak learning rate of AdamW."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW weight decay."""
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay after the learning-rate warm-up."""
+    lr_warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises from 0."""
+    lr_warmup_steps: int | None = Field(None, ge=0)
+    """The same as a number of steps; overrides lr_warmup_ratio."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Clip the task gradient to this global norm (0: off). The orthogonality gradient is added after it."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Compute type of forward and backward (autocast, or the engine's own mixed precision)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    group_by_length: bool = True
+    """Put sequences of similar length into the same batch."""
+    seed: int = Field(6, ge=0, lt=2**32)
+    """Seed of initialisation and data order."""
+    log_every: int = Field(10, ge=1)
+    """Optimizer steps between console log lines; metrics.jsonl has every step."""
+    max_nonfinite_steps: int = Field(20, ge=1)
+    """End the run after so many steps in a row with a loss or gradients that are not finite; each is left out."""
+    peer_timeout_seconds: float = Field(60.0, ge=2)
+    """All processes end when one has not been heard of for so long: it, or its machine, was stopped."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Experiment trackers to report to besides metrics.jsonl."""
+    checkpoint_every: int = Field(200, ge=0)
+    """Optimizer steps between checkpoints; one is written before the first step and one at the end, too. 0: none."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Number of checkpoints kept; an old one goes after a new one is complete."""
+    async_checkpoints: bool = False
+    """Write checkpoints while training goes on, from a copy in CPU memory."""
+    resume: str = Field("never", min_length=1)
+    """auto: continue the run in output_dir, or start one; PATH: continue from that checkpoint or run; never."""
+
+    @model_validator(mode="after")
+    def _overwrite_or_resume(self) -> TrainConfig:
+        if self.overwrite and self.resume == "auto":
+            raise ValueError(
+                "overwrite true with resume auto: one replaces the run in output_dir, the other continues it; leave "
+                "one out (on the command line: --no-overwrite, or --resume never)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _whole_micro_batches(self) -> TrainConfig:
+        batch, micro = self.batch_size, self.micro_batch_size
+        if batch > micro and batch % micro:
+            divisor = next(size for size in range(micro, 0, -1) if batch % size == 0)
+            raise ValueError(
+                f"batch_size {batch} with micro_batch_size {micro}: a batch must be a whole number of micro-batches; "
+                f"set micro_batch_size to {divisor} or batch_size to {batch - batch % micro}"
+            )
+        return self
+
+
+class QuantizationConfig(Section):
+    quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
+    """Hold the frozen linear maps in 4 or 8 bits (bitsandbytes); embeddings, norms and head stay as they are."""
+    double_quant: bool = True
+    """Quantise the scales of 4-bit weights too: 4.13 instead of 4.5 bits per weight."""
+    quant_storage: Literal["auto", "uint8", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the tensors that 4-bit weights are packed into; auto: that of precision, which every engine can shard."""
+
+
+class EvaluationConfig(Section):
+    evaluate_before: bool = True
+    """Also evaluate the model as it is before training."""
+    eval_batch_size: int = Field(16, ge=1)
+    """Sequences per process in one evaluation forward."""
+
+
+class ExportConfig(Section):
+    export_formats: tuple[Literal["merged", "lora", "peft"], ...] = ("merged",)
+    """What to write besides the adapter: a merged model for plain transformers; plain LoRA for PEFT and vLLM; PEFT's
+    AdaLoRA. All can be had later from the run folder: adalora-dist export."""
+    export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the merged weights; auto: as the backbone's files."""
+    merge_into: Literal["original", "dequantized"] = "original"
+    """Weights that the adapters of a quantised run are added to: the backbone's own, or their quantised values."""
+    verify_export: bool = True
+    """Load the merged model afresh and compare its logits with the trained model's."""
+    push_to_hub: str = ""
+    """Upload the merged model to this Hub repository, NAMESPACE/NAME, when the run is done; empty: do not."""
+    push_public: bool = False
+    """Let the repository be public; one that does not exist is private otherwise."""
+    push_revision: str = "main"
+    """Branch that is pushed to."""
+    base_license: str = ""
+    """Licence of the backbone, for the model card: apache-2.0, llama3.1, ...; empty: the card calls it unknown."""
+
+    @property
+    def verifies_merged(self) -> bool:
+        return "merged" in self.export_formats and self.verify_export
+
+    @model_validator(mode="after")
+    def _pushed(self) -> ExportConfig:
+        check_branch(self.push_revision)
+        if self.push_to_hub:
+            check_repo_id(self.push_to_hub)
+            if "merged" not in self.export_formats:
+                raise ValueError(
+                    f"push_to_hub {self.push_to_hub} with export_formats {' '.join(self.export_formats) or '()'}: the "
+                    "merged model is what would be pushed; add merged, or use adalora-dist push when the run is done"
+                )
+        return self
+
+
+class RunConfig(Section):
+    """What every recipe has; a recipe adds its ``data`` section in a subclass."""
+
+    model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    train: TrainConfig = TrainConfig()
+    quantization: QuantizationConfig = QuantizationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    export: ExportConfig = ExportConfig()
+
+    @model_validator(mode="after")
+    def _quantized(self) -> RunConfig:
+        method, storage = self.quantization.quantization, self.quantization.quant_storage
+        compute = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[self.train.precision]
+        if method in ("nf4", "fp4") and storage not in ("auto", "uint8", compute):
+            # FSDP2 and DeepSpeed cast all floating-point tensors to the type that they compute in.
+            raise ValueError(
+                f"quant_storage {storage} with precision {self.train.precision}: engines would convert the packed "
+                f"weights to {compute} and so destroy them; must be auto, uint8 or {compute}; leave quant_storage out"
+            )
+        if method != "none" and self.adapter.method == "full":
+            raise ValueError(
+                f"quantization {method} with method full: quantised weights cannot be trained; set quantization to "
+                "none, or method to adalora"
+            )
+        if method == "none" and self.export.merge_into == "dequantized":
+            raise ValueError(
+                "merge_into dequantized with quantization none: nothing was quantised; set merge_into to original, or "
+                "quantization to nf4"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _mergeable_files(self) -> RunConfig:
+        if self.model.allow_pickle_weights and "merged" in self.export.export_formats:
+            raise ValueError(
+                "allow_pickle_weights true with export_formats merged: merging goes through the backbone's safetensors "
+                "files; leave merged out of export_formats, or save the backbone again with save_pretrained"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _reachable_budget(self) -> RunConfig:
+        adapter = self.adapter
+        if adapter.method == "full" and self.model.dtype in ("bfloat16", "float16"):
+            raise ValueError(
+                f"method full with dtype {self.model.dtype}: small updates of 16-bit weights are rounded away; set "
+                "dtype to float32, and precision to bf16 for speed"
+            )
+        if adapter.method == "head" and not adapter.train_modules:
+            raise ValueError(
+                "method head with no train_modules: nothing would be trained; name modules in train_modules, or set it "
+                "to task-head for all that lies outside the backbone"
+            )
+        if not adapter.adapts_ranks:  # nothing has a budget: the target_* settings are not read
+            return self
+        if adapter.target_budget is None and adapter.target_rank > adapter.init_rank:
+            raise ValueError(
+                f"target_rank {adapter.target_rank:g} with init_rank {adapter.init_rank}: ranks only shrink, so "
+                "target_rank must be <= init_rank; lower target_rank or raise init_rank (the paper starts at 1.5 x the "
+                "target)"
+            )
+        name = "target_rank" if adapter.target_budget is None else "target_budget"
+        if getattr(adapter, name) == 0 and not adapter.train_modules:
+            raise ValueError(
+                f"{name} 0 with no train_modules: the run would end with no trained parameter left, must be > 0; "
+                f"set {name} to at least 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_to_use(self) -> RunConfig:
+        if self.adapter.has_adapters:
+            return self
+        wanted = [form for form in ("lora", "peft") if form in self.export.export_formats]
+        if wanted or self.adapter.init_from is not None:
+            setting = f"export_formats {' '.join(wanted)}" if wanted else f"init_from {self.adapter.init_from}"
+            raise ValueError(
+                f"{setting} with method {self.adapter.method}: there are no adapters; set method to adalora or lora, "
+                f"or leave {setting.partition(' ')[0]} out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _steps_left_to_prune(self) -> RunConfig:
+        adapter, total = self.adapter, self.train.max_steps
+        if not adapter.adapts_ranks or total is None:
+            return self
+        given = {"initial_warmup_steps": adapter.initial_warmup_steps, "final_steps": adapter.final_steps}
+        known = {name: steps for name, steps in given.items() if steps is not None}
+        if sum(known.values()) >= total:
+            names = " + ".join(f"{name} {steps}" for name, steps in known.items())
+            raise ValueError(
+                f"{names} with max_steps {total}: no step is left in which to prune; the sum must be < max_steps, "
+                f"so lower {' or '.join(known)}, or raise max_steps"
+            )
+        return self
+
+
+class DataConfig(Section):
+    bad_rows: Literal["error", "skip"] = "error"
+    """A row that cannot be used: error names file, row and field; skip leaves it out and counts it in run.json."""
+
+
+class EncoderModelConfig(ModelConfig):
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Storage type of the backbone; the head is trained in it. auto: as its files say."""
+    classifier_dropout: float | None = Field(None, ge=0, lt=1)
+    """Dropout before the classifier; default: as the model's own configuration says."""
+
+
+class RepeatedTrainConfig(TrainConfig):
+    seeds: tuple[int, ...] = ()
+    """Repeat the whole run with each of these seeds, and report mean and standard deviation; default: seed alone."""
+
+
+class GenerationConfig(EvaluationConfig):
+    num_beams: int = Field(4, ge=1)
+    """Beams of the search; 1: greedy."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Longest generated text."""
+    min_new_tokens: int = Field(0, ge=0)
+    """Shortest generated text."""
+    length_penalty: float = 1.0
+    """Scores of beams are divided by length to this power: above 0, larger prefers longer texts."""
+    no_repeat_ngram_size: int = Field(0, ge=0)
+    """No sequence of this many tokens occurs twice in a text; 0: allowed."""

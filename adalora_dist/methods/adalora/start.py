@@ -1,0 +1,146 @@
+"""Adapters of PEFT, LoRA or AdaLoRA, as triplets to start from: scale_theirs B A = s P diag(lambda) Q, exactly.
+
+LoRA goes through an SVD of its update: P and Q have orthonormal columns and rows, as the regulariser wants them, and
+lambda holds the singular values, so that importance sees the update's own directions. Columns merely scaled to unit
+length would be as exact, but far from orthogonal, and the first steps would be spent on turning them. AdaLoRA's
+triplets have been through that regulariser already: they stay as they are, and only lambda is scaled.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from adalora_dist.backbones.files import is_module_pattern
+from adalora_dist.io.errors import UserError
+from adalora_dist.io.foreign_files import read_object
+
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of the plain model."""
+RANKNUM_OFFSET = 1e-5
+"""PEFT's AdaLoRA divides alpha by init_r plus this."""
+_VARIANTS = {
+    "use_dora": "DoRA",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "BD-LoRA",
+    "alora_invocation_tokens": "aLoRA",
+    "arrow_config": "Arrow",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "lora_bias": "LoRA with a bias in B",
+    "layer_replication": "LoRA on repeated layers",
+}
+"""By the field of adapter_config.json that turns it on."""
+_INITS_OF_ADAPTERS = (True, False, None, "gaussian", "orthogonal", "eva")
+"""Initialisations that leave the base alone; PiSSA, OLoRA, CorDA, LoftQ and the like take their start out of it."""
+_FACTORS = {"LORA": ("lora_A.weight", "lora_B.weight"), "ADALORA": ("lora_A", "lora_B", "lora_E")}
+
+
+class Triplets(NamedTuple):
+    """Of one matrix, float32: P (d_out, k), lam (k,), Q (k, d_in)."""
+
+    P: torch.Tensor
+    lam: torch.Tensor
+    Q: torch.Tensor
+
+
+def read_peft(folder: Path, scale: float) -> dict[str, Triplets]:
+    """An adapter folder of PEFT, by the names that its matrices have in the plain model.
+
+    Args:
+        folder: with adapter_config.json and adapter_model.safetensors; pickled weights are not read.
+        scale: s, by which the branch is multiplied here.
+
+    Raises:
+        UserError: the folder is no such adapter, its variant has no such form (DoRA, PiSSA, biases), or a tensor in
+            it belongs to no matrix.
+    """
+    try:
+        config = read_object(folder / "adapter_config.json")
+        tensors = load_file(folder / "adapter_model.safetensors")
+        kind = str(config["peft_type"])
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(
+            f"init_from={folder} is no adapter folder of PEFT (adapter_config.json, adapter_model.safetensors): {error}"
+        ) from error
+    _refuse_other_functions(config, kind, folder)
+    _check_numbers(config, kind, folder)
+    triplets = {}
+    for key in [key for key in tensors if key.endswith(f".{_FACTORS[kind][0]}")]:
+        stem = key.removesuffix(_FACTORS[kind][0])
+        name = stem.removeprefix(PREFIX).removesuffix(".")
+        factors = [tensors.pop(stem + factor, None) for factor in _FACTORS[kind]]
+        if not stem.startswith(PREFIX) or any(f is None or f.ndim != 2 for f in factors):
+            raise UserError(f"init_from={folder}: {key} lacks its prefix or its other factor: export the adapter again")
+        a, b, *e = (f.float() for f in factors if f is not None)
+        if not (len(a) == b.shape[1] == (len(e[0]) if e else len(a))):
+            raise UserError(f"init_from={folder}: the factors of {name} have different ranks: export the adapter again")
+        if kind == "ADALORA":
+            theirs = config["lora_alpha"] / (config["init_r"] + RANKNUM_OFFSET)
+            triplets[name] = Triplets(b, e[0].flatten() * (theirs / scale), a)
+        else:
+            triplets[name] = _decompose(b, a, _lora_scale(config, name, len(a), folder) / scale)
+    if tensors or not triplets:
+        shown = ", ".join(sorted(tensors)[:3]) or "none"
+        raise UserError(
+            f"init_from={folder}: {len(tensors)} tensors ({shown}) are not factors of an adapted linear map, "
+            f"{len(triplets)} matrices are: only adapters can be started from"
+        )
+    return triplets
+
+
+def _refuse_other_functions(config: Mapping[str, Any], kind: str, folder: Path) -> None:
+    """Raise unless the adapter adds scale B A to the base as it is, and nothing else."""
+    if kind not in _FACTORS:
+        raise UserError(f"init_from={folder} is of the type {kind!r:.50}: must be LORA or ADALORA")
+    if (bias := config.get("bias", "none")) != "none":
+        raise UserError(f"init_from={folder} has bias={bias!r:.50}, trained biases: must be none")
+    variant = next((f"{name} ({field})" for field, name in _VARIANTS.items() if config.get(field)), None)
+    if variant is not None:
+        raise UserError(f"init_from={folder} is {variant}, which no triplets equal: must be plain LORA or ADALORA")
+    init = config.get("init_lora_weights", True)
+    if init not in _INITS_OF_ADAPTERS:
+        raise UserError(
+            f"init_from={folder} has init_lora_weights={init!r:.50}, whose adapters go with a changed base: have PEFT "
+            "convert it to plain LoRA (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+
+
+def _check_numbers(config: Mapping[str, Any], kind: str, folder: Path) -> None:
+    """The configuration may be anybody's: positive numbers, and patterns that are safe to match."""
+    values = {name: config.get(name) for name in ("lora_alpha", "init_r" if kind == "ADALORA" else "r")}
+    for field in ("rank_pattern", "alpha_pattern") if kind == "LORA" else ():
+        pattern = config.get(field) or {}
+        if not isinstance(pattern, dict) or not all(map(is_module_pattern, pattern)):
+            raise UserError(f"init_from={folder}: {field} in adapter_config.json must map names of modules to numbers")
+        values |= {f"{field} of {key}": value for key, value in pattern.items()}
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise UserError(f"init_from={folder}: {name} in adapter_config.json is {value!r:.50}, must be a number > 0")
+
+
+def _decompose(b: torch.Tensor, a: torch.Tensor, factor: float) -> Triplets:
+    """SVD of factor * B A through QR of both, so the largest matrix decomposed is k x k; in float64."""
+    (q_b, r_b), (q_a, r_a) = (torch.linalg.qr(x.double()) for x in (b, a.T))
+    u, singular, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    return Triplets((q_b @ u).float(), (factor * singular).float(), (vt @ q_a.T).float())
+
+
+def _lora_scale(config: Mapping[str, Any], name: str, rank: int, folder: Path) -> float:
+    """alpha / r, or alpha / sqrt(r) with rslora, by PEFT's own rule for its patterns."""
+
+    def of(pattern: str, default: str) -> float:
+        keys = config.get(pattern) or {}
+        return next((value for key, value in keys.items() if re.match(rf"(.*\.)?({key})$", name)), config[default])
+
+    r, alpha = of("rank_pattern", "r"), of("alpha_pattern", "lora_alpha")
+    if r != rank:
+        raise UserError(f"init_from={folder}: adapter_config.json gives {name} rank {r}, its tensors {rank}")
+    return alpha / (math.sqrt(r) if config.get("use_rslora") else r)

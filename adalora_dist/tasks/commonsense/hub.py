@@ -1,0 +1,130 @@
+"""The eight commonsense data sets on the Hugging Face Hub, as rows of instruction, input, output and answer.
+
+Only data sets without loading scripts are used (``datasets`` 5 refuses scripts). The functions that map one raw row
+are pure; each names the columns of its data set. Evaluation uses the split whose labels are public.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from adalora_dist.io.errors import UserError
+from adalora_dist.tasks.rows.hub import raw_hub_rows
+
+Row = dict[str, str]
+
+
+def boolq(raw: Mapping[str, Any]) -> Row:
+    """google/boolq: question, answer (bool), passage. The passage is left out: the question is asked closed-book."""
+    if not isinstance(raw["answer"], bool):
+        raise ValueError(f"answer is {raw['answer']!r}, not true or false")
+    question = raw["question"].strip()
+    question += "" if question.endswith("?") else "?"
+    return _row(
+        f"Please answer the following question with true or false, question: {question}",
+        choices=("true", "false"),
+        answer="true" if raw["answer"] else "false",
+    )
+
+
+def piqa(raw: Mapping[str, Any]) -> Row:
+    """baber/piqa: goal, sol1, sol2, label (0 or 1; -1 where hidden)."""
+    lead = f"Please choose the correct solution to the question: {raw['goal'].strip()}"
+    return _choice_row(lead, "solution", [raw["sol1"], raw["sol2"]], int(raw["label"]))
+
+
+def siqa(raw: Mapping[str, Any]) -> Row:
+    """lighteval/siqa: context, question, answerA, answerB, answerC, label ("1", "2" or "3")."""
+    lead = f"Please choose the correct answer to the question: {raw['context'].strip()} {raw['question'].strip()}"
+    return _choice_row(lead, "answer", [raw["answerA"], raw["answerB"], raw["answerC"]], int(raw["label"]) - 1)
+
+
+def hellaswag(raw: Mapping[str, Any]) -> Row:
+    """Rowan/hellaswag: activity_label, ctx, endings (four), label ("0" to "3"; "" where hidden)."""
+    lead = f"Please choose the correct ending of the text: {raw['activity_label'].strip()}: {raw['ctx'].strip()}"
+    return _choice_row(lead, "ending", raw["endings"], int(raw["label"]))
+
+
+def winogrande(raw: Mapping[str, Any]) -> Row:
+    """allenai/winogrande: sentence with one blank "_", option1, option2, answer ("1" or "2"; "" where hidden)."""
+    lead = f"Please choose the correct option for the blank _ in the sentence: {raw['sentence'].strip()}"
+    return _choice_row(lead, "option", [raw["option1"], raw["option2"]], int(raw["answer"]) - 1)
+
+
+def arc(raw: Mapping[str, Any]) -> Row:
+    """allenai/ai2_arc: question, choices {text, label} (three to five), answerKey ("A" to "E" or "1" to "5")."""
+    return _lettered(raw["question"], raw)
+
+
+def openbookqa(raw: Mapping[str, Any]) -> Row:
+    """allenai/openbookqa, main: question_stem, choices {text, label} (four), answerKey ("A" to "D")."""
+    return _lettered(raw["question_stem"], raw)
+
+
+@dataclass(frozen=True)
+class HubTask:
+    """Where a task lives: ``load_dataset(path, name)``, its labelled evaluation split, and its row mapping."""
+
+    path: str
+    name: str | None
+    evaluation_split: str
+    to_row: Callable[[Mapping[str, Any]], Row]
+
+
+HUB_TASKS = {
+    "boolq": HubTask("google/boolq", None, "validation", boolq),
+    "piqa": HubTask("baber/piqa", None, "validation", piqa),
+    "siqa": HubTask("lighteval/siqa", None, "validation", siqa),
+    "hellaswag": HubTask("Rowan/hellaswag", None, "validation", hellaswag),
+    # xl is the largest training set (40,398 rows); all sizes share the validation set.
+    "winogrande": HubTask("allenai/winogrande", "winogrande_xl", "validation", winogrande),
+    "arc_easy": HubTask("allenai/ai2_arc", "ARC-Easy", "test", arc),
+    "arc_challenge": HubTask("allenai/ai2_arc", "ARC-Challenge", "test", arc),
+    "openbookqa": HubTask("allenai/openbookqa", "main", "test", openbookqa),
+}
+
+
+def hub_rows(task: str, split: str) -> Iterator[tuple[str, Row] | UserError]:
+    """Yield (origin, row) of one split, ``train`` or ``test``; origin is ``path/name/split:row``, row 1 first.
+
+    For a row that has another form than its mapping expects, the error that says so is yielded in its place.
+
+    Raises:
+        UserError: the data set cannot be loaded.
+    """
+    hub_task = HUB_TASKS[task]
+    hub_split = hub_task.evaluation_split if split == "test" else split
+    instead = f"--data FOLDER with FOLDER/{task}/train.jsonl and FOLDER/{task}/test.jsonl"
+    for origin, raw in raw_hub_rows(hub_task.path, hub_task.name, hub_split, instead):
+        try:
+            yield origin, hub_task.to_row(raw)
+        except (KeyError, ValueError, AttributeError, TypeError) as error:
+            yield UserError(
+                f"{origin}: the row cannot be used ({type(error).__name__}: {error}); the data set may have "
+                f"changed: use local files with --data FOLDER"
+            )
+
+
+def _lettered(question: str, raw: Mapping[str, Any]) -> Row:
+    labels = list(raw["choices"]["label"])
+    lead = f"Please choose the correct answer to the question: {question.strip()}"
+    return _choice_row(lead, "answer", raw["choices"]["text"], labels.index(raw["answerKey"]))
+
+
+def _choice_row(lead: str, word: str, texts: Sequence[str], correct: int) -> Row:
+    if not 0 <= correct < len(texts):
+        raise ValueError(f"label {correct} of {len(texts)} choices")
+    choices = [f"{word}{number}" for number in range(1, len(texts) + 1)]
+    listed = " ".join(f"{choice.capitalize()}: {text.strip()}" for choice, text in zip(choices, texts, strict=True))
+    return _row(f"{lead}\n\n{listed}", choices, choices[correct])
+
+
+def _row(text: str, choices: Sequence[str], answer: str) -> Row:
+    return {
+        "instruction": f"{text}\n\nAnswer format: {'/'.join(choices)}",
+        "input": "",
+        "output": f"the correct answer is {answer}",
+        "answer": answer,
+    }

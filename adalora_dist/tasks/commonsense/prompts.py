@@ -1,0 +1,105 @@
+"""From questions to tokens: one prompt template, one boundary between prompt and reply, everywhere.
+
+The prompt text ends with a line break and the reply starts without a space. The two are tokenised *separately* and
+their ids are joined, so the boundary is the same in training, in scoring (any choice) and in generation, whatever the
+tokenizer would have merged across it. Special tokens: BOS comes first if and only if the tokenizer itself puts it
+there; EOS follows the reply in training where the tokenizer has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal
+
+from adalora_dist.io.errors import UserError
+from adalora_dist.tasks.commonsense.rows import Example
+from adalora_dist.tasks.rows.tokens import IGNORED, EncodedRow, eos_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+_PROMPT = "Here is a task. Solve it and reply in the format it asks for.\n\n### Instruction:\n{instruction}\n\n"
+_PROMPT_INPUT = "### Input:\n{input}\n\n"
+_PROMPT_END = "### Response:\n"
+
+
+def prompt_text(example: Example) -> str:
+    """The prompt, a plain template for base models: instruction, input where there is one, response heading."""
+    given = _PROMPT_INPUT.format(input=example.input) if example.input else ""
+    return _PROMPT.format(instruction=example.instruction) + given + _PROMPT_END
+
+
+@lru_cache(maxsize=4096)  # replies are few and short: 'the correct answer is answer1', ...
+def reply_tokens(tokenizer: PreTrainedTokenizerBase, reply: str) -> tuple[int, ...]:
+    """Ids of a reply, without special tokens."""
+    return tuple(tokenizer(reply, add_special_tokens=False)["input_ids"])
+
+
+def prompt_tokens(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[int]:
+    """Ids of the prompt, BOS included, leaving room in ``max_length`` for the longest possible reply and EOS.
+
+    A prompt that is too long loses tokens on its left, after BOS. Room is kept for the longest of the choices, not
+    for the right one, so that a question has one prompt: in training, for all choices, and in generation.
+
+    Raises:
+        UserError: the longest reply leaves no room for a single prompt token.
+    """
+    replies = [example.output, *(example.output_for(choice) for choice in example.choices)]
+    num_reply = max(len(reply_tokens(tokenizer, reply)) for reply in replies) + len(eos_tokens(tokenizer))
+    num_prompt = max_length - num_reply
+    if num_prompt < 1:
+        raise UserError(
+            f"{example.origin}: the reply has {num_reply} tokens and max_length={max_length} must be larger; "
+            f"set --max-length to {num_reply + 1} or more, or shorten field output"
+        )
+    # Not verbose: it would warn of prompts longer than the model takes, which are about to be cut.
+    tokens = list(tokenizer(prompt_text(example), verbose=False)["input_ids"])
+    if tokens and tokens[-1] == tokenizer.eos_token_id:  # some tokenizers close every text, and so would end the reply
+        tokens.pop()
+    if not tokens:
+        raise UserError(f"{example.origin}: the prompt has no tokens; use the tokenizer that belongs to the model")
+    if len(tokens) <= num_prompt:
+        return tokens
+    num_bos = int(tokens[0] == tokenizer.bos_token_id and num_prompt > 1)
+    return tokens[:num_bos] + tokens[len(tokens) - (num_prompt - num_bos) :]
+
+
+def encode_example(
+    example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int, train_on: Literal["output", "all"] = "output"
+) -> EncodedRow:
+    """Prompt + reply + EOS, at most ``max_length`` tokens, with labels.
+
+    Args:
+        train_on: ``output``: reply and EOS are targets; ``all``: prompt tokens too. The first token of a sequence is
+            never a target, nothing predicts it; so the number of targets is the number of labels not ``IGNORED``.
+
+    Raises:
+        UserError: the reply does not fit, or has no tokens.
+    """
+    prompt = prompt_tokens(example, tokenizer, max_length)
+    reply = [*reply_tokens(tokenizer, example.output), *eos_tokens(tokenizer)]
+    if not reply:
+        raise UserError(
+            f"{example.origin}: field output {example.output!r} has no tokens; use the model's own tokenizer"
+        )
+    masked = len(prompt) if train_on == "output" else 1
+    tokens = prompt + reply
+    return {"input_ids": tokens, "labels": [IGNORED] * masked + tokens[masked:]}
+
+
+def encode_examples(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    train_on: Literal["output", "all"] = "output",
+) -> list[EncodedRow]:
+    """``encode_example`` for every row.
+
+    Raises:
+        UserError: as ``encode_example``, naming the row, or there is no row at all.
+    """
+    if not examples:
+        raise UserError("training data: 0 rows; give at least 1 row")
+    return [encode_example(example, tokenizer, max_length, train_on) for example in examples]

@@ -1,0 +1,131 @@
+"""E2E NLG: meaning representations and the sentences that say them.
+
+A local source is a folder with train and test files (.jsonl or .parquet) of rows with mr and ref; the word ``hub``
+reads tuetschek/e2e_nlg; an empty source is the built-in places. A meaning representation that has several rows has
+several references: each trains, and a generated text is scored against all of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from adalora_dist.io.errors import UserError
+from adalora_dist.tasks.e2e.config import E2EDataConfig
+from adalora_dist.tasks.e2e.demo import demo_places
+from adalora_dist.tasks.rows.bad_rows import BadRows
+from adalora_dist.tasks.rows.files import file_rows, find_data_file
+from adalora_dist.tasks.rows.hub import raw_hub_rows
+from adalora_dist.tasks.rows.token_cache import Columns, cached_columns
+from adalora_dist.tasks.rows.tokens import IGNORED, EncodedRow, eos_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+Split = Literal["train", "test"]
+
+HUB_PATH, HUB_REVISION = "tuetschek/e2e_nlg", "refs/convert/parquet"
+"""The data set comes with a loading script; the Hub's own conversion needs none."""
+FILE_NAMES: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "validation", "dev")}
+_FIELDS = (("mr", "meaning_representation"), ("ref", "human_reference"))
+
+
+def load_e2e(data: E2EDataConfig, split: Split, bad_rows: BadRows | None = None) -> list[tuple[str, str]]:
+    """(meaning representation, reference) of every row, in the order of the source. Never imports torch.
+
+    What becomes of rows that cannot be used ``bad_rows`` says, and counts. ``max_train_rows`` keeps the first rows,
+    ``max_eval_rows`` the rows of the first meaning representations.
+
+    Raises:
+        UserError: a file or a field is missing, a file cannot be read, the Hub cannot be reached, or there is no row.
+    """
+    rows = list(_rows(data, split, bad_rows or BadRows(data.bad_rows)))
+    if not rows:
+        raise UserError(f"data={data.source!r}: no {split} rows; it needs at least one")
+    if split == "train":
+        return rows[: data.max_train_rows]
+    kept = set(list(dict.fromkeys(mr for mr, _ in rows))[: data.max_eval_rows])
+    return [(mr, ref) for mr, ref in rows if mr in kept]
+
+
+def by_meaning(rows: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
+    """All references of each meaning representation, in the order of the rows."""
+    grouped: dict[str, list[str]] = {}
+    for mr, ref in rows:
+        grouped.setdefault(mr, []).append(ref)
+    return grouped
+
+
+def prompt_text(mr: str) -> str:
+    """What the model reads; the text to write follows after a space."""
+    return f"{mr} ||"
+
+
+def encode_rows(
+    rows: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, max_length: int, show_progress: bool = True
+) -> list[EncodedRow]:
+    """Prompt + text + EOS of every row, the loss on the text and EOS; from the cache if it is there.
+
+    Raises:
+        UserError: a row is longer than ``max_length``.
+    """
+
+    def encode(chunk: Sequence[tuple[str, str]]) -> Columns:
+        columns: Columns = {"input_ids": [], "labels": []}
+        prompts = prompt_tokens([mr for mr, _ in chunk], tokenizer)
+        texts = tokenizer([f" {ref}" for _, ref in chunk], add_special_tokens=False)["input_ids"]
+        for prompt, text in zip(prompts, texts, strict=True):
+            target = [*text, *eos_tokens(tokenizer)]
+            columns["input_ids"].append([*prompt, *target])
+            columns["labels"].append([IGNORED] * len(prompt) + target)
+        return columns
+
+    columns = cached_columns(rows, tokenizer, {"e2e": True}, encode, "tokenise", show_progress)
+    for number, tokens in enumerate(columns["input_ids"], start=1):
+        if len(tokens) > max_length:
+            raise UserError(
+                f"training row {number} has {len(tokens)} tokens, max_length={max_length} must be as many: set "
+                f"--max-length {len(tokens)} or remove the row"
+            )
+    return [
+        {"input_ids": tokens, "labels": labels}
+        for tokens, labels in zip(columns["input_ids"], columns["labels"], strict=True)
+    ]
+
+
+def prompt_tokens(mrs: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Tokens of each prompt, without EOS, which some tokenizers put behind every text."""
+    prompts = tokenizer([prompt_text(mr) for mr in mrs])["input_ids"]
+    eos = tokenizer.eos_token_id
+    return [prompt[:-1] if prompt[-1] == eos else prompt for prompt in prompts]
+
+
+def _rows(data: E2EDataConfig, split: Split, bad_rows: BadRows) -> Iterator[tuple[str, str]]:
+    if not data.source:
+        return iter(demo_places(split))
+    raw: Iterable[tuple[str, object] | UserError]
+    if data.source == "hub":
+        instead = "--data FOLDER with FOLDER/train.jsonl and FOLDER/test.jsonl"
+        raw = raw_hub_rows(HUB_PATH, None, split, instead, HUB_REVISION)
+    else:
+        path = find_data_file(Path(data.source), FILE_NAMES[split])
+        if path.stem != split:
+            logger.warning("%s has no test file: evaluating on %s", path.parent, path.name)
+        raw = file_rows(path)
+    return bad_rows.usable(raw, _pair)
+
+
+def _pair(row: object, origin: str) -> tuple[str, str]:
+    if not isinstance(row, Mapping):
+        raise UserError(f"{origin}: the row is a {type(row).__name__}; legal: an object with mr and ref")
+    values = []
+    for names in _FIELDS:
+        value = next((row[name] for name in names if name in row), None)
+        if not isinstance(value, str) or not value.strip():
+            raise UserError(f"{origin}: field {names[0]} is {value!r}; legal: a text; correct the row or remove it")
+        values.append(value)
+    return values[0], values[1]

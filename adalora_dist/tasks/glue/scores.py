@@ -1,0 +1,27 @@
+"""The scores of a GLUE task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from adalora_dist.tasks.glue.metrics import classification_metrics
+from adalora_dist.tasks.glue.rows import Task
+
+
+def score(
+    name: str, task: Task, predictions: Sequence[tuple[torch.Tensor, ...]] | float, labels: Sequence[float]
+) -> dict[str, float]:
+    """``{"dev accuracy": 0.9}``: the task's metrics on the evaluation set ``name``.
+
+    Args:
+        predictions: logits of each row, from :func:`predict`; or one label for all rows.
+    """
+    if isinstance(predictions, float):
+        guesses = [predictions] * len(labels)
+    elif task.num_labels == 1:
+        guesses = [logits.item() for (logits,) in predictions]
+    else:
+        guesses = [float(logits.argmax()) for (logits,) in predictions]
+    return {f"{name} {metric}": v for metric, v in classification_metrics(task.metrics, guesses, labels).items()}

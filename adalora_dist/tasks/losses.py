@@ -1,0 +1,156 @@
+"""What the shared loop minimises: per kind of model one function from a micro-batch's rows to a sum of losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from adalora_dist.io.errors import UserError
+from adalora_dist.tasks.batches import collate, collate_pairs, pad_columns
+from adalora_dist.tasks.rows.tokens import IGNORED, EncodedRow
+
+LossSum = Callable[[nn.Module, list[int]], torch.Tensor]
+"""(model, row indices of one micro-batch) -> sum of the losses of their targets, float32, with gradient.
+
+Without rows it still runs the model, because a forward may be collective, and gives 0.
+"""
+
+
+def causal_loss(rows: Sequence[EncodedRow], padding_token: int, device: torch.device) -> LossSum:
+    """Next-token losses over the target tokens of ``rows``.
+
+    Logits are made only for positions at which some row has a target: the vocabulary is often the widest matrix.
+    """
+
+    def loss_sum(model: nn.Module, indices: list[int]) -> torch.Tensor:
+        batch = collate([rows[i] for i in indices], padding_token)
+        targets = batch["labels"][:, 1:]
+        positions = (targets != IGNORED).any(dim=0).nonzero().flatten()
+        if not len(positions):
+            positions = torch.zeros(1, dtype=torch.long)
+        logits = model(
+            input_ids=batch["input_ids"].to(device),
+            attention_mask=batch["attention_mask"].to(device),
+            logits_to_keep=positions.to(device),
+        ).logits
+        return nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(),
+            targets[:, positions].flatten().to(device),
+            ignore_index=IGNORED,
+            reduction="sum",
+        )
+
+    return loss_sum
+
+
+def classification_loss(
+    inputs: Sequence[Mapping[str, Sequence[int]]],
+    labels: Sequence[float],
+    num_labels: int,
+    padding_token: int,
+    device: torch.device,
+) -> LossSum:
+    """Cross-entropy of each row's class; with one label the squared error of a number (regression).
+
+    Args:
+        inputs: tokenised rows, the columns that the model takes besides ``attention_mask``.
+    """
+
+    def loss_sum(model: nn.Module, indices: list[int]) -> torch.Tensor:
+        logits = _output(model, [inputs[i] for i in indices], list(inputs[0]), padding_token, device).logits.float()
+        targets = torch.tensor([labels[i] for i in indices], device=device)
+        if not indices:
+            return logits.sum() * 0
+        if num_labels == 1:
+            return nn.functional.mse_loss(logits.squeeze(-1), targets, reduction="sum")
+        return nn.functional.cross_entropy(logits, targets.long(), reduction="sum")
+
+    return loss_sum
+
+
+def span_loss(
+    inputs: Sequence[Mapping[str, Sequence[int]]],
+    spans: Sequence[tuple[int, int]],
+    padding_token: int,
+    device: torch.device,
+) -> LossSum:
+    """Of each window the mean of the cross-entropies of its answer's first and last token; (0, 0): no answer in it."""
+
+    def loss_sum(model: nn.Module, indices: list[int]) -> torch.Tensor:
+        output = _output(model, [inputs[i] for i in indices], list(inputs[0]), padding_token, device)
+        starts, ends = output.start_logits.float(), output.end_logits.float()
+        if not indices:
+            return (starts.sum() + ends.sum()) * 0
+        lengths = torch.tensor([[len(inputs[i]["input_ids"])] for i in indices], device=device)
+        is_padding = torch.arange(starts.shape[1], device=device) >= lengths
+        targets = torch.tensor([spans[i] for i in indices], device=device)
+        losses = [
+            # Padding takes no part, so that the loss does not depend on how batches are cut.
+            nn.functional.cross_entropy(logits.masked_fill(is_padding, -math.inf), targets[:, k], reduction="sum")
+            for k, logits in enumerate((starts, ends))
+        ]
+        return (losses[0] + losses[1]) / 2
+
+    return loss_sum
+
+
+def seq2seq_loss(rows: Any, padding_token: int, start_token: int, device: torch.device) -> LossSum:
+    """Losses of an encoder-decoder over all labels of ``rows``.
+
+    Args:
+        rows: indexed by row number, each with input_ids (source) and labels (target).
+        start_token: the decoder reads it first, and then each label but the last (``decoder_start_token_id``).
+    """
+
+    def loss_sum(model: nn.Module, indices: list[int]) -> torch.Tensor:
+        batch = collate_pairs([rows[i] for i in indices], padding_token)
+        logits = model(
+            input_ids=batch["input_ids"].to(device),
+            attention_mask=batch["attention_mask"].to(device),
+            decoder_input_ids=decoder_inputs(batch["labels"], padding_token, start_token).to(device),
+        ).logits
+        return nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(),
+            batch["labels"].flatten().to(device),
+            ignore_index=IGNORED,
+            reduction="sum",
+        )
+
+    return loss_sum
+
+
+def decoder_inputs(labels: torch.Tensor, padding_token: int, start_token: int) -> torch.Tensor:
+    """Labels [rows, targets] moved one to the right behind ``start_token``. Padding follows all targets: no mask."""
+    shifted = labels.roll(1, dims=1)
+    shifted[:, 0] = start_token
+    return shifted.masked_fill(shifted == IGNORED, padding_token)
+
+
+def decoder_start_token(model: nn.Module) -> int:
+    """What an encoder-decoder reads before the first label.
+
+    Raises:
+        UserError: its configuration does not say.
+    """
+    token = cast(Any, model).config.decoder_start_token_id
+    if token is None:
+        raise UserError(
+            f"model: config.json of this {type(model).__name__} has no decoder_start_token_id; give the one it was "
+            "trained with"
+        )
+    return token
+
+
+def _output(
+    model: nn.Module,
+    rows: Sequence[Mapping[str, Sequence[int]]],
+    names: Sequence[str],
+    padding_token: int,
+    device: torch.device,
+) -> Any:
+    batch = pad_columns(rows, padding_token, names)
+    return model(**{name: tensor.to(device) for name, tensor in batch.items()})

@@ -1,0 +1,48 @@
+"""Built-in data as files in the user's cache, so that they are read like anybody's own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from adalora_dist.io.cache import cache_folder
+from adalora_dist.io.errors import UserError
+
+
+def demo_folder(name: str, files: Mapping[str, Iterable[Mapping[str, Any]]]) -> Path:
+    """A folder in the cache with these .jsonl files (relative path -> rows), written the first time.
+
+    Its name holds a digest of the rows, so another version of them never meets old files. It is published by rename:
+    several processes may call this at once.
+
+    Raises:
+        UserError: the cache cannot be written.
+    """
+    texts = {path: "".join(json.dumps(row) + "\n" for row in rows) for path, rows in files.items()}
+    digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:8]
+    cache = cache_folder()
+    folder = cache / f"{name}-{digest}"
+    if folder.is_dir():
+        return folder
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix="building-") as scratch:
+            built = Path(scratch) / "data"
+            for path, text in texts.items():
+                (built / path).parent.mkdir(parents=True, exist_ok=True)
+                (built / path).write_text(text, encoding="utf-8")
+            try:
+                built.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # otherwise another process was faster, with the same rows
+                    raise
+    except OSError as error:
+        raise UserError(
+            f"cannot write the built-in data to {cache}: {error.strerror or error}; set ADALORA_DIST_CACHE to a "
+            "writable folder, or use your own data: --data FOLDER"
+        ) from error
+    return folder

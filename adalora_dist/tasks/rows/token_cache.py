@@ -1,0 +1,107 @@
+"""Tokenised data sets, kept on disk: a file per data set, named by the hash of all that it was made from.
+
+So a changed row, tokenizer or setting makes a new file, and no file is ever stale. Files are NumPy archives of integers
+(no pickle), published by rename: processes that build the same one at once do not disturb each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from adalora_dist.io.cache import cache_folder
+from adalora_dist.io.progress import progress_bar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Columns = dict[str, list[list[int]]]
+"""By column, one list of integers for each row."""
+
+CHUNK_ROWS = 1000
+_FORMAT = 1
+
+logger = logging.getLogger(__name__)
+
+
+def cached_columns(
+    items: Sequence[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Mapping[str, Any],
+    encode: Callable[[Sequence[Any]], Columns],
+    description: str,
+    show_progress: bool = True,
+) -> Columns:
+    """``encode`` of all items in chunks, from the cache if it is there.
+
+    Args:
+        items: rows, of what JSON can write.
+        tokenizer: what ``encode`` uses; its vocabulary and rules count in the name.
+        settings: whatever else decides the result, such as the longest sequence.
+        encode: from up to ``CHUNK_ROWS`` items to columns; it may make more or fewer rows than it is given.
+        description: of the progress bar.
+    """
+    folder = cache_folder() / "tokens"
+    path = folder / f"{_digest(items, tokenizer, settings)}.npz"
+    try:
+        return _read(path)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        logger.warning("%s cannot be read (%s): made anew", path, error)
+    columns: Columns = {}
+    with progress_bar(total=len(items), desc=description, unit="row", show=show_progress) as bar:
+        for start in range(0, len(items), CHUNK_ROWS):
+            chunk = items[start : start + CHUNK_ROWS]
+            for name, rows in encode(chunk).items():
+                columns.setdefault(name, []).extend(rows)
+            bar.update(len(chunk))
+    try:
+        _write(path, columns)
+    except OSError as error:
+        logger.warning("%s cannot be written (%s): the next run will tokenise again", path, error)
+    return columns
+
+
+def _digest(items: Sequence[Any], tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any]) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        rules = {"tokenizer": repr(tokenizer), "vocabulary": tokenizer.get_vocab()}
+    else:  # without what the last call asked for; ``settings`` say that
+        rules = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
+    digest = hashlib.sha256()
+    for part in ([_FORMAT, type(tokenizer).__name__, rules], sorted(settings.items()), *items):
+        digest.update(json.dumps(part).encode() + b"\n")
+    return digest.hexdigest()[:32]
+
+
+def _write(path: Path, columns: Columns) -> None:
+    arrays: dict[str, Any] = {}
+    for name, rows in columns.items():
+        arrays[f"{name}.lengths"] = np.array([len(row) for row in rows], dtype=np.int64)
+        arrays[f"{name}.values"] = np.array([value for row in rows for value in row], dtype=np.int64)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial.npz")
+    np.savez_compressed(partial, **arrays)
+    partial.rename(path)
+
+
+def _read(path: Path) -> Columns:
+    with np.load(path, allow_pickle=False) as arrays:
+        names = [key.removesuffix(".lengths") for key in arrays.files if key.endswith(".lengths")]
+        return {name: list(_rows(arrays[f"{name}.lengths"], arrays[f"{name}.values"])) for name in names}
+
+
+def _rows(lengths: np.ndarray, values: np.ndarray) -> Iterator[list[int]]:
+    ends = np.cumsum(lengths)
+    flat = values.tolist()
+    for length, end in zip(lengths.tolist(), ends.tolist(), strict=True):
+        yield flat[end - length : end]

@@ -1,0 +1,192 @@
+"""SQuAD: questions on passages, cut into windows that overlap.
+
+A local source is a folder ``SOURCE/{train,validation}.{jsonl,parquet}`` with rows ``{"id", "question", "context",
+"answers": {"text": [...], "answer_start": [...]}}``; no texts: the passage has no answer (v2.0). The word ``hub`` reads
+rajpurkar/squad or squad_v2. Importing this file never imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adalora_dist.io.errors import UserError
+from adalora_dist.tasks.rows.bad_rows import BadRows
+from adalora_dist.tasks.rows.files import file_rows, find_data_file
+from adalora_dist.tasks.rows.hub import raw_hub_rows
+from adalora_dist.tasks.rows.token_cache import Columns, cached_columns
+from adalora_dist.tasks.squad.config import SquadDataConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HUB_PATHS = {"v1.1": "rajpurkar/squad", "v2.0": "rajpurkar/squad_v2"}
+NO_SPAN = (0, 0)
+"""Start and end of a window that does not hold the answer: its first token, [CLS]."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question; without answers it has none in its passage. ``answer_starts`` are characters of ``context``."""
+
+    id: str
+    question: str
+    context: str
+    answers: tuple[str, ...]
+    answer_starts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Question and part of its passage, as the model reads it."""
+
+    question: int
+    """Index of its question."""
+    inputs: dict[str, list[int]]
+    """What the model takes besides ``attention_mask``."""
+    starts: list[int]
+    """Of each token its first character in the passage; -1: not of the passage."""
+    ends: list[int]
+    """And the character after its last."""
+    span: tuple[int, int]
+    """First and last token of the question's first answer; ``NO_SPAN`` if the window does not hold all of it."""
+
+
+def load_squad(data: SquadDataConfig, bad_rows: BadRows | None = None) -> tuple[list[Question], list[Question]]:
+    """Questions to train on and to evaluate, all checked; ``max_train_rows`` and ``max_eval_rows`` keep the first.
+
+    ``bad_rows`` (by default with the policy of ``data``) counts the rows left out.
+
+    Raises:
+        UserError: a file is missing, empty or unreadable, the Hub cannot be reached, or a row is not valid.
+    """
+    bad = bad_rows or BadRows(data.bad_rows)
+    train = _load(data, bad, "train", ("train",))[: data.max_train_rows]
+    return train, _load(data, bad, "validation", ("validation", "dev"))[: data.max_eval_rows]
+
+
+def _load(data: SquadDataConfig, bad: BadRows, hub_split: str, file_names: tuple[str, ...]) -> list[Question]:
+    rows: Iterator[tuple[str, object] | UserError]
+    if data.source == "hub":
+        path = HUB_PATHS[data.task]
+        instead = "--data FOLDER with FOLDER/train.jsonl and FOLDER/validation.jsonl"
+        where, rows = f"{path}/{hub_split}", raw_hub_rows(path, None, hub_split, instead)
+    else:
+        file = find_data_file(Path(data.source), file_names)
+        where, rows = str(file), file_rows(file)
+    questions = list(bad.usable(rows, partial(question_of, data.task)))
+    if not questions:
+        raise UserError(f"{where}: no rows; it needs at least one")
+    return questions
+
+
+def question_of(task: str, row: object, origin: str) -> Question:
+    """Check one row.
+
+    Raises:
+        UserError: a field is missing or of another kind, an answer does not stand where it should, or a question of
+            v1.1 has none; naming ``origin``.
+    """
+    if not isinstance(row, Mapping):
+        raise UserError(f"{origin}: the row is a {type(row).__name__}; legal: an object with id, question, context")
+    for field in ("id", "question", "context"):
+        if not isinstance(row.get(field), str) or not row[field].strip():
+            raise UserError(
+                f"{origin}: field {field} is {row.get(field)!r}; legal: a text; correct the row or remove it"
+            )
+    given: Any = row.get("answers")
+    if not isinstance(given, Mapping) or not {"text", "answer_start"} <= given.keys():
+        raise UserError(
+            f"{origin}: field answers must be an object with lists text and answer_start, both may be empty"
+        )
+    texts, starts = tuple(given["text"]), tuple(int(start) for start in given["answer_start"])
+    for text, start in zip(texts, starts, strict=True):
+        if row["context"][start : start + len(text)] != text:
+            raise UserError(f"{origin}: answer {text!r} does not start at character {start} of the context; correct it")
+    if task == "v1.1" and not texts:
+        raise UserError(f"{origin}: the question has no answer, which is for --task v2.0")
+    return Question(row["id"], row["question"].strip(), row["context"], texts, starts)
+
+
+def make_windows(
+    questions: Sequence[Question],
+    tokenizer: PreTrainedTokenizerBase,
+    data: SquadDataConfig,
+    description: str,
+    show_progress: bool = True,
+) -> list[Window]:
+    """All windows of all questions, in order; from the cache if they are there.
+
+    Raises:
+        UserError: the tokenizer cannot tell which characters a token stands for.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(f"{type(tokenizer).__name__} has no character offsets: use a model with a tokenizer.json")
+
+    def encode(chunk: Sequence[tuple[Any, ...]]) -> Columns:
+        return _windows_of(chunk, tokenizer, data)
+
+    items = [
+        (i, q.question, q.context, *((q.answers[0], q.answer_starts[0]) if q.answers else ("", -1)))
+        for i, q in enumerate(questions)
+    ]
+    settings = {name: getattr(data, name) for name in ("max_length", "doc_stride", "max_question_length")}
+    columns = cached_columns(items, tokenizer, settings, encode, description, show_progress)
+    names = [name for name in ("input_ids", "token_type_ids") if name in columns]
+    return [
+        Window(
+            columns["question"][row][0],
+            {name: columns[name][row] for name in names},
+            columns["starts"][row],
+            columns["ends"][row],
+            (columns["span"][row][0], columns["span"][row][1]),
+        )
+        for row in range(len(columns["question"]))
+    ]
+
+
+def _windows_of(items: Sequence[tuple[Any, ...]], tokenizer: PreTrainedTokenizerBase, data: SquadDataConfig) -> Columns:
+    columns: Columns = {"question": [], "starts": [], "ends": [], "span": []}
+    asked = tokenizer(
+        [item[1] for item in items],
+        add_special_tokens=False,
+        truncation=True,
+        max_length=data.max_question_length,
+        return_offsets_mapping=True,
+    )["offset_mapping"]
+    encoded = tokenizer(
+        [item[1][: offsets[-1][1]] for item, offsets in zip(items, asked, strict=True)],
+        [item[2] for item in items],
+        truncation="only_second",
+        max_length=data.max_length,
+        stride=data.doc_stride,
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+    )
+    for name in ("input_ids", "token_type_ids"):
+        if name in encoded:
+            columns[name] = encoded[name]
+    for row, item in enumerate(encoded["overflow_to_sample_mapping"]):
+        index, _, _, answer, first = items[item]
+        is_passage = [part == 1 for part in encoded.sequence_ids(row)]
+        offsets = encoded["offset_mapping"][row]
+        starts = [start if inside else -1 for inside, (start, _) in zip(is_passage, offsets, strict=True)]
+        ends = [end if inside else -1 for inside, (_, end) in zip(is_passage, offsets, strict=True)]
+        columns["question"].append([index])
+        columns["starts"].append(starts)
+        columns["ends"].append(ends)
+        columns["span"].append(list(_find_span(starts, ends, first, first + len(answer)) if first >= 0 else NO_SPAN))
+    return columns
+
+
+def _find_span(starts: Sequence[int], ends: Sequence[int], first: int, after: int) -> tuple[int, int]:
+    """Tokens that cover the characters ``first`` to ``after``, if the window has all of them."""
+    tokens = [token for token, start in enumerate(starts) if start >= 0]
+    if not tokens or starts[tokens[0]] > first or ends[tokens[-1]] < after:
+        return NO_SPAN
+    begin = max(token for token in tokens if starts[token] <= first)
+    return begin, min(token for token in tokens if ends[token] >= after)

@@ -1,0 +1,32 @@
+"""What the summarisation recipe adds to :class:`~adalora_dist.config.sections.RunConfig`. Never imports torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import tyro
+from pydantic import Field
+
+from adalora_dist.config.sections import DataConfig, GenerationConfig, RunConfig
+
+
+class SummarizationDataConfig(DataConfig):
+    bad_rows: Literal["error", "skip"] = "skip"
+    """A row without text, as XSum has some: skip leaves it out and counts it in run.json; error names it."""
+    source: Annotated[str, tyro.conf.arg(name="data")] = ""
+    """Folder with TASK/train and TASK/test files (.jsonl or .parquet), or the word hub; empty: built-in reports."""
+    task: Literal["xsum", "cnn_dailymail"] = "xsum"
+    """Which data set of the source."""
+    max_source_length: int = Field(768, ge=8)
+    """Longest document in tokens; longer ones are cut on their right."""
+    max_target_length: int = Field(64, ge=4)
+    """Longest summary in tokens that is trained on."""
+    max_train_rows: int | None = Field(None, ge=1)
+    """Use at most this many training rows."""
+    max_eval_rows: int | None = Field(None, ge=1)
+    """Use at most this many evaluation rows."""
+
+
+class SummarizationConfig(RunConfig):
+    data: SummarizationDataConfig = SummarizationDataConfig()
+    evaluation: GenerationConfig = GenerationConfig()

@@ -1,0 +1,317 @@
+"""Backbones that no process holds: FSDP2 reads rows, ZeRO-3 partitions while it builds. Real ranks, real files."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import subprocess
+import sys
+import threading
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+from adalora_dist.backbones.load import load_backbone
+from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.sections import ModelConfig, RunConfig, TrainConfig
+from adalora_dist.io.errors import UserError
+from adalora_dist.methods.inject import inject_adapters
+from adalora_dist.tasks.batches import BatchPlan
+from adalora_dist.tasks.losses import causal_loss
+from adalora_dist.training.engine import build_accelerator
+from adalora_dist.training.loop import train
+from adalora_dist.training.prepared import prepare
+from adalora_dist.training.run_folder import RunFolder
+from tests.support.paths import DS_CONFIGS
+from tests.support.ranks import import_deepspeed, run_ranks
+from tests.support.tiny_language_model import byte_tokenizer
+
+deepspeed = import_deepspeed()
+
+ENVIRONMENT = {
+    "single": {},
+    "fsdp2": {
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    },
+    "fsdp2 whole": {},
+    "fsdp2 ram-efficient": {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
+    "zero3": {
+        "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(DS_CONFIGS / "zero3.json"),
+    },
+}  # fmt: skip
+STEPS, GLOBAL_BATCH, VOCABULARY = 14, 6, 259
+ADAPTER = AdapterConfig(
+    init_rank=3, target_rank=1.5, alpha=6, init="orthonormal", initial_warmup_steps=2, final_steps=4,
+    mask_interval_steps=2,
+)  # fmt: skip
+
+
+def llama(hidden_size: int = 24, **changes: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    values = dict(
+        vocab_size=VOCABULARY, hidden_size=hidden_size, intermediate_size=2 * hidden_size + 1, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3, max_position_embeddings=512,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0, attention_bias=True,
+    )  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**{**values, **changes}))
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_embd=20, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3, bos_token_id=1,
+        eos_token_id=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
+@pytest.fixture(scope="module")
+def backbones(tmp_path_factory) -> dict[str, Path]:
+    """Folders as save_pretrained writes them: several files, tied embeddings, a base model without its prefix."""
+    base = tmp_path_factory.mktemp("backbones")
+    llama(tie_word_embeddings=False).save_pretrained(base / "untied", max_shard_size="20KB")
+    llama(tie_word_embeddings=True).save_pretrained(base / "tied")
+    llama(tie_word_embeddings=True).bfloat16().save_pretrained(base / "bfloat16")
+    gpt2().transformer.save_pretrained(base / "gpt2")
+    # The same tied tensor, under the other of its names.
+    llama(tie_word_embeddings=True).save_pretrained(base / "tied to the head")
+    file = base / "tied to the head" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, file, metadata={"format": "pt"})
+    for folder in base.iterdir():
+        byte_tokenizer().save_pretrained(folder)
+    assert len(list((base / "untied").glob("*.safetensors"))) > 2
+    return {folder.name: folder for folder in base.iterdir()}
+
+
+def start(engine: str, train_config: TrainConfig) -> Any:
+    """The accelerator as ``accelerate launch`` would have it."""
+    values = ENVIRONMENT[engine.partition(" ")[0]] | ENVIRONMENT[engine]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setenv(name, value)
+        return build_accelerator(train_config)
+
+
+def rows() -> list[dict[str, list[int]]]:
+    sequences = [[3 + (k + 7 * i * (1 + k % 3)) % 250 for i in range(5 + k % 4)] for k in range(3 * GLOBAL_BATCH)]
+    return [{"input_ids": ids, "labels": ids} for ids in sequences]
+
+
+def run(
+    rank: int, world_size: int, engine: str, folder: Path, output: Path, auto_class: type, **changes: Any
+) -> dict[str, Any]:
+    """Load, inject, prepare, one forward, a short training run; what this rank held and saw."""
+    settings = TrainConfig(
+        output_dir=str(output), max_steps=STEPS, batch_size=GLOBAL_BATCH, micro_batch_size=GLOBAL_BATCH,
+        learning_rate=2e-2, lr_warmup_ratio=0, overwrite=True,
+    )  # fmt: skip
+    config = RunConfig(model=ModelConfig(name=str(folder)), adapter=ADAPTER.model_copy(update=changes), train=settings)
+    accelerator = start(engine, settings)
+    torch.manual_seed(5)
+    if engine == "fsdp2 whole":  # loaded in full, to be sharded after that
+        model = auto_class.from_pretrained(folder)
+    else:
+        model, _ = load_backbone(config.model, auto_class)
+    loaded_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if not p.is_meta)
+    inject_adapters(model, config.adapter, seed=1)
+    prepared = prepare(accelerator, model, config, STEPS)
+    frozen = [p for p in prepared.model.parameters() if not p.requires_grad]
+    if engine.startswith("fsdp2"):
+        assert all(isinstance(p, DTensor) and not p.is_meta for p in frozen)
+        held = [p.to_local() for p in frozen]
+    else:
+        held = [p.ds_tensor for p in frozen] if engine == "zero3" else frozen
+    sequence = torch.arange(3, 3 + 11).unsqueeze(0)
+    unwrapped = accelerator.unwrap_model(prepared.model)
+    unwrapped.eval()
+    with torch.no_grad():
+        logits = unwrapped(input_ids=sequence).logits
+    result = {
+        "logits": logits.float(),
+        "dtype": str(logits.dtype),
+        "training": model.training,
+        "loaded_bytes": loaded_bytes,
+        "held_bytes": sum(t.numel() * t.element_size() for t in held),
+        "row_bytes": sum(p.shape[1:].numel() * p.element_size() for p in frozen),
+        "num_frozen": len(frozen),
+    }
+    if auto_class is AutoModelForCausalLM:
+        plan = BatchPlan.of_rows(rows(), GLOBAL_BATCH, seed=3)
+        report, loss_sum = RunFolder(config, rank == 0, {}), causal_loss(rows(), 0, accelerator.device)
+        result["losses"] = train(accelerator, prepared, plan, loss_sum, config, report, lambda _: None)
+        result["patterns"] = {a.step: a.keep.tolist() for a in prepared.allocator.allocations}
+    return result
+
+
+@lru_cache
+def control(folder: Path, auto_class: type = AutoModelForCausalLM, **changes: Any) -> dict[str, Any]:
+    return run_ranks(1, run_with, "single", folder, auto_class, changes)[0]
+
+
+def run_with(
+    rank: int, world_size: int, engine: str, folder: Path, auto_class: type, changes: dict[str, Any]
+) -> dict[str, Any]:
+    return run(rank, world_size, engine, folder, folder / engine / str(world_size), auto_class, **changes)
+
+
+CASES = [
+    ("fsdp2", 2, "untied"),
+    ("fsdp2", 3, "untied"),
+    ("fsdp2", 3, "tied to the head"),
+    ("fsdp2", 2, "gpt2"),
+    ("fsdp2 ram-efficient", 2, "tied"),
+    ("zero3", 2, "untied"),
+    ("zero3", 3, "tied"),
+]
+
+
+@pytest.mark.parametrize(("engine", "world_size", "name"), CASES)
+def test_same_logits_and_patterns_as_one_process_from_a_share_of_the_bytes(backbones, engine, world_size, name):
+    expected = control(backbones[name])
+    assert sum(list(expected["patterns"].values())[-1]) < sum(list(expected["patterns"].values())[0])
+    ranks = run_ranks(world_size, run_with, engine, backbones[name], AutoModelForCausalLM, {}, timeout=300)
+    for result in ranks:
+        assert torch.equal(result["logits"], expected["logits"])
+        assert result["patterns"] == expected["patterns"]
+        torch.testing.assert_close(result["losses"], expected["losses"], rtol=1e-5, atol=0)
+        assert result["training"] == expected["training"]
+        assert result["loaded_bytes"] == 0
+        slack = result["row_bytes"] if engine != "zero3" else 4 * result["num_frozen"]
+        assert result["held_bytes"] <= expected["held_bytes"] / world_size + slack
+    assert sum(r["held_bytes"] for r in ranks) >= expected["held_bytes"]
+
+
+def test_values_arrive_in_the_type_of_the_files(backbones):
+    ranks = run_ranks(2, run_with, "fsdp2", backbones["bfloat16"], AutoModelForCausalLM, {})
+    expected = control(backbones["bfloat16"])
+    assert ranks[0]["dtype"] == "torch.bfloat16"
+    assert torch.equal(ranks[0]["logits"], expected["logits"])
+
+
+def test_modules_trained_in_full(backbones):
+    """The head is in the files and trained: its values are there before the optimizer is."""
+    whole, read = (
+        run_ranks(2, run_with, engine, backbones["untied"], AutoModelForCausalLM, {"train_modules": ("lm_head",)})
+        for engine in ("fsdp2 whole", "fsdp2")
+    )
+    for a, b in zip(whole, read, strict=True):
+        assert torch.equal(a["logits"], b["logits"])
+        assert a["losses"] == b["losses"] and a["patterns"] == b["patterns"]
+
+
+def test_a_new_classifier_starts_with_the_same_values(backbones):
+    changes = {"train_modules": ("score",)}
+    expected = control(backbones["tied"], AutoModelForSequenceClassification, **changes)
+    ranks = run_ranks(2, run_with, "fsdp2", backbones["tied"], AutoModelForSequenceClassification, changes)
+    assert torch.equal(ranks[0]["logits"], expected["logits"])
+    assert ranks[1]["logits"].abs().max() > 0
+
+
+def refusal(rank: int, world_size: int, folder: Path, auto_class: type) -> str:
+    with pytest.raises(UserError) as error:
+        run(rank, world_size, "fsdp2", folder, folder / "refused", auto_class)
+    return str(error.value)
+
+
+def test_files_that_do_not_fit_are_refused(backbones, tmp_path):
+    # The classifier is new, and nothing would train it.
+    [message, _] = run_ranks(2, refusal, backbones["tied"], AutoModelForSequenceClassification)
+    assert "lack 1 frozen parameters (score.weight)" in message and "train_modules" in message
+
+    # A projection with a bias, in the files of a model whose configuration has none.
+    model = llama()
+    model.config.attention_bias = False
+    model.save_pretrained(tmp_path / "bias")
+    byte_tokenizer().save_pretrained(tmp_path / "bias")
+    [message, _] = run_ranks(2, refusal, tmp_path / "bias", AutoModelForCausalLM)
+    assert "8 tensors that LlamaForCausalLM has no place for" in message and "q_proj.bias" in message
+
+    # transformers stacks the experts of the files into one tensor.
+    config = MixtralConfig(
+        vocab_size=VOCABULARY, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=2,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "experts")
+    byte_tokenizer().save_pretrained(tmp_path / "experts")
+    [message, _] = run_ranks(2, refusal, tmp_path / "experts", AutoModelForCausalLM)
+    assert "is computed from several tensors" in message and "zero3" in message
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that is not a mapped file's, which the kernel can drop and read again."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+    return 1024 * int(line.split()[1])
+
+
+def peak_of_loading(rank: int, world_size: int, engine: str, folder: Path) -> int:
+    """Largest growth of this rank's memory, in bytes, until the backbone is loaded and, under FSDP2, sharded."""
+    settings = TrainConfig(output_dir=str(folder / "run"), max_steps=STEPS)
+    config = RunConfig(model=ModelConfig(name=str(folder)), adapter=ADAPTER, train=settings)
+    accelerator = start(engine, settings)
+    # M_MMAP_THRESHOLD: freed tensors go back to the system at once, as large ones always do.
+    assert ctypes.CDLL(None).mallopt(-3, 1 << 14) == 1
+    peak, before, done = 0, anonymous_bytes(), threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, anonymous_bytes() - before)
+            done.wait(0.001)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    model, _ = load_backbone(config.model, AutoModelForCausalLM)
+    if engine == "zero3":
+        assert all(p.numel() == 0 for p in model.parameters())
+    else:
+        inject_adapters(model, config.adapter)
+        model = prepare(accelerator, model, config, STEPS).model
+    done.set()
+    thread.join()
+    assert model is not None
+    return peak
+
+
+def save_llama(rank: int, world_size: int, folder: Path, num_layers: int) -> int:
+    model = llama(hidden_size=768, num_hidden_layers=num_layers)
+    model.save_pretrained(folder, max_shard_size="30MB")
+    byte_tokenizer().save_pretrained(folder)
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux' /proc")
+def test_no_rank_ever_holds_the_backbone(tmp_path):
+    """Ranks are forked from a fresh process: in memory that earlier tests have freed, tensors would lie unseen."""
+    measured = subprocess.run([sys.executable, __file__, str(tmp_path)], capture_output=True, text=True, timeout=500)
+    assert measured.returncode == 0, measured.stderr
+    full_bytes, peaks = json.loads(measured.stdout.splitlines()[-1])
+    assert full_bytes > 100e6 and peaks["single"][0] > 0.9 * full_bytes
+    for engine in ("fsdp2", "zero3"):
+        # A third, and what loading needs besides: the layer in hand, adapters, Python modules.
+        assert max(peaks[engine]) < 0.5 * full_bytes, peaks
+
+
+if __name__ == "__main__":
+    where = Path(sys.argv[1])
+    [num_bytes] = run_ranks(1, save_llama, where, 8)
+    found = {e: run_ranks(w, peak_of_loading, e, where) for e, w in (("single", 1), ("fsdp2", 3), ("zero3", 3))}
+    print(json.dumps([num_bytes, found]))

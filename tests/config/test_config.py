@@ -1,0 +1,317 @@
+"""The command line as users meet it: what is read, and the one line that every mistake is answered with."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from adalora_dist.config import flags as cli
+from adalora_dist.config.flags import fail, parse_config, user_errors
+from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.sections import RunConfig, TrainConfig
+from adalora_dist.io.errors import UserError
+from adalora_dist.tasks.commonsense.config import COMMONSENSE_TASKS, CommonsenseConfig
+from tests.support.paths import ROOT
+
+CONFIG_FILES = sorted((ROOT / "recipes" / "configs").glob("llama_commonsense*.yaml"))
+ONE_RUN = """
+from adalora_dist.config.flags import parse_config
+from adalora_dist.tasks.commonsense.config import CommonsenseConfig
+"""
+
+
+@pytest.fixture(autouse=True)
+def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+
+
+def parse(*arguments: str) -> CommonsenseConfig:
+    return parse_config(CommonsenseConfig, list(arguments))
+
+
+def error_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line on standard error with which these arguments are refused."""
+    with pytest.raises(SystemExit) as stopped:
+        parse(*arguments)
+    output = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert output.out == ""
+    lines = output.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), output.err
+    return lines[0]
+
+
+def run_python(program: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+# ------------------------------------------------------------------------------------------------- what is accepted
+
+
+def test_no_arguments_give_the_defaults() -> None:
+    assert parse() == CommonsenseConfig()
+
+
+def test_flags_reach_their_sections() -> None:
+    run = parse(
+        *("--model", "gpt2", "--data=hub", "--alpha", "8", "--max-steps", "7", "--overwrite", "--no-verify-export"),
+        *("--tasks", "boolq", "piqa", "--targets", "q_proj", "v_proj", "--learning_rate=1e-3"),
+        *("--export-formats", "merged", "lora"),
+    )
+    assert run.export.export_formats == ("merged", "lora")
+    assert (run.model.name, run.data.source, run.adapter.alpha, run.train.max_steps) == ("gpt2", "hub", 8.0, 7)
+    assert (run.train.overwrite, run.export.verify_export, run.train.learning_rate) == (True, False, 1e-3)
+    assert run.data.tasks == ("boolq", "piqa")
+    assert run.adapter.targets == ("q_proj", "v_proj")
+
+
+def test_flags_override_the_file_which_overrides_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("adapter: {alpha: 4, init_rank: 9}\ntrain:\n  learning_rate: 5e-4\n  trackers: [wandb]\nexport:\n")
+    run = parse("--alpha", "5", "--config", str(file), "--trackers", "none", "--max-steps", "none")
+    assert (run.adapter.alpha, run.adapter.init_rank, run.adapter.target_rank) == (5.0, 9, 8.0)
+    assert run.train.learning_rate == 5e-4  # YAML 1.1 reads 5e-4, without a point, as text
+    assert run.train.trackers == () and run.train.max_steps is None
+
+
+def test_last_of_a_repeated_flag_counts() -> None:
+    assert parse("--seed", "1", "--seed", "2").train.seed == 2
+
+
+@pytest.mark.parametrize("rank", [["--local_rank=1"], ["--local-rank", "1"], ["--local_rank", "1"]])
+def test_launchers_rank_flag_is_ignored(rank: list[str]) -> None:
+    assert parse(*rank, "--seed", "3") == parse("--seed", "3")
+
+
+def test_presets_of_a_recipes_schema_survive_other_settings_of_the_section() -> None:
+    class Preset(RunConfig):
+        train: TrainConfig = TrainConfig(learning_rate=1e-3, seed=1)
+
+    run = parse_config(Preset, ["--seed", "5"])
+    assert (run.train.learning_rate, run.train.seed) == (1e-3, 5)
+
+
+def test_two_settings_with_one_flag_are_refused() -> None:
+    class Clash(RunConfig):
+        second: AdapterConfig = AdapterConfig()
+
+    with pytest.raises(TypeError, match="two settings are called --method"):
+        parse_config(Clash, [])
+
+
+def test_method_lora_reads_no_budget() -> None:
+    run = parse("--method", "lora", "--init-rank", "4", "--max-steps", "1", "--final-steps", "3")
+    assert run.adapter.init_rank == 4
+
+
+@pytest.mark.parametrize("file", CONFIG_FILES, ids=lambda path: path.stem)
+def test_shipped_configuration(file: Path) -> None:
+    run = parse("--config", str(file))
+    if file.stem.endswith("demo"):
+        assert not run.model.name and not run.data.source  # both built in
+    else:
+        assert run.model.name and run.data.source == "hub"
+        assert run.adapter.init_rank == 1.5 * run.adapter.target_rank
+    header = "".join(line for line in file.open() if line.startswith("#"))
+    assert f"--config recipes/configs/{file.name}" in header
+    for word in ("Hardware:", "Time:", "Result:"):
+        assert word in header
+    # The variants in the header are commands, too: their flags must parse on top of the file.
+    variants = re.findall(r"#.* (--(?:method|init-rank) .*)", header)
+    assert variants
+    for variant in variants:
+        parse("--config", str(file), *shlex.split(variant, comments=True))
+
+
+def test_there_are_configurations_to_test() -> None:
+    assert len(CONFIG_FILES) >= 4, f"no YAML files found in {ROOT / 'recipes' / 'configs'}"
+
+
+# -------------------------------------------------------------------------------------------------------- help
+
+
+def test_help_names_every_flag_and_imports_no_torch() -> None:
+    program = ONE_RUN + (
+        "import sys\n"
+        "try:\n    parse_config(CommonsenseConfig, description='Teaches a model.')\n"
+        "finally:\n    print('torch loaded:', 'torch' in sys.modules)\n"
+    )
+    done = run_python(program, "--help")
+    assert done.returncode == 0 and done.stderr == ""
+    assert "torch loaded: False" in done.stdout
+    assert "Teaches a model." in done.stdout and "adapter options" in done.stdout
+    shown = {flag.removeprefix("no-") for flag in re.findall(r"--([a-z0-9-]+)", done.stdout)}
+    assert shown == {*cli._settings(CommonsenseConfig), "config", "help"}
+
+
+# ------------------------------------------------------------------------------------------------- what is refused
+
+BAD_FLAGS = [
+    ("--alpa 3", ["--alpa is not a flag", "did you mean --alpha?"]),
+    ("--lr 1e-3", ["--lr is not a flag", "--learning-rate"]),
+    ("--adapter.alpha 3", ["--adapter.alpha is not a flag", "--alpha"]),
+    ("-x", ["-x is not a flag", "--help"]),
+    ("--no-overwrit", ["--no-overwrit is not a flag", "--no-overwrite"]),
+    ("--no-alpha", ["--no-alpha is not a flag", "--alpha"]),
+    ("--no-overwrite=yes", ["--no-overwrite takes no value"]),
+    ("5 --seed 1", ["'5' stands before any flag"]),
+    ("--epochs abc", ["--epochs abc: must be a number > 0", "default, 3.0"]),
+    ("--alpha -1", ["--alpha -1: must be a number > 0", "default, 16.0"]),
+    ("--alpha inf", ["--alpha inf: must be finite, a number > 0"]),
+    ("--init-rank 2.5", ["--init-rank 2.5: must be an integer >= 1"]),
+    ("--max-steps 0", ["--max-steps 0: must be an integer >= 1, or none"]),
+    ("--dropout 1", ["--dropout 1: must be a number >= 0 and < 1"]),
+    ("--seed -1", ["--seed -1: must be an integer >= 0 and < 4294967296"]),
+    ("--overwrite runs/a", ["--overwrite runs/a: must be true or false"]),
+    ("--precision fp8", ["--precision fp8: must be one of fp32, bf16, fp16"]),
+    ("--precision bf61", ["--precision bf61", "did you mean bf16?"]),
+    ("--tasks boolq piqqa", ["piqqa is wrong", *COMMONSENSE_TASKS, "did you mean piqa?"]),
+    ("--tasks boolq boolq", ["tasks lists boolq more than once"]),
+    ("--epochs", ["--epochs has no value", "a number > 0"]),
+    ("--model=", ["--model has no value"]),
+    ("--tasks", ["--tasks has no value", "boolq", "none"]),
+    ("--config", ["--config has no value", "YAML file"]),
+    ("--epochs 1 2", ["--epochs takes one value and got 2: 1 2"]),
+    ("--local_rank=0 stray --seed 1", ["--local-rank takes one value"]),
+    ("--config a.yaml --config b.yaml", ["--config is given twice"]),
+    ("--config missing.yaml", ["missing.yaml", "No such file"]),
+    ("--targets q_(", ["--targets q_(", "not a regular expression"]),
+    ("--train-modules [", ["--train-modules [", "not a regular expression"]),
+    ("--init-rank 4", ["target_rank 8", "init_rank 4", "must be <= init_rank"]),
+    ("--target-rank 0", ["target_rank 0", "must be > 0"]),
+    ("--method full --export-formats merged lora", ["export_formats lora", "method full", "leave export_formats out"]),
+    ("--method full --init-from adapter", ["init_from adapter", "method full", "leave init_from out"]),
+    ("--target-budget 0", ["target_budget 0", "must be > 0"]),
+    ("--max-steps 9 --initial-warmup-steps 5 --final-steps 4", ["5", "4", "max_steps 9", "must be < max_steps"]),
+    ("--max-steps 9 --final-steps 9", ["final_steps 9 with max_steps 9", "lower final_steps"]),
+    ("--batch-size 16 --micro-batch-size 12", ["batch_size 16", "micro_batch_size 12", "micro_batch_size to 8"]),
+    ("--trust-remote-code --model a/b", ["trust_remote_code", "revision None", "40 hexadecimal"]),
+    ("--trust-remote-code --model a/b --revision main", ["trust_remote_code", "revision main", "40 hexadecimal"]),
+    ("--alpha 0 --epochs 0 --seed x", ["--alpha 0: must be a number > 0", "(and 2 more)"]),
+]
+
+BAD_FILES = [
+    ("adapter:\n  alpa: 3\n", [":2: alpa is not a setting of adapter", "did you mean adapter.alpha?"]),
+    ("train:\n  alpha: 3\n", [":2: alpha is not a setting of train", "did you mean adapter.alpha?"]),
+    ("train:\n  learning-rate: 3\n", [":2: learning-rate", "did you mean train.learning_rate?"]),
+    ("alpha: 3\n", [":1: alpha is not a section", "did you mean adapter.alpha?"]),
+    ("adaptor:\n  alpha: 3\n", [":1: adaptor is not a section", "did you mean adapter?"]),
+    ("12: {}\n", [":1: 12 is not a section", "model, adapter, train"]),
+    ("model: gpt2\n", [":1: section model must be a mapping, not 'gpt2'", "name"]),
+    ("# first\nadapter:\n  alpha: -1\n", [":3: adapter.alpha: -1: must be a number > 0"]),
+    ("train:\n  epochs: yes\n", [":2: train.epochs: true: must be a number > 0"]),
+    ("train:\n  epochs: null\n", [":2: train.epochs: null: must be a number > 0"]),
+    ("model:\n  revision: 1234567\n", [":2: model.revision: 1234567: must be text (in YAML: in quotes)"]),
+    ("adapter:\n  targets: q_proj\n", [":2: adapter.targets: q_proj: must be a list of words (in YAML: [a, b])"]),
+    ("data:\n  tasks: [piqqa]\n", [":2: data.tasks", "piqqa is wrong", "did you mean piqa?"]),
+    ("adapter: {alpha: 1}\ntrain: {}\nadapter: {beta1: 0}\n", [":3: not valid YAML", "adapter is set twice"]),
+    ("adapter:\n  alpha: 1\n  alpha: 2\n", [":3: not valid YAML", "alpha is set twice"]),
+    ("adapter:\n\talpha: 1\n", [":2: not valid YAML"]),
+    ("adapter: {alpha: 1\ntrain: 3\n", [":2: not valid YAML"]),
+    ("? [a, b]\n: 1\n", [":1: not valid YAML"]),
+    ("train: !!python/object/apply:os.getcwd []\n", [":1: not valid YAML"]),
+    ("a: 1\n---\nb: 1\n", [":2: not valid YAML"]),
+    ("- alpha\n", ["must be a mapping of sections"]),
+    ("just words\n", ["must be a mapping of sections"]),
+    ("# nothing but a comment\n", ["must be a mapping of sections"]),
+    ("a: \x07\n", ["not valid YAML"]),
+    ("a: " + "[" * 5000 + "\n", ["nested too deeply"]),
+    ("a: 2001-99-99\n", ["not valid YAML", "month must be in 1..12"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "parts"), BAD_FLAGS, ids=[flags for flags, _ in BAD_FLAGS])
+def test_bad_flags(capsys: pytest.CaptureFixture[str], arguments: str, parts: list[str]) -> None:
+    line = error_line(capsys, *arguments.split())
+    for part in parts:
+        assert part in line, line
+
+
+@pytest.mark.parametrize(("text", "parts"), BAD_FILES, ids=[repr(text) for text, _ in BAD_FILES])
+def test_bad_files(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, parts: list[str]) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    line = error_line(capsys, "--config", str(file))
+    for part in (str(file), *parts):
+        assert part in line, line
+
+
+def test_unreadable_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes(b"model: {name: \xe9}\n")
+    assert "not UTF-8 text" in error_line(capsys, "--config", str(tmp_path / "latin.yaml"))
+    assert "Is a directory" in error_line(capsys, "--config", str(tmp_path))
+
+
+def test_mistake_in_a_file_is_forgotten_when_a_flag_replaces_it(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("adapter: {alpha: -1}\n")
+    assert parse("--config", str(file), "--alpha", "2").adapter.alpha == 2.0
+
+
+def test_a_real_process_exits_with_one_line_and_code_2() -> None:
+    done = run_python(ONE_RUN + "parse_config(CommonsenseConfig)", "--alpa", "3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --alpa is not a flag: did you mean --alpha?\n"
+
+
+def test_pinned_commit_allows_remote_code() -> None:
+    assert parse("--trust-remote-code", "--model", "a/b", "--revision", "0" * 40).model.trust_remote_code
+
+
+# --------------------------------------------------------------------------------------------------- user_errors
+
+
+def test_user_errors_wraps_a_main(capsys: pytest.CaptureFixture[str]) -> None:
+    @user_errors()
+    def main() -> NoReturn:
+        raise UserError("seed=-1:\nmust be >= 0")
+
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: seed=-1: must be >= 0\n"
+
+
+def test_other_errors_propagate() -> None:
+    with pytest.raises(ZeroDivisionError), user_errors():
+        _ = 1 / 0
+    with pytest.raises(ValueError, match="not a user's"), user_errors():
+        raise ValueError("not a user's")
+
+
+@pytest.mark.parametrize(("environment", "rank"), [({"RANK": "3", "LOCAL_RANK": "0"}, "3"), ({"LOCAL_RANK": "1"}, "1")])
+def test_other_ranks_let_rank_0_speak_first(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], rank: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    printed_before_the_wait = []
+    monkeypatch.setattr(time, "sleep", lambda seconds: printed_before_the_wait.append(capsys.readouterr().err))
+    with pytest.raises(SystemExit) as stopped:
+        fail("no such file")
+    assert stopped.value.code == 2
+    assert printed_before_the_wait == [""]
+    assert capsys.readouterr().err == f"error: rank {rank}: no such file\n"
+
+
+def test_rank_0_does_not_wait(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("rank 0 waited"))
+    with pytest.raises(SystemExit):
+        fail("no such file")
+    assert capsys.readouterr().err == "error: no such file\n"

@@ -1,0 +1,168 @@
+"""One vector of lambdas, and all P diag(lambda) from one operation: against each layer's own product."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from adalora_dist.methods.adalora.layers import Lambdas, lambda_gradients
+from adalora_dist.methods.inject import inject_adapters
+from tests.support.models import Net, adapted_net, config
+
+
+def net(**changes) -> Net:
+    """Adapters that do something."""
+    model = adapted_net(config(**changes))
+    with torch.no_grad():
+        model.adalora.lam.normal_(generator=torch.Generator().manual_seed(2))
+    return model
+
+
+def gradients_of(model: Net, run=None) -> list[torch.Tensor]:
+    x = torch.randn(5, 7, generator=torch.Generator().manual_seed(3))
+    model.zero_grad()
+    (run or model)(x).square().sum().backward()
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+
+@pytest.fixture
+def apart(monkeypatch):
+    """Gradients of a model whose layers all multiply their own P by their part of lambda."""
+
+    def gradients(model: Net, run=None) -> list[torch.Tensor]:
+        with monkeypatch.context() as patch:
+            patch.setattr(Lambdas, "weight", lambda self, layer: layer.P * self._own(layer))
+            return gradients_of(model, run)
+
+    return gradients
+
+
+def assert_equal(ours, expected):
+    assert len(ours) == len(expected) == 9 and expected[-1].abs().min() > 0
+    torch.testing.assert_close(ours, expected)
+
+
+def test_gradient_of_lambda_over_sizes_and_ranks():
+    sizes = [(5, 2), (7, 3), (5, 4), (7, 1)]
+    pairs = [(torch.randn(s), torch.randn(s)) for s in sizes]
+    for (p, g), made in zip(pairs, lambda_gradients(*map(list, zip(*pairs, strict=True))), strict=True):
+        torch.testing.assert_close(made, (p * g).sum(0))
+
+
+def test_products_and_gradients_are_each_layers_own(apart):
+    model = net()
+    assert_equal(gradients_of(model), apart(model))
+    x = torch.randn(5, 7)
+    assert torch.equal(model(x).detach(), torch.no_grad()(model)(x))
+
+
+def test_a_layer_that_takes_no_part_gets_no_gradient(apart):
+    model = net()
+    model.blocks[1].skip = True
+    ours = gradients_of(model)
+    assert model.blocks[1].up.P.grad is None and (model.adalora.lam.grad[6:] == 0).all()
+    expected = apart(model)
+    torch.testing.assert_close(ours, expected)
+    assert expected[-1][:6].abs().min() > 0
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_with_activation_checkpoints(apart, use_reentrant):
+    model = net()
+
+    def run(x):
+        x = x.clone().requires_grad_()  # without it, a reentrant checkpoint has no gradient
+        for block in model.blocks:
+            x = checkpoint(block, x, use_reentrant=use_reentrant)
+        return model.head(x)
+
+    assert_equal(gradients_of(model, run), apart(model))
+
+
+def test_two_forwards_before_their_backwards(apart):
+    """Together or one after the other."""
+    model = net()
+    expected = [2 * g for g in apart(model)]
+    x = torch.randn(5, 7, generator=torch.Generator().manual_seed(3))
+    for together in (True, False):
+        model.zero_grad()
+        losses = [model(x).square().sum() for _ in range(2)]
+        for loss in [sum(losses)] if together else losses:
+            loss.backward()
+        assert_equal([p.grad for p in model.parameters() if p.requires_grad], expected)
+
+
+def test_a_forward_sees_what_has_changed_since_the_last():
+    """Also where that one had no backward."""
+    model = net()
+    x = torch.randn(5, 7)
+    for parameter in (model.blocks[0].up.P, model.blocks[1].down.P, model.adalora.lam):
+        before = model(x)
+        with torch.no_grad():
+            parameter.mul_(1.5)
+        after = model(x)
+        assert not torch.equal(before, after) and torch.equal(after.detach(), torch.no_grad()(model)(x))
+
+
+def test_a_change_before_the_backward_is_an_error():
+    model = net()
+    loss = model(torch.randn(5, 7)).sum()
+    with torch.no_grad():
+        model.blocks[0].up.P.mul_(2)
+    with pytest.raises(RuntimeError, match="changed between a forward and its backward"):
+        loss.backward()
+
+
+def test_a_part_of_the_model_alone():
+    """As an encoder that is called by itself; what was made for it serves the rest."""
+    model = net()
+    x = torch.randn(5, 7)
+    gradients = []
+    for run in (model, lambda x: model.head(model.blocks[1](model.blocks[0](x)))):
+        model.zero_grad()
+        run(x).sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_copy_is_a_model_of_its_own():
+    model = net()
+    model(torch.randn(5, 7))  # between a forward and its backward
+    other = copy.deepcopy(model)
+    assert all(m.lambdas is other.adalora for m in other.modules() if hasattr(m, "Qt"))
+    with torch.no_grad():
+        other.adalora.lam.zero_()
+    x = torch.randn(5, 7)
+    assert not torch.equal(model(x), other(x)) and model.adalora.lam.all()
+    assert set(model.state_dict()) == set(other.state_dict())
+    assert sum(name.endswith("lam") for name in model.state_dict()) == 1
+
+
+def test_a_scale_per_matrix_and_a_matrix_without_triplets():
+    from adalora_dist.methods.adalora.layers import SVDLinear
+
+    layers = [SVDLinear(torch.nn.Linear(7, 7), 7, 7, rank, scale) for rank, scale in ((2, 0.5), (0, 1.0), (3, 2.0))]
+    lambdas = Lambdas(layers)
+    with torch.no_grad():
+        lambdas.lam.copy_(torch.arange(1.0, 6.0))
+        for layer in (layers[0], layers[2]):
+            layer.reset(torch.Generator().manual_seed(0))
+    expected = torch.randn(4, 7)
+    found = expected
+    for layer in layers:
+        found = layer(found)
+        expected = layer.base(expected) + (
+            layer.scale * expected @ layer.Qt * layer.lam @ layer.P.T if layer.rank else 0
+        )
+    torch.testing.assert_close(found, expected)
+    assert layers[2].lam.tolist() == [3, 4, 5] and lambdas.matrix_of(2) == layers[2].name
+
+
+def test_a_model_with_an_attribute_of_that_name_is_refused():
+    from adalora_dist.io.errors import UserError
+
+    model = Net()
+    model.adalora = 1
+    with pytest.raises(UserError, match="has an attribute 'adalora' already"):
+        inject_adapters(model, config())

@@ -1,0 +1,57 @@
+"""Small models and training loops that several tests share."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.methods.inject import inject_adapters
+
+
+class Block(nn.Module):
+    def __init__(self, d: int, hidden: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(d, hidden)
+        self.down = nn.Linear(hidden, d)
+        self.skip = False  # a layer that takes no part in a step, and so has no gradient
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.skip else x + self.down(torch.tanh(self.up(x)))
+
+
+class Net(nn.Module):
+    """Two blocks and a head: four adapted matrices of odd sizes; the head is left alone."""
+
+    def __init__(self, d: int = 7, hidden: int = 13, num_blocks: int = 2) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(d, hidden) for _ in range(num_blocks))
+        self.head = nn.Linear(d, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def adapted_net(config: AdapterConfig, seed: int = 0, **sizes: int) -> Net:
+    torch.manual_seed(seed)
+    model = Net(**sizes)
+    inject_adapters(model, config, seed)
+    return model
+
+
+def config(**changes) -> AdapterConfig:
+    """Rank 3 on every matrix, pruned to half; large learning signals so that patterns move."""
+    values = dict(
+        init_rank=3, target_rank=1.5, alpha=6, targets=("up", "down"), init="orthonormal", initial_warmup_steps=4,
+        final_steps=12, mask_interval_steps=3, orthogonality=0.1,
+    )  # fmt: skip
+    return AdapterConfig(**{**values, **changes})
+
+
+def global_batch(step: int, size: int = 12, d: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs (size, d) of a step and what a fixed teacher says of them (size, 3), the same everywhere."""
+    teacher = torch.randn(d, 3, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(size, d, generator=torch.Generator().manual_seed(1000 + step))
+    return x, torch.sin(x @ teacher)
