@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 from pathlib import Path
@@ -18,13 +17,12 @@ from adalora_dist.tasks.e2e.metrics import METRICS, data_to_text_scores, missing
 from adalora_dist.tasks.e2e.rows import by_meaning, encode_rows, load_e2e, prompt_tokens
 from adalora_dist.tasks.rows.tokens import IGNORED
 from tests.support.paths import SHARED
-from tests.support.ranks import import_deepspeed
+from tests.support.ranks import import_deepspeed, import_package
 from tests.support.recipe_runs import ENGINES, losses_of, read_json, run_recipe
 from tests.support.tiny_text_project import NUM_TEST, NUM_TRAIN, write_e2e, write_jsonl
 
 import_deepspeed()
-for name in ("training.loop", "training.dry_run", "training.verify", "training.dequantized"):
-    importlib.import_module(f"adalora_dist.{name}")  # what the recipe imports when it runs, so that forks need not
+import_package()
 
 DATA = SHARED / "data" / "e2e"
 STEPS = 12

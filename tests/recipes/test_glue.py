@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import sys
@@ -31,14 +30,13 @@ from adalora_dist.tasks.losses import classification_loss
 from adalora_dist.tasks.rows import token_cache
 from tests.recipes.test_recipe import Run, run_command
 from tests.support.paths import ROOT, SHARED
-from tests.support.ranks import import_deepspeed, run_ranks
+from tests.support.ranks import import_deepspeed, import_package, run_ranks
 from tests.support.recipe_runs import ENGINES, run_recipe
 from tests.support.refusals import refusal
 from tests.support.tiny_encoders import encoder_tokenizer, write_encoder, write_glue, write_jsonl
 
 import_deepspeed()
-for name in ("training.loop", "training.verify", "training.report", "training.trained", "training.quantization"):
-    importlib.import_module(f"adalora_dist.{name}")  # what the recipe imports when it runs, so that forks need not
+import_package()
 
 RECIPE = ROOT / "recipes" / "deberta_glue.py"
 STEPS = 16

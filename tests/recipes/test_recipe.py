@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import json
 import os
@@ -31,11 +30,10 @@ from adalora_dist.tasks.commonsense.config import CommonsenseConfig
 from adalora_dist.training.engine import build_accelerator
 from adalora_dist.training.run_folder import RunFolder
 from tests.support.paths import ROOT, SHARED
-from tests.support.ranks import free_port, run_ranks
+from tests.support.ranks import free_port, import_package, run_ranks
 from tests.support.tiny_project import write_data, write_model
 
-for name in ("data.batches", "evaluation.choices", "evaluation.generation", "training.loop", "training.verify"):
-    importlib.import_module(f"adalora_dist.{name}")  # what the recipe imports when it runs, so that forks need not
+import_package()
 
 RECIPE = ROOT / "recipes" / "llama_commonsense.py"
 BIN = Path(sys.executable).parent

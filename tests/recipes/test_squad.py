@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 from pathlib import Path
@@ -23,15 +22,13 @@ from adalora_dist.tasks.squad.metrics import best_thresholds, exact_match, f1, n
 from adalora_dist.tasks.squad.rows import NO_SPAN, Question, Window, load_squad, make_windows, question_of
 from tests.recipes.test_recipe import Run
 from tests.support.paths import SHARED
-from tests.support.ranks import import_deepspeed
+from tests.support.ranks import import_deepspeed, import_package
 from tests.support.recipe_runs import ENGINES, run_recipe
 from tests.support.refusals import refusal
 from tests.support.tiny_encoders import encoder_tokenizer, write_encoder, write_squad
 
 import_deepspeed()
-for name in ("training.loop", "training.verify", "training.report", "training.trained", "training.quantization"):
-    importlib.import_module(f"adalora_dist.{name}")  # what the recipe imports when it runs, so that forks need not
-importlib.import_module("adalora_dist.tasks.evaluation.predict")
+import_package()
 
 TASKS = {"1": "v1.1", "2": "v2.0"}
 STEPS = 16

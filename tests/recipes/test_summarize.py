@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 from pathlib import Path
@@ -29,13 +28,12 @@ from adalora_dist.tasks.summarization.config import SummarizationDataConfig
 from adalora_dist.tasks.summarization.demo import demo_reports
 from adalora_dist.tasks.summarization.rows import digest_of_summaries, encode_summaries, load_summaries
 from tests.support.paths import SHARED
-from tests.support.ranks import import_deepspeed, run_ranks
+from tests.support.ranks import import_deepspeed, import_package, run_ranks
 from tests.support.recipe_runs import ENGINES, losses_of, read_json, run_recipe
 from tests.support.tiny_text_project import NUM_TEST, NUM_TRAIN, tiny_bart, write_jsonl, write_summarization
 
 import_deepspeed()
-for name in ("training.loop", "training.dry_run", "training.verify", "training.dequantized"):
-    importlib.import_module(f"adalora_dist.{name}")  # what the recipe imports when it runs, so that forks need not
+import_package()
 
 DATA = SHARED / "data" / "summarization"
 STEPS, MATRICES = 12, 32

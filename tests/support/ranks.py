@@ -15,6 +15,7 @@ import faulthandler
 import importlib
 import os
 import pickle
+import pkgutil
 import random
 import signal
 import socket
@@ -33,6 +34,8 @@ import torch
 import torch._dynamo  # which every optimizer would import at its first step
 import torch.distributed as dist
 
+import adalora_dist
+
 torch.set_num_threads(1)
 
 _GRACE_SECONDS = 5.0  # between the first rank's failure and the end of ranks that wait for it
@@ -47,6 +50,13 @@ def import_deepspeed() -> ModuleType:
     # An optional kernel that init_distributed would otherwise compile for a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def import_package() -> None:
+    """All of the package, for ranks that run a whole recipe; to be called while a test module is imported."""
+    for module in pkgutil.walk_packages(adalora_dist.__path__, "adalora_dist."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
 
 
 def free_port() -> str:
