@@ -17,9 +17,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adalora_dist.config.methods import AdapterConfig
-from adalora_dist.methods.adalora.allocator import RankAllocator
-from adalora_dist.methods.adalora.compaction import compact, shrink_layers
-from adalora_dist.methods.inject import AdaptedMatrix, inject_adapters
+from adalora_dist.methods.adalora.compaction import shrink_layers
+from adalora_dist.methods.hooks import MethodHooks, attach
+from adalora_dist.methods.inject import adapt
 
 SHAPE: dict[str, Any] = dict(
     hidden_size=768, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=12, vocab_size=1000
@@ -27,28 +27,28 @@ SHAPE: dict[str, Any] = dict(
 INIT_RANK, TARGET_RANK, STEPS, ROUNDS = 12, 8, 20, 15
 
 
-def llama_with_adapters(method: str) -> tuple[Any, AdapterConfig, list[AdaptedMatrix]]:
+def llama_with_adapters(method: str) -> tuple[Any, AdapterConfig, list[Any]]:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE))
     config = AdapterConfig(
         method=method, init_rank=INIT_RANK, target_rank=TARGET_RANK, initial_warmup_steps=2, mask_interval_steps=1,
         final_steps=STEPS - 8,
     )  # fmt: skip
-    return model, config, inject_adapters(model, config)
+    return model, config, adapt(model, config)
 
 
-def trainer(model: Any, config: AdapterConfig, batch: torch.Tensor) -> tuple[Callable[[], None], RankAllocator, Any]:
-    """(one training step, allocator, optimizer)."""
+def trainer(model: Any, config: AdapterConfig, batch: torch.Tensor) -> tuple[Callable[[], None], MethodHooks, Any]:
+    """(one training step, hooks, optimizer)."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
-    allocator = RankAllocator.attach(model, optimizer, config, STEPS)
-    allocator.detach()
+    hooks = attach(model, optimizer, config, STEPS)
+    hooks.detach()
 
     def step() -> None:
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    return step, allocator, optimizer
+    return step, hooks, optimizer
 
 
 def main() -> None:
@@ -57,12 +57,13 @@ def main() -> None:
     steps: dict[str, Callable[[], None]] = {}
     for name in ("masked", "compacted"):
         model, config, matrices = llama_with_adapters("adalora")
-        steps[name], allocator, optimizer = trainer(model, config, batch)
+        steps[name], hooks, optimizer = trainer(model, config, batch)
+        allocator: Any = hooks.method_step
         while not allocator.frozen:
             steps[name]()
         if name == "compacted":
-            compact(allocator, model, optimizer)
-    pattern = [m.layer.triplets for m in matrices]
+            allocator.compact(hooks, model, optimizer)
+    pattern = [m.triplets for m in matrices]
     model, config, matrices = llama_with_adapters("lora")
     shrink_layers(matrices, pattern)
     steps["LoRA"], _, _ = trainer(model, config, batch)

@@ -102,10 +102,10 @@ def count_run(
         with update.with_host_reads() if rank == 0 else nullcontext():
             variant.update()
         variant.optimizer.zero_grad()
-        made = [a.step for a in variant.allocator.allocations] if variant.allocator is not None else []
+        made = [a.step for a in getattr(variant.hooks.method_step, "allocations", ())] if variant.hooks else []
         steps.append({"forward": _numbers(forward), "step": _numbers(update), "allocates": step in made})
-    if variant.allocator is not None:
-        variant.allocator.finish()
+    if variant.hooks is not None:
+        variant.hooks.finish()
     return steps
 
 

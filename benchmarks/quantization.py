@@ -83,7 +83,7 @@ def hold(method: str, folder: str, result: str) -> None:
     from adalora_dist.backbones.quantization import bitsandbytes_config
     from adalora_dist.config.methods import AdapterConfig
     from adalora_dist.config.sections import ModelConfig, QuantizationConfig, RunConfig, TrainConfig
-    from adalora_dist.methods.inject import inject_adapters
+    from adalora_dist.methods.inject import adapt
     from adalora_dist.tasks.batches import BatchPlan
     from adalora_dist.tasks.losses import causal_loss
     from adalora_dist.training.engine import build_accelerator, engine_name
@@ -104,7 +104,7 @@ def hold(method: str, folder: str, result: str) -> None:
     accelerator = build_accelerator(config.train)
     quantization = bitsandbytes_config(config, engine_name(accelerator))
     model, _ = load_backbone(config.model, AutoModelForCausalLM, quantization)
-    inject_adapters(model, config.adapter)
+    adapt(model, config.adapter)
     prepared = prepare(accelerator, model, config, num_steps=3)
     rows: list[Any] = [{"input_ids": list(range(k, k + 8)), "labels": list(range(k, k + 8))} for k in range(2)]
     folder_of_run = RunFolder(config, accelerator.is_main_process, {})

@@ -136,7 +136,7 @@ def compare_updates(shapes: dict[str, tuple[int, int]], num_layers: int, rounds:
         ours.optimizer.step()  # binds
         actions |= _parts_of_the_hook(ours, kernel)
     seconds = take_turns(actions, rounds)
-    num_elements = f"{ours.allocator.sensitivity.numel() / 1e6:.1f} M"
+    num_elements = f"{ours.hooks.method_step.bound.sensitivity.numel() / 1e6:.1f} M"
     rows = []
     for kernel in kernels:
         ratios = [f"{ratio(seconds, f'{part}, {kernel}', 'peft'):.2f}" for part in ("update", "alone", "hook")]
@@ -145,23 +145,23 @@ def compare_updates(shapes: dict[str, tuple[int, int]], num_layers: int, rounds:
 
 
 def _parts_of_the_hook(variant: Variant, kernel: str) -> dict[str, Callable[[], None]]:
-    allocator, optimizer = variant.allocator, variant.optimizer
+    hooks, optimizer = variant.hooks, variant.optimizer
+    bound = hooks.method_step.bound
 
     @torch.no_grad()
     def update() -> None:  # what the hook does for importance: multiply values by gradients, advance the averages
-        gradients, values = allocator._layout.views(allocator._engine.gradients(), allocator._values)
-        torch._foreach_mul_(values, gradients)
-        allocator._update_importance()
+        bound.multiply_values(hooks.engine.gradients())
+        bound.update_averages()
 
     @torch.no_grad()
     def alone() -> None:  # with the copy of the values that the regulariser has made otherwise
-        allocator._collect_values()
+        bound.collect_values()
         update()
 
     return {
         f"update, {kernel}": update,
         f"alone, {kernel}": alone,
-        f"hook, {kernel}": lambda: allocator._before_firing(optimizer),
+        f"hook, {kernel}": lambda: hooks.before_firing(optimizer),
     }
 
 
@@ -196,7 +196,7 @@ def run(num_steps: int = 60, tokens: int = 512) -> None:
     lora = Variant("lora", llama(**FEW_WIDE), 8, 8, schedule)
     batch = torch.randint(1000, (tokens // 64, 64), generator=torch.Generator().manual_seed(0))
     seconds = take_turns({"ours": lambda: ours.step(batch), "lora": lambda: lora.step(batch)}, num_steps, warmup=0)
-    ours.allocator.finish()
+    ours.hooks.finish()
     pruning = num_steps - schedule[2]
     print(
         f"{num_steps} steps, t_i {schedule[1]}, t_f {schedule[2]}, a selection at every step; AdaLoRA 12 -> 8, LoRA 8\n"

@@ -9,9 +9,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adalora_dist.config.methods import AdapterConfig
-from adalora_dist.methods.adalora.allocator import RankAllocator
-from adalora_dist.methods.adalora.compaction import compact
-from adalora_dist.methods.inject import inject_adapters
+from adalora_dist.methods.hooks import attach
+from adalora_dist.methods.inject import adapt
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NAMES = {"adalora": "our AdaLoRA", "lora": "our LoRA", "peft-adalora": "PEFT AdaLoRA", "peft-lora": "PEFT LoRA"}
@@ -52,7 +51,7 @@ class Variant:
     ) -> None:
         self.compacts = compacts
         total, initial, final, interval = schedule
-        self.allocator: Any = None  # ours
+        self.hooks: Any = None  # ours
         self._peft_allocator: Any = None
         self._num_steps = 0
         if method.startswith("peft"):
@@ -72,13 +71,13 @@ class Variant:
                 method=method, init_rank=rank, target_rank=target, alpha=16, targets=targets, orthogonality=0.1,
                 initial_warmup_steps=initial, final_steps=final, mask_interval_steps=interval, **changes,
             )  # fmt: skip
-            inject_adapters(model, config)
+            adapt(model, config)
         self.model: Any = model
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-4, fused=fused)
         if not method.startswith("peft"):
-            self.allocator = RankAllocator.attach(model, self.optimizer, config, total)
-            self.allocator.detach()  # not every benchmark runs to the end
+            self.hooks = attach(model, self.optimizer, config, total)
+            self.hooks.detach()  # not every benchmark runs to the end
 
     def forward_backward(self, batch: torch.Tensor | dict[str, torch.Tensor]) -> None:
         """``batch``: the model's arguments, or tokens that are inputs and labels in one."""
@@ -92,7 +91,7 @@ class Variant:
         if self._peft_allocator is not None:
             self._peft_allocator.update_and_allocate(self._num_steps)
         if self.compacts:
-            compact(self.allocator, self.model, self.optimizer)
+            self.hooks.method_step.compact(self.hooks, self.model, self.optimizer)
         self._num_steps += 1
 
     def step(self, batch: torch.Tensor | dict[str, torch.Tensor]) -> None:

@@ -39,7 +39,7 @@ def main(config: E2EConfig) -> None:
     from adalora_dist.artifacts.hub.push import check_push_of_run, push_run
     from adalora_dist.backbones.load import load_backbone
     from adalora_dist.backbones.quantization import bitsandbytes_config
-    from adalora_dist.methods.inject import inject_adapters
+    from adalora_dist.methods.inject import adapt
     from adalora_dist.tasks.batches import BatchPlan, count_targets
     from adalora_dist.tasks.e2e.metrics import data_to_text_scores, missing_metrics
     from adalora_dist.tasks.e2e.rows import by_meaning, encode_rows, load_e2e, prompt_tokens
@@ -107,16 +107,15 @@ def main(config: E2EConfig) -> None:
 
     # --------------------------------------------------------------------------------------------------- adapters
 
-    inject_adapters(model, config.adapter, config.train.seed)
+    adapt(model, config.adapter, config.train.seed)
 
     # ----------------------------------------------------------------------------------------------------- engine
 
     prepared = prepare(accelerator, model, config, num_steps, resumed)
-    allocator = prepared.allocator
     facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared, bad_rows)
     folder = RunFolder(config, accelerator.is_main_process, facts, resumed)
     start_trackers(accelerator, config)
-    say(facts_line(facts, allocator.schedule.freeze_step if allocator else None))
+    say(facts_line(facts, prepared.hooks.method_step.plan()))
 
     # --------------------------------------------------------------------------------------------------- evaluate
 

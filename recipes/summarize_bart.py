@@ -40,7 +40,7 @@ def main(config: SummarizationConfig) -> None:
     from adalora_dist.artifacts.hub.push import check_push_of_run, push_run
     from adalora_dist.backbones.load import load_backbone
     from adalora_dist.backbones.quantization import bitsandbytes_config
-    from adalora_dist.methods.inject import inject_adapters
+    from adalora_dist.methods.inject import adapt
     from adalora_dist.tasks.batches import BatchPlan
     from adalora_dist.tasks.evaluation.rouge import rouge_scorer, rouge_scores
     from adalora_dist.tasks.evaluation.texts import generate_texts
@@ -104,16 +104,15 @@ def main(config: SummarizationConfig) -> None:
 
     # --------------------------------------------------------------------------------------------------- adapters
 
-    inject_adapters(model, config.adapter, config.train.seed)
+    adapt(model, config.adapter, config.train.seed)
 
     # ----------------------------------------------------------------------------------------------------- engine
 
     prepared = prepare(accelerator, model, config, num_steps, resumed)
-    allocator = prepared.allocator
     facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared, bad_rows)
     folder = RunFolder(config, accelerator.is_main_process, facts, resumed)
     start_trackers(accelerator, config)
-    say(facts_line(facts, allocator.schedule.freeze_step if allocator else None))
+    say(facts_line(facts, prepared.hooks.method_step.plan()))
 
     # --------------------------------------------------------------------------------------------------- evaluate
 

@@ -26,8 +26,8 @@ from adalora_dist.backbones.linears import linear_shape
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import read_object
 from adalora_dist.io.progress import progress_bar
-from adalora_dist.methods.adalora.layers import SVDLinear
-from adalora_dist.methods.inject import AdaptedMatrix, add_lambdas
+from adalora_dist.methods.adalora.method import place
+from adalora_dist.methods.protocol import Adapter
 from adalora_dist.methods.update import AdapterWeights
 
 _NOT_COPIED = re.compile(
@@ -104,19 +104,18 @@ def read_adapter(folder: Path) -> SavedAdapter:
     return SavedAdapter(adapters, described.base_model, described.base_revision, trained, task)
 
 
-def load_adapter(model: nn.Module, folder: Path) -> list[AdaptedMatrix]:
+def load_adapter(model: nn.Module, folder: Path) -> list[Adapter]:
     """Put a saved adapter into its plain backbone, every matrix at its own rank (0: no branch).
 
     Raises:
         UserError: the folder is not an adapter of this format, or does not fit the model.
     """
     modules = dict(model.named_modules())
-    matrices = []
     adapters = read_adapter(folder).adapters
     for adapter in adapters:
         base = modules.get(adapter.name)
         shape = linear_shape(base) if base is not None else None
-        if base is None or shape is None:
+        if shape is None:
             raise UserError(f"{folder}: the adapter's matrix {adapter.name} is not in this model: load its base model")
         d_in, d_out = shape
         if (len(adapter.P), adapter.Q.shape[1]) != (d_out, d_in):
@@ -124,18 +123,7 @@ def load_adapter(model: nn.Module, folder: Path) -> list[AdaptedMatrix]:
                 f"{folder}: {adapter.name} has P {tuple(adapter.P.shape)} and Q {tuple(adapter.Q.shape)}, but the "
                 f"model's matrix is {d_out} x {d_in}: load its base model"
             )
-        layer = SVDLinear(base, d_in, d_out, adapter.rank, adapter.scale, name=adapter.name)
-        if adapter.rank:
-            with torch.no_grad():
-                layer.P.copy_(adapter.P)
-                layer.Qt.copy_(adapter.Q.T)
-        parent, _, child = adapter.name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
-        matrices.append(AdaptedMatrix(adapter.name, layer))
-    if matrices:
-        with torch.no_grad():
-            add_lambdas(model, matrices).lam.copy_(torch.cat([adapter.lam for adapter in adapters]))
-    return matrices
+    return place(model, adapters)
 
 
 class BaseWeight(Protocol):

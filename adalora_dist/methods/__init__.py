@@ -1,0 +1,18 @@
+"""Methods: what is trained. One file each; this table is all that knows which there are."""
+
+from __future__ import annotations
+
+from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.methods.adalora.method import AdaLora
+from adalora_dist.methods.full import Full
+from adalora_dist.methods.head import Head
+from adalora_dist.methods.lora import Lora
+from adalora_dist.methods.protocol import Method
+
+METHODS: dict[str, type[Method]] = {"adalora": AdaLora, "lora": Lora, "head": Head, "full": Full}
+"""By the word that ``--method`` takes."""
+
+
+def method_for(config: AdapterConfig) -> Method:
+    """The method that the ``adapter`` section asks for, with its settings."""
+    return METHODS[config.method](config)

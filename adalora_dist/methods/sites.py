@@ -9,7 +9,7 @@ from torch import nn
 from adalora_dist.backbones.linears import linear_shape
 from adalora_dist.config.methods import AdapterConfig
 from adalora_dist.io.errors import UserError
-from adalora_dist.methods.adalora.layers import SVDLinear
+from adalora_dist.methods.protocol import Adapter
 
 
 def trained_modules(model: nn.Module, config: AdapterConfig) -> list[str]:
@@ -38,8 +38,14 @@ def trained_modules(model: nn.Module, config: AdapterConfig) -> list[str]:
     return [*matched, *heads]
 
 
-def _find_targets(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
-    if any(isinstance(module, SVDLinear) for module in model.modules()):
+def find_targets(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
+    """Names of the linear maps that ``targets`` asks for, in the order of ``model.named_modules()``.
+
+    Raises:
+        UserError: a pattern that matches nothing, or something that is no linear map, is shared between two places, or
+            has a weight tied to another module's.
+    """
+    if any(isinstance(module, Adapter) for module in model.modules()):
         raise UserError("the model already has adapters: inject into the plain backbone")
     matched = set()
     if "all-linear" in targets:

@@ -1,12 +1,8 @@
-"""The flat buffers in which a rank's spans lie, and the sums over them. Pure; no process group.
+"""The flat buffers in which a rank's spans lie. Pure; no process group.
 
 Bodies of equal shape lie side by side, so that a sum or a product over all of them is one batched operation on a view;
 fragments lie at the buffer's end. So every quantity takes a constant number of operations, whatever the number of
 matrices.
-
-What is linear in the elements (scores) is summed per rank and added up over ranks. What is linear in rows (Gram
-matrices) is summed over bodies; a row that is cut between ranks is put together first: every rank writes its part
-into a common buffer of *split rows*, so one reduction completes Gram matrices and split rows together.
 """
 
 from __future__ import annotations
@@ -16,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 
-from adalora_dist.methods.adalora.orthogonality import OrthogonalityForm, gradient_factor
 from adalora_dist.sharding.spans import Factor, Span, cut, cut_rows
 
 
@@ -69,44 +64,19 @@ class FlatBuffer:
 
 
 class SpanLayout:
-    """The flat layout of one rank's spans, and sums over it.
+    """Where the elements of one rank's spans lie in a flat buffer.
 
     Args:
         factors: all adapter parameters, in the same order on every rank.
         spans: this rank's span of each.
-        spans_of_ranks: every shard rank's spans, this rank's included; needed to agree on the split rows. Leave out
-            where one rank holds everything.
-        device: where the index tensors and ``partials`` live.
-        dtype: of ``partials`` and of the flat buffers.
-        num_matrices: 2n, how many P and Q the mean of the regulariser's ``norm`` form runs over; default: those of
-            rank > 0 among ``factors``.
-        num_replicas: how many ranks have the same spans; scores are divided by it, so that all ranks' add up.
-
-    Sizes, for communication budgets: ``num_gram_elements`` and ``num_split_row_elements`` float32 per step.
     """
 
-    partials: torch.Tensor
-    """[Gram matrices | split rows | one more element, for the caller]: what a step sums over the shard group."""
-
-    def __init__(
-        self,
-        factors: Sequence[Factor],
-        spans: Sequence[Span],
-        spans_of_ranks: Sequence[Sequence[Span]] | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        num_matrices: int | None = None,
-        num_replicas: int = 1,
-    ) -> None:
+    def __init__(self, factors: Sequence[Factor], spans: Sequence[Span]) -> None:
         self.factors = tuple(factors)
         self.num_triplets = max((f.first_triplet + f.rank for f in factors), default=0)
         self.pieces: list[Piece] = []
         self.groups: list[Group] = []
         self._place(spans)
-        self._index_triplets(device, num_replicas)
-        self._index_grams(spans_of_ranks or [spans], device)
-        self._num_matrices = sum(self._num_of_rank.values()) if num_matrices is None else num_matrices
-        self._view_partials(device, dtype)
 
     def _place(self, spans: Sequence[Span]) -> None:
         bodies: dict[tuple[str, int, int], list[int]] = {}
@@ -132,128 +102,6 @@ class SpanLayout:
             flat += length
         self.num_elements = flat
 
-    def _index_triplets(self, device: torch.device | str, num_replicas: int) -> None:
-        """Scores: column sums of all bodies, then the fragments' elements, weighted by 1/d (1 for lambda).
-
-        ``_score_index`` says for every triplet which of these it adds up; a last one, always 0, fills the rows up.
-        (Gathering gives the same bits every time; scattering with atomic additions would not.)
-        """
-        columns = [(k, 0, group.rank) for group in self.groups for k in group.factors]
-        columns += [(fragment.factor, fragment.start, fragment.stop) for fragment in self.fragments]
-        triplets: list[int] = []
-        weights: list[float] = []
-        is_lam: list[bool] = []
-        for k, first, stop in columns:
-            factor = self.factors[k]
-            triplets += range(factor.first_triplet + first, factor.first_triplet + stop)
-            weights += [1.0 / factor.rows] * (stop - first)
-            is_lam += [factor.kind == "lam"] * (stop - first)
-        self._sums = torch.zeros(len(triplets) + 1, dtype=torch.float64, device=device)
-        self._group_sums, start = [], 0
-        for group in self.groups:
-            size = len(group.factors) * group.rank
-            self._group_sums.append(self._sums[start : start + size].view(-1, group.rank))
-            start += size
-        self._fragment_sums = self._sums[start:-1]
-        self._score_weights = torch.tensor([*weights, 0.0], dtype=torch.float64, device=device) / num_replicas
-        self._lam_weights = self._score_weights * torch.tensor([*is_lam, False], device=device)
-        sources: list[list[int]] = [[] for _ in range(self.num_triplets)]
-        for source, triplet in enumerate(triplets):
-            sources[triplet].append(source)
-        width = max((len(s) for s in sources), default=0)
-        filled = [s + [len(triplets)] * (width - len(s)) for s in sources]
-        self._score_index = torch.tensor(filled, dtype=torch.long, device=device).view(self.num_triplets, width)
-
-    def _index_grams(self, spans_of_ranks: Sequence[Sequence[Span]], device: torch.device | str) -> None:
-        """Gram matrices and split rows are kept per rank size r, so that each size is one batch.
-
-        Within it factors of one shape lie side by side, so that a group's matrices usually are one slice.
-        """
-        self._slot: dict[int, tuple[int, int]] = {}  # factor -> (r, index among the factors of that r)
-        self._num_of_rank: dict[int, int] = {}
-        for k, factor in sorted(enumerate(self.factors), key=lambda item: (item[1].kind, item[1].rows)):
-            if factor.orthogonal and factor.rank:
-                index = self._num_of_rank.get(factor.rank, 0)
-                self._slot[k] = (factor.rank, index)
-                self._num_of_rank[factor.rank] = index + 1
-        firsts: dict[int, list[int]] = {r: [] for r in self._num_of_rank}
-        for k, (r, _) in self._slot.items():
-            firsts[r].append(self.factors[k].first_triplet)
-        self._gram_triplets = {  # (matrices, r): the triplet of each column
-            r: (torch.tensor(first)[:, None] + torch.arange(r)).to(device) for r, first in firsts.items()
-        }
-        split = {(f.factor, f.row) for spans in spans_of_ranks for f in cut_rows(self.factors, spans)}
-        self.split_rows = sorted((k, row) for k, row in split if k in self._slot)
-        position: dict[tuple[int, int], int] = {}
-        count: dict[int, int] = {}
-        for key in self.split_rows:
-            r = self.factors[key[0]].rank
-            position[key] = count.get(r, 0)
-            count[r] = position[key] + 1
-        self._num_split_of_rank = {r: count.get(r, 0) for r in self._num_of_rank}
-        self._group_slots: list[slice | torch.Tensor | None] = []
-        for group in self.groups:
-            slots = [self._slot[k][1] for k in group.factors] if group.kind != "lam" else []
-            if not slots:
-                self._group_slots.append(None)
-            elif slots == list(range(slots[0], slots[-1] + 1)):
-                self._group_slots.append(slice(slots[0], slots[-1] + 1))
-            else:
-                self._group_slots.append(torch.tensor(slots, device=device))
-        self._split_slots = {
-            r: torch.tensor(
-                [self._slot[k][1] for k, _ in self.split_rows if self.factors[k].rank == r],
-                dtype=torch.long,
-                device=device,
-            )
-            for r in self._num_of_rank
-        }
-        # Per r: fragment elements in the flat buffer, and their places in the (split rows, r) matrix.
-        self._split_elements: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        for r in self._num_of_rank:
-            flat_index: list[int] = []
-            row_index: list[int] = []
-            flat = self.fragments_start
-            for f in self.fragments:
-                if f.factor in self._slot and self.factors[f.factor].rank == r:
-                    flat_index += range(flat, flat + f.stop - f.start)
-                    start = position[f.factor, f.row] * r
-                    row_index += range(start + f.start, start + f.stop)
-                flat += f.stop - f.start
-            self._split_elements[r] = (
-                torch.tensor(flat_index, dtype=torch.long, device=device),
-                torch.tensor(row_index, dtype=torch.long, device=device),
-            )
-
-    def _view_partials(self, device: torch.device | str, dtype: torch.dtype) -> None:
-        size = self.num_gram_elements + self.num_split_row_elements + 1
-        self.partials = torch.zeros(size, device=device, dtype=dtype)
-        self._grams, self._rows, start = {}, {}, 0
-        for r, n in self._num_of_rank.items():
-            self._grams[r] = self.partials[start : start + n * r * r].view(n, r, r)
-            start += n * r * r
-        for r, n in self._num_split_of_rank.items():
-            self._rows[r] = self.partials[start : start + n * r].view(n, r)
-            start += n * r
-        self._gram_factors = {r: torch.zeros_like(grams) for r, grams in self._grams.items()}
-        self._group_grams, self._group_factors = (
-            [
-                of_rank[group.rank][slots] if isinstance(slots, slice) else None
-                for group, slots in zip(self.groups, self._group_slots, strict=True)
-            ]
-            for of_rank in (self._grams, self._gram_factors)
-        )
-        # There are no split rows, and this rank holds rows of every matrix.
-        self._all_written = sum(grams.numel() for grams in self._group_grams if grams is not None) == size - 1
-
-    @property
-    def num_gram_elements(self) -> int:
-        return sum(r * r * n for r, n in self._num_of_rank.items())
-
-    @property
-    def num_split_row_elements(self) -> int:
-        return sum(r * n for r, n in self._num_split_of_rank.items())
-
     def views(
         self, locals_: Sequence[torch.Tensor | None], flat: FlatBuffer, orthogonal: bool = False
     ) -> tuple[list, list]:
@@ -274,59 +122,3 @@ class SpanLayout:
         if local:
             torch._foreach_copy_(views, local)
         return flat
-
-    def score_partials(self, elements: FlatBuffer, lam_only: bool = False) -> torch.Tensor:
-        """This rank's part of the triplet scores (eq. 7): sums of element scores, (num_triplets,) float64.
-
-        S_i = s(lambda_i) + (1/d_out) sum_j s(P_ji) + (1/d_in) sum_j s(Q_ij), or s(lambda_i) alone. Partials of all
-        ranks add up to S.
-        """
-        for body, sums in zip(elements.bodies, self._group_sums, strict=True):
-            torch.sum(body, dim=1, dtype=torch.float64, out=sums)
-        if self.fragments:
-            self._fragment_sums.copy_(elements.fragments)
-        weighted = self._sums * (self._lam_weights if lam_only else self._score_weights)
-        return weighted[self._score_index].sum(dim=1)
-
-    def gram_partials(self, values: FlatBuffer) -> torch.Tensor:
-        """Write this rank's part of Gram matrices and split rows to ``partials``, all but the last; returns it."""
-        if not self._all_written:
-            self.partials.zero_()
-        for k, (group, slots) in enumerate(zip(self.groups, self._group_slots, strict=True)):
-            if (grams := self._group_grams[k]) is not None:
-                torch.bmm(values.transposed[k], values.bodies[k], out=grams)
-            elif slots is not None:
-                self._grams[group.rank][slots] = torch.bmm(values.transposed[k], values.bodies[k])
-        for r, (flat_index, row_index) in self._split_elements.items():
-            if len(flat_index):
-                self._rows[r].view(-1)[row_index] = values.data[flat_index]
-        return self.partials
-
-    def orthogonality_gradient(
-        self,
-        values: FlatBuffer,
-        form: OrthogonalityForm,
-        gamma: float,
-        out: FlatBuffer,
-        keep: torch.Tensor | None = None,
-    ) -> FlatBuffer:
-        """Write dR/dw of every local element of P and Q to ``out``, from the summed ``partials``.
-
-        With ``keep``, (num_triplets,) bool, R is about the columns of these triplets alone.
-        """
-        for r, slots in self._split_slots.items():
-            rows, grams = self._rows[r], self._grams[r]
-            if len(slots):
-                grams = grams.index_add(0, slots, rows.unsqueeze(2) * rows.unsqueeze(1))
-            active = None if keep is None else keep[self._gram_triplets[r]]
-            factor = self._gram_factors[r].copy_(gradient_factor(grams, form, gamma, self._num_matrices, active))
-            flat_index, row_index = self._split_elements[r]
-            if len(flat_index):
-                row_gradients = torch.bmm(rows.unsqueeze(1), factor[slots])
-                out.data[flat_index] = row_gradients.flatten()[row_index]
-        for k, (group, group_slots) in enumerate(zip(self.groups, self._group_slots, strict=True)):
-            if group_slots is not None:
-                of_group = self._group_factors[k]
-                factor = self._gram_factors[group.rank][group_slots] if of_group is None else of_group
-                torch.bmm(values.bodies[k], factor, out=out.bodies[k])
-        return out

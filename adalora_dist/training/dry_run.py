@@ -16,8 +16,10 @@ import torch
 from adalora_dist.backbones.load import refuse_code_from_elsewhere
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
+from adalora_dist.methods import method_for
 from adalora_dist.methods.adalora.schedule import BudgetSchedule
-from adalora_dist.methods.inject import inject_adapters
+from adalora_dist.methods.inject import adapt
+from adalora_dist.methods.protocol import others_trained
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.training.prepared import total_steps
 
@@ -90,31 +92,14 @@ def plan_run(
     num_parameters = sum(p.numel() for p in model.parameters())
     if config.adapter.method == "full":
         model.float()
-    matrices = inject_adapters(model, config.adapter, config.train.seed)
+    adapters = adapt(model, config.adapter, config.train.seed)
+    others = sum(p.numel() for _, p in others_trained(model))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    adapters = sum(p.numel() for m in matrices for p in (m.layer.P, m.layer.Qt))
-    if config.adapter.adapts_ranks:
-        adapters += matrices[0].layer.lambdas.lam.numel()
     plan = BatchPlan([1] * num_rows, [1] * num_rows, config.train.batch_size, config.train.seed)
     num_steps = total_steps(config.train, plan)
-    schedule = None
-    if config.adapter.adapts_ranks:
-        # As the allocator does it.
-        adapter = config.adapter
-        target = adapter.target_budget
-        schedule = BudgetSchedule.for_run(
-            total_steps=num_steps,
-            initial_budget=adapter.init_rank * len(matrices),
-            target_budget=round(adapter.target_rank * len(matrices)) if target is None else target,
-            initial_warmup_steps=adapter.initial_warmup_steps,
-            final_steps=adapter.final_steps,
-            mask_interval_steps=adapter.mask_interval_steps,
-            kind=adapter.budget_schedule,
-        )
-    sizes = tuple(m.layer.d_in + m.layer.d_out + int(schedule is not None) for m in matrices)
-    return DryRun(
-        name, num_parameters, num_rows, num_steps, len(matrices), adapters, trained - adapters, sizes, schedule
-    )
+    schedule = method_for(config.adapter).step(adapters, num_steps).schedule
+    sizes = tuple(adapter.part_size for adapter in adapters)
+    return DryRun(name, num_parameters, num_rows, num_steps, len(adapters), trained - others, others, sizes, schedule)
 
 
 def dry_run(config: RunConfig, *args: Any, **changes: Any) -> None:

@@ -16,7 +16,6 @@ from adalora_dist.artifacts.peft_format import save_adalora, save_lora
 from adalora_dist.backbones.dequantized import QuantizedWeight, describe, quantized_weights
 from adalora_dist.backbones.load import dtype_named
 from adalora_dist.config.sections import RunConfig
-from adalora_dist.methods.adalora.method import gather_adapters
 from adalora_dist.methods.update import AdapterWeights
 from adalora_dist.training.prepared import Prepared
 from adalora_dist.training.run_folder import RunFolder
@@ -36,7 +35,7 @@ def export_run(
         The rank of each adapted matrix, by name; empty without adapters.
     """
     model = accelerator.unwrap_model(prepared.model)
-    adapters = gather_adapters(prepared.allocator) if prepared.allocator else []
+    adapters = prepared.hooks.updates()
     trained = gather_trained(accelerator, prepared.model)
     pattern = {adapter.name: adapter.lam.numel() for adapter in adapters}
     if accelerator.is_main_process:

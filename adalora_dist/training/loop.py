@@ -15,12 +15,10 @@ from accelerate.utils import DistributedType, set_seed
 from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
-from adalora_dist.artifacts.checkpoints.content import trained_parameters
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.progress import progress_bar
-from adalora_dist.methods.adalora.allocator import RankAllocator
-from adalora_dist.methods.adalora.compaction import compact
+from adalora_dist.methods.protocol import trained_parameters
 from adalora_dist.sharding.tensors import reshard
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.losses import LossSum
@@ -50,10 +48,10 @@ def train(
     Raises:
         UserError: too many steps in a row with a loss or gradients that are not finite; the run that is continued had
             other training rows.
-        RuntimeError: the allocator did not reach its budget, or its patterns differ between processes.
+        RuntimeError: the method did not reach its budget, or its patterns differ between processes.
         SystemExit: a signal asked for an early end.
     """
-    settings, model, optimizer = config.train, prepared.model, prepared.optimizer
+    settings, model, optimizer, hooks = config.train, prepared.model, prepared.optimizer, prepared.hooks
     num_steps = total_steps(settings, plan)
     num_processes, num_micro = accelerator.num_processes, accelerator.gradient_accumulation_steps
     reshard(model)
@@ -65,9 +63,7 @@ def train(
     checkpoints = RunCheckpoints(accelerator, prepared, plan, config, num_steps, notes or {})
     first_step = len(losses)
     unread: list[torch.Tensor] = []  # loss sums of this process, read together at every log line
-    bad_steps = BadSteps(
-        settings.max_nonfinite_steps, prepared.allocator.num_skipped_steps if prepared.allocator else 0
-    )
+    bad_steps = BadSteps(settings.max_nonfinite_steps, hooks.num_skipped_steps)
     num_tokens, started = 0, time.monotonic()
     bar = progress_bar(total=num_steps, initial=first_step, desc="train", unit="step", show=accelerator.is_main_process)
     model.train()
@@ -90,14 +86,13 @@ def train(
                 accelerator.backward(loss * (num_processes * num_micro / num_targets))
                 if accelerator.sync_gradients and settings.max_grad_norm > 0:
                     accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
-                optimizer.step()
+                optimizer.step()  # here the method acts, in hooks of the innermost optimizer (methods/hooks.py)
                 optimizer.zero_grad()
-        if prepared.allocator is not None:
-            prepared.allocator.catch_up(step + 1)
-            if config.adapter.compact and compact(prepared.allocator, model, optimizer):
-                prepared.parameters = trained_parameters(model)
-                parameters = [p for group in prepared.inner_optimizer.param_groups for p in group["params"]]
-                report(f"step {step + 1}/{num_steps}: pattern frozen, pruned triplets removed from memory")
+        hooks.catch_up(step + 1)
+        if done := hooks.replace(model, optimizer):
+            prepared.parameters = trained_parameters(model)
+            parameters = [p for group in prepared.inner_optimizer.param_groups for p in group["params"]]
+            report(f"step {step + 1}/{num_steps}: {done}")
         unread.append(loss_of_step / num_targets)
         num_tokens += sum(plan.lengths[row] for row in plan.batch(step))
         bar.update()
@@ -108,19 +103,16 @@ def train(
             for record in _records(prepared, config, len(losses), read, num_steps, num_tokens / seconds):
                 folder.log(record)
                 accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
-            if prepared.allocator is not None:
-                folder.log_allocations(prepared.allocator)
+            folder.log_events(hooks.method_step)
             losses += read
             unread = []
-            num_skipped = prepared.allocator.num_skipped_steps if prepared.allocator else 0
-            if bad_steps.too_many(read, num_skipped):
+            if bad_steps.too_many(read, hooks.num_skipped_steps):
                 bar.close()
                 raise UserError(
                     f"max_nonfinite_steps={settings.max_nonfinite_steps}: no finite loss and gradients in "
                     f"{bad_steps.in_a_row} steps in a row; {find_origin(accelerator, model, loss_sum, micro_batches)}"
                 )
-            summary = rank_summary(prepared.allocator)
-            status = f"loss {read[-1]:.4f}, {summary}{num_tokens / seconds:.0f} tokens/s"
+            status = f"loss {read[-1]:.4f}, {hooks.method_step.progress()}{num_tokens / seconds:.0f} tokens/s"
             bar.set_postfix_str(status)
             if not sys.stderr.isatty():
                 left = bar.format_interval(seconds / (step + 1 - first_step) * (num_steps - step - 1))
@@ -134,8 +126,7 @@ def train(
     if guard is not None:
         guard.end()
     checkpoints.finish()
-    if prepared.allocator is not None:
-        prepared.allocator.finish()
+    hooks.finish()
     return losses
 
 
@@ -143,15 +134,6 @@ def _seed_step(seed: int, step: int, process_index: int) -> None:
     """Dropout is a pure function of the step, so that a continued run draws what it would have drawn."""
     digest = hashlib.sha256(f"{seed} {step} {process_index}".encode()).digest()
     set_seed(int.from_bytes(digest[:4], "big"))
-
-
-def rank_summary(allocator: RankAllocator | None) -> str:
-    """'budget 288, ranks 0/4.0/12 (min/mean/max), ' for the progress line; nothing without adapters."""
-    if allocator is None:
-        return ""
-    ranks = list(allocator.rank_pattern().values())
-    mean = sum(ranks) / len(ranks)
-    return f"budget {allocator.budget}, ranks {min(ranks)}/{mean:.1f}/{max(ranks)}, "
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -181,16 +163,12 @@ def _records(
     tokens_per_second: float,
 ) -> Iterator[dict[str, Any]]:
     """One record of metrics per step since the last log line."""
-    allocator = prepared.allocator
     for step, loss in enumerate(losses, first_step):
-        record = {
+        record: dict[str, Any] = {
             "step": step,
             "loss": loss,
             "learning_rate": learning_rate(config.train, step, num_steps),
             "tokens_per_second": round(tokens_per_second, 1),
         }
-        if allocator is not None and config.adapter.adapts_ranks:
-            made = [a for a in allocator.allocations if a.step <= step]
-            record["budget"] = made[-1].budget if made else allocator.schedule.initial_budget
-            record["allocated"] = int(bool(made) and made[-1].step == step)
+        record |= prepared.hooks.method_step.record(step)
         yield record

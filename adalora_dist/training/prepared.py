@@ -10,12 +10,12 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from adalora_dist.artifacts.checkpoints.content import Checkpoint, held_triplets, load_checkpoint, trained_parameters
+from adalora_dist.artifacts.checkpoints.content import Checkpoint, held_parts, load_checkpoint
 from adalora_dist.backbones.sharded_load import read_shards, read_trained_modules
 from adalora_dist.config.sections import RunConfig, TrainConfig
-from adalora_dist.methods.adalora.allocator import RankAllocator
-from adalora_dist.methods.adalora.compaction import shrink_layers
-from adalora_dist.methods.inject import adapted_matrices
+from adalora_dist.methods import method_for
+from adalora_dist.methods.hooks import MethodHooks, attach
+from adalora_dist.methods.protocol import adapters_of, trained_parameters
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.training.engine import tied_weights_in_one_group
 from adalora_dist.training.resume import compare_backbone, set_loss_scale
@@ -28,8 +28,7 @@ class Prepared:
     model: nn.Module
     optimizer: torch.optim.Optimizer  # as the engine wraps it
     inner_optimizer: torch.optim.Optimizer  # the torch optimizer that updates the weights
-    allocator: RankAllocator | None
-    """None where there are no adapters: methods head and full."""
+    hooks: MethodHooks  # of the method, on that optimizer
     parameters: dict[str, torch.Tensor]  # all that is trained, as the optimizer has it, by name
     resumed: Checkpoint | None = None  # where the run continues from
 
@@ -42,34 +41,27 @@ def total_steps(train: TrainConfig, plan: BatchPlan) -> int:
 def prepare(
     accelerator: Accelerator, model: nn.Module, config: RunConfig, num_steps: int, resumed: Checkpoint | None = None
 ) -> Prepared:
-    """Optimizer over the trainable parameters, allocator attached, both handed to the engine; weights read last.
+    """Optimizer over the trainable parameters, method attached, both handed to the engine; weights read last.
 
     Raises:
         UserError: ``resumed`` does not fit the model.
     """
+    method = method_for(config.adapter)
     if resumed is not None:
         compare_backbone(resumed, config.model)
-        matrices = adapted_matrices(model)
-        shrink_layers(matrices, held_triplets(resumed, matrices))
+        adapters = adapters_of(model)
+        method.shrink(adapters, held_parts(resumed, adapters))
     read_trained_modules(model)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trainable,
-        lr=config.train.learning_rate,
-        weight_decay=config.train.weight_decay,
-        fused=config.train.precision != "fp16",  # its kernel would unscale gradients after the allocator has seen them
-    )
-    allocator = None
-    if config.adapter.has_adapters:
-        allocator = RankAllocator.attach(model, optimizer, config.adapter, num_steps)
+    optimizer = method.optimizer(model, config.train)
+    hooks = attach(model, optimizer, config.adapter, num_steps)
     if config.train.gradient_checkpointing:
         cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     with tied_weights_in_one_group(accelerator, model):
         model, wrapped = accelerator.prepare(model, optimizer)
     read_shards(model)
-    prepared = Prepared(model, wrapped, optimizer, allocator, trained_parameters(model), resumed)
+    prepared = Prepared(model, wrapped, optimizer, hooks, trained_parameters(model), resumed)
     if resumed is not None:
-        load_checkpoint(resumed, prepared.parameters, wrapped, allocator)
+        load_checkpoint(resumed, prepared.parameters, wrapped, hooks)
         set_loss_scale(accelerator, wrapped, resumed.run["loss_scale"])
     return prepared
 

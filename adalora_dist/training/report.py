@@ -21,7 +21,6 @@ def run_facts(
     bad_rows: BadRows | None = None,
 ) -> dict[str, Any]:
     """What run.json says of a run beyond its configuration. The number of parameters is that of the whole model."""
-    allocator = prepared.allocator
     facts = {"engine": engine, "num_processes": num_processes, "num_steps": num_steps, "method": config.adapter.method}
     facts["num_trainable_parameters"] = sum(
         getattr(p, "ds_numel", p.numel()) for p in prepared.model.parameters() if p.requires_grad
@@ -30,24 +29,18 @@ def run_facts(
     model = getattr(prepared.model, "module", prepared.model)  # inside DDP and DeepSpeed
     facts["model_class"] = type(model).__name__.removeprefix("FSDP")  # fully_shard renames classes
     facts["base_commit"] = getattr(getattr(model, "config", None), "_commit_hash", None)  # None: a local folder
-    if allocator is not None:
-        facts["num_matrices"] = len(allocator.matrices)
-        facts["initial_budget"] = allocator.schedule.initial_budget
-        facts["target_budget"] = allocator.schedule.target_budget
-    return facts
+    return facts | prepared.hooks.method_step.facts()
 
 
-def facts_line(facts: Mapping[str, Any], freeze_step: int | None) -> str:
-    """:func:`run_facts` in one line for the console."""
+def facts_line(facts: Mapping[str, Any], plan: str = "") -> str:
+    """:func:`run_facts` in one line for the console, and the method's plan."""
     line = (
         f"{facts['engine']} on {facts['num_processes']} process(es), {facts['num_steps']} steps; method "
         f"{facts['method']}, {facts['num_trainable_parameters']:,} trainable parameters"
     )
     if "num_matrices" in facts:
         line += f", {facts['num_matrices']} matrices"
-    if facts["method"] == "adalora" and freeze_step is not None:
-        line += f"; budget {facts['initial_budget']} -> {facts['target_budget']} triplets by step {freeze_step + 1}"
-    return line
+    return f"{line}; {plan}" if plan else line
 
 
 def accuracy_table(before: Sequence[TaskResult], after: Sequence[TaskResult]) -> str:
@@ -75,7 +68,8 @@ def metrics_table(columns: Mapping[str, Mapping[str, float]]) -> str:
 
 def rank_report(prepared: Prepared, pattern: Mapping[str, int]) -> str:
     """:func:`rank_table` of a finished run and its budget; nothing to say where ranks are fixed or there are none."""
-    if prepared.allocator is None or not prepared.allocator.config.adapts_ranks:
+    schedule = prepared.hooks.method_step.schedule
+    if schedule is None:
         return ""
-    total = f"Total rank {sum(pattern.values())}, budget {prepared.allocator.schedule.target_budget}"
+    total = f"Total rank {sum(pattern.values())}, budget {schedule.target_budget}"
     return f"\nActive ranks\n{rank_table(pattern)}\n{total}\n"

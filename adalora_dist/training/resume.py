@@ -229,8 +229,7 @@ class RunCheckpoints:
             "notes": dict(notes),
             "task": task_settings(accelerator.unwrap_model(prepared.model)),
         }
-        if prepared.allocator:
-            prepared.allocator.bind(prepared.optimizer)
+        prepared.hooks.bind(prepared.optimizer)
         if self._every and prepared.resumed is None:
             self.save(0)
 
@@ -245,7 +244,7 @@ class RunCheckpoints:
         logs = {}
         if self._accelerator.is_main_process:
             logs = {name: path.read_bytes() for name in LOGS if (path := self._folder / name).exists()}
-        self._writer.save(num_done, prepared.parameters, prepared.optimizer, prepared.allocator, run, logs)
+        self._writer.save(num_done, prepared.parameters, prepared.optimizer, prepared.hooks, run, logs)
 
     def finish(self) -> None:
         """Until the last one is on the disk."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 import shutil
 import subprocess
@@ -14,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 import yaml
 
 from adalora_dist.artifacts.checkpoints.content import Checkpoint
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.redaction import redacted, redacted_command
-from adalora_dist.methods.adalora.allocator import RankAllocator
+from adalora_dist.methods.protocol import Step
 from adalora_dist.training.resume import ALLOCATIONS, LOGS, METRICS, continues_in_place, refuse_lost_steps
 
 _LAUNCHERS = ("accelerate", "deepspeed", "torchrun")
@@ -80,29 +78,15 @@ class RunFolder:
             self._metrics.write(json.dumps(record) + "\n")
             self._metrics.flush()
 
-    def log_allocations(self, allocator: RankAllocator) -> None:
-        """Append a JSON line to allocations.jsonl for every allocation since the last call. Reads from the device.
-
-        step, budget; lowest_kept_score (null: none stayed); pruned, returned: triplets that left and that came back
-        since the allocation before; ranks: active rank of each matrix, in the order of rank_pattern.json.
-        """
+    def log_events(self, method_step: Step) -> None:
+        """Append a JSON line to allocations.jsonl for every allocation since the last call. Reads from the device."""
         if self._metrics is None:
             return
-        with (self.path / ALLOCATIONS).open("a", encoding="utf-8") as file:
-            for index in range(self._num_allocations, len(allocator.allocations)):
-                made, keep = allocator.allocations[index], allocator.allocations[index].keep.cpu()
-                before = allocator.allocations[index - 1].keep.cpu() if index else torch.ones_like(keep)
-                lowest = math.inf if made.lowest_kept_score is None else made.lowest_kept_score.item()
-                record = {
-                    "step": made.step,
-                    "budget": made.budget,
-                    "lowest_kept_score": lowest if math.isfinite(lowest) else None,
-                    "pruned": int((before & ~keep).sum()),
-                    "returned": int((keep & ~before).sum()),
-                    "ranks": [int(part.sum()) for part in keep.split(allocator.ranks)],
-                }
-                file.write(json.dumps(record) + "\n")
-        self._num_allocations = len(allocator.allocations)
+        records = method_step.events(self._num_allocations)
+        if records:
+            with (self.path / ALLOCATIONS).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+        self._num_allocations += len(records)
 
     def listing(self) -> str:
         """One line for the end of the run: the folder and what is in it."""

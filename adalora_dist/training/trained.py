@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from adalora_dist.methods.adalora.layers import Lambdas, SVDLinear
+from adalora_dist.methods.protocol import others_trained
 from adalora_dist.sharding.tensors import full_tensor, reshard
 
 
@@ -23,12 +23,8 @@ def gather_trained(accelerator: Accelerator, model: nn.Module) -> dict[str, torc
     if release is not None:  # ZeRO-3 is still fetching for a backward that does not follow an evaluation
         release()
     trained = {}
-    for path, module in accelerator.unwrap_model(model).named_modules():
-        if isinstance(module, SVDLinear | Lambdas):
-            continue
-        for leaf, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad:
-                whole = full_tensor(parameter)
-                if accelerator.is_main_process:
-                    trained[f"{path}.{leaf}" if path else leaf] = whole.cpu().clone()
+    for name, parameter in others_trained(accelerator.unwrap_model(model)):
+        whole = full_tensor(parameter)
+        if accelerator.is_main_process:
+            trained[name] = whole.cpu().clone()
     return trained

@@ -9,7 +9,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from adalora_dist.config.methods import AdapterConfig
 from adalora_dist.io.errors import UserError
-from adalora_dist.methods.adalora.allocator import RankAllocator
+from adalora_dist.methods.hooks import MethodHooks, attach
 
 
 class AdaLoraCallback(TrainerCallback):
@@ -18,7 +18,7 @@ class AdaLoraCallback(TrainerCallback):
     Three lines more than full fine-tuning::
 
         config = AdapterConfig(init_rank=12, target_rank=8)
-        inject_adapters(model, config)
+        adapt(model, config)
         trainer = Trainer(model, args, train_dataset=rows, callbacks=[AdaLoraCallback(config)])
 
     The schedule's length is the Trainer's own number of optimizer steps. Loss, data and arguments stay as they are:
@@ -34,7 +34,7 @@ class AdaLoraCallback(TrainerCallback):
 
     To keep the adapter, call on every process, after ``train``::
 
-        adapters = gather_adapters(callback.allocator)
+        adapters = callback.hooks.updates()
         if trainer.is_world_process_zero():
             save_adapter(adapters, Path("adapter"), "meta-llama/Llama-3.1-8B", None)
 
@@ -43,7 +43,7 @@ class AdaLoraCallback(TrainerCallback):
     when it could choose a checkpoint from before the pattern was frozen, which has more triplets than the budget.
 
     Args:
-        config: the ``adapter`` section that ``inject_adapters`` was given.
+        config: the ``adapter`` section that ``adapt`` was given.
 
     Raises:
         UserError: from ``train``, before the first step: no adapters in the model, a schedule that does not fit the
@@ -54,18 +54,18 @@ class AdaLoraCallback(TrainerCallback):
 
     def __init__(self, config: AdapterConfig) -> None:
         self.config = config
-        self._allocator: RankAllocator | None = None
+        self._hooks: MethodHooks | None = None
 
     @property
-    def allocator(self) -> RankAllocator:
-        """The allocator of the run.
+    def hooks(self) -> MethodHooks:
+        """The method at work on this run's optimizer.
 
         Raises:
             RuntimeError: training has not begun.
         """
-        if self._allocator is None:
-            raise RuntimeError("the allocator exists once trainer.train() has begun")
-        return self._allocator
+        if self._hooks is None:
+            raise RuntimeError("the hooks exist once trainer.train() has begun")
+        return self._hooks
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -75,7 +75,7 @@ class AdaLoraCallback(TrainerCallback):
                 f"resume_from_checkpoint (step {state.global_step}): a Trainer checkpoint lacks the allocator's "
                 "importance averages and pattern, and resuming them is not supported yet: train from step 0"
             )
-        if self._allocator is not None:
+        if self._hooks is not None:
             raise UserError(
                 "train() was called again with an AdaLoraCallback that has served a run (auto_find_batch_size does so "
                 "too): start from a new model, Trainer and AdaLoraCallback, with a batch size that fits"
@@ -86,14 +86,14 @@ class AdaLoraCallback(TrainerCallback):
                 "adapters and all; start one process per GPU, with accelerate launch or torchrun"
             )
         # Kept even if the run is refused below: the optimizer has its hooks, so another train() must not add more.
-        self._allocator = allocator = RankAllocator.attach(
-            kwargs["model"], kwargs["optimizer"], self.config, state.max_steps
-        )
-        first_step = allocator.schedule.freeze_step + 1  # the first checkpoint whose pattern is final
+        self._hooks = hooks = attach(kwargs["model"], kwargs["optimizer"], self.config, state.max_steps)
+        if (schedule := hooks.method_step.schedule) is None:
+            return
+        first_step = schedule.freeze_step + 1  # the first checkpoint whose pattern is final
         strategy = IntervalStrategy(args.eval_strategy)
         delayed = strategy == IntervalStrategy.STEPS and args.eval_delay >= first_step
-        if args.load_best_model_at_end and self.config.adapts_ranks and not delayed:
-            allocator.detach()
+        if args.load_best_model_at_end and not delayed:
+            hooks.detach()
             raise UserError(
                 f"load_best_model_at_end=True with eval_strategy={strategy.value!r} and eval_delay="
                 f"{args.eval_delay:g}: a checkpoint from before step {first_step} exceeds the budget; set "
@@ -101,18 +101,17 @@ class AdaLoraCallback(TrainerCallback):
             )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.allocator.catch_up(state.global_step)
+        self.hooks.catch_up(state.global_step)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs["logs"]
         if "loss" not in logs:  # of an evaluation, or the summary of the run
             return
-        budget = self.allocator.budget
-        numbers = {"budget": budget, "mean_rank": budget / len(self.allocator.matrices)}
+        numbers = self.hooks.method_step.report()
         logs.update(numbers)  # for the callbacks after this one
         state.log_history[-1].update(numbers)  # Trainer's record, a copy made before any callback
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.allocator.finish()
+        self.hooks.finish()

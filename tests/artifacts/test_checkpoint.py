@@ -212,15 +212,15 @@ def another_optimizer(tensors: dict, spans: dict, state: dict) -> None:
 )
 def test_what_is_missing_is_an_error(root: Path, change: Any, words: list[str]) -> None:
     checkpoint, run = stored(root, change), Run(root.parent / "another")
-    message = refusal(load_checkpoint, checkpoint, run.parameters, run.optimizer, run.allocator)
+    message = refusal(load_checkpoint, checkpoint, run.parameters, run.optimizer, run.hooks)
     assert all(word in message for word in words), message
 
 
 def test_a_checkpoint_brings_back_what_it_was_given(root: Path) -> None:
     checkpoint, run = newest_checkpoint(root), Run(root.parent / "another")
     assert checkpoint is not None
-    load_checkpoint(checkpoint, run.parameters, run.optimizer, run.allocator)
-    assert run.allocator.step == 20
+    load_checkpoint(checkpoint, run.parameters, run.optimizer, run.hooks)
+    assert run.hooks.step == 20
     for number, parameter in enumerate(run.parameters.values()):
         assert torch.equal(parameter, torch.full_like(parameter, 20 + number / 100))
 
@@ -236,7 +236,7 @@ def save_in_a_thread(rank: int, world_size: int, folder: Path) -> list[float]:
     again, values = Run(folder / "again"), []
     for step in (10, 20):
         checkpoint = checkpoint_at(folder / "run" / f"step-{step:08d}")
-        load_checkpoint(checkpoint, again.parameters, again.optimizer, again.allocator)
+        load_checkpoint(checkpoint, again.parameters, again.optimizer, again.hooks)
         values.append(next(iter(again.parameters.values())).flatten()[0].item())
     return values
 
@@ -299,7 +299,7 @@ def load_beside_pickles(rank: int, world_size: int, root: Path) -> tuple[int, in
             found = newest_checkpoint(root)
         assert found is not None
         run = Run(root.parent / "again")
-        load_checkpoint(found, run.parameters, run.optimizer, run.allocator)
+        load_checkpoint(found, run.parameters, run.optimizer, run.hooks)
         run.save(found.step + 1)
         steps.append(found.step)
     return control, len(events) - control, steps

@@ -18,12 +18,11 @@ from adalora_dist.__main__ import main
 from adalora_dist.artifacts.export import load_adapter, save_adapter
 from adalora_dist.artifacts.hub.pictures import rank_grid
 from adalora_dist.config.sections import ModelConfig, RunConfig, TrainConfig
-from adalora_dist.methods.adalora.allocator import RankAllocator
-from adalora_dist.methods.adalora.method import gather_adapters
-from adalora_dist.methods.inject import inject_adapters
+from adalora_dist.methods.hooks import attach
+from adalora_dist.methods.inject import adapt
 from adalora_dist.training.finish import write_adapters
 from adalora_dist.training.run_folder import RunFolder
-from tests.artifacts.test_export_formats import SETTINGS, STEPS, TOLERANCE, adapt, build, logits, weights_of
+from tests.artifacts.test_export_formats import SETTINGS, STEPS, TOLERANCE, build, logits, weights_of, with_adapters
 from tests.support.paths import ROOT
 from tests.support.ranks import run_ranks
 
@@ -33,9 +32,10 @@ def make_run(rank: int, world_size: int, path: Path) -> list[list[bool]]:
     model = build("llama")
     model.save_pretrained(path / "base", max_shard_size="20KB")
     (path / "base" / "chat_template.jinja").write_text("{{ messages }}")
-    inject_adapters(model, SETTINGS)
+    adapt(model, SETTINGS)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
-    allocator = RankAllocator.attach(model, optimizer, SETTINGS, STEPS)
+    hooks = attach(model, optimizer, SETTINGS, STEPS)
+    allocator = hooks.method_step
     facts = {"num_trainable_parameters": 4321, "model_class": type(model).__name__}
     run = RunFolder(RunConfig(train=TrainConfig(output_dir=str(path / "run"))), True, facts)
     generator = torch.Generator().manual_seed(0)
@@ -45,11 +45,11 @@ def make_run(rank: int, world_size: int, path: Path) -> list[list[bool]]:
         optimizer.step()
         optimizer.zero_grad()
         if step % 5 == 4:
-            run.log_allocations(allocator)
-    run.log_allocations(allocator)
-    run.log_allocations(allocator)
-    save_adapter(gather_adapters(allocator), path / "run" / "adapter", str(path / "base"), None)
-    allocator.finish()
+            run.log_events(allocator)
+    run.log_events(allocator)
+    run.log_events(allocator)
+    save_adapter(hooks.updates(), path / "run" / "adapter", str(path / "base"), None)
+    hooks.finish()
     return [a.keep.tolist() for a in allocator.allocations]
 
 
@@ -110,7 +110,7 @@ def test_a_classifier_comes_with_its_head_and_labels(tmp_path: Path, capsys: pyt
     """The base is saved without its head, as encoders are; head and task are in the run folder alone."""
     model = build("deberta", id2label={0: "no", 1: "maybe", 2: "yes"}, label2id={"no": 0, "maybe": 1, "yes": 2})
     model.deberta.save_pretrained(tmp_path / "base")
-    adapt(model)
+    with_adapters(model)
     config = RunConfig(model=ModelConfig(name=str(tmp_path / "base")))
     trained = {n: p.detach() for n, p in model.named_parameters() if n.startswith(("classifier.", "pooler."))}
     assert write_adapters(config, model, weights_of(model), trained, tmp_path / "run") is None
@@ -163,7 +163,7 @@ def test_the_commit_that_was_loaded_is_the_base(tmp_path: Path, capsys: pytest.C
     commit = "c0ffee" * 6 + "c0de"
     model = build("llama")
     model.config._commit_hash = commit  # as from_pretrained leaves it
-    adapt(model)
+    with_adapters(model)
     config = RunConfig(model=ModelConfig(name="somebody/a-base", revision="main"))
     write_adapters(config, model, weights_of(model), {}, tmp_path / "run")
     said = succeed(capsys, "export", tmp_path / "run", "--to", "lora")

@@ -19,9 +19,9 @@ from adalora_dist.artifacts import export
 from adalora_dist.artifacts.export import base_folder_of, load_adapter, merge, save_adapter
 from adalora_dist.config.methods import AdapterConfig
 from adalora_dist.io.errors import UserError
-from adalora_dist.methods.adalora.allocator import RankAllocator
-from adalora_dist.methods.adalora.method import gather_adapters
-from adalora_dist.methods.inject import AdaptedMatrix, inject_adapters
+from adalora_dist.methods.hooks import attach
+from adalora_dist.methods.inject import adapt
+from adalora_dist.methods.protocol import Adapter
 from adalora_dist.methods.update import AdapterWeights
 from tests.support.models import adapted_net, config, global_batch
 from tests.support.ranks import import_deepspeed, run_ranks
@@ -62,21 +62,21 @@ def save_without_head(model: Any, folder: Path) -> None:
     model.transformer.save_pretrained(folder)
 
 
-def adapt(model: torch.nn.Module, targets: tuple[str, ...] = ("all-linear",)) -> list[AdaptedMatrix]:
+def with_adapters(model: torch.nn.Module, targets: tuple[str, ...] = ("all-linear",)) -> list[Adapter]:
     """Adapters with random lambda: every matrix has one masked triplet, the second matrix all of them."""
-    matrices = inject_adapters(model, AdapterConfig(init_rank=RANK, alpha=6, targets=targets, init="orthonormal"))
+    matrices = adapt(model, AdapterConfig(init_rank=RANK, alpha=6, targets=targets, init="orthonormal"))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for index, matrix in enumerate(matrices):
-            matrix.layer.lam.copy_(0.5 + torch.rand(RANK, generator=generator))
-            matrix.layer.lam[index % RANK] = 0
-        matrices[1].layer.lam.zero_()
+            matrix.lam.copy_(0.5 + torch.rand(RANK, generator=generator))
+            matrix.lam[index % RANK] = 0
+        matrices[1].lam.zero_()
     return matrices
 
 
-def weights_of(matrices: list[AdaptedMatrix]) -> list[AdapterWeights]:
+def weights_of(matrices: list[Adapter]) -> list[AdapterWeights]:
     adapters = []
-    for name, layer in ((m.name, m.layer) for m in matrices):
+    for name, layer in ((m.name, m) for m in matrices):
         lam = layer.lam.detach()
         kept = lam != 0
         p, q = layer.P.detach()[:, kept].contiguous(), layer.Qt.detach()[:, kept].T.contiguous()
@@ -114,7 +114,7 @@ def test_merged_model_says_what_the_adapted_one_says(
     model = build()
     save(model, tmp_path / "base")
     plain = logits(model)
-    matrices = adapt(model)
+    matrices = with_adapters(model)
     expected = logits(model)
     assert (expected - plain).abs().max() > 0.1  # the adapters matter
 
@@ -126,7 +126,7 @@ def test_merged_model_says_what_the_adapted_one_says(
     before, after = all_tensors(tmp_path / "base"), all_tensors(tmp_path / "merged")
     assert before.keys() == after.keys()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
-    adapted = {f"{m.name}.weight" for m in matrices if m.layer.lam.any()}
+    adapted = {f"{m.name}.weight" for m in matrices if m.lam.any()}
     assert {key.removeprefix("transformer.") for key in changed} == {k.removeprefix("transformer.") for k in adapted}
     assert not (tmp_path / "merged.partial").exists()
 
@@ -134,7 +134,7 @@ def test_merged_model_says_what_the_adapted_one_says(
 def test_merging_a_part_of_the_matrices(tmp_path: Path) -> None:
     model = llama()
     model.save_pretrained(tmp_path / "base")
-    matrices = adapt(model, ("q_proj", "down_proj"))
+    matrices = with_adapters(model, ("q_proj", "down_proj"))
     assert len(matrices) == 4
     merge(weights_of(matrices), tmp_path / "base", tmp_path / "merged", show_progress=False)
     assert (logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")) - logits(model)).abs().max() < 1e-5
@@ -144,19 +144,19 @@ def test_merging_a_part_of_the_matrices(tmp_path: Path) -> None:
 def test_dtype_of_the_merged_weights(tmp_path: Path, dtype: torch.dtype) -> None:
     model = llama()
     model.save_pretrained(tmp_path / "base")
-    matrices = adapt(model)
+    matrices = with_adapters(model)
     merge(weights_of(matrices), tmp_path / "base", tmp_path / "merged", dtype, show_progress=False)
     assert {tensor.dtype for tensor in all_tensors(tmp_path / "merged").values()} == {dtype}
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert merged.dtype == dtype
-    exact = matrices[0].layer.base.weight + weights_of(matrices)[0].delta()  # rounded once, from the float32 sum
+    exact = matrices[0].base.weight + weights_of(matrices)[0].delta()  # rounded once, from the float32 sum
     assert torch.equal(merged.get_submodule(matrices[0].name).weight, exact.to(dtype))
 
 
 def test_a_bf16_base_stays_bf16_unless_asked(tmp_path: Path) -> None:
     llama().bfloat16().save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
-    matrices = adapt(model)
+    matrices = with_adapters(model)
     merge(weights_of(matrices), tmp_path / "base", tmp_path / "same", show_progress=False)
     merge(weights_of(matrices), tmp_path / "base", tmp_path / "wide", torch.float32, show_progress=False)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "same").dtype == torch.bfloat16
@@ -168,7 +168,7 @@ def test_a_bf16_base_stays_bf16_unless_asked(tmp_path: Path) -> None:
 def test_modules_trained_in_full_replace_the_base_ones(tmp_path: Path) -> None:
     model = llama()
     model.save_pretrained(tmp_path / "base")
-    matrices = adapt(model)
+    matrices = with_adapters(model)
     with torch.no_grad():
         model.lm_head.weight.mul_(0.5)
     trained = {"lm_head.weight": model.lm_head.weight.detach()}
@@ -179,7 +179,7 @@ def test_modules_trained_in_full_replace_the_base_ones(tmp_path: Path) -> None:
 def test_an_interrupted_merge_leaves_no_merged_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
     save_in_shards(model, tmp_path / "base")
-    adapters = weights_of(adapt(model))
+    adapters = weights_of(with_adapters(model))
     written = []
 
     def save_two_and_stop(tensors: dict[str, torch.Tensor], path: Path, **kwargs: Any) -> None:
@@ -205,7 +205,7 @@ def test_an_interrupted_merge_leaves_no_merged_folder(tmp_path: Path, monkeypatc
 def test_saved_adapter_comes_back(tmp_path: Path, build: Callable[[], Any]) -> None:
     model = build()
     model.save_pretrained(tmp_path / "base")
-    matrices = adapt(model)
+    matrices = with_adapters(model)
     save_adapter(weights_of(matrices), tmp_path / "adapter", "some/model", "main")
 
     restored = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -213,10 +213,10 @@ def test_saved_adapter_comes_back(tmp_path: Path, build: Callable[[], Any]) -> N
 
     assert (logits(restored) - logits(model)).abs().max() < 1e-5  # sums over fewer triplets round differently
     assert [m.name for m in loaded] == [m.name for m in matrices]
-    ranks = {m.name: int((m.layer.lam != 0).sum()) for m in matrices}
-    assert {m.name: m.layer.rank for m in loaded} == ranks
-    assert loaded[1].layer.rank == 0
-    assert [name for name, _ in loaded[1].layer.named_parameters() if not name.startswith("base.")] == []
+    ranks = {m.name: int((m.lam != 0).sum()) for m in matrices}
+    assert {m.name: m.rank for m in loaded} == ranks
+    assert loaded[1].rank == 0
+    assert [name for name, _ in loaded[1].named_parameters() if not name.startswith("base.")] == []
     description = json.loads((tmp_path / "adapter" / "adapter.json").read_text())
     assert description["rank_pattern"] == ranks
     assert (description["base_model"], description["base_revision"]) == ("some/model", "main")
@@ -226,13 +226,13 @@ def test_an_adapter_without_any_triplet(tmp_path: Path) -> None:
     model = llama()
     model.save_pretrained(tmp_path / "base")
     plain = logits(model)
-    matrices = adapt(model)
+    matrices = with_adapters(model)
     for matrix in matrices:
-        matrix.layer.lam.data.zero_()
+        matrix.lam.data.zero_()
     save_adapter(weights_of(matrices), tmp_path / "adapter", "", None)
     merge(weights_of(matrices), tmp_path / "base", tmp_path / "merged", show_progress=False)
     restored = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    assert {m.layer.rank for m in load_adapter(restored, tmp_path / "adapter")} == {0}
+    assert {m.rank for m in load_adapter(restored, tmp_path / "adapter")} == {0}
     assert torch.equal(logits(restored), plain)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), plain)
 
@@ -249,7 +249,7 @@ def refusal(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
 
 def test_merging_into_the_wrong_folder(tmp_path: Path) -> None:
     model = llama()
-    adapters = weights_of(adapt(model))
+    adapters = weights_of(with_adapters(model))
     (tmp_path / "pickled").mkdir()
     torch.save({}, tmp_path / "pickled" / "pytorch_model.bin")
     llama(num_hidden_layers=1).save_pretrained(tmp_path / "short")
@@ -264,11 +264,11 @@ def test_merging_into_the_wrong_folder(tmp_path: Path) -> None:
 
 def test_adapters_that_cannot_be_loaded(tmp_path: Path) -> None:
     model = llama()
-    save_adapter(weights_of(adapt(model)), tmp_path / "good", "", None)
+    save_adapter(weights_of(with_adapters(model)), tmp_path / "good", "", None)
 
     def broken(name: str, change: Callable[[Path], None]) -> str:
         folder = tmp_path / name
-        save_adapter(weights_of(adapt(llama())), folder, "", None)
+        save_adapter(weights_of(with_adapters(llama())), folder, "", None)
         change(folder)
         return refusal(load_adapter, llama(), folder)
 
@@ -312,7 +312,8 @@ def train_and_gather(rank: int, world_size: int, engine: str) -> tuple[list[Adap
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
-    allocator = RankAllocator.attach(model, optimizer, SETTINGS, STEPS)
+    hooks = attach(model, optimizer, SETTINGS, STEPS)
+    allocator = hooks.method_step
     if engine == "ddp":
         model = DistributedDataParallel(model)
     if engine == "zero3":
@@ -333,12 +334,12 @@ def train_and_gather(rank: int, world_size: int, engine: str) -> tuple[list[Adap
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-    allocator.finish()
+    hooks.finish()
     branch = None
     if engine == "single":
         up = net.blocks[0].up
         branch = (up(torch.eye(up.d_in)) - up.base(torch.eye(up.d_in))).detach().T
-    return gather_adapters(allocator), allocator.rank_pattern(), branch
+    return hooks.updates(), allocator.rank_pattern(), branch
 
 
 @pytest.fixture(scope="module")

@@ -30,9 +30,8 @@ from transformers import (
 from adalora_dist.artifacts.export import merge
 from adalora_dist.artifacts.peft_format import VLLM_MAX_RANKS, fold, save_adalora, save_lora, vllm_options
 from adalora_dist.config.methods import AdapterConfig
-from adalora_dist.methods.adalora.allocator import RankAllocator
-from adalora_dist.methods.adalora.method import gather_adapters
-from adalora_dist.methods.inject import inject_adapters
+from adalora_dist.methods.hooks import attach
+from adalora_dist.methods.inject import adapt
 from adalora_dist.methods.update import AdapterWeights
 from tests.support.models import Net
 from tests.support.paths import SHARED
@@ -78,12 +77,14 @@ def logits(model: Any) -> torch.Tensor:
     return model(input_ids=IDS).logits
 
 
-def adapt(model: Any, targets: tuple[str, ...] = ("all-linear",), ranks: tuple[int, ...] = (4, 0, 2, 1, 3)) -> None:
+def with_adapters(
+    model: Any, targets: tuple[str, ...] = ("all-linear",), ranks: tuple[int, ...] = (4, 0, 2, 1, 3)
+) -> None:
     """Adapters whose active ranks go round in ``ranks``; active triplets stand anywhere."""
-    matrices = inject_adapters(model, AdapterConfig(init_rank=RANK, alpha=6, targets=targets, init="orthonormal"))
+    matrices = adapt(model, AdapterConfig(init_rank=RANK, alpha=6, targets=targets, init="orthonormal"))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for index, layer in enumerate(m.layer for m in matrices):
+        for index, layer in enumerate(matrices):
             keep = torch.randperm(RANK, generator=generator)[: ranks[index % len(ranks)]]
             layer.lam[keep] = 0.5 + torch.rand(len(keep), generator=generator)
 
@@ -122,7 +123,7 @@ def all_forms(
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_form_says_the_same(tmp_path: Path, kind: str) -> None:
     model = build(kind)
-    adapt(model)
+    with_adapters(model)
     trained = None
     if kind == "deberta":
         with torch.no_grad():
@@ -142,7 +143,7 @@ def test_the_real_llama(tmp_path: Path) -> None:
     if not folder.is_dir():
         pytest.skip(f"no real model at {folder}")
     model = AutoModelForCausalLM.from_pretrained(folder)
-    adapt(model)
+    with_adapters(model)
     with torch.no_grad():
         for layer in (m for m in model.modules() if hasattr(m, "Qt")):
             layer.lam.mul_(0.2)
@@ -172,7 +173,7 @@ def test_patterns_hit_their_own_module_alone(tmp_path: Path) -> None:
         return Nested()
 
     model = plain()
-    adapt(model, ("up", "down"), ranks=(2, 0, 3, 1, 4))
+    with_adapters(model, ("up", "down"), ranks=(2, 0, 3, 1, 4))
     adapters, x = weights_of(model), torch.randn(5, 7, generator=torch.Generator().manual_seed(2))
     own = {a.name: a.rank for a in adapters}
     assert own["blocks.1.down"] == 1 and own["tower.blocks.1.down"] == 3 and own["blocks.1.up"] == 3
@@ -239,7 +240,7 @@ def load_as_vllm_does(folder: Path, max_lora_rank: int) -> dict[str, torch.Tenso
 
 def test_vllm_would_take_the_lora_and_compute_the_same(tmp_path: Path) -> None:
     model = build("llama")
-    adapt(model)
+    with_adapters(model)
     adapters = weights_of(model)
     save_lora(adapters, tmp_path / "lora", "some/model", "abc")
     updates = load_as_vllm_does(tmp_path / "lora", 8)
@@ -257,7 +258,7 @@ def test_vllm_would_take_the_lora_and_compute_the_same(tmp_path: Path) -> None:
 def test_what_vllm_would_not_take(tmp_path: Path) -> None:
     """Each is said by the export, or cannot come from it; and the rules above see it."""
     model = build("llama")
-    adapt(model)
+    with_adapters(model)
     trained = {"lm_head.weight": model.lm_head.weight.detach()}
     save_lora(weights_of(model), tmp_path / "head", "", trained=trained)
     with pytest.raises(ValueError, match="modules_to_save"):
@@ -276,7 +277,7 @@ def test_what_vllm_would_not_take(tmp_path: Path) -> None:
     path.write_text(json.dumps({**config, "r": None}))
     assert "r is None" in refusal(vllm_options, tmp_path / "lora")
     other = build("gpt2")
-    adapt(other)
+    with_adapters(other)
     save_lora(weights_of(other), tmp_path / "gpt2", "")
     with pytest.raises(ValueError, match="expected target modules"):
         load_as_vllm_does(tmp_path / "gpt2", 8)
@@ -284,7 +285,7 @@ def test_what_vllm_would_not_take(tmp_path: Path) -> None:
 
 def test_folding_is_the_nearest_update_of_that_rank() -> None:
     model = build("llama")
-    adapt(model)
+    with_adapters(model)
     adapters = weights_of(model)
     folded, cost = fold(adapters, 2)
     assert [f.rank for f in folded] == [min(a.rank, 2) for a in adapters]
@@ -305,7 +306,7 @@ def test_folding_is_the_nearest_update_of_that_rank() -> None:
 
 def test_an_adapter_of_rank_0_everywhere(tmp_path: Path) -> None:
     model = build("llama")
-    adapt(model, ranks=(0,))
+    with_adapters(model, ranks=(0,))
     assert "rank 0 everywhere" in refusal(save_lora, weights_of(model), tmp_path / "lora", "")
     save_adalora(weights_of(model), tmp_path / "peft", "")
     assert torch.equal(logits(PeftModel.from_pretrained(build("llama"), tmp_path / "peft")), logits(build("llama")))
@@ -314,7 +315,7 @@ def test_an_adapter_of_rank_0_everywhere(tmp_path: Path) -> None:
 def test_peft_trains_an_exported_adalora_further(tmp_path: Path) -> None:
     """Rank 0 included; its ranks stay as they are as long as nobody calls PEFT's update_and_allocate."""
     model = build("llama")
-    adapt(model)
+    with_adapters(model)
     save_adalora(weights_of(model), tmp_path / "peft", "")
     [(losses, ranks)] = run_ranks(1, train_in_peft, tmp_path / "peft")
     assert losses[-1] < losses[0] - 0.1 and ranks == {a.name: a.rank for a in weights_of(model)}
@@ -346,7 +347,7 @@ SETTINGS = AdapterConfig(
 def train(rank: int, world_size: int, engine: str, kind: str) -> tuple[list[AdapterWeights], torch.Tensor]:
     """A short run on this engine; the adapters gathered from it, and what the trained model itself says."""
     model: Any = build(kind)
-    matrices = inject_adapters(model, SETTINGS)
+    matrices = adapt(model, SETTINGS)
     if engine == "fsdp2":
         mesh = init_device_mesh("cpu", (world_size,))
         blocks = {type(model.get_submodule(re.match(r".*?\.\d+(?=\.)", m.name)[0])) for m in matrices}  # type: ignore[index]
@@ -354,7 +355,7 @@ def train(rank: int, world_size: int, engine: str, kind: str) -> tuple[list[Adap
             fully_shard(module, mesh=mesh)
         fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
-    allocator = RankAllocator.attach(model, optimizer, SETTINGS, STEPS)
+    hooks = attach(model, optimizer, SETTINGS, STEPS)
     if engine == "zero3":
         settings = {
             "train_micro_batch_size_per_gpu": 2,
@@ -375,8 +376,8 @@ def train(rank: int, world_size: int, engine: str, kind: str) -> tuple[list[Adap
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-    allocator.finish()
-    return gather_adapters(allocator), logits(model)
+    hooks.finish()
+    return hooks.updates(), logits(model)
 
 
 @pytest.mark.parametrize(

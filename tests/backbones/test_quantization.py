@@ -28,10 +28,9 @@ from adalora_dist.backbones.quantization import (
 from adalora_dist.config.methods import AdapterConfig
 from adalora_dist.config.sections import ExportConfig, ModelConfig, QuantizationConfig, RunConfig, TrainConfig
 from adalora_dist.io.errors import UserError
-from adalora_dist.methods.adalora.allocator import RankAllocator
 from adalora_dist.methods.adalora.layers import Lambdas, SVDLinear
-from adalora_dist.methods.adalora.method import gather_adapters
-from adalora_dist.methods.inject import inject_adapters
+from adalora_dist.methods.hooks import attach
+from adalora_dist.methods.inject import adapt
 from adalora_dist.training.verify import logit_differences
 from tests.support.paths import ROOT
 from tests.support.quantized_runs import PROBE, Case, Trained, configuration, run, write_llama
@@ -215,7 +214,7 @@ def test_modules_that_are_trained_in_full_stay_too(folder):
     model, config = load(folder, adapter=adapter)
     names = {name.rpartition(".")[2] for name, _ in quantized_linears(model)}
     assert "o_proj" not in names and "lm_head" not in names and {"q_proj", "up_proj"} <= names
-    inject_adapters(model, config.adapter)
+    adapt(model, config.adapter)
     trained = model.get_submodule("model.layers.1.mlp.up_proj").weight
     assert trained.requires_grad and trained.dtype == torch.float32
 
@@ -318,17 +317,17 @@ def test_conv1d_is_merged_in_its_own_layout(tmp_path):
     ).save_pretrained(base)
     byte_tokenizer().save_pretrained(base)
     model, config = load(base, adapter=AdapterConfig(init_rank=2, target_rank=1))
-    matrices = inject_adapters(model, config.adapter)
+    matrices = adapt(model, config.adapter)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    allocator = RankAllocator.attach(model, optimizer, config.adapter, 100)
+    hooks = attach(model, optimizer, config.adapter, 100)
     model(input_ids=torch.tensor([PROBE])).logits.square().mean().backward()
     optimizer.step()
     with torch.no_grad():
         for matrix in matrices:
-            matrix.layer.lam.normal_()
+            matrix.lam.normal_()
         logits = model.eval()(input_ids=torch.tensor([PROBE])).logits[0]
-    adapters = gather_adapters(allocator)
-    allocator.detach()
+    adapters = hooks.updates()
+    hooks.detach()
     assert all(a.weight_is_transposed for a in adapters) and len(adapters) == 4
     merge(adapters, base, tmp_path / "merged", base_weights=quantized_weights(model, config), show_progress=False)
     assert logit_differences(AutoModelForCausalLM, tmp_path / "merged", PROBE, logits).largest < 1e-4

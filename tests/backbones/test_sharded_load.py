@@ -30,7 +30,7 @@ from adalora_dist.backbones.load import load_backbone
 from adalora_dist.config.methods import AdapterConfig
 from adalora_dist.config.sections import ModelConfig, RunConfig, TrainConfig
 from adalora_dist.io.errors import UserError
-from adalora_dist.methods.inject import inject_adapters
+from adalora_dist.methods.inject import adapt
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.losses import causal_loss
 from adalora_dist.training.engine import build_accelerator
@@ -132,7 +132,7 @@ def run(
     else:
         model, _ = load_backbone(config.model, auto_class)
     loaded_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if not p.is_meta)
-    inject_adapters(model, config.adapter, seed=1)
+    adapt(model, config.adapter, seed=1)
     prepared = prepare(accelerator, model, config, STEPS)
     frozen = [p for p in prepared.model.parameters() if not p.requires_grad]
     if engine.startswith("fsdp2"):
@@ -158,7 +158,7 @@ def run(
         plan = BatchPlan.of_rows(rows(), GLOBAL_BATCH, seed=3)
         report, loss_sum = RunFolder(config, rank == 0, {}), causal_loss(rows(), 0, accelerator.device)
         result["losses"] = train(accelerator, prepared, plan, loss_sum, config, report, lambda _: None)
-        result["patterns"] = {a.step: a.keep.tolist() for a in prepared.allocator.allocations}
+        result["patterns"] = {a.step: a.keep.tolist() for a in prepared.hooks.method_step.allocations}
     return result
 
 
@@ -283,7 +283,7 @@ def peak_of_loading(rank: int, world_size: int, engine: str, folder: Path) -> in
     if engine == "zero3":
         assert all(p.numel() == 0 for p in model.parameters())
     else:
-        inject_adapters(model, config.adapter)
+        adapt(model, config.adapter)
         model = prepare(accelerator, model, config, STEPS).model
     done.set()
     thread.join()

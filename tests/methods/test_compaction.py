@@ -15,9 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from adalora_dist.config.methods import AdapterConfig
-from adalora_dist.methods.adalora.allocator import RankAllocator
-from adalora_dist.methods.adalora.compaction import compact
-from adalora_dist.methods.adalora.method import gather_adapters
+from adalora_dist.methods.hooks import MethodHooks, attach
 from tests.support import quantized_runs
 from tests.support.models import adapted_net, config, global_batch
 from tests.support.ranks import import_deepspeed, run_ranks
@@ -79,9 +77,9 @@ def live_bytes() -> int:
     return sum({s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in tensors)}.values())
 
 
-def num_local(allocator: RankAllocator) -> int:
+def num_local(hooks: MethodHooks) -> int:
     """Adapter elements whose moments are on this rank."""
-    return sum(span.stop - span.start for span in allocator.engine.spans())
+    return sum(span.stop - span.start for span in hooks.engine.spans())
 
 
 def run(rank: int, world_size: int, case: Case) -> dict[str, Any]:
@@ -104,7 +102,8 @@ def run(rank: int, world_size: int, case: Case) -> dict[str, Any]:
             fully_shard(block, **kwargs)
         fully_shard(model, **kwargs)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=8e-3, weight_decay=0.1)
-    allocator = RankAllocator.attach(model, optimizer, case.settings, STEPS)
+    hooks = attach(model, optimizer, case.settings, STEPS)
+    allocator = hooks.method_step
     if case.engine == "ddp":
         model = DistributedDataParallel(model, gradient_as_bucket_view="views" in case.options)
     elif case.engine.startswith("zero"):
@@ -139,19 +138,19 @@ def run(rank: int, world_size: int, case: Case) -> dict[str, Any]:
         if case.compact:
             at_freeze = step == allocator.schedule.freeze_step
             if at_freeze:
-                before = live_bytes(), num_local(allocator)
+                before = live_bytes(), num_local(hooks)
                 if "evaluated" in case.options:  # FSDP2 leaves parameters gathered that it does not reshard by itself
                     with torch.no_grad():
                         model(global_batch(step, 4, dict(case.sizes).get("d", 7))[0])
-            assert compact(allocator, model, optimizer) == at_freeze
-    after = live_bytes(), num_local(allocator)
-    allocator.finish()
+            assert allocator.compact(hooks, model, optimizer) == at_freeze
+    after = live_bytes(), num_local(hooks)
+    hooks.finish()
     return {
         "losses": losses,
         "patterns": {a.step: a.keep.tolist() for a in allocator.allocations},
         "ranks": list(allocator.rank_pattern().values()),
-        "held": [m.layer.triplets for m in allocator.matrices],
-        "adapters": gather_adapters(allocator),
+        "held": [m.triplets for m in allocator.layers],
+        "adapters": hooks.updates(),
         "memory": (before, after) if case.compact else None,
     }
 

@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from adalora_dist.methods.adalora.layers import Lambdas, lambda_gradients
-from adalora_dist.methods.inject import inject_adapters
+from adalora_dist.methods.inject import adapt
 from tests.support.models import Net, adapted_net, config
 
 
@@ -156,7 +156,7 @@ def test_a_scale_per_matrix_and_a_matrix_without_triplets():
             layer.scale * expected @ layer.Qt * layer.lam @ layer.P.T if layer.rank else 0
         )
     torch.testing.assert_close(found, expected)
-    assert layers[2].lam.tolist() == [3, 4, 5] and lambdas.matrix_of(2) == layers[2].name
+    assert layers[2].lam.tolist() == [3, 4, 5] and lambdas.element_name("lam", 2) == f"{layers[2].name}.lam"
 
 
 def test_a_model_with_an_attribute_of_that_name_is_refused():
@@ -165,4 +165,4 @@ def test_a_model_with_an_attribute_of_that_name_is_refused():
     model = Net()
     model.adalora = 1
     with pytest.raises(UserError, match="has an attribute 'adalora' already"):
-        inject_adapters(model, config())
+        adapt(model, config())

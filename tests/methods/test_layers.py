@@ -7,7 +7,8 @@ from transformers.pytorch_utils import Conv1D
 
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adalora.layers import Lambdas, SVDLinear
-from adalora_dist.methods.inject import adapted_matrices, inject_adapters
+from adalora_dist.methods.inject import adapt
+from adalora_dist.methods.protocol import adapters_of
 from tests.support.models import Net, config
 
 
@@ -108,10 +109,10 @@ def test_injection_freezes_the_rest_and_is_the_same_every_time():
     for _ in range(2):
         torch.manual_seed(3)
         model = Net()
-        matrices = inject_adapters(model, config(train_modules=("head",)), seed=5)
+        matrices = adapt(model, config(train_modules=("head",)), seed=5)
         models.append(model)
     assert [m.name for m in matrices] == ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]
-    assert adapted_matrices(model) == matrices
+    assert adapters_of(model) == matrices
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trainable == {f"{m.name}.{k}" for m in matrices for k in ("P", "Qt")} | {
         "head.weight",
@@ -124,13 +125,11 @@ def test_injection_freezes_the_rest_and_is_the_same_every_time():
 
 def test_orthonormal_init_has_unit_columns_on_average():
     model = nn.Sequential(nn.Linear(400, 300))
-    [matrix] = inject_adapters(model, config(targets=("0",), init_rank=20, target_rank=2, init="orthonormal"))
-    for x in (matrix.layer.P, matrix.layer.Qt):
+    [matrix] = adapt(model, config(targets=("0",), init_rank=20, target_rank=2, init="orthonormal"))
+    for x in (matrix.P, matrix.Qt):
         assert abs(x.square().sum(0).mean() - 1) < 0.1
-    [matrix] = inject_adapters(
-        nn.Sequential(nn.Linear(400, 300)), config(targets=("0",), init_rank=20, init="gaussian")
-    )
-    assert abs(matrix.layer.P.std() - 0.02) < 0.002
+    [matrix] = adapt(nn.Sequential(nn.Linear(400, 300)), config(targets=("0",), init_rank=20, init="gaussian"))
+    assert abs(matrix.P.std() - 0.02) < 0.002
 
 
 def tiny_llama():
@@ -149,14 +148,14 @@ def tiny_llama():
 
 
 def test_all_linear_is_every_matrix_of_the_backbone_but_not_the_head():
-    names = [m.name for m in inject_adapters(tiny_llama(), config(targets=("all-linear",)))]
+    names = [m.name for m in adapt(tiny_llama(), config(targets=("all-linear",)))]
     assert len(names) == 14 and not any("lm_head" in n for n in names)
 
 
 def test_selection_by_name_and_regular_expression():
-    assert len(inject_adapters(tiny_llama(), config(targets=("q_proj", "v_proj")))) == 4
-    assert len(inject_adapters(tiny_llama(), config(targets=(r"model\.layers\.1\..*_proj",)))) == 7
-    assert len(inject_adapters(tiny_llama(), config(targets=("model.layers.0.mlp.up_proj",)))) == 1
+    assert len(adapt(tiny_llama(), config(targets=("q_proj", "v_proj")))) == 4
+    assert len(adapt(tiny_llama(), config(targets=(r"model\.layers\.1\..*_proj",)))) == 7
+    assert len(adapt(tiny_llama(), config(targets=("model.layers.0.mlp.up_proj",)))) == 1
 
 
 class Shared(nn.Module):
@@ -181,11 +180,11 @@ class Shared(nn.Module):
 )
 def test_what_cannot_be_adapted_is_refused_by_name(model, targets, said):
     with pytest.raises(UserError, match=said):
-        inject_adapters(model, config(targets=targets))
+        adapt(model, config(targets=targets))
 
 
 def test_a_second_injection_is_refused():
     model = Net()
-    inject_adapters(model, config())
+    adapt(model, config())
     with pytest.raises(UserError, match="already has adapters"):
-        inject_adapters(model, config())
+        adapt(model, config())

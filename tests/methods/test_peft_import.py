@@ -18,8 +18,9 @@ from adalora_dist.backbones.load import load_backbone
 from adalora_dist.config.methods import AdapterConfig
 from adalora_dist.config.sections import ModelConfig
 from adalora_dist.methods.adalora.start import _VARIANTS
-from adalora_dist.methods.inject import adapted_matrices, inject_adapters
-from tests.artifacts.test_export_formats import IDS, TOLERANCE, adapt, build, logits, weights_of
+from adalora_dist.methods.inject import adapt
+from adalora_dist.methods.protocol import adapters_of
+from tests.artifacts.test_export_formats import IDS, TOLERANCE, build, logits, weights_of, with_adapters
 from tests.support.ranks import run_ranks
 from tests.support.refusals import refusal
 
@@ -43,7 +44,7 @@ def from_peft(kind: str, config: LoraConfig, folder: Path) -> torch.Tensor:
 def start(folder: Path, kind: str = "llama", **changes: Any) -> Any:
     values = {"targets": tuple(TARGETS.get(kind, ["all-linear"])), "init_rank": 6, "alpha": 9} | changes
     model = build(kind)
-    inject_adapters(model, AdapterConfig(init_from=str(folder), **values))
+    adapt(model, AdapterConfig(init_from=str(folder), **values))
     return model.eval()
 
 
@@ -61,7 +62,7 @@ def test_lora_as_the_start(tmp_path: Path, kind: str, options: dict[str, Any]) -
     said = from_peft(kind, LoraConfig(r=4, lora_alpha=7, target_modules=TARGETS[kind], **options), tmp_path)
     model = start(tmp_path, kind)
     assert (logits(model) - said).abs().max() <= TOLERANCE
-    for layer in (m.layer for m in adapted_matrices(model)):
+    for layer in adapters_of(model):
         rank = int((layer.lam != 0).sum())
         assert 0 < rank < 6 and layer.lam[:rank].diff().max() <= 0 and layer.lambdas.lam.requires_grad
         for factor in (layer.P, layer.Qt):  # ready for the regulariser
@@ -73,7 +74,7 @@ def test_lora_as_the_start_of_lora(tmp_path: Path) -> None:
     said = from_peft("llama", LoraConfig(r=4, lora_alpha=7, target_modules=TARGETS["llama"]), tmp_path)
     model = start(tmp_path, method="lora")
     assert (logits(model) - said).abs().max() <= TOLERANCE
-    assert all(m.layer.lam.eq(1).all() and not m.layer.lambdas.lam.requires_grad for m in adapted_matrices(model))
+    assert all(m.lam.eq(1).all() and not m.lambdas.lam.requires_grad for m in adapters_of(model))
 
 
 def test_adalora_as_the_start(tmp_path: Path) -> None:
@@ -83,13 +84,13 @@ def test_adalora_as_the_start(tmp_path: Path) -> None:
     assert (logits(start(tmp_path / "theirs")) - said).abs().max() <= TOLERANCE
 
     model = build("llama")
-    adapt(model)
+    with_adapters(model)
     save_adalora(weights_of(model), tmp_path / "ours", "")
     save_lora(weights_of(model), tmp_path / "lora", "")
     for form in ("ours", "lora"):
         again = start(tmp_path / form, targets=("all-linear",), init_rank=4)
         assert (logits(again) - logits(model)).abs().max() <= TOLERANCE
-        ranks = {m.name: int((m.layer.lam.abs() > 1e-9).sum()) for m in adapted_matrices(again)}
+        ranks = {m.name: int((m.lam.abs() > 1e-9).sum()) for m in adapters_of(again)}
         assert ranks == {a.name: a.rank for a in weights_of(model)} and 0 in ranks.values()
 
 
@@ -118,9 +119,7 @@ def test_adalora_pruned_by_peft_as_the_start(tmp_path: Path) -> None:
     assert (said - logits(build("llama"))).abs().max() > 0.05
     model = start(tmp_path)
     assert (logits(model) - said).abs().max() <= TOLERANCE
-    assert {m.name: int((m.layer.lam != 0).sum()) for m in adapted_matrices(model)} == {
-        name: rank for name, rank in ranks.items()
-    }
+    assert {m.name: int((m.lam != 0).sum()) for m in adapters_of(model)} == {name: rank for name, rank in ranks.items()}
 
 
 @pytest.mark.parametrize("init", ["gaussian", "orthogonal"])

@@ -3,8 +3,8 @@
 import torch
 
 from adalora_dist.config.methods import AdapterConfig
-from adalora_dist.methods.adalora.allocator import RankAllocator
-from adalora_dist.methods.inject import inject_adapters
+from adalora_dist.methods.hooks import attach
+from adalora_dist.methods.inject import adapt
 from tests.support.models import Net, global_batch
 
 STEPS, T_I, T_F, INTERVAL = 90, 10, 20, 4
@@ -30,11 +30,11 @@ def test_the_same_triplets_are_masked_over_a_whole_run():
         init_rank=RANK, target_rank=TARGET, alpha=ALPHA, targets=("up", "down"), initial_warmup_steps=T_I,
         final_steps=T_F, mask_interval_steps=INTERVAL, orthogonality=GAMMA, importance_order="after",
     )  # fmt: skip
-    matrices = inject_adapters(own, settings)
+    matrices = adapt(own, settings)
     peft_layers = {n.removeprefix("base_model.model."): m for n, m in theirs.named_modules() if hasattr(m, "lora_E")}
     with torch.no_grad():
         for matrix in matrices:
-            layer, peft_layer = matrix.layer, peft_layers[matrix.name]
+            layer, peft_layer = matrix, peft_layers[matrix.name]
             for values in (peft_layer.lora_A, peft_layer.lora_B, peft_layer.lora_E):
                 values["default"].mul_(20)  # near unit length, so that signals and patterns move
             layer.P.copy_(peft_layer.lora_B["default"])
@@ -45,7 +45,8 @@ def test_the_same_triplets_are_masked_over_a_whole_run():
 
     own_optimizer = torch.optim.AdamW([p for p in own.parameters() if p.requires_grad], lr=1e-2)
     peft_optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-2)
-    allocator = RankAllocator.attach(own, own_optimizer, settings, STEPS)
+    hooks = attach(own, own_optimizer, settings, STEPS)
+    allocator = hooks.method_step
     peft_allocator = theirs.base_model.rankallocator
     peft_pattern = None
     num_compared, patterns = 0, set()
@@ -82,17 +83,17 @@ def test_the_same_triplets_are_masked_over_a_whole_run():
             assert peft_pattern is not None
             for matrix in matrices:
                 masked = peft_layers[matrix.name].lora_E["default"].flatten() == 0
-                assert torch.equal(matrix.layer.lam == 0, masked), f"step {step}, {matrix.name}"
+                assert torch.equal(matrix.lam == 0, masked), f"step {step}, {matrix.name}"
             if step == STEPS - T_F:
                 # Later PEFT's regulariser goes on pulling at pruned vectors, and through them at the others; here
                 # they are out of the run.
                 for matrix in matrices:
-                    kept = matrix.layer.lam != 0
+                    kept = matrix.lam != 0
                     theirs_kept = peft_layers[matrix.name].lora_B["default"].detach()[:, kept].clone()
-                    vectors_at_freeze.append((matrix.layer.P.detach()[:, kept].clone(), theirs_kept))
+                    vectors_at_freeze.append((matrix.P.detach()[:, kept].clone(), theirs_kept))
             num_compared += 1
             patterns.add(tuple(allocator.keep.tolist()))
-    allocator.finish()
+    hooks.finish()
     assert num_compared >= 30 and len(patterns) >= 6, (num_compared, len(patterns))
     assert len(vectors_at_freeze) == len(matrices)
     for own_vectors, peft_vectors in vectors_at_freeze:

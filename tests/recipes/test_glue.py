@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from adalora_dist.artifacts.export import load_adapter
 from adalora_dist.config.methods import AdapterConfig
-from adalora_dist.methods.inject import inject_adapters
+from adalora_dist.methods.inject import adapt
 from adalora_dist.methods.sites import trained_modules
 from adalora_dist.tasks.evaluation.predict import predict
 from adalora_dist.tasks.glue.config import GLUE_TASKS, GlueDataConfig
@@ -246,7 +246,7 @@ def test_what_each_method_trains(project: Project, kind: str) -> None:
     head = {f"{h}.{n}" for h in heads for n, _ in plain.get_submodule(h).named_parameters()}
     for method in ("adalora", "lora", "head", "full"):
         adapted = model()
-        matrices = inject_adapters(adapted, AdapterConfig(method=method, init_rank=2, train_modules=("task-head",)))
+        matrices = adapt(adapted, AdapterConfig(method=method, init_rank=2, train_modules=("task-head",)))
         trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
         factors = {name for name in trained if name.rpartition(".")[2] in ("P", "Qt", "lam")}
         if method == "full":
@@ -262,9 +262,9 @@ def test_a_head_that_is_tied_or_missing_is_refused(project: Project) -> None:
 
     settings = AdapterConfig(method="head", train_modules=("task-head",))
     small = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
-    assert "nothing outside its backbone" in refusal(inject_adapters, BertModel(small), settings)
-    assert "task-head: cls is tied" in refusal(inject_adapters, BertForMaskedLM(small), settings)
-    half = refusal(inject_adapters, BertModel(small).bfloat16(), AdapterConfig(method="full"))
+    assert "nothing outside its backbone" in refusal(adapt, BertModel(small), settings)
+    assert "task-head: cls is tied" in refusal(adapt, BertForMaskedLM(small), settings)
+    half = refusal(adapt, BertModel(small).bfloat16(), AdapterConfig(method="full"))
     assert "bfloat16" in half and "float32" in half
 
 

@@ -40,7 +40,7 @@ def test_paths_and_flags_of_the_commands_are_real():
 
 
 def test_the_lines_for_your_own_code_run(monkeypatch):
-    code = next(text for kind, text in BLOCKS if kind == "python" and "RankAllocator.attach" in text)
+    code = next(text for kind, text in BLOCKS if kind == "python" and "attach(" in text)
     assert "\n...  " in code
     before, after = re.split(r"\n\.\.\. .*\n", code)
     names = {"torch": torch, "model": Net(), "total_steps": 30}
@@ -52,4 +52,4 @@ def test_the_lines_for_your_own_code_run(monkeypatch):
         names["optimizer"].step()
         names["optimizer"].zero_grad()
     exec(compile(after, "README", "exec"), names)
-    assert sum(names["allocator"].rank_pattern().values()) == 8
+    assert sum(names["hooks"].rank_pattern().values()) == 8

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adalora_dist.config.methods import AdapterConfig
-from adalora_dist.methods.adalora.allocator import RankAllocator
+from adalora_dist.methods.hooks import attach
 from tests.support.models import adapted_net, config, global_batch
 from tests.support.ranks import import_deepspeed, run_ranks
 
@@ -69,7 +69,8 @@ def run(rank: int, world_size: int, case: Case) -> dict[str, Any]:
         trainable = groups[0]["params"]
         groups = [{"params": trainable[::2]}, {"params": trainable[1::2], "weight_decay": 0.01}]
     optimizer = torch.optim.AdamW(groups, lr=2e-2, weight_decay=0.01, fused="fused" in case.options)
-    allocator = RankAllocator.attach(model, optimizer, case.settings, STEPS)
+    hooks = attach(model, optimizer, case.settings, STEPS)
+    allocator = hooks.method_step
     engine = None
     if case.engine == "ddp":
         model = DistributedDataParallel(model, find_unused_parameters=unused is not None)
@@ -123,17 +124,19 @@ def run(rank: int, world_size: int, case: Case) -> dict[str, Any]:
             optimizer.zero_grad()
         dist.all_reduce(total)
         losses.append(total.item() / world_size)
-    allocator.finish()
+    hooks.finish()
     factors = [f["lam"] for f in allocator.full_factors()]
     return {
         "losses": losses,
         "patterns": {a.step: a.keep.tolist() for a in allocator.allocations},
         "lam": torch.cat(factors).tolist(),
-        "engine": type(allocator._engine).__name__,
-        "firings": allocator._engine.num_firings,
-        "spans": [tuple(s) for s in allocator._spans],
-        "state_bytes": sum(t.numel() * t.element_size() for t in (allocator.sensitivity, allocator.uncertainty)),
-        "num_elements": sum(f.numel for f in allocator._factors),
+        "engine": type(hooks.engine).__name__,
+        "firings": hooks.engine.num_firings,
+        "spans": [tuple(s) for s in allocator.bound.spans],
+        "state_bytes": sum(
+            t.numel() * t.element_size() for t in (allocator.bound.sensitivity, allocator.bound.uncertainty)
+        ),
+        "num_elements": sum(f.numel for f in allocator.bound.layout.factors),
     }
 
 
@@ -285,7 +288,7 @@ def count_communication(rank: int, world_size: int, engine: str, with_allocator:
     if engine == "fsdp2":
         fully_shard(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
-    allocator = RankAllocator.attach(model, optimizer, SETTINGS, STEPS) if with_allocator else None
+    hooks = attach(model, optimizer, SETTINGS, STEPS) if with_allocator else None
     if engine == "ddp":
         model = DistributedDataParallel(model)
     elif engine == "zero3":
@@ -309,10 +312,11 @@ def count_communication(rank: int, world_size: int, engine: str, with_allocator:
                 optimizer.zero_grad()
         steps.append(collectives.calls)
     result = {"steps": steps}
-    if allocator is not None:
-        allocator.detach()
+    if hooks is not None:
+        hooks.detach()
+        allocator = hooks.method_step
         result["allocating"] = [a.step for a in allocator.allocations]
-        result["bytes"] = allocator.bytes_per_step, allocator.bytes_per_allocation
+        result["bytes"] = hooks.bytes_per_step, allocator.bytes_per_allocation
     return result
 
 
@@ -338,7 +342,8 @@ def test_communication_beyond_lora_is_the_stated_two_reductions(engine):
 def diverge(rank: int, world_size: int) -> str:
     model = adapted_net(SETTINGS)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
-    allocator = RankAllocator.attach(model, optimizer, SETTINGS, STEPS)
+    hooks = attach(model, optimizer, SETTINGS, STEPS)
+    allocator = hooks.method_step
     wrapped = DistributedDataParallel(model)
     try:
         for step in range(STEPS):
@@ -349,7 +354,7 @@ def diverge(rank: int, world_size: int) -> str:
             if rank == 1 and len(allocator.allocations) == 3:
                 allocator.keep = allocator.keep.roll(1)
     except RuntimeError as error:
-        allocator.detach()
+        hooks.detach()
         return str(error)
     return "no error"
 

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adalora_dist.methods.adalora.orthogonality import gradient_factor
+from adalora_dist.methods.adalora.sums import TripletSums
 from adalora_dist.sharding.layout import FlatBuffer, SpanLayout
 from adalora_dist.sharding.spans import Factor, Span
 
@@ -41,7 +42,8 @@ def test_partials_of_any_partition_add_up(case):
     factors, spans, seed, form = case
     generator = torch.Generator().manual_seed(seed)
     tensors = [torch.randn(f.rows, f.rank, generator=generator, dtype=torch.float64) for f in factors]
-    layouts = [SpanLayout(factors, own, spans, dtype=torch.float64) for own in spans]
+    layouts = [SpanLayout(factors, own) for own in spans]
+    all_sums = [TripletSums(layout, spans, dtype=torch.float64) for layout in layouts]
     assert sum(layout.num_elements for layout in layouts) == sum(f.numel for f in factors)
 
     # Scores, eq. 7, written out.
@@ -49,22 +51,22 @@ def test_partials_of_any_partition_add_up(case):
     for factor, tensor in zip(factors, tensors, strict=True):
         expected[factor.first_triplet : factor.first_triplet + factor.rank] += tensor.mean(0)
     flats = [flatten(layout, own, tensors) for layout, own in zip(layouts, spans, strict=True)]
-    scores = sum(layout.score_partials(flat) for layout, flat in zip(layouts, flats, strict=True))
+    scores = sum(sums.score_partials(flat) for sums, flat in zip(all_sums, flats, strict=True))
     torch.testing.assert_close(scores, expected, rtol=0, atol=1e-12)
 
     # Orthogonality gradients: every rank's elements from the one reduced vector.
-    reduced = sum(layout.gram_partials(flat) for layout, flat in zip(layouts, flats, strict=True))
-    assert reduced.numel() == layouts[0].num_gram_elements + layouts[0].num_split_row_elements + 1
+    reduced = sum(sums.gram_partials(flat) for sums, flat in zip(all_sums, flats, strict=True))
+    assert reduced.numel() == all_sums[0].num_gram_elements + all_sums[0].num_split_row_elements + 1
     num_matrices = sum(f.orthogonal and f.rank > 0 for f in factors)
     wanted = [
         x @ gradient_factor(x.T @ x, form, 0.2, num_matrices) if f.orthogonal and f.rank else torch.zeros_like(x)
         for f, x in zip(factors, tensors, strict=True)
     ]
-    for layout, own, flat in zip(layouts, spans, flats, strict=True):
-        layout.partials.copy_(reduced)
+    for layout, sums, own, flat in zip(layouts, all_sums, spans, flats, strict=True):
+        sums.partials.copy_(reduced)
         scratch = FlatBuffer(layout, dtype=torch.float64)
         scratch.data.fill_(torch.nan)
-        gradient = layout.orthogonality_gradient(flat, form, 0.2, out=scratch)
+        gradient = sums.orthogonality_gradient(flat, form, 0.2, out=scratch)
         of_lam = [torch.full_like(t, f.kind == "lam") for f, t in zip(factors, tensors, strict=True)]
         is_lam = flatten(layout, own, of_lam).data == 1
         assert gradient.data[is_lam].isnan().all()  # left alone
@@ -78,8 +80,8 @@ def test_partials_of_any_partition_add_up(case):
         if f.orthogonal and f.rank:
             gradient[:, ~kept] = 0
             gradient[:, kept] = x[:, kept] @ gradient_factor(x[:, kept].T @ x[:, kept], form, 0.2, num_matrices)
-    for layout, own, flat in zip(layouts, spans, flats, strict=True):
-        gradient = layout.orthogonality_gradient(flat, form, 0.2, FlatBuffer(layout, dtype=torch.float64), keep)
+    for layout, sums, own, flat in zip(layouts, all_sums, spans, flats, strict=True):
+        gradient = sums.orthogonality_gradient(flat, form, 0.2, FlatBuffer(layout, dtype=torch.float64), keep)
         torch.testing.assert_close(gradient.data, flatten(layout, own, wanted).data, rtol=0, atol=1e-10)
 
 

@@ -21,7 +21,7 @@ import torch
 from adalora_dist.artifacts.checkpoints import files as checkpoint_files
 from adalora_dist.artifacts.checkpoints.content import trained_parameters
 from adalora_dist.artifacts.checkpoints.writer import CheckpointWriter, newest_checkpoint
-from adalora_dist.methods.adalora.allocator import RankAllocator
+from adalora_dist.methods.hooks import attach
 from tests.support.models import adapted_net, config
 
 Operation = tuple[Any, ...]
@@ -33,19 +33,19 @@ class Run:
     def __init__(self, root: Path, keep: int = 2) -> None:
         self.model = adapted_net(config())
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad])
-        self.allocator = RankAllocator.attach(self.model, self.optimizer, config(), 60)
-        self.allocator.detach()
-        self.allocator.bind(self.optimizer)
+        self.hooks = attach(self.model, self.optimizer, config(), 60)
+        self.hooks.detach()
+        self.hooks.bind(self.optimizer)
         self.parameters = trained_parameters(self.model)
         self.writer = CheckpointWriter(root, keep)
 
     @torch.no_grad()
     def save(self, step: int) -> None:
-        self.allocator.step = step
+        self.hooks.step = step
         for number, parameter in enumerate(self.parameters.values()):
             parameter.fill_(step + number / 100)
         logs = {"metrics.jsonl": b"{}\n"}
-        self.writer.save(step, self.parameters, self.optimizer, self.allocator, {"step": step}, logs)
+        self.writer.save(step, self.parameters, self.optimizer, self.hooks, {"step": step}, logs)
 
 
 class _RecordingOs:

@@ -27,8 +27,7 @@ from torch import nn
 from adalora_dist.config.flags import user_errors
 from adalora_dist.config.methods import AdapterConfig
 from adalora_dist.config.sections import ModelConfig, RunConfig, TrainConfig
-from adalora_dist.methods.adalora.method import gather_adapters
-from adalora_dist.methods.inject import inject_adapters
+from adalora_dist.methods.inject import adapt
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.losses import LossSum, causal_loss
 from adalora_dist.training.engine import build_accelerator
@@ -192,16 +191,16 @@ def run(
         resumed = find_checkpoint(config)
         set_seed(config.train.seed)
         model = tiny_llama(VOCABULARY)
-        inject_adapters(model, config.adapter, config.train.seed)
+        adapt(model, config.adapter, config.train.seed)
         data = rows()
         plan = BatchPlan.of_rows(data, config.train.batch_size, config.train.seed)
         prepared = prepare(accelerator, model, config, STEPS, resumed)
         run_folder = RunFolder(config, accelerator.is_main_process, {}, resumed)
         loss_sum = _with_fault(causal_loss(data, 0, accelerator.device), fault, rank, folder, prepared, look)
         losses = train(accelerator, prepared, plan, loss_sum, config, run_folder, print, guard=guard)
-        assert int(sum(prepared.allocator.rank_pattern().values())) == TARGET_BUDGET
-        learnt = {a.name: torch.cat([a.P.flatten(), a.lam, a.Q.flatten()]) for a in gather_adapters(prepared.allocator)}
-        patterns = {f"pattern {a.step}": a.keep for a in prepared.allocator.allocations}
+        assert int(sum(prepared.hooks.method_step.rank_pattern().values())) == TARGET_BUDGET
+        learnt = {a.name: torch.cat([a.P.flatten(), a.lam, a.Q.flatten()]) for a in prepared.hooks.updates()}
+        patterns = {f"pattern {a.step}": a.keep for a in prepared.hooks.method_step.allocations}
         if rank == 0:
             torch.save({"losses": torch.tensor(losses), **patterns, **learnt}, folder / "final.pt")
         (folder / f"published-{rank}").touch()
@@ -219,7 +218,7 @@ def _with_fault(loss_sum: LossSum, fault: Fault, rank: int, folder: Path, prepar
             # The parameter, and with it the hook, may outlive the step.
             layer.lambdas.lam.register_hook(lambda g: g * math.nan if fault.hits(now[0], rank) else g)
 
-    prepared.allocator.matrices[0].layer.register_forward_pre_hook(poison)
+    prepared.hooks.method_step.layers[0].register_forward_pre_hook(poison)
 
     def faulty(model: nn.Module, indices: list[int]) -> torch.Tensor:
         now[0] = step = next(count)
@@ -264,8 +263,8 @@ class Untouched:
         if step == self.fault.step:
             self.before = _state(prepared)
         if step == self.fault.step + 1:
-            after, keep = _state(prepared), prepared.allocator.keep
-            assert prepared.allocator.num_skipped_steps == 1
+            after, keep = _state(prepared), prepared.hooks.method_step.keep
+            assert prepared.hooks.num_skipped_steps == 1
             for name, tensors in self.before.items():
                 for old, new in zip(tensors, after[name], strict=True):
                     # a pruning that was due happens nevertheless: lambda of what is not kept becomes 0
@@ -276,12 +275,12 @@ class Untouched:
 
 
 def _state(prepared: Prepared) -> dict[str, list[torch.Tensor]]:
-    allocator, states = prepared.allocator, prepared.inner_optimizer.state.values()
-    assert allocator._engine is not None
+    hooks, states = prepared.hooks, prepared.inner_optimizer.state.values()
+    allocator = hooks.method_step
     moments = [t.to_local() if hasattr(t, "to_local") else t for s in states for t in s.values() if torch.is_tensor(t)]
     return {
-        "weights": [t.detach().clone() for t in allocator._engine.values()],
-        "averages": [allocator.sensitivity.clone(), allocator.uncertainty.clone()],
+        "weights": [t.detach().clone() for t in hooks.engine.values()],
+        "averages": [allocator.bound.sensitivity.clone(), allocator.bound.uncertainty.clone()],
         "moments": [t.detach().clone() for t in moments],
     }
 
@@ -292,14 +291,13 @@ def corrupt(what: str, at_step: int) -> Any:
     def look(prepared: Prepared, step: int) -> None:
         if step != at_step or torch.distributed.get_rank() != 1:
             return
-        allocator = prepared.allocator
-        assert allocator._engine is not None
+        hooks, allocator = prepared.hooks, prepared.hooks.method_step
         if what == "keep":
             allocator.keep = allocator.keep.clone()
             kept, pruned = allocator.keep.int().argmax(), allocator.keep.int().argmin()
             allocator.keep[kept], allocator.keep[pruned] = False, True
         else:
             with torch.no_grad():
-                allocator._engine.values()[allocator._lams[0]].add_(0.5)
+                hooks.engine.values()[allocator.bound.lams[0]].add_(0.5)
 
     return look

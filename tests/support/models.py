@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from adalora_dist.config.methods import AdapterConfig
-from adalora_dist.methods.inject import inject_adapters
+from adalora_dist.methods.inject import adapt
 
 
 class Block(nn.Module):
@@ -37,7 +37,7 @@ class Net(nn.Module):
 def adapted_net(config: AdapterConfig, seed: int = 0, **sizes: int) -> Net:
     torch.manual_seed(seed)
     model = Net(**sizes)
-    inject_adapters(model, config, seed)
+    adapt(model, config, seed)
     return model
 
 

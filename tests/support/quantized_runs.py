@@ -16,8 +16,7 @@ from adalora_dist.backbones.load import load_backbone
 from adalora_dist.backbones.quantization import bitsandbytes_config, quantized_linears
 from adalora_dist.config.methods import AdapterConfig
 from adalora_dist.config.sections import ModelConfig, QuantizationConfig, RunConfig, TrainConfig
-from adalora_dist.methods.adalora.method import gather_adapters
-from adalora_dist.methods.inject import inject_adapters
+from adalora_dist.methods.inject import adapt
 from adalora_dist.methods.update import AdapterWeights
 from adalora_dist.tasks.batches import BatchPlan, collate
 from adalora_dist.tasks.evaluation.batches import evaluating
@@ -136,7 +135,7 @@ def run(rank: int, world_size: int, case: Case, folder: Path) -> Trained:
         torch.manual_seed(5)
         quantization = bitsandbytes_config(config, engine_name(accelerator))
         model, _ = load_backbone(config.model, AutoModelForCausalLM, quantization)
-        inject_adapters(model, config.adapter, seed=1)
+        adapt(model, config.adapter, seed=1)
         prepared = prepare(accelerator, model, config, STEPS)
         rows = example_rows()
         batch = collate(rows[:3], 0)
@@ -147,14 +146,14 @@ def run(rank: int, world_size: int, case: Case, folder: Path) -> Trained:
         plan = BatchPlan.of_rows(rows, GLOBAL_BATCH, 3, False)
         report, loss_sum = RunFolder(config, rank == 0, {}), causal_loss(rows, 0, accelerator.device)
         losses = train(accelerator, prepared, plan, loss_sum, config, report, lambda _: None)
-        adapters = gather_adapters(prepared.allocator)
+        adapters = prepared.hooks.updates()
         held = held_bytes(prepared)
         with evaluating(unwrapped):
             logits = unwrapped(input_ids=torch.tensor([PROBE])).logits[0].float()
         prepared.model.train()
         kept = kept_bytes(prepared.model(input_ids=batch["input_ids"]).logits)
         return Trained(
-            losses, {a.step: a.keep.tolist() for a in prepared.allocator.allocations}, held, adapters,
+            losses, {a.step: a.keep.tolist() for a in prepared.hooks.method_step.allocations}, held, adapters,
             quantized_weights(model, config) if quantization else {}, logits, engine_name(accelerator), kept,
             sum(1 for _ in quantized_linears(model)),
         )  # fmt: skip

@@ -18,8 +18,7 @@ from adalora_dist.artifacts.checkpoints.writer import CheckpointWriter, checkpoi
 from adalora_dist.backbones.load import load_backbone
 from adalora_dist.config.methods import AdapterConfig
 from adalora_dist.config.sections import ModelConfig, RunConfig, TrainConfig
-from adalora_dist.methods.adalora.method import gather_adapters
-from adalora_dist.methods.inject import inject_adapters
+from adalora_dist.methods.inject import adapt
 from adalora_dist.sharding import select_engine
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.losses import causal_loss
@@ -113,11 +112,11 @@ def run(
     model, _ = load_backbone(config.model, AutoModelForCausalLM)
     data = rows()
     plan = BatchPlan.of_rows(data, BATCH, config.train.seed)
-    inject_adapters(model, config.adapter, seed=1)
+    adapt(model, config.adapter, seed=1)
     prepared = prepare(accelerator, model, config, STEPS, resumed)
     if resaved is not None:
-        allocator = prepared.allocator
-        CheckpointWriter(resaved, 1).save(allocator.step, prepared.parameters, prepared.optimizer, allocator, {})
+        hooks = prepared.hooks
+        CheckpointWriter(resaved, 1).save(hooks.step, prepared.parameters, prepared.optimizer, hooks, {})
     folder = RunFolder(config, accelerator.is_main_process, {}, resumed)
     loss_of = causal_loss(data, 0, accelerator.device)
     first_step = 0 if resumed is None else resumed.step
@@ -134,16 +133,16 @@ def run(
     try:
         losses = train(accelerator, prepared, plan, loss_sum, config, folder, lambda _: None)
     except Stopped:
-        prepared.allocator.detach()
+        prepared.hooks.detach()
         return None
-    allocator = prepared.allocator
+    allocator = prepared.hooks.method_step
     return Result(
         losses,
         (folder.path / "metrics.jsonl").read_text(),
         [(a.step, a.budget, a.keep.tolist()) for a in allocator.allocations],
-        {a.name: a.delta() for a in gather_adapters(allocator)},
+        {a.name: a.delta() for a in prepared.hooks.updates()},
         whole_state(prepared),
-        allocator.state().averages,
+        prepared.hooks.state().averages,
         first_step,
         engine_name(accelerator),
     )

@@ -17,9 +17,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, Traine
 
 from adalora_dist.config.methods import AdapterConfig
 from adalora_dist.config.sections import RunConfig, TrainConfig
-from adalora_dist.methods.adalora.allocator import RankAllocator
-from adalora_dist.methods.adalora.method import gather_adapters
-from adalora_dist.methods.inject import inject_adapters
+from adalora_dist.methods.hooks import MethodHooks
+from adalora_dist.methods.inject import adapt
 from adalora_dist.tasks.batches import BatchPlan, collate
 from adalora_dist.tasks.losses import causal_loss
 from adalora_dist.tasks.rows.tokens import IGNORED, EncodedRow
@@ -44,7 +43,7 @@ SETTINGS = AdapterConfig(
 
 def model_with_adapters(settings: AdapterConfig = SETTINGS) -> LlamaForCausalLM:
     model = tiny_llama(VOCABULARY, hidden_size=16)
-    inject_adapters(model, settings, seed=1)
+    adapt(model, settings, seed=1)
     return model
 
 
@@ -106,13 +105,13 @@ def trainer_of(
     )  # fmt: skip
 
 
-def patterns_of(allocator: RankAllocator) -> dict[int, list[bool]]:
-    return {a.step: a.keep.tolist() for a in allocator.allocations}
+def patterns_of(hooks: MethodHooks) -> dict[int, list[bool]]:
+    return {a.step: a.keep.tolist() for a in hooks.method_step.allocations}
 
 
-def adapters_of(allocator: RankAllocator) -> dict[str, torch.Tensor]:
+def adapters_of(hooks: MethodHooks) -> dict[str, torch.Tensor]:
     """By name, what each adapter adds to its matrix."""
-    return {a.name: a.delta() for a in gather_adapters(allocator)}
+    return {a.name: a.delta() for a in hooks.updates()}
 
 
 def folder_of_rank_0(folder: str) -> str:
@@ -132,7 +131,7 @@ def by_trainer(rank: int, world_size: int, engine: str, accumulation: int = 1, *
             dist.barrier()
             model = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32)
             assert all(p.numel() == 0 for p in model.parameters())
-            inject_adapters(model, SETTINGS, seed=1)
+            adapt(model, SETTINGS, seed=1)
         else:
             model = model_with_adapters()
         callback = AdaLoraCallback(SETTINGS)
@@ -144,8 +143,8 @@ def by_trainer(rank: int, world_size: int, engine: str, accumulation: int = 1, *
             "losses": [entry["loss"] for entry in logs],
             "budgets": [entry["budget"] for entry in logs],
             "mean_ranks": [entry["mean_rank"] for entry in logs],
-            "patterns": patterns_of(callback.allocator),
-            "adapters": adapters_of(callback.allocator),
+            "patterns": patterns_of(callback.hooks),
+            "adapters": adapters_of(callback.hooks),
             "num_processes": trainer.accelerator.num_processes,
             "wrapped": [base.__name__ for base in type(trainer.model_wrapped).__mro__],
         }
@@ -165,9 +164,9 @@ def by_own_loop(rank: int, world_size: int, accumulation: int) -> dict[str, Any]
         prepared = prepare(accelerator, model_with_adapters(), config, STEPS)
         loss_sum = causal_loss(rows, 0, accelerator.device)
         losses = train(accelerator, prepared, plan, loss_sum, config, RunFolder(config, True, {}), lambda _: None)
-        assert prepared.allocator is not None
+        assert prepared.hooks.method_step is not None
         return {
             "losses": losses,
-            "patterns": patterns_of(prepared.allocator),
-            "adapters": adapters_of(prepared.allocator),
+            "patterns": patterns_of(prepared.hooks),
+            "adapters": adapters_of(prepared.hooks),
         }

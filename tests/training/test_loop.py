@@ -13,9 +13,8 @@ from accelerate.utils import set_seed
 
 from adalora_dist.config.methods import AdapterConfig
 from adalora_dist.config.sections import TrainConfig
-from adalora_dist.methods.adalora.allocator import RankAllocator
-from adalora_dist.methods.adalora.method import gather_adapters
-from adalora_dist.methods.inject import inject_adapters
+from adalora_dist.methods.hooks import attach
+from adalora_dist.methods.inject import adapt
 from adalora_dist.tasks.batches import BatchPlan, collate
 from adalora_dist.tasks.commonsense.config import CommonsenseConfig, CommonsenseDataConfig
 from adalora_dist.tasks.commonsense.prompts import encode_examples, prompt_text
@@ -65,21 +64,23 @@ def run_loop(rank: int, world_size: int, rows: list[EncodedRow], config: Commons
     accelerator = build_accelerator(config.train)
     set_seed(config.train.seed)
     model = backbone()
-    inject_adapters(model, config.adapter, config.train.seed)
+    adapt(model, config.adapter, config.train.seed)
     plan = plan_of(rows, config)
     prepared = prepare(accelerator, model, config, total_steps(config.train, plan))
     folder = RunFolder(config, True, {})
     losses = train(accelerator, prepared, plan, causal_loss(rows, 0, accelerator.device), config, folder, print)
-    adapters = gather_adapters(prepared.allocator)
+    adapters = prepared.hooks.updates()
     return {
         "losses": losses,
         "metrics": [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()],
-        "ranks": list(prepared.allocator.rank_pattern().values()),
-        "allocations": [(a.step, a.budget, a.keep.tolist()) for a in prepared.allocator.allocations],
+        "ranks": list(prepared.hooks.method_step.rank_pattern().values()),
+        "allocations": [
+            (a.step, a.budget, a.keep.tolist()) for a in getattr(prepared.hooks.method_step, "allocations", ())
+        ],
         "lam": torch.cat([a.lam for a in adapters]),
         "factors": torch.cat([a.P.flatten() for a in adapters]),
-        "held": [m.layer.rank for m in prepared.allocator.matrices],
-        "skipped": prepared.allocator.num_skipped_steps,
+        "held": [m.rank for m in prepared.hooks.method_step.layers],
+        "skipped": prepared.hooks.num_skipped_steps,
     }
 
 
@@ -87,11 +88,12 @@ def run_plainly(rank: int, world_size: int, rows: list[EncodedRow], config: Comm
     """The same run as anybody would write it: transformers' own loss over the whole batch, no accelerate."""
     set_seed(config.train.seed)
     model = backbone()
-    inject_adapters(model, config.adapter, config.train.seed)
+    adapt(model, config.adapter, config.train.seed)
     plan = plan_of(rows, config)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1.0, weight_decay=config.train.weight_decay)
-    allocator = RankAllocator.attach(model, optimizer, config.adapter, STEPS)
+    hooks = attach(model, optimizer, config.adapter, STEPS)
+    allocator = hooks.method_step
     losses = []
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = learning_rate(config.train, step, STEPS)
@@ -102,12 +104,12 @@ def run_plainly(rank: int, world_size: int, rows: list[EncodedRow], config: Comm
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    allocator.finish()
+    hooks.finish()
     return {
         "losses": losses,
         "ranks": list(allocator.rank_pattern().values()),
         "allocations": [(a.step, a.budget, a.keep.tolist()) for a in allocator.allocations],
-        "lam": torch.cat([a.lam for a in gather_adapters(allocator)]),
+        "lam": torch.cat([a.lam for a in hooks.updates()]),
     }
 
 

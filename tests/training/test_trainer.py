@@ -15,8 +15,7 @@ import torch.distributed as dist
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from adalora_dist.artifacts.export import load_adapter, save_adapter
-from adalora_dist.methods.adalora.method import gather_adapters
-from adalora_dist.methods.inject import inject_adapters
+from adalora_dist.methods.inject import adapt
 from adalora_dist.training.trainer_callback import AdaLoraCallback
 from tests.support.ranks import run_ranks
 from tests.support.tiny_language_model import byte_tokenizer, tiny_llama
@@ -99,7 +98,7 @@ class Recorder(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= FROZEN_FROM:
-            self.adapters[state.global_step] = adapters_of(self.callback.allocator)
+            self.adapters[state.global_step] = adapters_of(self.callback.hooks.method_step)
 
     def on_log(self, args, state, control, logs, **kwargs):
         self.logs.append(dict(logs))
@@ -113,7 +112,7 @@ def best_model(rank: int, world_size: int, engine: str) -> dict[str, Any]:
         recorder = Recorder(callback)
         trainer = trainer_of(model, args, callback, recorder, eval_dataset=example_rows())
         trainer.train()
-        adapters = gather_adapters(callback.allocator)
+        adapters = callback.hooks.updates()
         if trainer.is_world_process_zero():
             save_adapter(adapters, Path(folder) / "adapter", "tiny", None)
         dist.barrier()
@@ -125,7 +124,7 @@ def best_model(rank: int, world_size: int, engine: str) -> dict[str, Any]:
         dist.barrier()
         return {
             "best_step": trainer.state.best_global_step,
-            "exported": adapters_of(callback.allocator),
+            "exported": adapters_of(callback.hooks.method_step),
             "recorded": recorder.adapters,
             "logs": recorder.logs,
             "difference": difference.abs().max().item(),
@@ -225,15 +224,15 @@ def runs_that_miss_their_budget(rank: int, world_size: int) -> dict[str, str]:
 
 def test_a_run_that_misses_its_budget_raises():
     [result] = run_ranks(1, runs_that_miss_their_budget)
-    assert "RuntimeError: the rank allocator was never called" in result["never stepped"]
+    assert "RuntimeError: the method was never called" in result["never stepped"]
     assert "RuntimeError: 33 training steps were counted" in result["noticed early"]
     assert "RuntimeError: the budget was not reached" in result["stopped early"]
     assert f"ended after step 6 of the {STEPS}" in result["stopped early"]
 
 
-def test_the_allocator_is_there_once_training_has_begun():
+def test_the_hooks_are_there_once_training_has_begun():
     with pytest.raises(RuntimeError, match="once trainer.train"):
-        _ = AdaLoraCallback(SETTINGS).allocator
+        _ = AdaLoraCallback(SETTINGS).hooks
 
 
 # ------------------------------------------------------------------------------------------------ TRL
@@ -247,7 +246,7 @@ def by_sft_trainer(rank: int, world_size: int) -> dict[str, Any]:
         del os.environ[name]
     tokenizer = byte_tokenizer()
     model = tiny_llama(len(tokenizer), hidden_size=16)
-    inject_adapters(model, SETTINGS)
+    adapt(model, SETTINGS)
     text = [{"text": f"{a} plus {b} is {a + b}"} for a in range(8) for b in range(4)]
     with tempfile.TemporaryDirectory() as folder:
         args = SFTConfig(
@@ -262,10 +261,10 @@ def by_sft_trainer(rank: int, world_size: int) -> dict[str, Any]:
         trainer.train()
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
         return {
-            "pattern": callback.allocator.rank_pattern(),
+            "pattern": callback.hooks.method_step.rank_pattern(),
             "losses": [entry["loss"] for entry in logs],
             "budgets": [entry["budget"] for entry in logs],
-            "num_triplets": sum(a.lam.numel() for a in gather_adapters(callback.allocator)),
+            "num_triplets": sum(a.lam.numel() for a in callback.hooks.updates()),
         }
 
 

@@ -18,19 +18,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
-from adalora_dist.backbones.linears import is_conv1d
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import parse_object
-from adalora_dist.methods.adalora.allocator import AllocatorState, RankAllocator
-from adalora_dist.methods.adalora.layers import LAMBDAS_NAME, Lambdas, SVDLinear
-from adalora_dist.methods.inject import AdaptedMatrix
+from adalora_dist.methods import METHODS
+from adalora_dist.methods.hooks import MethodHooks
+from adalora_dist.methods.protocol import Adapter, StepState
 from adalora_dist.methods.update import AdapterWeights
 from adalora_dist.sharding import select_engine
 from adalora_dist.sharding.agreement import agreed, this_rank
 from adalora_dist.sharding.base import ShardEngine, Span
-from adalora_dist.sharding.spans import FACTORS_OF_MATRIX
 
 STATE = "state.json"
 STATE_KEYS = ("step", "allocator", "parameters", "triplets", "matrices", "run")
@@ -67,12 +64,10 @@ class Shard:
     spans: dict[str, Span]
 
 
-def snapshot(
-    step: int, names: Sequence[str], engine: ShardEngine, allocator: RankAllocator | None
-) -> tuple[Shard, dict[str, Any]]:
+def snapshot(step: int, names: Sequence[str], engine: ShardEngine, hooks: MethodHooks) -> tuple[Shard, dict[str, Any]]:
     """A copy of everything that training changed, and the description of it."""
-    learnt = allocator.state() if allocator else AllocatorState({}, torch.zeros(0, 0, dtype=torch.bool), [])
-    averages = dict(zip(allocator.parameter_names, learnt.averages, strict=True)) if allocator else {}
+    learnt, adapters = hooks.state(), hooks.method_step.adapters
+    averages = dict(zip(hooks.method_step.parameters(), learnt.averages, strict=False))
     tensors: dict[str, torch.Tensor] = {_PATTERNS: learnt.patterns} if this_rank() == 0 else {}
     spans, table = {}, {}
     parts = zip(names, engine.shapes(), engine.spans(), engine.values(), engine.states(), strict=True)
@@ -87,16 +82,10 @@ def snapshot(
         "step": step,
         "allocator": learnt.numbers,
         "parameters": table,
-        "triplets": {m.name: list(m.layer.triplets) for m in (allocator.matrices if allocator else ())},
-        "matrices": {m.name: _described(m.layer) for m in (allocator.matrices if allocator else ())},
+        "triplets": {adapter.name: adapter.held() for adapter in adapters},
+        "matrices": {adapter.name: adapter.description() for adapter in adapters},
     }
     return Shard(tensors, spans), description
-
-
-def _described(layer: SVDLinear) -> dict[str, Any]:
-    """What an export needs to know of a matrix besides its triplets."""
-    sizes = {"d_out": layer.d_out, "d_in": layer.d_in, "init_rank": layer.init_rank}
-    return sizes | {"scale": layer.scale, "is_transposed": is_conv1d(layer.base)}
 
 
 def _key(kind: str, name: str) -> str:
@@ -110,113 +99,80 @@ def writes_shard(engine: ShardEngine) -> bool:
     return 0 in dist.get_process_group_ranks(engine.shard_group)
 
 
-def trained_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All trainable parameters as the model holds them now, by names that no engine changes."""
-    adapters: dict[int, str] = {}
-    for module in model.modules():
-        if isinstance(module, SVDLinear):
-            adapters |= {id(p): f"{module.name}.{kind}" for kind, p in module.named_parameters(recurse=False)}
-        elif isinstance(module, Lambdas):
-            adapters[id(module.lam)] = LAMBDAS_NAME
-    wrappers = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")
-    found: dict[str, torch.Tensor] = {}
-    for path, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            name = adapters.get(id(parameter))
-            if name is None:
-                name = path.removeprefix(wrappers[0])
-                for wrapper in wrappers[1:]:
-                    name = name.replace(wrapper, "")
-            found[name] = parameter
-    return found
-
-
-def held_triplets(checkpoint: Checkpoint, matrices: Sequence[AdaptedMatrix]) -> list[list[int]]:
-    """For each matrix, which of its original triplets the checkpoint has.
+def held_parts(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, list[int]]:
+    """For each adapter, by name, which of its original parts (triplets) the checkpoint has.
 
     Raises:
         UserError: the checkpoint is of other matrices.
     """
-    held = checkpoint.state["triplets"]
-    if list(held) != [m.name for m in matrices]:
+    held: dict[str, list[int]] = checkpoint.state["triplets"]
+    if list(held) != [adapter.name for adapter in adapters]:
         raise UserError(
             f"{checkpoint.path} is of {len(held)} other adapted matrices ({', '.join(list(held)[:2])} ...): give the "
             "model and the targets of the run that it is of"
         )
-    return list(held.values())
+    return held
 
 
 def load_checkpoint(
-    checkpoint: Checkpoint, parameters: Mapping[str, torch.Tensor], optimizer: Any, allocator: RankAllocator | None
+    checkpoint: Checkpoint, parameters: Mapping[str, torch.Tensor], optimizer: Any, hooks: MethodHooks
 ) -> None:
-    """Put weights, the optimizer's state and the allocator's into a prepared run, before its first step. Collective.
+    """Put weights, the optimizer's state and the method's into a prepared run, before its first step. Collective.
 
     Args:
-        parameters: all that is trained, from :func:`trained_parameters`.
+        parameters: all that is trained, from :func:`~adalora_dist.methods.protocol.trained_parameters`.
         optimizer: as the engine wraps it.
-        allocator: attached to it; None where there are no adapters.
+        hooks: attached to it.
 
     Raises:
         UserError: a parameter, a part of it or a part of its state is missing, or of another shape.
     """
-    if allocator:
-        allocator.bind(optimizer)
+    hooks.bind(optimizer)
     engine = select_engine(list(parameters.values()), optimizer)
 
-    def read() -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]], AllocatorState]:
+    def read() -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]], StepState]:
         with ExitStack() as stack:
             stored = _Stored(checkpoint, stack)
             stored.compare(dict(zip(parameters, engine.shapes(), strict=True)))
             spans = dict(zip(parameters, engine.spans(), strict=True))
             values = [stored.part("", name, span) for name, span in spans.items()]
             states = [stored.optimizer_state(name, span) for name, span in spans.items()]
-            kinds = zip(allocator.parameter_names, allocator.state().averages, strict=True) if allocator else ()
+            kinds = zip(hooks.method_step.parameters(), hooks.state().averages, strict=False)
             averages = [{kind: stored.part(kind, name, spans[name]) for kind in held} for name, held in kinds]
-            return values, states, AllocatorState(checkpoint.state["allocator"], stored.patterns(), averages)
+            # Methods without adapters once kept nothing of their own.
+            numbers = {"step": checkpoint.step, "num_skipped_steps": 0} | checkpoint.state["allocator"]
+            return values, states, StepState(numbers, stored.patterns(), averages)
 
     values, states, learnt = agreed(read, keep=False)
     engine.restore(values, states)
-    if allocator:
-        allocator.load_state(learnt)
+    hooks.load_state(learnt)
 
 
 def stored_adapters(checkpoint: Checkpoint) -> tuple[list[AdapterWeights], dict[str, torch.Tensor]]:
-    """The active triplets of every adapted matrix, and what is trained besides, whole. Needs no model and no process.
-
-    Active are the triplets of the last selection, as in ``gather_adapters``; before the first, all.
+    """What every adapted matrix has become, and what is trained besides, whole. Needs no model and no process.
 
     Raises:
         UserError: something is missing.
+        KeyError: the run is of no known method.
     """
-    table, matrices = checkpoint.state["parameters"], checkpoint.state["matrices"]
-    adapters = []
+    table, described = checkpoint.state["parameters"], checkpoint.state["matrices"]
+    method = METHODS[checkpoint.run["config"]["adapter"]["method"]]
+    of_adapters: set[str] = set()
     with ExitStack() as stack:
         stored = _Stored(checkpoint, stack)
 
-        def whole(name: str) -> torch.Tensor:
+        def whole(name: str) -> torch.Tensor | None:
+            of_adapters.add(name)
+            if name not in table:
+                return None
             shape = table[name]["shape"]
             return stored.part("", name, Span(0, math.prod(shape))).view(shape).float()
 
         patterns = stored.patterns()
-        num_triplets = [matrix["init_rank"] for matrix in matrices.values()]
-        keep = patterns[-1] if len(patterns) else torch.ones(sum(num_triplets), dtype=torch.bool)
-        held = checkpoint.state["triplets"]  # those that have not been removed
-        ranks = [len(held[name]) for name in matrices]
-        # Plain LoRA does not train lambda.
-        lams = (whole(LAMBDAS_NAME) if LAMBDAS_NAME in table else torch.ones(sum(ranks))).split(ranks)
-        for (name, matrix), kept, lam in zip(matrices.items(), keep.split(num_triplets), lams, strict=True):
-            kept = kept[held[name]]
-            p, qt = torch.empty(matrix["d_out"], 0), torch.empty(matrix["d_in"], 0)
-            if len(kept):
-                p, qt = whole(f"{name}.P"), whole(f"{name}.Qt")
-            adapters.append(
-                AdapterWeights(
-                    name, p[:, kept].contiguous(), lam[kept], qt[:, kept].T.contiguous(), matrix["scale"],
-                    matrix["is_transposed"],
-                )
-            )  # fmt: skip
-        factors = {LAMBDAS_NAME} | {f"{name}.{kind}" for name in matrices for kind in FACTORS_OF_MATRIX}
-        return adapters, {name: whole(name) for name in table if name not in factors}
+        keep = patterns[-1] if len(patterns) else None
+        adapters = method.updates(described, checkpoint.state["triplets"], keep, whole)
+        trained = {name: whole(name) for name in table if name not in of_adapters}
+        return adapters, {name: tensor for name, tensor in trained.items() if tensor is not None}
 
 
 class _Stored:

@@ -30,7 +30,7 @@ from adalora_dist.artifacts.checkpoints import files as files
 from adalora_dist.artifacts.checkpoints.content import STATE, STATE_KEYS, Checkpoint, Shard, snapshot, writes_shard
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import read_object
-from adalora_dist.methods.adalora.allocator import RankAllocator
+from adalora_dist.methods.hooks import MethodHooks
 from adalora_dist.sharding import select_engine
 from adalora_dist.sharding.agreement import agreed, this_rank, world_size
 
@@ -141,7 +141,7 @@ class CheckpointWriter:
         step: int,
         parameters: Mapping[str, torch.Tensor],
         optimizer: Any,
-        allocator: RankAllocator | None,
+        hooks: MethodHooks,
         run: Mapping[str, Any],
         extra: Mapping[str, bytes] | None = None,
     ) -> None:
@@ -151,7 +151,7 @@ class CheckpointWriter:
             step: optimizer steps done.
             parameters: all that is trained, from :func:`trained_parameters`.
             optimizer: as the engine wraps it.
-            allocator: bound; None where there are no adapters.
+            hooks: of the method, bound.
             run: what JSON can hold, to be found again as :attr:`Checkpoint.run`; the main process's counts.
             extra: files to keep, by name; the main process's count.
 
@@ -160,7 +160,7 @@ class CheckpointWriter:
         """
         self.wait()
         engine = select_engine(list(parameters.values()), optimizer)
-        tensors, state = snapshot(step, list(parameters), engine, allocator)
+        tensors, state = snapshot(step, list(parameters), engine, hooks)
         state["run"] = dict(run)
         main = {STATE: (json.dumps(state, indent=1) + "\n").encode(), **(extra or {})}
         shard = tensors if writes_shard(engine) else None

@@ -18,9 +18,7 @@ import torch
 from torch import nn
 
 from adalora_dist.io.errors import UserError
-from adalora_dist.methods.adalora.allocator import RankAllocator
 from adalora_dist.methods.adalora.layers import SVDLinear
-from adalora_dist.methods.inject import AdaptedMatrix
 from adalora_dist.sharding import select_engine
 from adalora_dist.sharding.base import Shrink, assemble
 from adalora_dist.sharding.fsdp2 import Fsdp2Engine, shrink_fsdp2
@@ -32,46 +30,39 @@ from adalora_dist.sharding.zero_shrink import shrink_zero
 
 
 @torch.no_grad()
-def compact(allocator: RankAllocator, model: nn.Module, optimizer: Any) -> bool:
-    """Remove the triplets that were pruned for good; once per run, on every rank, between two optimizer steps.
+def remove_triplets(layers: Sequence[SVDLinear], keep: torch.Tensor, model: nn.Module, optimizer: Any) -> Any:
+    """Remove the triplets outside of ``keep`` from a running model, its engine and its optimizer. Collective.
 
     Parameters become new objects: lists of them made before (for clipping, say) are stale. Model, torch optimizer, and
     the engine's and accelerate's wrappers around them stay the same objects, but for DeepSpeed's ZeRO optimizer, which
-    is then a new ``engine.optimizer``. Gradients are dropped. Collective.
+    is then a new ``engine.optimizer``. Gradients are dropped.
 
     Args:
-        allocator: of this run.
+        layers: all adapted layers, in canonical order, with all of their triplets.
+        keep: (num_triplets,) bool, on any device.
         model: as the engine wraps it (DDP, ``fully_shard``, DeepSpeed engine), or the plain model on one process.
         optimizer: the torch optimizer (torch's AdamW or Adam), or any wrapper of it.
 
     Returns:
-        Whether anything was done. False: the pattern is not frozen yet, was compacted before, or keeps no triplet at
-        all (nothing would be left that an engine could shard).
+        The outermost optimizer, for the engine to be looked up again.
 
     Raises:
         UserError: engine or optimizer cannot be rebuilt. Nothing has been changed then.
-        RuntimeError: ranks disagree on the pattern.
     """
-    if not allocator.frozen or allocator.compacted:
-        return False
-    allocator.compare_patterns()
-    assert allocator.keep is not None
-    kept = [part.nonzero().flatten() for part in allocator.keep.split(allocator.ranks)]
-    if not any(len(triplets) for triplets in kept):
-        return False
+    lambdas = layers[0].lambdas
+    kept = [part.nonzero().flatten() for part in keep.split([layer.init_rank for layer in layers])]
     shrinks = [
-        Shrink(matrix.layer, kind, triplets)
-        for matrix, triplets in zip(allocator.matrices, kept, strict=True)
+        Shrink(layer, kind, triplets)
+        for layer, triplets in zip(layers, kept, strict=True)
         for kind in FACTORS_OF_MATRIX
-        if matrix.layer.rank
+        if layer.rank
     ]
-    shrinks.append(Shrink(allocator.lambdas, "lam", allocator.keep.nonzero().flatten()))
+    shrinks.append(Shrink(lambdas, "lam", keep.nonzero().flatten()))
     outermost = _shrink(model, optimizer, shrinks)
-    for matrix, triplets in zip(allocator.matrices, kept, strict=True):
-        _remember(matrix.layer, triplets.tolist())
-    allocator.lambdas.index()
-    allocator.rebind(outermost)
-    return True
+    for layer, triplets in zip(layers, kept, strict=True):
+        _remember(layer, triplets.tolist())
+    lambdas.index()
+    return outermost
 
 
 def _shrink(model: nn.Module, optimizer: Any, shrinks: Sequence[Shrink]) -> Any:
@@ -122,27 +113,26 @@ def _shrink(model: nn.Module, optimizer: Any, shrinks: Sequence[Shrink]) -> Any:
 
 
 @torch.no_grad()
-def shrink_layers(matrices: Sequence[AdaptedMatrix], kept: Sequence[Sequence[int]]) -> None:
+def shrink_layers(layers: Sequence[SVDLinear], kept: Sequence[Sequence[int]]) -> None:
     """Reduce layers that no engine and no optimizer has taken over yet to some of their triplets.
 
     Args:
-        matrices: as ``inject_adapters`` returned them.
+        layers: all adapted layers, in canonical order.
         kept: per matrix the original indices of the triplets that stay, ascending; none: the branch goes.
 
     Raises:
         ValueError: a triplet that the layer does not hold.
     """
     in_vector = []
-    for matrix, indices in zip(matrices, kept, strict=True):
-        layer = matrix.layer
+    for layer, indices in zip(layers, kept, strict=True):
         if not set(indices) <= set(layer.triplets):
-            raise ValueError(f"{matrix.name} holds the triplets {layer.triplets}, not all of {tuple(indices)}")
+            raise ValueError(f"{layer.name} holds the triplets {layer.triplets}, not all of {tuple(indices)}")
         columns = [layer.triplets.index(i) for i in indices]
         in_vector += [layer.first + column for column in columns]
         for kind in FACTORS_OF_MATRIX if layer.rank else ():
             _select(layer, kind, columns)
         _remember(layer, indices)
-    lambdas = matrices[0].layer.lambdas
+    lambdas = layers[0].lambdas
     _select(lambdas, "lam", in_vector)
     lambdas.index()
 

@@ -1,4 +1,15 @@
-"""``SVDLinear``: a frozen linear map plus the adapter P diag(lambda) Q."""
+"""``SVDLinear``, a frozen linear map plus the adapter P diag(lambda) Q, and ``Lambdas``, lambda of all of them.
+
+The two are one thing in two modules. What a :class:`Lambdas` has multiplied for its layers goes through these states:
+
+    state            begins with                                    ends with             a layer's P diag(lambda)
+    nothing          ``release``, as weights change; a backward     a forward             -
+    all, P whole     first layer of a forward (one process, DDP,    ``release``, or       its part of one product over
+                     ZeRO-1, ZeRO-2)                                an edit of P, lambda  all matrices
+    all, P sharded   first layer of a forward (FSDP2, ZeRO-3)       ``release``           P times its part of lambda
+    on its own       without gradients, under a compiler, in a      that one call         P times its part of lambda
+                     checkpoint's second forward
+"""
 
 from __future__ import annotations
 
@@ -8,8 +19,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from adalora_dist.backbones.linears import is_conv1d
+from adalora_dist.io.errors import UserError
+from adalora_dist.methods.protocol import Adapter, TrainedModule
 
-class SVDLinear(nn.Module):
+
+class SVDLinear(Adapter):
     """``y = base(x) + scale * P (lam * (Q x))`` over any base module that maps (..., d_in) to (..., d_out).
 
     The base is called, never opened: ``nn.Linear``, transformers' ``Conv1D`` and quantised linears are alike.
@@ -54,6 +69,23 @@ class SVDLinear(nn.Module):
         """(r,), a view: what is written to it under ``no_grad`` is the model's. Not while an engine shards lambda."""
         return self.lambdas.lam[self.first : self.first + self.rank]
 
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {f"{self.name}.{kind}": p for kind, p in self.named_parameters(recurse=False)}
+
+    def element_name(self, leaf: str, index: int) -> str:
+        return f"{self.name}.{leaf}"
+
+    def description(self) -> dict[str, Any]:
+        sizes = {"d_out": self.d_out, "d_in": self.d_in, "init_rank": self.init_rank}
+        return sizes | {"scale": self.scale, "is_transposed": is_conv1d(self.base)}
+
+    def held(self) -> list[int]:
+        return list(self.triplets)
+
+    @property
+    def part_size(self) -> int:
+        return self.d_out + self.d_in + int(self.lambdas.lam.requires_grad)
+
     @torch.no_grad()
     def reset(self, generator: torch.Generator, std: float | None = 0.02) -> None:
         """P, Q ~ N(0, std^2), std None: 1/sqrt(d), so that columns have unit length on average.
@@ -92,7 +124,7 @@ LAMBDAS_NAME = f"{MODULE_NAME}.lam"
 """Of its parameter, under every engine."""
 
 
-class Lambdas(nn.Module):
+class Lambdas(TrainedModule):
     """The paper's diagonals Lambda of all adapted matrices, one behind the other, in one parameter.
 
     One vector of a few thousand numbers instead of hundreds of vectors of a dozen: an engine communicates it, and an
@@ -140,9 +172,12 @@ class Lambdas(nn.Module):
         """Without the products of a forward: their graph can be neither copied nor pickled."""
         return {**self.__dict__, "_made": None}
 
-    def matrix_of(self, index: int) -> str:
-        """The name of the matrix that an element of ``lam`` belongs to."""
-        return next(layer.name for layer in self._active if index < layer.first + layer.rank)
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {LAMBDAS_NAME: self.lam} if self.lam.requires_grad else {}
+
+    def element_name(self, leaf: str, index: int) -> str:
+        """lambda of the matrix that an element belongs to."""
+        return f"{next(layer.name for layer in self._active if index < layer.first + layer.rank)}.{leaf}"
 
     def forward(self) -> torch.Tensor:
         """lambda times each matrix's scale, (num_triplets,). A call of the module, so that engines can gather it."""
@@ -234,3 +269,20 @@ def lambda_gradients(ps: list[torch.Tensor], gradients: list[torch.Tensor]) -> l
         sums = torch.cat([products[k] for k in of_size], dim=1).sum(dim=0)
         found.update(zip(of_size, sums.split([ps[k].shape[1] for k in of_size]), strict=True))
     return [found[k] for k in range(len(ps))]
+
+
+def add_lambdas(model: nn.Module, layers: Sequence[SVDLinear]) -> Lambdas:
+    """Give ``layers``, all that the model has, their lambdas: one vector, on the model itself.
+
+    Raises:
+        UserError: the name is taken.
+    """
+    if hasattr(model, MODULE_NAME):
+        raise UserError(f"{type(model).__name__} has an attribute {MODULE_NAME!r} already: adapters need that name")
+    if any(p.requires_grad and p.dtype != torch.float32 for p in model.parameters()):
+        # FSDP2 wants one type of what is trained in a group. Here lambda would meet others in the root's: accelerate
+        # makes groups of these classes.
+        model._no_split_modules = {*(getattr(model, "_no_split_modules", None) or ()), Lambdas.__name__}  # type: ignore[assignment]
+    lambdas = Lambdas(layers)
+    model.add_module(MODULE_NAME, lambdas)
+    return lambdas

@@ -1,28 +1,145 @@
-"""AdaLoRA as a method."""
+"""AdaLoRA (arXiv 2303.10512) as a method, and what plain LoRA shares with it: triplets P diag(lambda) Q.
+
+W = W0 + s P diag(lambda) Q, with s = alpha / init_rank for the whole run.
+"""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, cast
 
-from adalora_dist.backbones.files import base_folder_of as base_folder_of
-from adalora_dist.backbones.linears import is_conv1d
+import torch
+from torch import nn
+
+from adalora_dist.backbones.linears import linear_shape
+from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adalora.allocator import RankAllocator
+from adalora_dist.methods.adalora.compaction import shrink_layers
+from adalora_dist.methods.adalora.layers import LAMBDAS_NAME, SVDLinear, add_lambdas
+from adalora_dist.methods.adalora.schedule import BudgetSchedule
+from adalora_dist.methods.adalora.start import read_peft, start_with
+from adalora_dist.methods.protocol import Adapter, Method, Step
+from adalora_dist.methods.sites import find_targets
 from adalora_dist.methods.update import AdapterWeights
 
 
-def gather_adapters(allocator: RankAllocator) -> list[AdapterWeights]:
-    """The adapters of a finished run. Collective: every process calls it and gets all of them."""
-    keep = torch.ones(sum(allocator.ranks), dtype=torch.bool) if allocator.keep is None else allocator.keep.cpu()
-    adapters = []
-    for matrix, whole, kept in zip(
-        allocator.matrices, allocator.full_factors(), keep.split(allocator.ranks), strict=True
-    ):
-        kept = kept[list(matrix.layer.triplets)]
-        p, lam, qt = (whole[kind] for kind in ("P", "lam", "Qt"))
-        adapters.append(
-            AdapterWeights(
-                matrix.name, p[:, kept].contiguous(), lam[kept], qt[:, kept].T.contiguous(), matrix.layer.scale,
-                is_conv1d(matrix.layer.base),
+class TripletMethod(Method):
+    """A method whose adapters are :class:`SVDLinear`."""
+
+    formats: ClassVar[frozenset[str]] = frozenset({"merged", "lora", "peft"})
+
+    def adapt(self, model: nn.Module, generator: torch.Generator) -> list[Adapter]:
+        config = self.config
+        names = find_targets(model, config.targets)
+        scale = config.alpha / config.init_rank
+        start = read_peft(Path(config.init_from), scale) if config.init_from else {}
+        if unknown := sorted(start.keys() - set(names)):
+            raise UserError(
+                f"init_from={config.init_from}: {len(unknown)} of its matrices ({', '.join(unknown[:3])}) are not "
+                "among the targets: name them there, and use the adapter's own base model"
             )
-        )  # fmt: skip
-    return adapters
+        layers: list[SVDLinear] = []
+        for name in names:
+            base = model.get_submodule(name)
+            base.requires_grad_(False)  # it may lie in a module of train_modules
+            d_in, d_out = linear_shape(base) or (0, 0)
+            layer = SVDLinear(base, d_in, d_out, config.init_rank, scale, config.dropout, name)
+            self.reset(layer, generator)
+            layer.train(base.training)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer)
+            layers.append(layer)
+        self.begin(add_lambdas(model, layers).lam)
+        for layer in layers:
+            if layer.name in start:
+                start_with(layer, self.given(start[layer.name]), config)
+        return list(layers)
+
+    def reset(self, layer: SVDLinear, generator: torch.Generator) -> None:
+        """P and Q at the start."""
+        raise NotImplementedError(f"{type(self).__name__}.reset")
+
+    def begin(self, lam: nn.Parameter) -> None:
+        """lambda of all matrices at the start; 0 as it is made."""
+
+    def given(self, triplets: Any) -> Any:
+        """Triplets from elsewhere to start with, in the form that this method trains."""
+        return triplets
+
+    def shrink(self, adapters: Sequence[Adapter], held: Mapping[str, Sequence[int]]) -> None:
+        shrink_layers(cast(Sequence[SVDLinear], adapters), [held[adapter.name] for adapter in adapters])
+
+    @classmethod
+    def updates(
+        cls,
+        described: Mapping[str, Mapping[str, Any]],
+        held: Mapping[str, Sequence[int]],
+        keep: torch.Tensor | None,
+        whole: Callable[[str], torch.Tensor | None],
+    ) -> list[AdapterWeights]:
+        """The active triplets of every matrix: those of the last selection; before the first, all."""
+        num_triplets = [matrix["init_rank"] for matrix in described.values()]
+        if keep is None:
+            keep = torch.ones(sum(num_triplets), dtype=torch.bool)
+        ranks = [len(held[name]) for name in described]
+        lam = whole(LAMBDAS_NAME)
+        lams = (torch.ones(sum(ranks)) if lam is None else lam).split(ranks)  # plain LoRA does not train lambda
+        updates = []
+        for (name, matrix), kept, lam in zip(described.items(), keep.split(num_triplets), lams, strict=True):
+            kept = kept[list(held[name])]
+            p, qt = whole(f"{name}.P"), whole(f"{name}.Qt")
+            p = torch.empty(matrix["d_out"], 0) if p is None else p[:, kept].contiguous()
+            qt = torch.empty(matrix["d_in"], 0) if qt is None else qt[:, kept]
+            updates.append(
+                AdapterWeights(name, p, lam[kept], qt.T.contiguous(), matrix["scale"], matrix["is_transposed"])
+            )
+        return updates
+
+
+class AdaLora(TripletMethod):
+    """Ranks adapt to a budget that falls over the run."""
+
+    def reset(self, layer: SVDLinear, generator: torch.Generator) -> None:
+        layer.reset(generator, std=0.02 if self.config.init == "gaussian" else None)
+
+    def step(self, adapters: Sequence[Adapter], total_steps: int) -> Step:
+        layers = cast(Sequence[SVDLinear], adapters)
+        return RankAllocator(layers, self.config, self.schedule(layers, total_steps))
+
+    def schedule(self, layers: Sequence[SVDLinear], total_steps: int) -> BudgetSchedule:
+        """The budget of a run of ``total_steps`` over ``layers``.
+
+        Raises:
+            UserError: it does not fit the number of steps, or of triplets.
+        """
+        config = self.config
+        target = config.target_budget
+        return BudgetSchedule.for_run(
+            total_steps=total_steps,
+            initial_budget=sum(layer.init_rank for layer in layers),
+            target_budget=round(config.target_rank * len(layers)) if target is None else target,
+            initial_warmup_steps=config.initial_warmup_steps,
+            final_steps=config.final_steps,
+            mask_interval_steps=config.mask_interval_steps,
+            kind=config.budget_schedule,
+        )
+
+
+@torch.no_grad()
+def place(model: nn.Module, updates: Sequence[AdapterWeights]) -> list[Adapter]:
+    """Put trained triplets into their plain backbone, every matrix at its own rank (0: no branch)."""
+    layers = []
+    for update in updates:
+        base = model.get_submodule(update.name)
+        d_in, d_out = linear_shape(base) or (0, 0)
+        layer = SVDLinear(base, d_in, d_out, update.rank, update.scale, name=update.name)
+        if update.rank:
+            layer.P.copy_(update.P)
+            layer.Qt.copy_(update.Q.T)
+        parent, _, child = update.name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+        layers.append(layer)
+    if layers:
+        add_lambdas(model, layers).lam.copy_(torch.cat([update.lam for update in updates]))
+    return list(layers)

@@ -19,8 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from adalora_dist.backbones.files import is_module_pattern
+from adalora_dist.config.methods import AdapterConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import read_object
+from adalora_dist.methods.adalora.layers import SVDLinear
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of the plain model."""
@@ -144,3 +146,26 @@ def _lora_scale(config: Mapping[str, Any], name: str, rank: int, folder: Path) -
     if r != rank:
         raise UserError(f"init_from={folder}: adapter_config.json gives {name} rank {r}, its tensors {rank}")
     return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+
+
+@torch.no_grad()
+def start_with(layer: SVDLinear, triplets: Triplets, config: AdapterConfig) -> None:
+    """Put given triplets before the fresh ones, which add nothing at the start.
+
+    Raises:
+        UserError: they are more than the layer has, or of another shape.
+    """
+    p, lam, q = triplets
+    if len(lam) > layer.rank:
+        raise UserError(
+            f"init_from={config.init_from} has rank {len(lam)} at {layer.name}, with init_rank {layer.rank}: set "
+            f"init_rank to at least {len(lam)}"
+        )
+    if (len(p), q.shape[1]) != (layer.d_out, layer.d_in):
+        raise UserError(
+            f"init_from={config.init_from}: {layer.name} is {len(p)} x {q.shape[1]} there and {layer.d_out} x "
+            f"{layer.d_in} in this model: use the adapter's own base model"
+        )
+    layer.P[:, : len(lam)] = p.to(layer.P.device)
+    layer.lam[: len(lam)] = lam.to(layer.lam.device)
+    layer.Qt[:, : len(lam)] = q.T.to(layer.Qt.device)

@@ -88,8 +88,8 @@ class Guard:
         self._accelerator.print(f"stopped by a signal after step {step}; run again with --resume auto", flush=True)
         if self._accelerator.is_main_process:
             _write_status(step)
-        if self._prepared is not None and self._prepared.allocator is not None:
-            self._prepared.allocator.detach()
+        if self._prepared is not None:
+            self._prepared.hooks.detach()
         self._accelerator.end_training()
         self.close()
         for number in self._previous_handlers:  # launchers send it again as soon as the first process has ended

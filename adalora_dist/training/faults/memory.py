@@ -40,15 +40,12 @@ def held_bytes(prepared: Prepared) -> dict[str, int]:
     optimizer = prepared.inner_optimizer
     moments = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
     masters = [p for group in optimizer.param_groups for p in group["params"]]
-    # There is none before the first step, and with methods that do not adapt.
-    averages = (getattr(prepared.allocator, name, None) for name in ("sensitivity", "uncertainty"))
-    importance = [average for average in averages if average is not None]
     return {
         "linear_bytes": _storage_bytes(frozen_linear),
         "other_bytes": _storage_bytes(other),
         "adapter_bytes": _storage_bytes(adapters),
         "optimizer_bytes": _storage_bytes([t for p in [*moments, *masters] for t in _held(p)], without=adapters),
-        "importance_bytes": _storage_bytes(importance),
+        "importance_bytes": _storage_bytes(prepared.hooks.method_step.buffers()),
     }
 
 

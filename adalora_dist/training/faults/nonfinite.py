@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from adalora_dist.methods.adalora.layers import Lambdas
+from adalora_dist.methods.protocol import TrainedModule
 from adalora_dist.tasks.losses import LossSum
 
 
@@ -96,8 +96,9 @@ class _Watched:
     def _gradient(self, name: str, module: nn.Module, gradient: torch.Tensor) -> None:
         finite = torch.isfinite(gradient)
         if not finite.all():
-            if isinstance(module, Lambdas):
-                name = f"{module.matrix_of(int(finite.logical_not().nonzero()[0]))}.lam"
+            if isinstance(module, TrainedModule):
+                first = int(finite.logical_not().flatten().nonzero()[0])
+                name = module.element_name(name.rpartition(".")[2], first)
             self.note(2, f"the gradient of {name}")
 
 

@@ -1,0 +1,191 @@
+"""What AdaLoRA keeps along this rank's spans once an engine has taken the parameters over: buffers, views, averages.
+
+No decision is made here (``allocator.py``); every quantity is one of flat buffers (``sharding/layout.py``), so that the
+number of operations does not depend on the number of matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.io.errors import UserError
+from adalora_dist.methods.adalora.digest import PatternDigest
+from adalora_dist.methods.adalora.importance import element_scores, update_averages
+from adalora_dist.methods.adalora.sums import TripletSums
+from adalora_dist.sharding.agreement import agreed, world_size
+from adalora_dist.sharding.base import ShardEngine
+from adalora_dist.sharding.layout import FlatBuffer, SpanLayout
+from adalora_dist.sharding.spans import Factor, Span
+
+
+class BoundTriplets:
+    """The spans that this rank holds of all factors, laid out flat.
+
+    Two flat buffers serve a step:
+
+    - ``values``: the elements w as the step begins, for the regulariser; then, in their place, w g, which the averages
+      take in (with ``importance_order`` after, g until the weights have been stepped);
+    - ``scratch``: the regulariser's gradient until it has been added; in an allocation the element scores.
+
+    Args:
+        factors: in canonical order.
+        engine: over the same parameters.
+        ranks: triplets of each matrix at the start of the run.
+        measures: whether there are importance averages; they decide nothing once the pattern is frozen.
+    """
+
+    def __init__(
+        self,
+        factors: Sequence[Factor],
+        engine: ShardEngine,
+        ranks: Sequence[int],
+        config: AdapterConfig,
+        measures: bool,
+    ) -> None:
+        self.engine, self._config = engine, config
+        self.spans = engine.spans()
+        values = engine.values()
+        device = values[0].device
+        spans_of_ranks: list[list[Span]] = [self.spans]
+        if engine.shard_group is not None:
+            spans_of_ranks = [[]] * dist.get_world_size(engine.shard_group)
+            dist.all_gather_object(spans_of_ranks, self.spans, group=engine.shard_group)
+        self.layout = SpanLayout(factors, self.spans)
+        self.sums = TripletSums(
+            self.layout,
+            spans_of_ranks,
+            device,
+            num_matrices=2 * sum(rank > 0 for rank in ranks),
+            num_replicas=world_size() // len(spans_of_ranks),
+        )
+        self.skip = self.sums.partials[-1]  # 1 where this step has a non-finite gradient
+        self.digest = PatternDigest(sum(ranks), device)
+        shapes = [v.shape for v in values]
+        self.values = FlatBuffer(self.layout, shapes, device)
+        self.scratch = FlatBuffer(self.layout, shapes, device)
+        num_scored = self.layout.num_elements if measures else 0
+        self.sensitivity = torch.zeros(num_scored, dtype=torch.float32, device=device)
+        self.uncertainty = torch.zeros(num_scored, dtype=torch.float32, device=device)
+        # The triplets of each P that this rank holds a part of, and lambda, if it holds a part of that.
+        self.row_cuts = {k: f.rank for k, f in enumerate(factors) if f.kind == "P"}
+        self.ps = [k for k in self.row_cuts if values[k].numel()]
+        self.lams = [k for k, f in enumerate(factors) if f.kind == "lam" and values[k].numel()]
+        self._masks: tuple[torch.Tensor, list[torch.Tensor]] | None = None  # a pattern, and its part per masked tensor
+        if config.importance_kernel == "compiled" and measures:
+            self._compile()
+
+    # ---------------------------------------------------------------------------------------------- within a step
+
+    def collect_values(self) -> None:
+        """All local elements into ``values``, float32."""
+        self.layout.collect(self.engine.values(), self.values)
+
+    def regularise(self, keep: torch.Tensor | None) -> None:
+        """The regulariser's gradient into ``scratch``, from the summed Gram matrices; ``keep``: of these triplets."""
+        form, gamma = self._config.orthogonality_form, self._config.orthogonality
+        self.sums.orthogonality_gradient(self.values, form, gamma, out=self.scratch, keep=keep)
+
+    def add_regulariser(self, gradients: Sequence[torch.Tensor | None]) -> None:
+        """Add ``scratch`` to the gradients of P and Q in this firing."""
+        local, flat = self.layout.views(gradients, self.scratch, orthogonal=True)
+        if local:
+            torch._foreach_add_(local, flat)
+
+    def multiply_values(self, others: Sequence[torch.Tensor | None]) -> None:
+        """``values`` times the local elements of ``others``, in place."""
+        local, flat = self.layout.views(others, self.values)
+        if local:
+            torch._foreach_mul_(flat, local)
+
+    def update_averages(self) -> None:
+        """Advance the averages by w g, which stands in ``values``."""
+        averages = (self.sensitivity, self.uncertainty)
+        beta1, beta2 = self._config.beta1, self._config.beta2
+        compiled = self._config.importance_kernel == "compiled"
+        update_averages(*averages, self.values.data, beta1, beta2, self.skip, compiled)
+
+    def score_partials(self) -> torch.Tensor:
+        """This rank's part of the triplet scores, float64, by the configured importance."""
+        of_values = self._config.importance == "magnitude"
+        if of_values:
+            self.collect_values()
+            torch.abs(self.values.data, out=self.scratch.data)
+        else:
+            element_scores(self._config.importance, self.sensitivity, self.uncertainty, out=self.scratch.data)
+        return self.sums.score_partials(self.scratch, lam_only=of_values)
+
+    def mask(self, keep: torch.Tensor, frozen: bool) -> None:
+        """lambda_i <- 0 for every triplet outside of ``keep`` (eq. 6). P, Q and the moments stay.
+
+        Once the pattern is frozen, P_i <- 0 as well: then lambda_i has no gradient any more.
+        """
+        masked = self.lams + self.ps if frozen else self.lams
+        values = [self.engine.values()[k] for k in masked]
+        if self._masks is None or self._masks[0] is not keep:
+            masks = [keep[slice(*self.spans[k])] for k in self.lams]
+            if frozen:
+                rows = dict(zip(self.row_cuts, keep.split(list(self.row_cuts.values())), strict=True))
+                masks += [self._mask_of(k, rows[k], x) for k, x in zip(self.ps, values[len(masks) :], strict=True)]
+            self._masks = keep, masks
+        if masked:
+            self.engine.write(masked, torch._foreach_mul(values, self._masks[1]))
+
+    def _mask_of(self, k: int, row: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """1 or 0 for the elements of ``values``, the local span of a P: ``row`` for each row."""
+        if values.ndim == 2:
+            return row
+        span, rank = self.spans[k], len(row)
+        length = span.stop - span.start
+        return row.roll(-(span.start % rank)).repeat(-(-length // rank))[:length]
+
+    def _compile(self) -> None:
+        """Build the kernel of the importance averages, by a step that is left out. Collective.
+
+        Raises:
+            UserError: it cannot be built.
+        """
+
+        def attempt() -> None:
+            self.skip.fill_(1)
+            try:
+                self.update_averages()
+            except Exception as error:  # whatever compiler it is that fails
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise UserError(
+                    f"importance_kernel=compiled: torch.compile cannot build it ({reason}): install a C++ compiler "
+                    "(CPU) or Triton (GPU), or set importance_kernel to eager"
+                ) from error
+
+        agreed(attempt, keep=False)
+
+    # ------------------------------------------------------------------------------------------ between two steps
+
+    def averages(self) -> list[dict[str, torch.Tensor]]:
+        """Per factor this rank's span of each average, a copy on the CPU; empty while there are none."""
+        held: list[dict[str, torch.Tensor]] = [{} for _ in self.spans]
+        for name, average in self._averages().items():
+            flat = FlatBuffer(self.layout)
+            flat.data.copy_(average)
+            pieces = [torch.empty(span.stop - span.start) for span in self.spans]
+            local, views = self.layout.views(pieces, flat)
+            if local:
+                torch._foreach_copy_(local, views)
+            for of_factor, piece in zip(held, pieces, strict=True):
+                of_factor[name] = piece
+        return held
+
+    def load_averages(self, held: Sequence[dict[str, torch.Tensor]]) -> None:
+        """Set the averages from what :meth:`averages` gave, of this rank's spans now."""
+        for name, average in self._averages().items():
+            flat = FlatBuffer(self.layout)
+            self.layout.collect([of_factor[name] for of_factor in held], flat)
+            average.copy_(flat.data)
+
+    def _averages(self) -> dict[str, torch.Tensor]:
+        if self.sensitivity.numel() != self.layout.num_elements:
+            return {}
+        return {"sensitivity": self.sensitivity, "uncertainty": self.uncertainty}

@@ -1,0 +1,280 @@
+"""``attach``: a method, hung onto an optimizer once, for any training loop on any engine.
+
+What every method needs lives here and not in any of them: the hooks of the innermost optimizer's step, where gradients
+are reduced, unscaled and clipped on every engine; the count of its firings; the guard against gradients that are not
+finite; the count of steps that an engine has left out; the complaint at exit.
+
+A step with a non-finite gradient anywhere is left out on all ranks, by the optimizer and by the method together, as one
+NaN would poison weights and averages for ever. It is left out on the device, where the optimizer can look at a flag
+there, and the host waits for nothing. (Others cost one read per step; see docs/sharding.md.)
+
+Communication beyond the engine's own: one float32 sum per step over the shard group (nothing on one process or under
+DDP) of [what the method sums | number of non-finite gradients].
+"""
+
+from __future__ import annotations
+
+import atexit
+import sys
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.io.errors import UserError
+from adalora_dist.methods import method_for
+from adalora_dist.methods.protocol import Adapter, Method, Step, StepState, adapters_of, trained_parameters
+from adalora_dist.methods.update import AdapterWeights
+from adalora_dist.sharding import select_engine
+from adalora_dist.sharding.base import ShardEngine, sum_over
+
+
+class Bound:
+    """A step's parameters under the engine that has taken them over, and the vector that is summed in every step."""
+
+    def __init__(self, step: Step, model: nn.Module, optimizer: Any) -> None:
+        parameters = step.parameters() or trained_parameters(model)
+        self.engine: ShardEngine = select_engine(list(parameters.values()), optimizer)
+        self.partials = step.bind(self.engine)
+        self.skip = self.partials[-1]
+        """float32 scalar: 1 where this step has a non-finite gradient somewhere, else 0."""
+
+
+class MethodHooks:
+    """One method at work on one optimizer, from :func:`attach`. The training loop needs no further call but two.
+
+    :meth:`catch_up` after each of its steps, where the engine may leave steps out (fp16), and :meth:`finish` at the
+    end, which raises if the run did not reach what it promised.
+    """
+
+    def __init__(self, model: nn.Module, method: Method, method_step: Step) -> None:
+        self.model, self.method, self.method_step = model, method, method_step
+        self.step = 0
+        """Training steps seen so far; the number of the next one."""
+        self._bound: Bound | None = None
+        self._firing = 0  # of the present step, those that are done
+        self._num_missed = 0  # steps that the engine left out by itself
+        self._num_skipped: torch.Tensor | None = None  # those left out here, counted on the device
+        self._ended = False
+
+    # ------------------------------------------------------------------ the step, seen from the optimizer's hooks
+
+    @torch.no_grad()
+    def before_firing(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer is about to fire; a step hook of it."""
+        bound = self.bind(optimizer)
+        if getattr(optimizer, "grad_scale", None) is not None:
+            raise UserError(
+                f"{type(optimizer).__name__}(fused=True) unscales fp16 gradients inside its step, after this hook: "
+                "with fp16 use fused=False (Trainer: optim='adamw_torch')"
+            )
+        if self._firing == 0:
+            self._begin(bound)
+        self.method_step.before(self._firing == bound.engine.num_firings - 1)
+        bound.engine.skip_firing_if(bound.skip)
+
+    @torch.no_grad()
+    def after_firing(self) -> None:
+        """The optimizer has fired; a step hook of it."""
+        self._firing += 1
+        if self._firing < self.bound.engine.num_firings:
+            return
+        self._firing = 0
+        self.method_step.after(self.step)
+        self.step += 1
+
+    def _begin(self, bound: Bound) -> None:
+        """What the method sums, and whether all gradients of the step are finite, agreed over the shard group."""
+        self.method_step.sums(self.step)
+        bound.skip.copy_(bound.engine.nonfinite())
+        reduced = sum_over(bound.engine.shard_group, bound.partials)
+        if reduced is not bound.partials:
+            bound.partials.copy_(reduced)
+        bound.skip.clamp_(max=1)
+        self._num_skipped = bound.skip.clone() if self._num_skipped is None else self._num_skipped.add_(bound.skip)
+        self.method_step.summed()
+
+    # ------------------------------------------------------------------------------------------ what loops ask
+
+    def bind(self, optimizer: Any) -> Bound:
+        """See which spans of the parameters this rank holds, once the engine has taken them over. Collective.
+
+        The first step does so by itself; a second call changes nothing.
+
+        Args:
+            optimizer: as the engine wraps it.
+        """
+        if self._bound is None:
+            self._bound = Bound(self.method_step, self.model, optimizer)
+        return self._bound
+
+    def rebind(self, optimizer: Any) -> None:
+        """Parameters have been exchanged: go on with those that the model has now. Collective."""
+        self.engine.retire()
+        self._bound = Bound(self.method_step, self.model, optimizer)
+
+    @property
+    def bound(self) -> Bound:
+        """What :meth:`bind` saw.
+
+        Raises:
+            RuntimeError: no step has been made, so it is not known yet.
+        """
+        if self._bound is None:
+            raise RuntimeError("the adapters can be gathered after the first optimizer step, not before")
+        return self._bound
+
+    @property
+    def engine(self) -> ShardEngine:
+        """What says which spans of the parameters this rank holds.
+
+        Raises:
+            RuntimeError: no step has been made, so it is not known yet.
+        """
+        return self.bound.engine
+
+    def replace(self, model: nn.Module, optimizer: Any) -> str:
+        """Between two steps: exchange parameters if the method is due to; in a few words what was done. Collective.
+
+        Args:
+            model: as the engine wraps it.
+            optimizer: the torch optimizer, or any wrapper of it.
+        """
+        return self.method_step.replaces(self, model, optimizer)
+
+    def catch_up(self, num_steps: int) -> None:
+        """The loop counts ``num_steps`` finished steps.
+
+        Engines that skip a step with an overflow never call the optimizer, so the method's schedule would fall behind.
+
+        Raises:
+            RuntimeError: no step at all has reached the hooks: they hang on another optimizer than is stepped.
+        """
+        if self._bound is None and num_steps > 32:
+            raise RuntimeError(
+                f"{num_steps} training steps were counted, but the optimizer given to attach was never stepped: attach "
+                "to the optimizer that the loop (or engine) uses"
+            )
+        for missed in range(self.step, num_steps):
+            self.method_step.missed(missed)
+            self._num_missed += 1
+        self.step = max(self.step, num_steps)
+
+    @property
+    def num_skipped_steps(self) -> int:
+        """Steps left out because a gradient somewhere was not finite. Reads from the device."""
+        return self._num_missed + (0 if self._num_skipped is None else int(self._num_skipped))
+
+    @property
+    def bytes_per_step(self) -> int:
+        """What this rank puts into the sum of every step; 0 where nothing is sharded. Known after the first step."""
+        if self._bound is None or self._bound.engine.shard_group is None:
+            return 0
+        return self._bound.partials.nbytes
+
+    def rank_pattern(self) -> dict[str, int]:
+        """Active rank of each adapted matrix, by name. Reads from the device."""
+        return self.method_step.rank_pattern()
+
+    def updates(self) -> list[AdapterWeights]:
+        """What each adapted matrix has become. Collective: every process calls it and gets all of them.
+
+        Raises:
+            RuntimeError: no step has been made, so it is not known yet how the parameters are sharded.
+        """
+        adapters = self.method_step.adapters
+        if not adapters:
+            return []
+        engine, index = self.engine, {name: k for k, name in enumerate(self.method_step.parameters())}
+
+        def whole(name: str) -> torch.Tensor | None:
+            return engine.full(index[name]).cpu() if name in index else None
+
+        keep = self.method_step.keep
+        return self.method.updates(
+            {adapter.name: adapter.description() for adapter in adapters},
+            {adapter.name: adapter.held() for adapter in adapters},
+            None if keep is None else keep.cpu(),
+            whole,
+        )
+
+    # ------------------------------------------------------------------------------------ what a checkpoint holds
+
+    def state(self) -> StepState:
+        """A copy of all that was learnt, on the CPU, between two steps. :meth:`bind` comes first.
+
+        Raises:
+            RuntimeError: ranks do not agree: such a state must not be kept.
+        """
+        state = self.method_step.state(self.engine.spans())
+        own = {"step": self.step, "num_skipped_steps": self.num_skipped_steps}
+        return state._replace(numbers=own | state.numbers)
+
+    def load_state(self, state: StepState) -> None:
+        """Continue from ``state``, whose averages are of this rank's spans now. :meth:`bind` comes first."""
+        self.step, self._num_missed = state.numbers["step"], state.numbers["num_skipped_steps"]
+        self._num_skipped = None
+        self.method_step.load_state(state)
+
+    # ------------------------------------------------------------------------------------------ the end of a run
+
+    def finish(self) -> None:
+        """End of the run: make sure that it reached what it promised, alike on all ranks. Collective.
+
+        Ask before anything is published.
+
+        Raises:
+            RuntimeError: it did not, with the likely cause, or ranks differ.
+        """
+        self._ended = True
+        if problem := self.problem():
+            raise RuntimeError(problem)
+        self.method_step.check()
+
+    def problem(self) -> str | None:
+        """Why the run, if it ended now, would not have reached what it promised; None if it has."""
+        if self._bound is None:
+            return "the method was never called: the optimizer given to attach was not stepped"
+        return self.method_step.problem(self.step)
+
+    def detach(self) -> None:
+        """The run was given up on purpose: no complaint at exit."""
+        self._ended = True
+
+    def complain(self) -> None:
+        """At exit, for plain loops that never ask :meth:`finish`."""
+        if not self._ended and (problem := self.problem()):
+            print(f"warning: adalora_dist: {problem}", file=sys.stderr)
+
+
+def attach(model: nn.Module, optimizer: Any, config: AdapterConfig, total_steps: int) -> MethodHooks:
+    """Hang the method that ``config`` asks for onto ``optimizer``.
+
+    Args:
+        model: as :func:`~adalora_dist.methods.adapt` left it; may be wrapped already.
+        optimizer: a torch optimizer, or anything that wraps one as ``.optimizer`` (accelerate, DeepSpeed, an engine
+            of theirs). It must update what the method trains.
+        config: the ``adapter`` section.
+        total_steps: optimizer steps of the whole run, T.
+
+    Raises:
+        UserError: no adapters in a model whose method has some, or settings that do not fit ``total_steps``.
+    """
+    method = method_for(config)
+    adapters: list[Adapter] = adapters_of(model)
+    if config.has_adapters and not adapters:
+        raise UserError("the model has no adapters: call adapt(model, config) before attach")
+    hooks = MethodHooks(model, method, method.step(adapters, total_steps))
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    optimizer.register_step_pre_hook(lambda opt, *_: hooks.before_firing(opt))
+    optimizer.register_step_post_hook(lambda *_: hooks.after_firing())
+    atexit.register(_complain_at_exit, weakref.ref(hooks))
+    return hooks
+
+
+def _complain_at_exit(reference: weakref.ref[MethodHooks]) -> None:
+    if (hooks := reference()) is not None:
+        hooks.complain()

@@ -1,0 +1,49 @@
+"""Plain LoRA (arXiv 2106.09685): AdaLoRA's triplets with lambda fixed at 1, so that B = P, A = Q, and no budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from adalora_dist.methods.adalora.layers import SVDLinear
+from adalora_dist.methods.adalora.method import TripletMethod
+from adalora_dist.methods.adalora.start import Triplets
+from adalora_dist.methods.protocol import Adapter, Step
+
+
+class LoraStep(Step):
+    """Ranks stay; between two steps nothing of the last forward may be left."""
+
+    def __init__(self, layers: Sequence[SVDLinear]) -> None:
+        super().__init__(layers)
+        self.layers = list(layers)
+
+    def after(self, step: int) -> None:
+        self.layers[0].lambdas.release()
+
+    def rank_pattern(self) -> dict[str, int]:
+        return {layer.name: layer.rank for layer in self.layers}
+
+    def facts(self) -> dict[str, Any]:
+        total = sum(self.rank_pattern().values())
+        return super().facts() | {"initial_budget": total, "target_budget": total}
+
+
+class Lora(TripletMethod):
+    """W = W0 + s B A, s = alpha / init_rank."""
+
+    def reset(self, layer: SVDLinear, generator: torch.Generator) -> None:
+        layer.reset_as_lora(generator)
+
+    def begin(self, lam: nn.Parameter) -> None:
+        with torch.no_grad():
+            lam.requires_grad_(False).fill_(1.0)
+
+    def given(self, triplets: Triplets) -> Triplets:
+        return Triplets(triplets.P * triplets.lam, torch.ones_like(triplets.lam), triplets.Q)
+
+    def step(self, adapters: Sequence[Adapter], total_steps: int) -> Step:
+        return LoraStep(cast(Sequence[SVDLinear], adapters))

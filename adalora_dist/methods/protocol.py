@@ -1,0 +1,276 @@
+"""What a method is: the parts that checkpoints, exports, reports, trainers and engines ask, whichever method it is.
+
+A method is one file: its :class:`Method` puts :class:`Adapter` modules into a model, its :class:`Step` acts at every
+optimizer step (through ``hooks.py``, alike on every engine), and its updates (``update.py``) say what each matrix has
+become. ``methods/__init__.py`` has the table of all methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import nn
+
+from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.sections import TrainConfig
+from adalora_dist.methods.adalora.schedule import BudgetSchedule
+from adalora_dist.methods.update import AdapterWeights
+from adalora_dist.sharding.base import ShardEngine
+
+
+class TrainedModule(nn.Module):
+    """A module of a method's that holds trained parameters: an adapter, or what several adapters share."""
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trained parameters held here now, by the names that files have, whatever an engine does to paths."""
+        raise NotImplementedError(f"{type(self).__name__}.trained")
+
+    def element_name(self, leaf: str, index: int) -> str:
+        """What a person calls element ``index`` of the flattened parameter ``leaf``, for messages."""
+        raise NotImplementedError(f"{type(self).__name__}.element_name")
+
+
+class Adapter(TrainedModule):
+    """A module in the place of, or around, one of the model's.
+
+    The base is called, never opened; all that the adapter does not hold itself is frozen.
+    """
+
+    name: str
+    """Of what it adapts, in the plain model; engines and compilers change module paths."""
+    base: nn.Module
+
+    def description(self) -> dict[str, Any]:
+        """What an export needs to know besides the parameters: sizes, scale; plain data."""
+        raise NotImplementedError(f"{type(self).__name__}.description")
+
+    def held(self) -> list[int]:
+        """Which of its parts (triplets) from the start of the run it still holds, ascending."""
+        raise NotImplementedError(f"{type(self).__name__}.held")
+
+    @property
+    def part_size(self) -> int:
+        """Trained numbers of one of its parts."""
+        raise NotImplementedError(f"{type(self).__name__}.part_size")
+
+
+class StepState(NamedTuple):
+    """Everything that a method has learnt between two steps; what differs between ranks is in ``averages`` alone."""
+
+    numbers: dict[str, Any]
+    """Plain numbers and lists of them, by name."""
+    patterns: torch.Tensor
+    """(selections made, parts) bool: every selection so far; (0, 0) where nothing is selected."""
+    averages: list[dict[str, torch.Tensor]]
+    """Per parameter of :meth:`Step.parameters` what lies along this rank's span of it, by kind."""
+
+
+class Step:
+    """What a method does at every optimizer step. The default, of plain methods: nothing.
+
+    ``hooks.py`` calls it inside the innermost optimizer's step hooks, where gradients are reduced, unscaled and
+    clipped on every engine. Some engines step in several firings; :meth:`before` is called in each of them.
+    """
+
+    schedule: BudgetSchedule | None = None
+    """Of the budget; None where none falls."""
+    keep: torch.Tensor | None = None
+    """(parts of all adapters at the start,) bool: those of the last selection; None: all."""
+
+    def __init__(self, adapters: Sequence[Adapter]) -> None:
+        self.adapters = list(adapters)
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """What it acts on, by name, as the model has it now, in an order that is the same on every rank."""
+        return {name: p for adapter in self.adapters for name, p in adapter.trained().items()}
+
+    def bind(self, engine: ShardEngine) -> torch.Tensor:
+        """The engine has taken over :meth:`parameters`; collective.
+
+        Returns:
+            A float32 vector, summed over the shard group once in every step, between :meth:`sums` and
+            :meth:`before`. Its last element is not the method's: there the hooks count non-finite gradients, and
+            leave 1 where the step is to be left out, else 0.
+        """
+        device = next((v.device for v in engine.values()), torch.device("cpu"))
+        return torch.zeros(1, dtype=torch.float32, device=device)
+
+    def sums(self, step: int) -> None:
+        """First thing in a step: write this rank's part of the vector of :meth:`bind`, all but its last element."""
+
+    def summed(self) -> None:
+        """The vector is complete."""
+
+    def before(self, is_last: bool) -> None:
+        """Gradients are there, weights not stepped yet; may change both. No host read.
+
+        Args:
+            is_last: of the firings of this step.
+        """
+
+    def after(self, step: int) -> None:
+        """Weights are stepped, on all firings."""
+
+    def missed(self, step: int) -> None:
+        """The engine has left this step out by itself, without calling the optimizer."""
+
+    def replaces(self, hooks: Any, model: nn.Module, optimizer: Any) -> str:
+        """Between two steps: exchange parameters if that is due. Collective.
+
+        Args:
+            hooks: the :class:`~adalora_dist.methods.hooks.MethodHooks` that call this.
+            model: as the engine wraps it.
+            optimizer: the torch optimizer or any wrapper of it.
+
+        Returns:
+            In a few words what was done; "": nothing.
+        """
+        return ""
+
+    def state(self, spans: Any) -> StepState:
+        """A copy, on the CPU, between two steps."""
+        return StepState({}, torch.zeros(0, 0, dtype=torch.bool), [{} for _ in spans])
+
+    def load_state(self, state: StepState) -> None:
+        """Continue from ``state``, whose averages are of this rank's spans now."""
+
+    def problem(self, step: int) -> str | None:
+        """Why the run, if it ended now, would not keep what it promised; None if it does."""
+        return None
+
+    def check(self) -> None:
+        """End of the run: collective checks that ranks agree.
+
+        Raises:
+            RuntimeError: they do not.
+        """
+
+    def rank_pattern(self) -> dict[str, int]:
+        """Active rank of each adapter that has one, by name. Reads from the device."""
+        return {}
+
+    def facts(self) -> dict[str, Any]:
+        """What run.json says of the method's plan."""
+        return {"num_matrices": len(self.adapters)} if self.adapters else {}
+
+    def plan(self) -> str:
+        """The plan in a few words for the console; "" without one."""
+        return ""
+
+    def record(self, step: int) -> dict[str, float]:
+        """What metrics.jsonl says of a past step, beside the loss."""
+        return {}
+
+    def report(self) -> dict[str, float]:
+        """What logs of a training step get now."""
+        return {}
+
+    def progress(self) -> str:
+        """A few words for the progress line, ending in ", ". Reads from the device."""
+        return ""
+
+    def events(self, first: int) -> list[dict[str, Any]]:
+        """A record for every event (allocation) from number ``first`` on. Reads from the device."""
+        return []
+
+    def buffers(self) -> Iterable[torch.Tensor]:
+        """What it keeps along the spans, for reports of memory."""
+        return ()
+
+
+class Method:
+    """One method with its settings: how it changes a model, what it does at a step, what it leaves."""
+
+    formats: ClassVar[frozenset[str]] = frozenset({"merged"})
+    """What can be written of it; others are refused before training."""
+
+    trains_everything: ClassVar[bool] = False
+    """Whether ``train_modules`` has nothing to add."""
+
+    def __init__(self, config: AdapterConfig) -> None:
+        self.config = config
+
+    def adapt(self, model: nn.Module, generator: torch.Generator) -> list[Adapter]:
+        """Put adapters into a model whose parameters are all frozen, ``train_modules`` aside, in canonical order.
+
+        Raises:
+            UserError: a target without a match, or one that cannot be adapted.
+        """
+        return []
+
+    def optimizer(self, model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
+        """Over all trainable parameters of ``model``."""
+        return torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad],
+            lr=train.learning_rate,
+            weight_decay=train.weight_decay,
+            fused=train.precision != "fp16",  # its kernel would unscale gradients after the hooks have seen them
+        )
+
+    def step(self, adapters: Sequence[Adapter], total_steps: int) -> Step:
+        """What acts at each of ``total_steps`` optimizer steps.
+
+        Raises:
+            UserError: settings that do not fit the number of steps.
+        """
+        return Step(adapters)
+
+    def shrink(self, adapters: Sequence[Adapter], held: Mapping[str, Sequence[int]]) -> None:
+        """Before an engine takes over: reduce adapters to the parts that a checkpoint has of them."""
+
+    @classmethod
+    def updates(
+        cls,
+        described: Mapping[str, Mapping[str, Any]],
+        held: Mapping[str, Sequence[int]],
+        keep: torch.Tensor | None,
+        whole: Callable[[str], torch.Tensor | None],
+    ) -> list[AdapterWeights]:
+        """What each matrix has become.
+
+        Args:
+            described: of every adapter, :meth:`Adapter.description` by its name.
+            held: of every adapter, :meth:`Adapter.held` by its name.
+            keep: (parts of all adapters at the start,) bool, the last selection; None: all are kept.
+            whole: the parameter of that name, complete, float32, on the CPU; None where there is none.
+        """
+        return []
+
+
+def adapters_of(model: nn.Module) -> list[Adapter]:
+    """The adapters that a model has, in canonical order."""
+    return [module for module in model.modules() if isinstance(module, Adapter)]
+
+
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+def trained_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All trainable parameters as the model holds them now, by names that no engine changes."""
+    own = {
+        id(p): name
+        for module in model.modules()
+        if isinstance(module, TrainedModule)
+        for name, p in module.trained().items()
+    }
+    found: dict[str, torch.Tensor] = {}
+    for path, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            name = own.get(id(parameter))
+            if name is None:
+                name = path.removeprefix("module.")
+                for wrapper in _WRAPPERS:
+                    name = name.replace(wrapper, "")
+            found[name] = parameter
+    return found
+
+
+def others_trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name in the plain model, parameter) of what is trained besides adapters, of an unwrapped model."""
+    for path, module in model.named_modules():
+        if not isinstance(module, TrainedModule):
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if parameter.requires_grad:
+                    yield (f"{path}.{leaf}" if path else leaf), parameter
