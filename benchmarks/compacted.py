@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.methods import MethodConfig, method_config, settings_of
 from adalora_dist.methods.adalora.allocator import RankAllocator
 from adalora_dist.methods.adalora.compaction import compact, shrink_layers
 from adalora_dist.methods.inject import AdaptedMatrix, inject_adapters
@@ -27,17 +27,15 @@ SHAPE: dict[str, Any] = dict(
 INIT_RANK, TARGET_RANK, STEPS, ROUNDS = 12, 8, 20, 15
 
 
-def llama_with_adapters(method: str) -> tuple[Any, AdapterConfig, list[AdaptedMatrix]]:
+def llama_with_adapters(method: str) -> tuple[Any, MethodConfig, list[AdaptedMatrix]]:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE))
-    config = AdapterConfig(
-        method=method, init_rank=INIT_RANK, target_rank=TARGET_RANK, initial_warmup_steps=2, mask_interval_steps=1,
-        final_steps=STEPS - 8,
-    )  # fmt: skip
+    falling = dict(target_rank=TARGET_RANK, initial_warmup_steps=2, mask_interval_steps=1, final_steps=STEPS - 8)
+    config = method_config(method, init_rank=INIT_RANK, **settings_of(method, falling))
     return model, config, inject_adapters(model, config)
 
 
-def trainer(model: Any, config: AdapterConfig, batch: torch.Tensor) -> tuple[Callable[[], None], RankAllocator, Any]:
+def trainer(model: Any, config: Any, batch: torch.Tensor) -> tuple[Callable[[], None], RankAllocator, Any]:
     """(one training step, allocator, optimizer)."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
     allocator = RankAllocator.attach(model, optimizer, config, STEPS)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from adalora_dist.backbones.linears import linear_shape
-from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.methods import AdaLoraConfig, LoraConfig, LowRankConfig, MethodConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adalora.layers import MODULE_NAME, Lambdas, SVDLinear
 from adalora_dist.methods.adalora.start import Triplets, read_peft
@@ -25,10 +25,10 @@ class AdaptedMatrix:
     layer: SVDLinear
 
 
-def inject_adapters(model: nn.Module, config: AdapterConfig, seed: int = 0) -> list[AdaptedMatrix]:
+def inject_adapters(model: nn.Module, config: MethodConfig, seed: int = 0) -> list[AdaptedMatrix]:
     """Wrap every target in an :class:`SVDLinear` and leave only adapters and ``train_modules`` trainable.
 
-    With ``method="head"`` there are no adapters; with ``method="full"`` neither, and every parameter is trainable.
+    With ``HeadConfig`` there are no adapters; with ``FullConfig`` neither, and every parameter is trainable.
 
     Returns the matrices in the order of ``model.named_modules()``, which fixes the order of triplets everywhere.
 
@@ -37,21 +37,23 @@ def inject_adapters(model: nn.Module, config: AdapterConfig, seed: int = 0) -> l
             or has a weight tied to another module's; ``full`` with weights that are not float32; an ``init_from`` that
             does not fit the targets.
     """
-    if config.method == "full":
+    if config.trains_backbone:
         for name, parameter in model.named_parameters():
             if parameter.dtype != torch.float32:
                 raise UserError(
-                    f"method=full: {name} is {parameter.dtype}, in which small updates are rounded away: set dtype to "
-                    "float32"
+                    f"method={config.method}: {name} is {parameter.dtype}, in which small updates are rounded away: "
+                    "set dtype to float32"
                 )
             parameter.requires_grad_(True)
         return []
-    names = _find_targets(model, config.targets) if config.method != "head" else []
+    names = _find_targets(model, config.targets) if isinstance(config, LowRankConfig) else []
     trained = trained_modules(model, config)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name in trained:
         model.get_submodule(name).requires_grad_(True)
+    if not isinstance(config, LowRankConfig):
+        return []
 
     generator = torch.Generator().manual_seed(seed)
     start = read_peft(Path(config.init_from), config.alpha / config.init_rank) if config.init_from else {}
@@ -67,17 +69,17 @@ def inject_adapters(model: nn.Module, config: AdapterConfig, seed: int = 0) -> l
         d_in, d_out = linear_shape(base) or (0, 0)
         scale = config.alpha / config.init_rank
         layer = SVDLinear(base, d_in, d_out, config.init_rank, scale, config.dropout, name)
-        if config.method == "lora":
-            layer.reset_as_lora(generator)
-        else:
+        if isinstance(config, AdaLoraConfig):
             layer.reset(generator, std=0.02 if config.init == "gaussian" else None)
+        else:
+            layer.reset_as_lora(generator)
         layer.train(base.training)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
         matrices.append(AdaptedMatrix(name, layer))
     if matrices:
         lambdas = add_lambdas(model, matrices)
-        if config.method == "lora":  # lambda is 1 and not trained
+        if isinstance(config, LoraConfig):  # lambda is 1 and not trained
             lambdas.lam.requires_grad_(False).fill_(1.0)
     for matrix in matrices:
         if matrix.name in start:
@@ -103,7 +105,7 @@ def add_lambdas(model: nn.Module, matrices: Sequence[AdaptedMatrix]) -> Lambdas:
 
 
 @torch.no_grad()
-def _start_with(layer: SVDLinear, triplets: Triplets, config: AdapterConfig) -> None:
+def _start_with(layer: SVDLinear, triplets: Triplets, config: LowRankConfig) -> None:
     """Put given triplets before the fresh ones, which add nothing at the start."""
     p, lam, q = triplets
     if len(lam) > layer.rank:
@@ -116,7 +118,7 @@ def _start_with(layer: SVDLinear, triplets: Triplets, config: AdapterConfig) -> 
             f"init_from={config.init_from}: {layer.name} is {len(p)} x {q.shape[1]} there and {layer.d_out} x "
             f"{layer.d_in} in this model: use the adapter's own base model"
         )
-    if config.method == "lora":
+    if isinstance(config, LoraConfig):
         p, lam = p * lam, torch.ones_like(lam)
     layer.P[:, : len(lam)] = p.to(layer.P.device)
     layer.lam[: len(lam)] = lam.to(layer.lam.device)

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from adalora_dist.artifacts.checkpoints.content import trained_parameters
+from adalora_dist.config.methods import AdaLoraConfig
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.progress import progress_bar
@@ -94,7 +95,8 @@ def train(
                 optimizer.zero_grad()
         if prepared.allocator is not None:
             prepared.allocator.catch_up(step + 1)
-            if config.adapter.compact and compact(prepared.allocator, model, optimizer):
+            compacts = isinstance(config.adapter, AdaLoraConfig) and config.adapter.compact
+            if compacts and compact(prepared.allocator, model, optimizer):
                 prepared.parameters = trained_parameters(model)
                 parameters = [p for group in prepared.inner_optimizer.param_groups for p in group["params"]]
                 report(f"step {step + 1}/{num_steps}: pattern frozen, pruned triplets removed from memory")

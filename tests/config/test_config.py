@@ -15,7 +15,7 @@ import pytest
 
 from adalora_dist.config import flags as cli
 from adalora_dist.config.flags import fail, parse_config, user_errors
-from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.methods import AdaLoraConfig
 from adalora_dist.config.sections import RunConfig, TrainConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.commonsense.config import COMMONSENSE_TASKS, CommonsenseConfig
@@ -108,14 +108,14 @@ def test_presets_of_a_recipes_schema_survive_other_settings_of_the_section() -> 
 
 def test_two_settings_with_one_flag_are_refused() -> None:
     class Clash(RunConfig):
-        second: AdapterConfig = AdapterConfig()
+        second: AdaLoraConfig = AdaLoraConfig()
 
     with pytest.raises(TypeError, match="two settings are called --method"):
         parse_config(Clash, [])
 
 
 def test_method_lora_reads_no_budget() -> None:
-    run = parse("--method", "lora", "--init-rank", "4", "--max-steps", "1", "--final-steps", "3")
+    run = parse("--method", "lora", "--init-rank", "4", "--max-steps", "1")
     assert run.adapter.init_rank == 4
 
 
@@ -195,7 +195,7 @@ BAD_FLAGS = [
     ("--init-rank 4", ["target_rank 8", "init_rank 4", "must be <= init_rank"]),
     ("--target-rank 0", ["target_rank 0", "must be > 0"]),
     ("--method full --export-formats merged lora", ["export_formats lora", "method full", "leave export_formats out"]),
-    ("--method full --init-from adapter", ["init_from adapter", "method full", "leave init_from out"]),
+    ("--method full --init-from adapter", ["--init-from adapter: method full has no init_from", "leave it out"]),
     ("--target-budget 0", ["target_budget 0", "must be > 0"]),
     ("--max-steps 9 --initial-warmup-steps 5 --final-steps 4", ["5", "4", "max_steps 9", "must be < max_steps"]),
     ("--max-steps 9 --final-steps 9", ["final_steps 9 with max_steps 9", "lower final_steps"]),

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.methods import AdaLoraConfig
 from adalora_dist.methods.adalora.allocator import RankAllocator
 from adalora_dist.methods.adalora.compaction import compact
 from adalora_dist.methods.adalora.method import gather_adapters
@@ -41,7 +41,7 @@ class Case:
     persist: int = 100_000
     options: tuple[str, ...] = ()
     sizes: tuple[tuple[str, int], ...] = ()
-    settings: AdapterConfig = SETTINGS
+    settings: AdaLoraConfig = SETTINGS
     compact: bool = True
 
     def __str__(self) -> str:

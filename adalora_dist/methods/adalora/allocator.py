@@ -41,7 +41,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.methods import AdaLoraConfig, LowRankConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adalora.digest import DelayedSums, PatternDigest
 from adalora_dist.methods.adalora.importance import element_scores, select, select_local, update_averages
@@ -88,13 +88,14 @@ class RankAllocator:
     Ask :meth:`finish` at the end: it raises if the run did not reach its budget.
     """
 
-    def __init__(self, matrices: list[AdaptedMatrix], config: AdapterConfig, schedule: BudgetSchedule) -> None:
-        self.matrices, self.config, self.schedule = matrices, config, schedule
+    def __init__(self, matrices: list[AdaptedMatrix], config: LowRankConfig, schedule: BudgetSchedule) -> None:
+        self.matrices, self.schedule = matrices, schedule
+        self.config: Any = config  # an AdaLoraConfig where self._adapts: nothing else reads more than LoRA has
         self.lambdas = matrices[0].layer.lambdas
         """Lambda of all matrices."""
-        self._adapts = config.adapts_ranks
-        self._regularised = self._adapts and config.orthogonality > 0
-        self._compiled = config.importance_kernel == "compiled"
+        self._adapts = isinstance(config, AdaLoraConfig)
+        self._regularised = isinstance(config, AdaLoraConfig) and config.orthogonality > 0
+        self._compiled = isinstance(config, AdaLoraConfig) and config.importance_kernel == "compiled"
         self.ranks = [m.layer.init_rank for m in matrices]
         """Triplets of each matrix at the start of the run; patterns are about these, removed ones included."""
         self.step = 0
@@ -117,7 +118,7 @@ class RankAllocator:
         self._list_factors()
 
     @classmethod
-    def attach(cls, model: nn.Module, optimizer: Any, config: AdapterConfig, total_steps: int) -> RankAllocator:
+    def attach(cls, model: nn.Module, optimizer: Any, config: LowRankConfig, total_steps: int) -> RankAllocator:
         """Hook a new allocator onto ``optimizer``.
 
         Args:
@@ -134,18 +135,21 @@ class RankAllocator:
         if not matrices:
             raise UserError("the model has no adapters: call inject_adapters(model, config) before attach")
         num_triplets = sum(m.layer.init_rank for m in matrices)
-        target = round(config.target_rank * len(matrices)) if config.target_budget is None else config.target_budget
-        if not config.adapts_ranks:
-            target = num_triplets
-        schedule = BudgetSchedule.for_run(
-            total_steps=total_steps,
-            initial_budget=num_triplets,
-            target_budget=target,
-            initial_warmup_steps=config.initial_warmup_steps,
-            final_steps=config.final_steps,
-            mask_interval_steps=config.mask_interval_steps,
-            kind=config.budget_schedule,
-        )
+        if isinstance(config, AdaLoraConfig):
+            target = round(config.target_rank * len(matrices)) if config.target_budget is None else config.target_budget
+            schedule = BudgetSchedule.for_run(
+                total_steps=total_steps,
+                initial_budget=num_triplets,
+                target_budget=target,
+                initial_warmup_steps=config.initial_warmup_steps,
+                final_steps=config.final_steps,
+                mask_interval_steps=config.mask_interval_steps,
+                kind=config.budget_schedule,
+            )
+        else:
+            schedule = BudgetSchedule.for_run(
+                total_steps=total_steps, initial_budget=num_triplets, target_budget=num_triplets
+            )
         allocator = cls(matrices, config, schedule)
         while hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer
