@@ -22,12 +22,12 @@ from pydantic import Field, ValidationError, create_model
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from adalora_dist.config.methods import METHODS, method_config, settings_of
+from adalora_dist.config.methods import METHODS, is_method, settings_of
 from adalora_dist.config.methods.base import FOREIGN, methods_with
 from adalora_dist.config.presets import PresetTable
 from adalora_dist.config.run_file import Origins, RunFile
 from adalora_dist.config.sections import RunConfig
-from adalora_dist.config.settings import Setting, legal, near, remedy, settings_by_flag, with_all_methods
+from adalora_dist.config.settings import Setting, legal, method_setting, near, remedy, settings_by_flag
 from adalora_dist.io.errors import UserError
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
@@ -103,16 +103,18 @@ def _print_help(schema: type[RunConfig], arguments: Sequence[str], description: 
 
 
 def _adapter_for_help(schema: type[RunConfig], arguments: Sequence[str]) -> Any:
-    """The section of the method that flags or a file choose; of the recipe's own where they are not to be read."""
+    """The section of the method that the flags or a file choose, or else of the recipe's own; its method may be any."""
     words = dict(re.findall(r"--(method|config)[ =](\S+)", " ".join(arguments)))
-    default = schema.model_fields["adapter"].get_default(call_default_factory=True)
-    method = words.get("method", default.method)
-    if "method" not in words and "config" in words:
+    recipes = schema.model_fields["adapter"].get_default(call_default_factory=True)
+    method: Any = words.get("method")
+    if method is None and "config" in words:
         with contextlib.suppress(UserError):
-            method = RunFile(Path(words["config"]), schema).value("adapter", "method", method)
-    method = method if method in METHODS else default.method
-    section = method_config(method, **settings_of(method, default.model_dump(exclude_unset=True, exclude={"method"})))
-    return with_all_methods(METHODS[method]).model_validate(section.model_dump())
+            method = RunFile(Path(words["config"]), schema).value("adapter", "method", None)
+    method = method if is_method(method) else recipes.method
+    setting, config = method_setting(method), METHODS[method]
+    any_method: Any = {"method": (setting.annotation, setting)}
+    section: Any = create_model(config.__name__, __base__=config, __doc__=config.__doc__, **any_method)
+    return section(**{**settings_of(method, recipes.model_dump(exclude_unset=True)), "method": method})
 
 
 def _parse(schema: type[ConfigT], arguments: Sequence[str], path: Path | None) -> ConfigT:
@@ -121,13 +123,10 @@ def _parse(schema: type[ConfigT], arguments: Sequence[str], path: Path | None) -
     picks = table.axes_besides(all_settings) if table else []
     given = _split(arguments, all_settings, picks)
     file = RunFile(Path(given.pop("config")[0]) if "config" in given else None, schema)
+    picked = {axis: given.pop(axis)[0] for axis in picks if axis in given}
     defaults = {name: info.get_default(call_default_factory=True) for name, info in schema.model_fields.items()}
-    method = given["method"][0] if "method" in given else file.value("adapter", "method", defaults["adapter"].method)
-    is_known = method in METHODS  # where not, pydantic says so, of the settings of all
-    settings = settings_by_flag(schema, method if is_known else None)
     # What a recipe's schema presets in a section must survive when the user sets another field of that section.
     values: dict[str, dict[str, Any]] = {n: section.model_dump(exclude_unset=True) for n, section in defaults.items()}
-    picked = {axis: given.pop(axis)[0] for axis in picks if axis in given}
     if table is not None and picked:
         for axis in (a for a in table.axes if a not in picks):  # a setting that picks rows, too
             section, name, _ = all_settings[axis]
@@ -135,14 +134,19 @@ def _parse(schema: type[ConfigT], arguments: Sequence[str], path: Path | None) -
             picked[axis] = given[axis][0] if axis in given else str(own)
         for section, content in table.resolve(picked).items():
             values[section] |= content
-    if is_known:  # what recipe and table set, they set for all methods: one takes what it has
+
+    method = file.value("adapter", "method", values["adapter"].get("method", defaults["adapter"].method))
+    method = given["method"][0] if "method" in given else method
+    settings = settings_by_flag(schema, method if is_method(method) else None)
+    if is_method(method):  # where not, that is the mistake to tell of, and pydantic does
+        # What recipe and table set, nobody asked for: it is common to methods, of which one takes what it has.
         values["adapter"] = settings_of(method, values["adapter"])
-    origins = file.merge_into(values, method if is_known else defaults["adapter"].method)
+    origins = file.merge_into(values, method)
     values["adapter"]["method"] = method
     for flag, words in given.items():
-        setting = all_settings[flag]
-        values[setting.section][setting.name] = _flag_value(setting.info, words)
-        origins[setting.section, setting.name] = f"--{flag} {' '.join(words)}"
+        section, name, info = all_settings[flag]
+        values[section][name] = _flag_value(info, words)
+        origins[section, name] = f"--{flag} {' '.join(words)}"
     try:
         return schema.model_validate(values)
     except ValidationError as error:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from pydantic import create_model
 from pydantic.fields import FieldInfo
 
 from adalora_dist.config.methods import METHODS, MethodConfig
@@ -38,11 +38,14 @@ def settings_by_flag(schema: type[RunConfig], method: str | None = None) -> dict
     """
     settings: dict[str, Setting] = {}
     for section, section_info in schema.model_fields.items():
-        kinds: list[Any] = [section_info.annotation]
-        if section_info.annotation is MethodConfig:
-            kinds = [with_all_methods(METHODS[name]) for name in (METHODS if method is None else [method])]
+        kind: Any = section_info.annotation
+        fields: Iterable[tuple[str, FieldInfo]] = kind.model_fields.items()
+        if kind is MethodConfig:
+            configs = METHODS.values() if method is None else [METHODS[method]]
+            own = [("method", method_setting(section_info.get_default(call_default_factory=True).method))]
+            fields = itertools.chain(own, *(config.model_fields.items() for config in configs))
         taken = set(settings)
-        for name, info in (field for kind in kinds for field in kind.model_fields.items()):
+        for name, info in fields:
             renamed = (getattr(extra, "name", None) for extra in info.metadata)  # by tyro.conf.arg(name=...)
             flag = (next(filter(None, renamed), None) or name).replace("_", "-")
             if flag in taken or flag in RESERVED:
@@ -51,17 +54,14 @@ def settings_by_flag(schema: type[RunConfig], method: str | None = None) -> dict
     return settings
 
 
-def with_all_methods(config: type[MethodConfig]) -> type[MethodConfig]:
-    """The same section, whose ``method`` may be any in the eyes of ``--help`` and of messages."""
-    own = config.model_fields["method"]
-    any_method = FieldInfo(annotation=Literal[tuple(METHODS)], default=own.default, description=_summary())  # type: ignore[arg-type]
-    fields: Any = {"method": (any_method.annotation, any_method)}
-    return create_model(config.__name__, __base__=config, __doc__=config.__doc__, **fields)
-
-
-def _summary() -> str:
-    said = (f"{name}: {(config.__doc__ or '').strip().splitlines()[0]}" for name, config in METHODS.items())
-    return f"What is trained. {'; '.join(said)}. --method NAME --help shows that one's settings."
+def method_setting(default: str) -> FieldInfo:
+    """The setting ``method``, which takes the name of any method; a section's own takes one."""
+    said = "; ".join(f"{name}: {(config.__doc__ or '').splitlines()[0]}" for name, config in METHODS.items())
+    return FieldInfo(
+        annotation=Literal[tuple(METHODS)],  # type: ignore[arg-type]
+        default=default,
+        description=f"What is trained. {said}. --method NAME --help shows the settings of one.",
+    )
 
 
 def owners(key: Any, settings: Mapping[str, Setting]) -> list[str]:

@@ -13,10 +13,10 @@ from typing import NoReturn
 
 import pytest
 
-from adalora_dist.config import flags as cli
 from adalora_dist.config.flags import fail, parse_config, user_errors
-from adalora_dist.config.methods import AdaLoraConfig
+from adalora_dist.config.methods import METHODS, AdaLoraConfig
 from adalora_dist.config.sections import RunConfig, TrainConfig
+from adalora_dist.config.settings import settings_by_flag
 from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.commonsense.config import COMMONSENSE_TASKS, CommonsenseConfig
 from tests.support.paths import ROOT
@@ -145,18 +145,21 @@ def test_there_are_configurations_to_test() -> None:
 # -------------------------------------------------------------------------------------------------------- help
 
 
-def test_help_names_every_flag_and_imports_no_torch() -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_help_names_every_flag_and_imports_no_torch(method: str) -> None:
     program = ONE_RUN + (
         "import sys\n"
         "try:\n    parse_config(CommonsenseConfig, description='Teaches a model.')\n"
         "finally:\n    print('torch loaded:', 'torch' in sys.modules)\n"
     )
-    done = run_python(program, "--help")
+    done = run_python(program, *([] if method == "adalora" else ["--method", method]), "--help")
     assert done.returncode == 0 and done.stderr == ""
     assert "torch loaded: False" in done.stdout
     assert "Teaches a model." in done.stdout and "adapter options" in done.stdout
     shown = {flag.removeprefix("no-") for flag in re.findall(r"--([a-z0-9-]+)", done.stdout)}
-    assert shown == {*cli._settings(CommonsenseConfig), "config", "help"}
+    assert shown == {*settings_by_flag(CommonsenseConfig, method), "config", "help"}
+    words = " ".join(re.sub("[│╭╮╰╯─]", " ", done.stdout).split())
+    assert all(f"{name}: " in words for name in METHODS)  # what the others are
 
 
 # ------------------------------------------------------------------------------------------------- what is refused

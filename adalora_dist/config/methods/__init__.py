@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, SerializeAsAny, ValidationError
+from pydantic_core import InitErrorDetails
 
 from adalora_dist.config.methods.adalora import AdaLoraConfig
 from adalora_dist.config.methods.base import METHODS, LowRankConfig, MethodConfig, methods_with
@@ -33,11 +34,13 @@ def method_config(method: str = DEFAULT_METHOD, **settings: Any) -> MethodConfig
     Raises:
         ValidationError: no such method, a setting that it lacks, or a value that is not legal.
     """
-    if method not in METHODS:
-        expected = {"expected": ", ".join(METHODS)}
-        details = {"type": "literal_error", "loc": ("method",), "input": method, "ctx": expected}
-        raise ValidationError.from_exception_data("MethodConfig", [details])  # type: ignore[list-item]
-    return METHODS[method].model_validate(settings)
+    section: MethodConfig = _of_its_method({"method": method, **settings})
+    return section
+
+
+def is_method(name: object) -> bool:
+    """Whether there is a method of this name; anything may be asked, as it stood in a file."""
+    return isinstance(name, str) and name in METHODS
 
 
 def settings_of(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,7 +50,14 @@ def settings_of(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_its_method(section: Any) -> Any:
-    return method_config(**section) if isinstance(section, Mapping) else section
+    if not isinstance(section, Mapping):
+        return section
+    method = section.get("method", DEFAULT_METHOD)
+    if not is_method(method):
+        expected = {"expected": ", ".join(METHODS)}
+        details = InitErrorDetails(type="literal_error", loc=("method",), input=method, ctx=expected)
+        raise ValidationError.from_exception_data("MethodConfig", [details])
+    return METHODS[method].model_validate(dict(section))
 
 
 AnyMethodConfig = Annotated[SerializeAsAny[MethodConfig], BeforeValidator(_of_its_method)]
@@ -63,6 +73,7 @@ __all__ = [
     "LoraConfig",
     "LowRankConfig",
     "MethodConfig",
+    "is_method",
     "method_config",
     "settings_of",
 ]

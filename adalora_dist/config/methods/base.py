@@ -67,9 +67,12 @@ class MethodConfig(Section):
     def _no_foreign_settings(cls, values: Any) -> Any:
         errors: list[InitErrorDetails] = []
         for name, value in values.items() if isinstance(values, dict) else ():
-            if name not in cls.model_fields and methods_with(name):
-                kind = PydanticCustomError(FOREIGN, "{message}", {"message": foreign_setting(cls, name)})
-                errors.append({"type": kind, "loc": (name,), "input": value})
+            if name not in cls.model_fields and (owners := methods_with(name)):
+                owner = owners[0] if len(owners) == 1 else "one that has"
+                message = {"message": f"{foreign_setting(cls, name)}, or set method to {owner}"}
+                errors.append(
+                    {"type": PydanticCustomError(FOREIGN, "{message}", message), "loc": (name,), "input": value}
+                )
         if errors:
             raise ValidationError.from_exception_data(cls.__name__, errors)
         return values
@@ -93,21 +96,13 @@ class LowRankConfig(MethodConfig):
     formats: ClassVar[frozenset[str]] = frozenset({"merged", "lora", "peft"})
 
 
-def method_of(config: type[MethodConfig]) -> str:
-    """The name of the method whose settings a class is."""
-    return str(config.model_fields["method"].default)
-
-
 def methods_with(setting: str) -> list[str]:
     """Names of the methods that have a setting of this name, in the order of ``METHODS``."""
     return [name for name, config in METHODS.items() if setting in config.model_fields]
 
 
 def foreign_setting(config: type[MethodConfig], name: str) -> str:
-    """What to say of a setting that ``config`` lacks: who has it, and the remedy."""
-    owners = methods_with(name)
-    listed = " and ".join(filter(None, [", ".join(owners[:-1]), owners[-1]]))
-    return (
-        f"method {method_of(config)} has no {name} ({listed} {'have' if len(owners) > 1 else 'has'}): leave it out, "
-        f"or set method to {owners[0] if len(owners) == 1 else 'one that has'}"
-    )
+    """What to say of a setting that ``config`` lacks: "method lora has no target_rank (adalora has): leave it out"."""
+    *others, last = methods_with(name)
+    listed = f"{', '.join(others)} and {last} have" if others else f"{last} has"
+    return f"method {config.model_fields['method'].default} has no {name} ({listed}): leave it out"
