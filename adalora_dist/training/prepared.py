@@ -12,7 +12,6 @@ from torch import nn
 
 from adalora_dist.artifacts.checkpoints.content import Checkpoint, held_triplets, load_checkpoint, trained_parameters
 from adalora_dist.backbones.sharded_load import read_shards, read_trained_modules
-from adalora_dist.config.methods import LowRankConfig
 from adalora_dist.config.sections import RunConfig, TrainConfig
 from adalora_dist.methods.adalora.allocator import RankAllocator
 from adalora_dist.methods.adalora.compaction import shrink_layers
@@ -61,7 +60,7 @@ def prepare(
         fused=config.train.precision != "fp16",  # its kernel would unscale gradients after the allocator has seen them
     )
     allocator = None
-    if isinstance(config.adapter, LowRankConfig):
+    if config.adapter.has_adapters:
         allocator = RankAllocator.attach(model, optimizer, config.adapter, num_steps)
     if config.train.gradient_checkpointing:
         cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -41,7 +41,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from adalora_dist.config.methods import AdaLoraConfig, LowRankConfig
+from adalora_dist.config.methods import AdaLoraConfig, MethodConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adalora.digest import DelayedSums, PatternDigest
 from adalora_dist.methods.adalora.importance import element_scores, select, select_local, update_averages
@@ -88,7 +88,7 @@ class RankAllocator:
     Ask :meth:`finish` at the end: it raises if the run did not reach its budget.
     """
 
-    def __init__(self, matrices: list[AdaptedMatrix], config: LowRankConfig, schedule: BudgetSchedule) -> None:
+    def __init__(self, matrices: list[AdaptedMatrix], config: MethodConfig, schedule: BudgetSchedule) -> None:
         self.matrices, self.schedule = matrices, schedule
         self.config: Any = config  # an AdaLoraConfig where self._adapts: nothing else reads more than LoRA has
         self.lambdas = matrices[0].layer.lambdas
@@ -118,7 +118,7 @@ class RankAllocator:
         self._list_factors()
 
     @classmethod
-    def attach(cls, model: nn.Module, optimizer: Any, config: LowRankConfig, total_steps: int) -> RankAllocator:
+    def attach(cls, model: nn.Module, optimizer: Any, config: MethodConfig, total_steps: int) -> RankAllocator:
         """Hook a new allocator onto ``optimizer``.
 
         Args:
