@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.methods import MethodConfig, method_config, settings_of
 from adalora_dist.methods.adalora.compaction import shrink_layers
 from adalora_dist.methods.hooks import MethodHooks, attach
 from adalora_dist.methods.inject import adapt
@@ -27,17 +27,15 @@ SHAPE: dict[str, Any] = dict(
 INIT_RANK, TARGET_RANK, STEPS, ROUNDS = 12, 8, 20, 15
 
 
-def llama_with_adapters(method: str) -> tuple[Any, AdapterConfig, list[Any]]:
+def llama_with_adapters(method: str) -> tuple[Any, MethodConfig, list[Any]]:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE))
-    config = AdapterConfig(
-        method=method, init_rank=INIT_RANK, target_rank=TARGET_RANK, initial_warmup_steps=2, mask_interval_steps=1,
-        final_steps=STEPS - 8,
-    )  # fmt: skip
+    falling = dict(target_rank=TARGET_RANK, initial_warmup_steps=2, mask_interval_steps=1, final_steps=STEPS - 8)
+    config = method_config(method, init_rank=INIT_RANK, **settings_of(method, falling))
     return model, config, adapt(model, config)
 
 
-def trainer(model: Any, config: AdapterConfig, batch: torch.Tensor) -> tuple[Callable[[], None], MethodHooks, Any]:
+def trainer(model: Any, config: Any, batch: torch.Tensor) -> tuple[Callable[[], None], MethodHooks, Any]:
     """(one training step, hooks, optimizer)."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
     hooks = attach(model, optimizer, config, STEPS)

@@ -81,7 +81,7 @@ def hold(method: str, folder: str, result: str) -> None:
 
     from adalora_dist.backbones.load import load_backbone
     from adalora_dist.backbones.quantization import bitsandbytes_config
-    from adalora_dist.config.methods import AdapterConfig
+    from adalora_dist.config.methods import AdaLoraConfig
     from adalora_dist.config.sections import ModelConfig, QuantizationConfig, RunConfig, TrainConfig
     from adalora_dist.methods.inject import adapt
     from adalora_dist.tasks.batches import BatchPlan
@@ -95,7 +95,7 @@ def hold(method: str, folder: str, result: str) -> None:
     settings = dict(output_dir=f"{result}.run", max_steps=3, batch_size=2, micro_batch_size=2, precision="bf16")
     config = RunConfig(
         model=ModelConfig(name=folder),
-        adapter=AdapterConfig(
+        adapter=AdaLoraConfig(
             init_rank=RANK, target_rank=4, initial_warmup_steps=1, final_steps=1, mask_interval_steps=1, compact=False
         ),
         quantization=QuantizationConfig(quantization=method),

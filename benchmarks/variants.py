@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.methods import method_config, settings_of
 from adalora_dist.methods.hooks import attach
 from adalora_dist.methods.inject import adapt
 
@@ -67,10 +67,12 @@ class Variant:
                 model = get_peft_model(model, AdaLoraConfig(init_r=rank, target_r=target, **timing, **common))
                 self._peft_allocator = model.base_model
         else:
-            config = AdapterConfig(
-                method=method, init_rank=rank, target_rank=target, alpha=16, targets=targets, orthogonality=0.1,
-                initial_warmup_steps=initial, final_steps=final, mask_interval_steps=interval, **changes,
+            falling = dict(
+                target_rank=target, initial_warmup_steps=initial, final_steps=final, mask_interval_steps=interval,
+                orthogonality=0.1, **changes,
             )  # fmt: skip
+            common = dict(init_rank=rank, alpha=16, targets=targets)
+            config: Any = method_config(method, **common, **settings_of(method, falling))
             adapt(model, config)
         self.model: Any = model
         self.trainable = [p for p in model.parameters() if p.requires_grad]

@@ -9,38 +9,31 @@ torch: a typing error must not cost half a minute.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
 import re
 import sys
 import time
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin
 
 import tyro
 from pydantic import Field, ValidationError, create_model
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from adalora_dist.config.methods import METHODS, is_method, settings_of
+from adalora_dist.config.methods.base import FOREIGN, methods_with
 from adalora_dist.config.presets import PresetTable
+from adalora_dist.config.run_file import Origins, RunFile
 from adalora_dist.config.sections import RunConfig
+from adalora_dist.config.settings import Setting, legal, method_setting, near, remedy, settings_by_flag
 from adalora_dist.io.errors import UserError
-from adalora_dist.io.yaml_file import read_yaml
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 RANK0_HEAD_START_SECONDS = 5.0
 """How long other ranks wait before they report: launchers end them once rank 0 has reported the same mistake."""
-
-
-class Setting(NamedTuple):
-    """One field of one section of the schema."""
-
-    section: str
-    name: str
-    info: FieldInfo
 
 
 def parse_config(
@@ -59,7 +52,7 @@ def parse_config(
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     if "--help" in arguments or "-h" in arguments:
-        _print_help(schema, description, table)
+        _print_help(schema, arguments, description, table)
     try:
         return _parse(schema, arguments, table)
     except UserError as error:
@@ -90,7 +83,7 @@ def user_errors() -> Iterator[None]:
         fail(error)
 
 
-def _print_help(schema: type[RunConfig], description: str, path: Path | None) -> NoReturn:
+def _print_help(schema: type[RunConfig], arguments: Sequence[str], description: str, path: Path | None) -> NoReturn:
     config_flag: Any = (
         Annotated[str, tyro.conf.arg(metavar="FILE.yaml")],
         Field("", description="YAML file with nested sections; flags override what it sets."),
@@ -98,58 +91,67 @@ def _print_help(schema: type[RunConfig], description: str, path: Path | None) ->
     table = PresetTable(path, tuple(schema.model_fields)) if path else None
     picks: Any = {}
     if table is not None:
-        for axis in table.axes_besides(_settings(schema)):
+        for axis in table.axes_besides(settings_by_flag(schema)):
             words = ", ".join(table.words(axis))
             picks[axis] = (str, Field("", description=f"Picks a row of {table.path.name}: {words}."))
-    with_config: Any = create_model(schema.__name__, __base__=schema, config=config_flag, **picks)
+    adapter = _adapter_for_help(schema, arguments)
+    with_config: Any = create_model(
+        schema.__name__, __base__=schema, config=config_flag, adapter=(type(adapter), adapter), **picks
+    )
     tyro.cli(with_config, args=["--help"], description=description, config=(tyro.conf.OmitArgPrefixes,))
     raise AssertionError("unreachable: tyro exits after --help")
 
 
+def _adapter_for_help(schema: type[RunConfig], arguments: Sequence[str]) -> Any:
+    """The section of the method that the flags or a file choose, or else of the recipe's own; its method may be any."""
+    words = dict(re.findall(r"--(method|config)[ =](\S+)", " ".join(arguments)))
+    recipes = schema.model_fields["adapter"].get_default(call_default_factory=True)
+    method: Any = words.get("method")
+    if method is None and "config" in words:
+        with contextlib.suppress(UserError):
+            method = RunFile(Path(words["config"]), schema).value("adapter", "method", None)
+    method = method if is_method(method) else recipes.method
+    setting, config = method_setting(method), METHODS[method]
+    any_method: Any = {"method": (setting.annotation, setting)}
+    section: Any = create_model(config.__name__, __base__=config, __doc__=config.__doc__, **any_method)
+    return section(**{**settings_of(method, recipes.model_dump(exclude_unset=True)), "method": method})
+
+
 def _parse(schema: type[ConfigT], arguments: Sequence[str], path: Path | None) -> ConfigT:
-    settings = _settings(schema)
+    all_settings = settings_by_flag(schema)
     table = PresetTable(path, tuple(schema.model_fields)) if path else None
-    picks = table.axes_besides(settings) if table else []
-    given = _split(arguments, settings, picks)
-    # What a recipe's schema presets in a section must survive when the user sets another field of that section.
-    values = {
-        name: section.get_default(call_default_factory=True).model_dump(exclude_unset=True)
-        for name, section in schema.model_fields.items()
-    }
-    origins: dict[tuple[str, str], str] = {}
-    from_file: dict[str, dict[str, Any]] = {section: {} for section in values}
-    if "config" in given:
-        _merge_yaml(schema, Path(given.pop("config")[0]), from_file, origins)
+    picks = table.axes_besides(all_settings) if table else []
+    given = _split(arguments, all_settings, picks)
+    file = RunFile(Path(given.pop("config")[0]) if "config" in given else None, schema)
     picked = {axis: given.pop(axis)[0] for axis in picks if axis in given}
+    defaults = {name: info.get_default(call_default_factory=True) for name, info in schema.model_fields.items()}
+    # What a recipe's schema presets in a section must survive when the user sets another field of that section.
+    values: dict[str, dict[str, Any]] = {n: section.model_dump(exclude_unset=True) for n, section in defaults.items()}
     if table is not None and picked:
         for axis in (a for a in table.axes if a not in picks):  # a setting that picks rows, too
-            section, name, info = settings[axis]
-            known = {name: info.get_default()} | values[section] | from_file[section]
-            picked[axis] = given[axis][0] if axis in given else str(known[name])
-        _merge(table.resolve(picked), values)
-    _merge(from_file, values)
+            section, name, _ = all_settings[axis]
+            own = file.value(section, name, getattr(defaults[section], name))
+            picked[axis] = given[axis][0] if axis in given else str(own)
+        for section, content in table.resolve(picked).items():
+            values[section] |= content
+
+    method = file.value("adapter", "method", values["adapter"].get("method", defaults["adapter"].method))
+    method = given["method"][0] if "method" in given else method
+    settings = settings_by_flag(schema, method if is_method(method) else None)
+    if is_method(method):  # where not, that is the mistake to tell of, and pydantic does
+        # What recipe and table set, nobody asked for: it is common to methods, of which one takes what it has.
+        values["adapter"] = settings_of(method, values["adapter"])
+    origins = file.merge_into(values, method)
+    values["adapter"]["method"] = method
     for flag, words in given.items():
-        setting = settings[flag]
-        values[setting.section][setting.name] = _flag_value(setting.info, words)
-        origins[setting.section, setting.name] = f"--{flag} {' '.join(words)}"
+        section, name, info = all_settings[flag]
+        values[section][name] = _flag_value(info, words)
+        origins[section, name] = f"--{flag} {' '.join(words)}"
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        raise UserError(_explain(error, schema, origins)) from None
-
-
-def _settings(schema: type[RunConfig]) -> dict[str, Setting]:
-    """Every setting under its flag, without the leading dashes: ``{"target-rank": Setting("adapter", ...), ...}``."""
-    settings: dict[str, Setting] = {}
-    for section, section_info in schema.model_fields.items():
-        assert section_info.annotation is not None
-        for name, info in section_info.annotation.model_fields.items():
-            renamed = (getattr(extra, "name", None) for extra in info.metadata)  # by tyro.conf.arg(name=...)
-            flag = (next(filter(None, renamed), None) or name).replace("_", "-")
-            if flag in settings or flag in ("config", "local-rank", "help"):
-                raise TypeError(f"{schema.__name__}: two settings are called --{flag}; rename {section}.{name}")
-            settings[flag] = Setting(section, name, info)
-    return settings
+        infos = {(section, name): info for section, name, info in settings.values()}
+        raise UserError(_explain(error, infos, origins)) from None
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -179,8 +181,8 @@ def _split(
                 raise UserError(f"{typed} takes no value: write {typed} or --{switches[flag]}")
             flag, words = switches[flag], ["false"]
         elif not typed.startswith("--") or flag not in (*settings, *picks, "config", "local-rank"):
-            near = _near(flag.rpartition(".")[2].lstrip("-"), [*settings, *switches, *picks, "config"])
-            hint = f"did you mean --{' or --'.join(near)}?" if near else "see --help for all of them"
+            alike = near(flag.rpartition(".")[2].lstrip("-"), [*settings, *switches, *picks, "config"])
+            hint = f"did you mean --{' or --'.join(alike)}?" if alike else "see --help for all of them"
             raise UserError(f"{typed} is not a flag: {hint}")
         if flag == "config" and flag in given:
             raise UserError("--config is given twice: give one file, and flags for what differs")
@@ -196,10 +198,10 @@ def _check_arity(flag: str, words: list[str], info: FieldInfo | None) -> None:
     if info is not None and info.annotation is bool and not words:
         words.append("true")
     if not words or "" in words:  # an empty word is mostly a shell variable that was never set
-        legal = _legal(info) if info else {"config": "the path of a YAML file", "local-rank": "an integer"}.get(flag)
-        legal = legal or "a row of the recipe's table"
+        others = {"config": "the path of a YAML file", "local-rank": "an integer"}
+        value = legal(info) if info else others.get(flag, "a row of the recipe's table")
         hint = ", or the word none for an empty list" if takes_list else ""
-        raise UserError(f"--{flag} has no value: give it {legal}{hint}")
+        raise UserError(f"--{flag} has no value: give it {value}{hint}")
     if len(words) > 1 and not takes_list:
         raise UserError(f"--{flag} takes one value and got {len(words)}: {' '.join(words)}; keep one of them")
 
@@ -211,116 +213,33 @@ def _flag_value(info: FieldInfo, words: list[str]) -> Any:
     return None if is_none and type(None) in get_args(info.annotation) else words[0]
 
 
-def _near(word: str, candidates: Sequence[str]) -> list[str]:
-    """Up to three candidates, most alike first; ``lr`` finds ``learning-rate`` by its initials."""
-    initials = [c for c in candidates if "".join(part[:1] for part in re.split("[-_]", c)) == word]
-    return [*dict.fromkeys([*initials, *difflib.get_close_matches(word, candidates, n=3, cutoff=0.6)])][:3]
-
-
-# -------------------------------------------------------------------------------------------------- the YAML file
-
-
-def _merge_yaml(
-    schema: type[RunConfig], path: Path, values: dict[str, dict[str, Any]], origins: dict[tuple[str, str], str]
-) -> None:
-    """Put the file's settings into ``values``, and ``file:line: section.key: value`` of each into ``origins``."""
-    sections, lines = read_yaml(path)
-    settings = _settings(schema)
-    for section, content in sections.items():
-        where = f"{path}:{lines[section,]}"
-        if section not in schema.model_fields:
-            near = _owners(section, settings) or _near(str(section), list(schema.model_fields))
-            hint = f"did you mean {' or '.join(near)}? " if near else ""
-            raise UserError(f"{where}: {section} is not a section: {hint}Sections are {', '.join(schema.model_fields)}")
-        names = {setting.name: setting.info for setting in settings.values() if setting.section == section}
-        if content is None:  # a section whose every line is commented out
-            continue
-        if not isinstance(content, dict):
-            raise UserError(
-                f"{where}: section {section} must be a mapping, not {content!r}: indent its settings below it, such as "
-                f"{next(iter(names))}: ..."
-            )
-        for name, value in content.items():
-            where = f"{path}:{lines[section, name]}"
-            if name not in names:
-                near = _owners(name, settings) or [f"{section}.{near}" for near in _near(str(name), list(names))]
-                hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(names)}"
-                raise UserError(f"{where}: {name} is not a setting of {section}: {hint}")
-            shown = str(value).lower() if isinstance(value, bool) else "null" if value is None else value
-            origins[section, name] = f"{where}: {section}.{name}: {shown}"
-            if isinstance(value, bool) and names[name].annotation is not bool:  # pydantic would read true as 1
-                raise UserError(f"{origins[section, name]}: must be {_legal(names[name])}; {_remedy(names[name])}")
-            values[section][name] = value
-
-
-def _merge(new: Mapping[str, Mapping[str, Any]], values: dict[str, dict[str, Any]]) -> None:
-    for section, content in new.items():
-        values[section] |= content
-
-
-def _owners(key: Any, settings: Mapping[str, Setting]) -> list[str]:
-    """Where a key belongs that was put into the wrong section or spelt as its flag: ``adapter.alpha``."""
-    return [f"{setting.section}.{setting.name}" for flag, setting in settings.items() if key in (setting.name, flag)]
-
-
 # ------------------------------------------------------------------------------------------- what to tell the user
 
 
-def _explain(error: ValidationError, schema: type[RunConfig], origins: Mapping[tuple[str, str], str]) -> str:
+def _explain(error: ValidationError, infos: Mapping[tuple[str, str], FieldInfo], origins: Origins) -> str:
     """The first mistake in one line, and how many more there are."""
     details = error.errors(include_url=False)
     more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-    return _explain_one(details[0], schema, origins) + more
+    return _explain_one(details[0], infos, origins) + more
 
 
-def _explain_one(detail: ErrorDetails, schema: type[RunConfig], origins: Mapping[tuple[str, str], str]) -> str:
+def _explain_one(detail: ErrorDetails, infos: Mapping[tuple[str, str], FieldInfo], origins: Origins) -> str:
     location = detail["loc"]
     reason = str(detail["ctx"]["error"]) if detail["type"] == "value_error" else None
     if len(location) < 2:  # a rule over several settings, which its message names
         return reason or detail["msg"]
     section, name = str(location[0]), str(location[1])
     origin = origins.get((section, name), f"{section}.{name}: {detail['input']}")
+    if detail["type"] == FOREIGN:
+        owner = methods_with(name)[0]
+        is_of_file = (section, name) in origins and not origin.startswith("--")
+        under = f" (or put it under {section}.{owner}, which {owner} alone reads)" if is_of_file else ""
+        return f"{origin}: {detail['msg']}{under}"
     if reason:
         return f"{origin}: {reason}"
-    section_type = schema.model_fields[section].annotation
-    assert section_type is not None
-    info = section_type.model_fields[name]
+    if detail["type"] == "extra_forbidden":  # of a table: flags and files have been looked through
+        return f"{origin}: no method has such a setting; correct the table of presets"
+    info = infos[section, name]
     element = f"{detail['input']} is wrong, " if len(location) > 2 else ""
     finite = "finite, " if detail["type"] == "finite_number" else ""
-    near = difflib.get_close_matches(str(detail["input"]), _choices(info), n=1)
-    remedy = f"did you mean {near[0]}?" if near else _remedy(info)
-    return f"{origin}: {element}must be {finite}{_legal(info)}; {remedy}"
-
-
-def _remedy(info: FieldInfo) -> str:
-    default = info.get_default()
-    if isinstance(default, bool):
-        default = str(default).lower()
-    if isinstance(default, tuple):
-        default = " ".join(default)
-    return f"leave it out for the default, {default}" if default not in (None, "") else "or leave it out"
-
-
-def _kind(info: FieldInfo) -> Any:
-    """The type of a setting without the ``None`` that it may also take."""
-    union = get_origin(info.annotation) in (Union, types.UnionType)
-    return next(kind for kind in get_args(info.annotation) if kind is not type(None)) if union else info.annotation
-
-
-def _choices(info: FieldInfo) -> list[str]:
-    """The words of a setting (or of each element of a list) that takes one of a few."""
-    kind = get_args(info.annotation)[0] if get_origin(info.annotation) is tuple else _kind(info)
-    return [str(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []
-
-
-def _legal(info: FieldInfo) -> str:
-    """The legal values of a setting, in words: ``a number > 0``, ``one of fp32, bf16, fp16``."""
-    choices = ", ".join(_choices(info))
-    if get_origin(info.annotation) is tuple:
-        return f"one or more of {choices}" if choices else "a list of words (in YAML: [a, b])"
-    words = {bool: "true or false", int: "an integer", float: "a number", str: "text (in YAML: in quotes)"}
-    symbols = {"gt": ">", "ge": ">=", "lt": "<"}  # annotated_types.Gt has an attribute gt, and so on
-    bounds = [f"{symbols[n]} {getattr(limit, n)}" for limit in info.metadata for n in symbols if hasattr(limit, n)]
-    legal = f"one of {choices}" if choices else words[_kind(info)]
-    optional = ", or none" if type(None) in get_args(info.annotation) else ""
-    return " ".join([legal, " and ".join(bounds)]).strip() + optional
+    return f"{origin}: {element}must be {finite}{legal(info)}; {remedy(info, detail['input'])}"

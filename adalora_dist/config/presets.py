@@ -13,6 +13,8 @@ that is no section, and under it a mapping from each word that the flag of this 
 
 What stands deeper wins. An axis that is reached must have the word that was given, so that no row is taken by mistake.
 An axis is a setting of the recipe (task, method), or exists for the table alone (preset, budget).
+
+A row is for every method that its table lists: of the ``adapter`` section, the one that is chosen takes what it has.
 """
 
 from __future__ import annotations

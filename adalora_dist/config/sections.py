@@ -15,7 +15,7 @@ import tyro
 from pydantic import Field, model_validator
 
 from adalora_dist.config.hub_names import check_branch, check_repo_id
-from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.methods import METHODS, AdaLoraConfig, AnyMethodConfig
 from adalora_dist.config.section import Section
 
 
@@ -175,7 +175,7 @@ class RunConfig(Section):
     """What every recipe has; a recipe adds its ``data`` section in a subclass."""
 
     model: ModelConfig = ModelConfig()
-    adapter: AdapterConfig = AdapterConfig()
+    adapter: AnyMethodConfig = AdaLoraConfig()
     train: TrainConfig = TrainConfig()
     quantization: QuantizationConfig = QuantizationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -191,10 +191,10 @@ class RunConfig(Section):
                 f"quant_storage {storage} with precision {self.train.precision}: engines would convert the packed "
                 f"weights to {compute} and so destroy them; must be auto, uint8 or {compute}; leave quant_storage out"
             )
-        if method != "none" and self.adapter.method == "full":
+        if method != "none" and self.adapter.trains_backbone:
             raise ValueError(
-                f"quantization {method} with method full: quantised weights cannot be trained; set quantization to "
-                "none, or method to adalora"
+                f"quantization {method} with method {self.adapter.method}: quantised weights cannot be trained; set "
+                "quantization to none, or method to adalora"
             )
         if method == "none" and self.export.merge_into == "dequantized":
             raise ValueError(
@@ -213,60 +213,21 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _reachable_budget(self) -> RunConfig:
-        adapter = self.adapter
-        if adapter.method == "full" and self.model.dtype in ("bfloat16", "float16"):
+    def _rules_of_the_method(self) -> RunConfig:
+        method = self.adapter.method
+        if self.adapter.trains_backbone and self.model.dtype in ("bfloat16", "float16"):
             raise ValueError(
-                f"method full with dtype {self.model.dtype}: small updates of 16-bit weights are rounded away; set "
+                f"method {method} with dtype {self.model.dtype}: small updates of 16-bit weights are rounded away; set "
                 "dtype to float32, and precision to bf16 for speed"
             )
-        if adapter.method == "head" and not adapter.train_modules:
+        if lacking := [form for form in self.export.export_formats if form not in self.adapter.formats]:
+            others = ", ".join(name for name, other in METHODS.items() if other.formats.issuperset(lacking))
+            remedy = "leave export_formats out" if "merged" in self.adapter.formats else "set export_formats to none"
             raise ValueError(
-                "method head with no train_modules: nothing would be trained; name modules in train_modules, or set it "
-                "to task-head for all that lies outside the backbone"
+                f"export_formats {' '.join(lacking)} with method {method}: it cannot be written so ({others or 'none'} "
+                f"can be); {remedy}, or set method to one that can"
             )
-        if not adapter.adapts_ranks:  # nothing has a budget: the target_* settings are not read
-            return self
-        if adapter.target_budget is None and adapter.target_rank > adapter.init_rank:
-            raise ValueError(
-                f"target_rank {adapter.target_rank:g} with init_rank {adapter.init_rank}: ranks only shrink, so "
-                "target_rank must be <= init_rank; lower target_rank or raise init_rank (the paper starts at 1.5 x the "
-                "target)"
-            )
-        name = "target_rank" if adapter.target_budget is None else "target_budget"
-        if getattr(adapter, name) == 0 and not adapter.train_modules:
-            raise ValueError(
-                f"{name} 0 with no train_modules: the run would end with no trained parameter left, must be > 0; "
-                f"set {name} to at least 1"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _adapters_to_use(self) -> RunConfig:
-        if self.adapter.has_adapters:
-            return self
-        wanted = [form for form in ("lora", "peft") if form in self.export.export_formats]
-        if wanted or self.adapter.init_from is not None:
-            setting = f"export_formats {' '.join(wanted)}" if wanted else f"init_from {self.adapter.init_from}"
-            raise ValueError(
-                f"{setting} with method {self.adapter.method}: there are no adapters; set method to adalora or lora, "
-                f"or leave {setting.partition(' ')[0]} out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _steps_left_to_prune(self) -> RunConfig:
-        adapter, total = self.adapter, self.train.max_steps
-        if not adapter.adapts_ranks or total is None:
-            return self
-        given = {"initial_warmup_steps": adapter.initial_warmup_steps, "final_steps": adapter.final_steps}
-        known = {name: steps for name, steps in given.items() if steps is not None}
-        if sum(known.values()) >= total:
-            names = " + ".join(f"{name} {steps}" for name, steps in known.items())
-            raise ValueError(
-                f"{names} with max_steps {total}: no step is left in which to prune; the sum must be < max_steps, "
-                f"so lower {' or '.join(known)}, or raise max_steps"
-            )
+        self.adapter.check(self)
         return self
 
 

@@ -25,7 +25,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> tuple[dict[Any, Any], dict[tuple[Any, ...], int]]:
-    """The file's mapping, and the line (from 1) of each ``(section,)`` and ``(section, key)``.
+    """The file's mapping, and the line (from 1) of each ``(section,)``, ``(section, key)`` and what lies deeper.
 
     Raises:
         UserError: a file that cannot be read, is not YAML or not a mapping, or repeats a key.
@@ -47,10 +47,14 @@ def read_yaml(path: Path) -> tuple[dict[Any, Any], dict[tuple[Any, ...], int]]:
         raise UserError(f"--config {path}: not valid YAML ({reason:.200}): correct the file") from None
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"--config {path}: must be a mapping of sections, such as 'adapter: {{target_rank: 8}}'")
+    return content, _lines(root, loader)
+
+
+def _lines(node: yaml.MappingNode, loader: _Loader, above: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], int]:
     lines: dict[tuple[Any, ...], int] = {}
-    for section, body in root.value:
-        name = loader.construct_object(section)
-        lines[name,] = section.start_mark.line + 1
+    for key, body in node.value:
+        path = (*above, loader.construct_object(key))
+        lines[path] = key.start_mark.line + 1
         if isinstance(body, yaml.MappingNode):
-            lines |= {(name, loader.construct_object(key)): key.start_mark.line + 1 for key, _ in body.value}
-    return content, lines
+            lines |= _lines(body, loader, path)
+    return lines

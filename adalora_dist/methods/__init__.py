@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.methods import MethodConfig
 from adalora_dist.methods.adalora.method import AdaLora
 from adalora_dist.methods.full import Full
 from adalora_dist.methods.head import Head
@@ -13,6 +13,6 @@ METHODS: dict[str, type[Method]] = {"adalora": AdaLora, "lora": Lora, "head": He
 """By the word that ``--method`` takes."""
 
 
-def method_for(config: AdapterConfig) -> Method:
+def method_for(config: MethodConfig) -> Method:
     """The method that the ``adapter`` section asks for, with its settings."""
     return METHODS[config.method](config)

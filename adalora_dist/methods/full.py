@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import nn
 
@@ -13,8 +11,6 @@ from adalora_dist.methods.protocol import Adapter, Method
 
 class Full(Method):
     """No adapters, nothing frozen."""
-
-    trains_everything: ClassVar[bool] = True
 
     def adapt(self, model: nn.Module, generator: torch.Generator) -> list[Adapter]:
         """Make every parameter trainable.

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.methods import MethodConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods import method_for
 from adalora_dist.methods.protocol import Adapter, Method, Step, StepState, adapters_of, trained_parameters
@@ -249,7 +249,7 @@ class MethodHooks:
             print(f"warning: adalora_dist: {problem}", file=sys.stderr)
 
 
-def attach(model: nn.Module, optimizer: Any, config: AdapterConfig, total_steps: int) -> MethodHooks:
+def attach(model: nn.Module, optimizer: Any, config: MethodConfig, total_steps: int) -> MethodHooks:
     """Hang the method that ``config`` asks for onto ``optimizer``.
 
     Args:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.methods import MethodConfig
 from adalora_dist.methods import method_for
 from adalora_dist.methods.protocol import Adapter
 from adalora_dist.methods.sites import trained_modules
 
 
-def adapt(model: nn.Module, config: AdapterConfig, seed: int = 0) -> list[Adapter]:
+def adapt(model: nn.Module, config: MethodConfig, seed: int = 0) -> list[Adapter]:
     """Put the adapters of ``config.method`` into ``model``; only they and ``train_modules`` stay trainable.
 
     Returns:
@@ -24,7 +24,7 @@ def adapt(model: nn.Module, config: AdapterConfig, seed: int = 0) -> list[Adapte
             does not fit the targets.
     """
     method = method_for(config)
-    trained = [] if method.trains_everything else trained_modules(model, config)
+    trained = [] if config.trains_backbone else trained_modules(model, config)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name in trained:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.methods import MethodConfig
 from adalora_dist.config.sections import TrainConfig
 from adalora_dist.methods.adalora.schedule import BudgetSchedule
 from adalora_dist.methods.update import AdapterWeights
@@ -189,7 +189,7 @@ class Method:
     trains_everything: ClassVar[bool] = False
     """Whether ``train_modules`` has nothing to add."""
 
-    def __init__(self, config: AdapterConfig) -> None:
+    def __init__(self, config: MethodConfig) -> None:
         self.config = config
 
     def adapt(self, model: nn.Module, generator: torch.Generator) -> list[Adapter]:

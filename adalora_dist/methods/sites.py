@@ -7,12 +7,12 @@ import re
 from torch import nn
 
 from adalora_dist.backbones.linears import linear_shape
-from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.methods import MethodConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.protocol import Adapter
 
 
-def trained_modules(model: nn.Module, config: AdapterConfig) -> list[str]:
+def trained_modules(model: nn.Module, config: MethodConfig) -> list[str]:
     """Names of the modules that ``train_modules`` asks for; ``task-head`` stands for all modules outside the backbone.
 
     Raises:

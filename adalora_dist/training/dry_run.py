@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from adalora_dist.backbones.load import refuse_code_from_elsewhere
+from adalora_dist.config.methods import LowRankConfig
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods import method_for
@@ -90,7 +91,7 @@ def plan_run(
     with torch.device("meta"):
         model = auto_class.from_config(settings)
     num_parameters = sum(p.numel() for p in model.parameters())
-    if config.adapter.method == "full":
+    if config.adapter.trains_backbone:
         model.float()
     adapters = adapt(model, config.adapter, config.train.seed)
     others = sum(p.numel() for _, p in others_trained(model))
@@ -123,11 +124,11 @@ def describe(run: DryRun, config: RunConfig) -> str:
         f"Steps      {run.num_steps:,}: {length} of {run.num_rows:,} rows in batches of {train.batch_size}",
         f"Method     {adapter.method}, {run.num_matrices} matrices",
     ]
-    if run.num_matrices:
+    if isinstance(adapter, LowRankConfig):
         lines.append(f"Adapters   {share(run.num_adapter_parameters)} at rank {adapter.init_rank}")
     if run.num_other_trained:
         lines.append(f"Besides    {share(run.num_other_trained)} trained in full")
-    if (schedule := run.schedule) is not None:
+    if isinstance(adapter, LowRankConfig) and (schedule := run.schedule) is not None:
         fewest, most = run.final_range(adapter.init_rank)
         lines.append(f"           {share(run.num_final)} in the end, if the budget is spread evenly")
         lines.append(f"           {fewest:,} to {most:,}, wherever ranks end up")

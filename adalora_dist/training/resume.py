@@ -107,7 +107,10 @@ def _changes(checkpoint: Checkpoint, config: RunConfig, free: bool) -> Iterator[
     """'adapter.init_rank 12 -> 8' for every setting that differs; those that may, or those that may not."""
     stored = checkpoint.run["config"]
     for section, fields in redacted(config.model_dump(mode="json")).items():
-        defaults = getattr(type(config)(), section).model_dump(mode="json")  # for settings newer than the checkpoint
+        default, given = getattr(type(config)(), section), getattr(config, section)
+        if type(given) is not type(default):  # another method's
+            default = type(given)()
+        defaults = default.model_dump(mode="json")  # for settings newer than the checkpoint
         for field, now in fields.items():
             name = f"{section}.{field}"
             then = stored.get(section, {}).get(field, defaults[field])

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.methods import LowRankConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.hooks import MethodHooks, attach
 
@@ -17,7 +17,7 @@ class AdaLoraCallback(TrainerCallback):
 
     Three lines more than full fine-tuning::
 
-        config = AdapterConfig(init_rank=12, target_rank=8)
+        config = MethodConfig(init_rank=12, target_rank=8)
         adapt(model, config)
         trainer = Trainer(model, args, train_dataset=rows, callbacks=[AdaLoraCallback(config)])
 
@@ -52,7 +52,7 @@ class AdaLoraCallback(TrainerCallback):
             optimizer that is stepped is not the Trainer's, or processes disagree on the pattern.
     """
 
-    def __init__(self, config: AdapterConfig) -> None:
+    def __init__(self, config: LowRankConfig) -> None:
         self.config = config
         self._hooks: MethodHooks | None = None
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from adalora_dist.artifacts import export
 from adalora_dist.artifacts.export import base_folder_of, load_adapter, merge, save_adapter
-from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.methods import AdaLoraConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.hooks import attach
 from adalora_dist.methods.inject import adapt
@@ -64,7 +64,7 @@ def save_without_head(model: Any, folder: Path) -> None:
 
 def with_adapters(model: torch.nn.Module, targets: tuple[str, ...] = ("all-linear",)) -> list[Adapter]:
     """Adapters with random lambda: every matrix has one masked triplet, the second matrix all of them."""
-    matrices = adapt(model, AdapterConfig(init_rank=RANK, alpha=6, targets=targets, init="orthonormal"))
+    matrices = adapt(model, AdaLoraConfig(init_rank=RANK, alpha=6, targets=targets, init="orthonormal"))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for index, matrix in enumerate(matrices):

@@ -29,7 +29,7 @@ from transformers import (
 
 from adalora_dist.artifacts.export import merge
 from adalora_dist.artifacts.peft_format import VLLM_MAX_RANKS, fold, save_adalora, save_lora, vllm_options
-from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.methods import AdaLoraConfig
 from adalora_dist.methods.hooks import attach
 from adalora_dist.methods.inject import adapt
 from adalora_dist.methods.update import AdapterWeights
@@ -81,7 +81,7 @@ def with_adapters(
     model: Any, targets: tuple[str, ...] = ("all-linear",), ranks: tuple[int, ...] = (4, 0, 2, 1, 3)
 ) -> None:
     """Adapters whose active ranks go round in ``ranks``; active triplets stand anywhere."""
-    matrices = adapt(model, AdapterConfig(init_rank=RANK, alpha=6, targets=targets, init="orthonormal"))
+    matrices = adapt(model, AdaLoraConfig(init_rank=RANK, alpha=6, targets=targets, init="orthonormal"))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for index, layer in enumerate(matrices):
@@ -338,7 +338,7 @@ def train_in_peft(rank: int, world_size: int, folder: Path) -> tuple[list[float]
 # ------------------------------------------------------------------------------------------------- after real runs
 
 STEPS = 14
-SETTINGS = AdapterConfig(
+SETTINGS = AdaLoraConfig(
     init_rank=3, target_rank=1, alpha=12, targets=("all-linear",), init="orthonormal", initial_warmup_steps=2,
     final_steps=4, mask_interval_steps=2,
 )  # fmt: skip

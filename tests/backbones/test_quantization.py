@@ -25,7 +25,7 @@ from adalora_dist.backbones.quantization import (
     quantized_linears,
     support_table,
 )
-from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.methods import AdaLoraConfig
 from adalora_dist.config.sections import ExportConfig, ModelConfig, QuantizationConfig, RunConfig, TrainConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adalora.layers import Lambdas, SVDLinear
@@ -210,7 +210,7 @@ def test_embeddings_norms_and_head_stay_as_the_files_have_them(method, folder):
 
 
 def test_modules_that_are_trained_in_full_stay_too(folder):
-    adapter = AdapterConfig(targets=("q_proj", "v_proj"), train_modules=("o_proj", r".*\.1\.mlp\.up_proj"))
+    adapter = AdaLoraConfig(targets=("q_proj", "v_proj"), train_modules=("o_proj", r".*\.1\.mlp\.up_proj"))
     model, config = load(folder, adapter=adapter)
     names = {name.rpartition(".")[2] for name, _ in quantized_linears(model)}
     assert "o_proj" not in names and "lm_head" not in names and {"q_proj", "up_proj"} <= names
@@ -316,7 +316,7 @@ def test_conv1d_is_merged_in_its_own_layout(tmp_path):
         GPT2Config(vocab_size=259, n_embd=64, n_layer=1, n_head=2, n_positions=64, initializer_range=0.2)
     ).save_pretrained(base)
     byte_tokenizer().save_pretrained(base)
-    model, config = load(base, adapter=AdapterConfig(init_rank=2, target_rank=1))
+    model, config = load(base, adapter=AdaLoraConfig(init_rank=2, target_rank=1))
     matrices = adapt(model, config.adapter)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     hooks = attach(model, optimizer, config.adapter, 100)

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from adalora_dist.backbones.load import load_backbone
-from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.methods import AdaLoraConfig
 from adalora_dist.config.sections import ModelConfig, RunConfig, TrainConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.inject import adapt
@@ -57,7 +57,7 @@ ENVIRONMENT = {
     },
 }  # fmt: skip
 STEPS, GLOBAL_BATCH, VOCABULARY = 14, 6, 259
-ADAPTER = AdapterConfig(
+ADAPTER = AdaLoraConfig(
     init_rank=3, target_rank=1.5, alpha=6, init="orthonormal", initial_warmup_steps=2, final_steps=4,
     mask_interval_steps=2,
 )  # fmt: skip

@@ -13,10 +13,10 @@ from typing import NoReturn
 
 import pytest
 
-from adalora_dist.config import flags as cli
 from adalora_dist.config.flags import fail, parse_config, user_errors
-from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.methods import METHODS, AdaLoraConfig
 from adalora_dist.config.sections import RunConfig, TrainConfig
+from adalora_dist.config.settings import settings_by_flag
 from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.commonsense.config import COMMONSENSE_TASKS, CommonsenseConfig
 from tests.support.paths import ROOT
@@ -108,14 +108,14 @@ def test_presets_of_a_recipes_schema_survive_other_settings_of_the_section() -> 
 
 def test_two_settings_with_one_flag_are_refused() -> None:
     class Clash(RunConfig):
-        second: AdapterConfig = AdapterConfig()
+        second: AdaLoraConfig = AdaLoraConfig()
 
     with pytest.raises(TypeError, match="two settings are called --method"):
         parse_config(Clash, [])
 
 
 def test_method_lora_reads_no_budget() -> None:
-    run = parse("--method", "lora", "--init-rank", "4", "--max-steps", "1", "--final-steps", "3")
+    run = parse("--method", "lora", "--init-rank", "4", "--max-steps", "1")
     assert run.adapter.init_rank == 4
 
 
@@ -145,18 +145,21 @@ def test_there_are_configurations_to_test() -> None:
 # -------------------------------------------------------------------------------------------------------- help
 
 
-def test_help_names_every_flag_and_imports_no_torch() -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_help_names_every_flag_and_imports_no_torch(method: str) -> None:
     program = ONE_RUN + (
         "import sys\n"
         "try:\n    parse_config(CommonsenseConfig, description='Teaches a model.')\n"
         "finally:\n    print('torch loaded:', 'torch' in sys.modules)\n"
     )
-    done = run_python(program, "--help")
+    done = run_python(program, *([] if method == "adalora" else ["--method", method]), "--help")
     assert done.returncode == 0 and done.stderr == ""
     assert "torch loaded: False" in done.stdout
     assert "Teaches a model." in done.stdout and "adapter options" in done.stdout
     shown = {flag.removeprefix("no-") for flag in re.findall(r"--([a-z0-9-]+)", done.stdout)}
-    assert shown == {*cli._settings(CommonsenseConfig), "config", "help"}
+    assert shown == {*settings_by_flag(CommonsenseConfig, method), "config", "help"}
+    words = " ".join(re.sub("[│╭╮╰╯─]", " ", done.stdout).split())
+    assert all(f"{name}: " in words for name in METHODS)  # what the others are
 
 
 # ------------------------------------------------------------------------------------------------- what is refused
@@ -195,7 +198,7 @@ BAD_FLAGS = [
     ("--init-rank 4", ["target_rank 8", "init_rank 4", "must be <= init_rank"]),
     ("--target-rank 0", ["target_rank 0", "must be > 0"]),
     ("--method full --export-formats merged lora", ["export_formats lora", "method full", "leave export_formats out"]),
-    ("--method full --init-from adapter", ["init_from adapter", "method full", "leave init_from out"]),
+    ("--method full --init-from adapter", ["--init-from adapter: method full has no init_from", "leave it out"]),
     ("--target-budget 0", ["target_budget 0", "must be > 0"]),
     ("--max-steps 9 --initial-warmup-steps 5 --final-steps 4", ["5", "4", "max_steps 9", "must be < max_steps"]),
     ("--max-steps 9 --final-steps 9", ["final_steps 9 with max_steps 9", "lower final_steps"]),

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.methods import AdaLoraConfig
 from adalora_dist.methods.hooks import MethodHooks, attach
 from tests.support import quantized_runs
 from tests.support.models import adapted_net, config, global_batch
@@ -39,7 +39,7 @@ class Case:
     persist: int = 100_000
     options: tuple[str, ...] = ()
     sizes: tuple[tuple[str, int], ...] = ()
-    settings: AdapterConfig = SETTINGS
+    settings: AdaLoraConfig = SETTINGS
     compact: bool = True
 
     def __str__(self) -> str:

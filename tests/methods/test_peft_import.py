@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from adalora_dist.artifacts.peft_format import save_adalora, save_lora
 from adalora_dist.backbones.load import load_backbone
-from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.methods import method_config
 from adalora_dist.config.sections import ModelConfig
 from adalora_dist.methods.adalora.start import _VARIANTS
 from adalora_dist.methods.inject import adapt
@@ -44,7 +44,7 @@ def from_peft(kind: str, config: LoraConfig, folder: Path) -> torch.Tensor:
 def start(folder: Path, kind: str = "llama", **changes: Any) -> Any:
     values = {"targets": tuple(TARGETS.get(kind, ["all-linear"])), "init_rank": 6, "alpha": 9} | changes
     model = build(kind)
-    adapt(model, AdapterConfig(init_from=str(folder), **values))
+    adapt(model, method_config(init_from=str(folder), **values))
     return model.eval()
 
 

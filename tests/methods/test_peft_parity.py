@@ -2,7 +2,7 @@
 
 import torch
 
-from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.methods import method_config
 from adalora_dist.methods.hooks import attach
 from adalora_dist.methods.inject import adapt
 from tests.support.models import Net, global_batch
@@ -26,7 +26,7 @@ def test_the_same_triplets_are_masked_over_a_whole_run():
             orth_reg_weight=GAMMA, total_step=STEPS, lora_alpha=ALPHA, target_modules=["up", "down"],
         ),
     )  # fmt: skip
-    settings = AdapterConfig(
+    settings = method_config(
         init_rank=RANK, target_rank=TARGET, alpha=ALPHA, targets=("up", "down"), initial_warmup_steps=T_I,
         final_steps=T_F, mask_interval_steps=INTERVAL, orthogonality=GAMMA, importance_order="after",
     )  # fmt: skip

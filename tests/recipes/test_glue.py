@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from adalora_dist.artifacts.export import load_adapter
-from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.methods import AdaLoraConfig, FullConfig, HeadConfig
 from adalora_dist.methods.inject import adapt
 from adalora_dist.methods.sites import trained_modules
 from adalora_dist.tasks.evaluation.predict import predict
@@ -33,6 +33,7 @@ from tests.support.paths import ROOT, SHARED
 from tests.support.ranks import import_deepspeed, import_package, run_ranks
 from tests.support.recipe_runs import ENGINES, run_recipe
 from tests.support.refusals import refusal
+from tests.support.settings import adapter_section
 from tests.support.tiny_encoders import encoder_tokenizer, write_encoder, write_glue, write_jsonl
 
 import_deepspeed()
@@ -242,11 +243,11 @@ def test_what_each_method_trains(project: Project, kind: str) -> None:
 
     heads = {"bert": ["classifier"], "deberta": ["pooler", "classifier"]}[kind]
     plain = model()
-    assert sorted(trained_modules(plain, AdapterConfig(train_modules=("task-head",)))) == sorted(heads)
+    assert sorted(trained_modules(plain, AdaLoraConfig(train_modules=("task-head",)))) == sorted(heads)
     head = {f"{h}.{n}" for h in heads for n, _ in plain.get_submodule(h).named_parameters()}
     for method in ("adalora", "lora", "head", "full"):
         adapted = model()
-        matrices = adapt(adapted, AdapterConfig(method=method, init_rank=2, train_modules=("task-head",)))
+        matrices = adapt(adapted, adapter_section(method, init_rank=2, train_modules=("task-head",)))
         trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
         factors = {name for name in trained if name.rpartition(".")[2] in ("P", "Qt", "lam")}
         if method == "full":
@@ -260,11 +261,11 @@ def test_what_each_method_trains(project: Project, kind: str) -> None:
 def test_a_head_that_is_tied_or_missing_is_refused(project: Project) -> None:
     from transformers import BertConfig, BertForMaskedLM, BertModel
 
-    settings = AdapterConfig(method="head", train_modules=("task-head",))
+    settings = HeadConfig(train_modules=("task-head",))
     small = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     assert "nothing outside its backbone" in refusal(adapt, BertModel(small), settings)
     assert "task-head: cls is tied" in refusal(adapt, BertForMaskedLM(small), settings)
-    half = refusal(adapt, BertModel(small).bfloat16(), AdapterConfig(method="full"))
+    half = refusal(adapt, BertModel(small).bfloat16(), FullConfig())
     assert "bfloat16" in half and "float32" in half
 
 

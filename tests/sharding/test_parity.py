@@ -18,7 +18,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.methods import AdaLoraConfig
 from adalora_dist.methods.hooks import attach
 from tests.support.models import adapted_net, config, global_batch
 from tests.support.ranks import import_deepspeed, run_ranks
@@ -40,7 +40,7 @@ class Case:
     persist: int = 100_000
     options: tuple[str, ...] = ()
     sizes: tuple[tuple[str, int], ...] = ()
-    settings: AdapterConfig = SETTINGS
+    settings: AdaLoraConfig = SETTINGS
 
     def __str__(self) -> str:
         parts = [self.engine, f"x{self.world_size}", f"acc{self.accumulation}", f"clip{self.clip:g}", *self.options]

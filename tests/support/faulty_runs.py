@@ -25,7 +25,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from adalora_dist.config.flags import user_errors
-from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.methods import AdaLoraConfig
 from adalora_dist.config.sections import ModelConfig, RunConfig, TrainConfig
 from adalora_dist.methods.inject import adapt
 from adalora_dist.tasks.batches import BatchPlan
@@ -37,6 +37,7 @@ from adalora_dist.training.prepared import Prepared, prepare
 from adalora_dist.training.resume import find_checkpoint
 from adalora_dist.training.run_folder import RunFolder
 from tests.support.quantized_runs import environment
+from tests.support.settings import adapter_section
 from tests.support.tiny_language_model import tiny_llama
 
 STEPS, GLOBAL_BATCH, VOCABULARY, TARGET_BUDGET = 16, 8, 64, 14
@@ -166,8 +167,8 @@ def configuration(folder: Path, **changes: Any) -> RunConfig:
         learning_rate=2e-2, lr_warmup_ratio=0, log_every=4,
     )  # fmt: skip
     for name, value in changes.items():
-        (adapter if name in AdapterConfig.model_fields else training)[name] = value
-    return RunConfig(model=ModelConfig(name="tiny"), adapter=AdapterConfig(**adapter), train=TrainConfig(**training))
+        (adapter if name in AdaLoraConfig.model_fields else training)[name] = value
+    return RunConfig(model=ModelConfig(name="tiny"), adapter=adapter_section(**adapter), train=TrainConfig(**training))
 
 
 def run(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.methods import MethodConfig
 from adalora_dist.methods.inject import adapt
+from tests.support.settings import adapter_section
 
 
 class Block(nn.Module):
@@ -34,20 +37,20 @@ class Net(nn.Module):
         return self.head(x)
 
 
-def adapted_net(config: AdapterConfig, seed: int = 0, **sizes: int) -> Net:
+def adapted_net(config: MethodConfig, seed: int = 0, **sizes: int) -> Net:
     torch.manual_seed(seed)
     model = Net(**sizes)
     adapt(model, config, seed)
     return model
 
 
-def config(**changes) -> AdapterConfig:
+def config(method: str = "adalora", **changes) -> Any:
     """Rank 3 on every matrix, pruned to half; large learning signals so that patterns move."""
     values = dict(
         init_rank=3, target_rank=1.5, alpha=6, targets=("up", "down"), init="orthonormal", initial_warmup_steps=4,
         final_steps=12, mask_interval_steps=3, orthogonality=0.1,
     )  # fmt: skip
-    return AdapterConfig(**{**values, **changes})
+    return adapter_section(method, **{**values, **changes})
 
 
 def global_batch(step: int, size: int = 12, d: int = 7) -> tuple[torch.Tensor, torch.Tensor]:

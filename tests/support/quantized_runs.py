@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from adalora_dist.backbones.dequantized import QuantizedWeight, quantized_weights
 from adalora_dist.backbones.load import load_backbone
 from adalora_dist.backbones.quantization import bitsandbytes_config, quantized_linears
-from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.methods import AdaLoraConfig
 from adalora_dist.config.sections import ModelConfig, QuantizationConfig, RunConfig, TrainConfig
 from adalora_dist.methods.inject import adapt
 from adalora_dist.methods.update import AdapterWeights
@@ -34,7 +34,7 @@ deepspeed = import_deepspeed()
 
 STEPS, GLOBAL_BATCH, VOCABULARY = 12, 6, 259
 PROBE = [5, 80, 33, 200, 14, 101]
-ADAPTER = AdapterConfig(
+ADAPTER = AdaLoraConfig(
     init_rank=3, target_rank=1.5, alpha=6, init="orthonormal", initial_warmup_steps=2, final_steps=3,
     mask_interval_steps=1,
 )  # fmt: skip

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from adalora_dist.artifacts.checkpoints.content import Checkpoint
 from adalora_dist.artifacts.checkpoints.writer import CheckpointWriter, checkpoint_at, newest_checkpoint
 from adalora_dist.backbones.load import load_backbone
-from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.methods import AdaLoraConfig
 from adalora_dist.config.sections import ModelConfig, RunConfig, TrainConfig
 from adalora_dist.methods.inject import adapt
 from adalora_dist.sharding import select_engine
@@ -29,6 +29,7 @@ from adalora_dist.training.resume import find_checkpoint
 from adalora_dist.training.run_folder import RunFolder
 from tests.support.quantized_runs import environment, write_llama
 from tests.support.ranks import import_deepspeed, run_ranks
+from tests.support.settings import adapter_section
 
 deepspeed = import_deepspeed()
 
@@ -76,9 +77,9 @@ def configuration(folder: Path, world_size: int = 1, **changes: Any) -> RunConfi
         checkpoint_every=1, keep_checkpoints=2, log_every=7,
     )  # fmt: skip
     for name, value in changes.items():
-        (adapter if name in AdapterConfig.model_fields else training)[name] = value
+        (adapter if name in AdaLoraConfig.model_fields else training)[name] = value
     return RunConfig(
-        model=ModelConfig(name=str(folder / "model")), adapter=AdapterConfig(**adapter), train=TrainConfig(**training)
+        model=ModelConfig(name=str(folder / "model")), adapter=adapter_section(**adapter), train=TrainConfig(**training)
     )
 
 

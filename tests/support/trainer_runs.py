@@ -15,7 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.methods import AdaLoraConfig
 from adalora_dist.config.sections import RunConfig, TrainConfig
 from adalora_dist.methods.hooks import MethodHooks
 from adalora_dist.methods.inject import adapt
@@ -35,13 +35,13 @@ deepspeed = import_deepspeed()
 
 STEPS, GLOBAL_BATCH, VOCABULARY = 20, 8, 31
 LEARNING_RATE, WEIGHT_DECAY, CLIP = 2e-2, 0.01, 0.5
-SETTINGS = AdapterConfig(
+SETTINGS = AdaLoraConfig(
     init_rank=3, target_rank=1.5, alpha=6, init="orthonormal", initial_warmup_steps=3, final_steps=6,
     mask_interval_steps=2,
 )  # fmt: skip
 
 
-def model_with_adapters(settings: AdapterConfig = SETTINGS) -> LlamaForCausalLM:
+def model_with_adapters(settings: AdaLoraConfig = SETTINGS) -> LlamaForCausalLM:
     model = tiny_llama(VOCABULARY, hidden_size=16)
     adapt(model, settings, seed=1)
     return model

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate.utils import set_seed
 
-from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.methods import AdaLoraConfig
 from adalora_dist.config.sections import TrainConfig
 from adalora_dist.methods.hooks import attach
 from adalora_dist.methods.inject import adapt
@@ -26,6 +26,7 @@ from adalora_dist.training.loop import train
 from adalora_dist.training.prepared import learning_rate, prepare, total_steps
 from adalora_dist.training.run_folder import RunFolder
 from tests.support.ranks import run_ranks
+from tests.support.settings import adapter_section
 from tests.support.tiny_language_model import tiny_llama, word_tokenizer
 from tests.support.tiny_project import write_data
 
@@ -37,8 +38,8 @@ def settings(**changes: Any) -> CommonsenseConfig:
     adapter = {"init_rank": 3, "target_rank": 1, "targets": ("all-linear",), "init": "orthonormal"}
     training = {"max_steps": STEPS, "batch_size": 8, "micro_batch_size": 8, "learning_rate": 1e-2, "log_every": 5}
     for name, value in changes.items():
-        (adapter if name in AdapterConfig.model_fields else training)[name] = value
-    return CommonsenseConfig(adapter=AdapterConfig(**adapter), train=TrainConfig(**training))
+        (adapter if name in AdaLoraConfig.model_fields else training)[name] = value
+    return CommonsenseConfig(adapter=adapter_section(**adapter), train=TrainConfig(**training))
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.methods import AdaLoraConfig
 from adalora_dist.methods.adalora.bound import BoundTriplets
 from adalora_dist.methods.adalora.checks import PatternWatch, compare_lambdas
 from adalora_dist.methods.adalora.compaction import remove_triplets
@@ -72,7 +72,7 @@ class RankAllocator(Step):
         schedule: of this run.
     """
 
-    def __init__(self, layers: Sequence[SVDLinear], config: AdapterConfig, schedule: BudgetSchedule) -> None:
+    def __init__(self, layers: Sequence[SVDLinear], config: AdaLoraConfig, schedule: BudgetSchedule) -> None:
         super().__init__(layers)
         self.layers, self.config = list(layers), config
         self.schedule: BudgetSchedule = schedule

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.methods import AdaLoraConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adalora.digest import PatternDigest
 from adalora_dist.methods.adalora.importance import element_scores, update_averages
@@ -43,7 +43,7 @@ class BoundTriplets:
         factors: Sequence[Factor],
         engine: ShardEngine,
         ranks: Sequence[int],
-        config: AdapterConfig,
+        config: AdaLoraConfig,
         measures: bool,
     ) -> None:
         self.engine, self._config = engine, config

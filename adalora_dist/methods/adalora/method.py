@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from adalora_dist.backbones.linears import linear_shape
+from adalora_dist.config.methods import AdaLoraConfig, LowRankConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adalora.allocator import RankAllocator
 from adalora_dist.methods.adalora.compaction import shrink_layers
@@ -27,7 +28,7 @@ from adalora_dist.methods.update import AdapterWeights
 class TripletMethod(Method):
     """A method whose adapters are :class:`SVDLinear`."""
 
-    formats: ClassVar[frozenset[str]] = frozenset({"merged", "lora", "peft"})
+    config: LowRankConfig
 
     def adapt(self, model: nn.Module, generator: torch.Generator) -> list[Adapter]:
         config = self.config
@@ -99,6 +100,8 @@ class TripletMethod(Method):
 
 class AdaLora(TripletMethod):
     """Ranks adapt to a budget that falls over the run."""
+
+    config: AdaLoraConfig
 
     def reset(self, layer: SVDLinear, generator: torch.Generator) -> None:
         layer.reset(generator, std=0.02 if self.config.init == "gaussian" else None)

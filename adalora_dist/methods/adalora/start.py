@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from adalora_dist.backbones.files import is_module_pattern
-from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.methods import LowRankConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import read_object
 from adalora_dist.methods.adalora.layers import SVDLinear
@@ -149,7 +149,7 @@ def _lora_scale(config: Mapping[str, Any], name: str, rank: int, folder: Path) -
 
 
 @torch.no_grad()
-def start_with(layer: SVDLinear, triplets: Triplets, config: AdapterConfig) -> None:
+def start_with(layer: SVDLinear, triplets: Triplets, config: LowRankConfig) -> None:
     """Put given triplets before the fresh ones, which add nothing at the start.
 
     Raises:

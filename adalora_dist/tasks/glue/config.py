@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 import tyro
 from pydantic import Field
 
-from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.methods import AdaLoraConfig, AnyMethodConfig
 from adalora_dist.config.sections import DataConfig, EncoderModelConfig, RepeatedTrainConfig, RunConfig
 
 GlueTask = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"]
@@ -30,6 +30,6 @@ class GlueDataConfig(DataConfig):
 
 class GlueConfig(RunConfig):
     model: EncoderModelConfig = EncoderModelConfig()
-    adapter: AdapterConfig = AdapterConfig(train_modules=("task-head",))
+    adapter: AnyMethodConfig = AdaLoraConfig(train_modules=("task-head",))
     data: GlueDataConfig = GlueDataConfig()
     train: RepeatedTrainConfig = RepeatedTrainConfig()

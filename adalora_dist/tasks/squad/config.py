@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import Field, model_validator
 
-from adalora_dist.config.methods import AdapterConfig
+from adalora_dist.config.methods import AdaLoraConfig, AnyMethodConfig
 from adalora_dist.config.sections import DataConfig, EncoderModelConfig, RepeatedTrainConfig, RunConfig
 
 
@@ -46,6 +46,6 @@ class SquadDataConfig(DataConfig):
 
 class SquadConfig(RunConfig):
     model: EncoderModelConfig = EncoderModelConfig()
-    adapter: AdapterConfig = AdapterConfig(train_modules=("task-head",))
+    adapter: AnyMethodConfig = AdaLoraConfig(train_modules=("task-head",))
     data: SquadDataConfig = SquadDataConfig()
     train: RepeatedTrainConfig = RepeatedTrainConfig()

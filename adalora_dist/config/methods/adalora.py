@@ -1,37 +1,24 @@
-"""What is trained: the settings of the methods."""
+"""Settings of AdaLoRA (arXiv 2303.10512)."""
 
 from __future__ import annotations
 
-import re
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from adalora_dist.config.section import Section
+from adalora_dist.config.methods.base import LowRankConfig
 
 
-class AdapterConfig(Section):
-    method: Literal["adalora", "lora", "head", "full"] = "adalora"
-    """What is trained besides train_modules: adapters whose ranks adapt to the budget; plain LoRA of rank init_rank;
-    nothing (head); every weight of the model (full)."""
-    init_rank: int = Field(12, ge=1)
-    """Rank r of every adapted matrix at the start."""
+class AdaLoraConfig(LowRankConfig):
+    """low-rank adapters whose ranks adapt to one budget"""
+
+    method: Literal["adalora"] = "adalora"
     target_rank: float = Field(8.0, ge=0)
     """Average final rank, at most init_rank; the final budget is round(target_rank x number of adapted matrices)."""
     target_budget: int | None = Field(None, ge=0)
     """Final budget b(T) in triplets over all matrices; overrides target_rank."""
-    alpha: float = Field(16.0, gt=0)
-    """The branch is scaled by alpha / init_rank for the whole run."""
-    targets: tuple[str, ...] = Field(("all-linear",), min_length=1)
-    """Matrices to adapt: module names (q_proj), dotted names, regular expressions, or all-linear."""
-    train_modules: tuple[str, ...] = ()
-    """Modules trained in full besides the adapters, by name; task-head: all that lies outside the backbone."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout on the input of the adapter branch (the paper uses 0)."""
     init: Literal["gaussian", "orthonormal"] = "gaussian"
     """P and Q at the start: N(0, 0.02^2) as the authors, or std 1/sqrt(d); lambda is 0 either way."""
-    init_from: str | None = Field(None, min_length=1)
-    """Folder of a LoRA or AdaLoRA adapter of PEFT whose update the adapters start with, instead of 0."""
     initial_warmup_steps: int | None = Field(None, ge=0)
     """t_i: optimizer steps before the first pruning; default: 10 % of the run."""
     final_steps: int | None = Field(None, ge=0)
@@ -62,22 +49,29 @@ class AdapterConfig(Section):
     orthogonality_form: Literal["norm", "squared"] = "norm"
     """norm: mean of Frobenius norms (authors' code; published gammas); squared: eq. 4 as printed."""
 
-    # What the rest asks of a method; only inject.py, which builds it, goes by its name.
-    @property
-    def has_adapters(self) -> bool:
-        return self.method in ("adalora", "lora")
+    adapts_ranks: ClassVar[bool] = True
 
-    @property
-    def adapts_ranks(self) -> bool:
-        """Whether there is a budget that falls."""
-        return self.method == "adalora"
-
-    @field_validator("targets", "train_modules")
-    @classmethod
-    def _regular_expressions(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"'{pattern}' is not a regular expression ({error}): correct or escape it") from None
-        return patterns
+    def check(self, run: Any) -> None:
+        """The budget can be reached, and there are steps in which to reach it."""
+        super().check(run)
+        if self.target_budget is None and self.target_rank > self.init_rank:
+            raise ValueError(
+                f"target_rank {self.target_rank:g} with init_rank {self.init_rank}: ranks only shrink, so "
+                "target_rank must be <= init_rank; lower target_rank or raise init_rank (the paper starts at 1.5 x the "
+                "target)"
+            )
+        name = "target_rank" if self.target_budget is None else "target_budget"
+        if getattr(self, name) == 0 and not self.train_modules:
+            raise ValueError(
+                f"{name} 0 with no train_modules: the run would end with no trained parameter left, must be > 0; "
+                f"set {name} to at least 1"
+            )
+        total = run.train.max_steps
+        given = {"initial_warmup_steps": self.initial_warmup_steps, "final_steps": self.final_steps}
+        known = {name: steps for name, steps in given.items() if steps is not None}
+        if total is not None and sum(known.values()) >= total:
+            names = " + ".join(f"{name} {steps}" for name, steps in known.items())
+            raise ValueError(
+                f"{names} with max_steps {total}: no step is left in which to prune; the sum must be < max_steps, "
+                f"so lower {' or '.join(known)}, or raise max_steps"
+            )

@@ -1,0 +1,108 @@
+"""What the settings of all methods have in common, and what the rest of a configuration may ask of a method."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from adalora_dist.config.section import Section
+
+METHODS: dict[str, type[MethodConfig]] = {}
+"""Every method's settings by the method's name; filled in ``__init__.py``."""
+
+FOREIGN = "foreign_setting"
+"""Type of pydantic's error for a setting that another method has."""
+
+
+def _regular_expressions(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"'{pattern}' is not a regular expression ({error}): correct or escape it") from None
+    return patterns
+
+
+ModulePatterns = Annotated[tuple[str, ...], AfterValidator(_regular_expressions)]
+"""Names of modules, or regular expressions that match them."""
+
+
+class MethodConfig(Section):
+    """Settings of a method. A subclass has a default for ``method``, its settings, and what it says of itself below;
+    the first line of its docstring tells ``--help`` what it trains.
+
+    Raises:
+        ValidationError: of type ``FOREIGN`` for a setting that this method lacks and another has.
+    """
+
+    method: str
+    """What is trained."""
+    train_modules: ModulePatterns = ()
+    """Modules trained in full besides the adapters, by name; task-head: all that lies outside the backbone."""
+
+    # What the rest asks of a method instead of its name.
+    has_adapters: ClassVar[bool] = False
+    adapts_ranks: ClassVar[bool] = False
+    """Whether there is a budget that falls."""
+    trains_backbone: ClassVar[bool] = False
+    """Whether the backbone's own weights change, which must then be float32 and not quantised."""
+    formats: ClassVar[frozenset[str]] = frozenset({"merged"})
+    """What it can be exported as: merged, lora, peft."""
+
+    def check(self, run: Any) -> None:
+        """Rules of this method over settings of its own, or over those of several sections.
+
+        Args:
+            run: the ``RunConfig`` that this is the ``adapter`` section of.
+
+        Raises:
+            ValueError: one line with the settings, the rule and the remedy.
+        """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_foreign_settings(cls, values: Any) -> Any:
+        errors: list[InitErrorDetails] = []
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if name not in cls.model_fields and (owners := methods_with(name)):
+                owner = owners[0] if len(owners) == 1 else "one that has"
+                message = {"message": f"{foreign_setting(cls, name)}, or set method to {owner}"}
+                errors.append(
+                    {"type": PydanticCustomError(FOREIGN, "{message}", message), "loc": (name,), "input": value}
+                )
+        if errors:
+            raise ValidationError.from_exception_data(cls.__name__, errors)
+        return values
+
+
+class LowRankConfig(MethodConfig):
+    """A method that adds a product of two thin matrices to each of many matrices."""
+
+    init_rank: int = Field(12, ge=1)
+    """Rank r of every adapted matrix; where ranks adapt, at the start."""
+    alpha: float = Field(16.0, gt=0)
+    """The branch is scaled by alpha / init_rank for the whole run."""
+    targets: ModulePatterns = Field(("all-linear",), min_length=1)
+    """Matrices to adapt: module names (q_proj), dotted names, regular expressions, or all-linear."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the input of the adapter branch (the paper uses 0)."""
+    init_from: str | None = Field(None, min_length=1)
+    """Folder of a LoRA or AdaLoRA adapter of PEFT whose update the adapters start with, instead of 0."""
+
+    has_adapters: ClassVar[bool] = True
+    formats: ClassVar[frozenset[str]] = frozenset({"merged", "lora", "peft"})
+
+
+def methods_with(setting: str) -> list[str]:
+    """Names of the methods that have a setting of this name, in the order of ``METHODS``."""
+    return [name for name, config in METHODS.items() if setting in config.model_fields]
+
+
+def foreign_setting(config: type[MethodConfig], name: str) -> str:
+    """What to say of a setting that ``config`` lacks: "method lora has no target_rank (adalora has): leave it out"."""
+    *others, last = methods_with(name)
+    listed = f"{', '.join(others)} and {last} have" if others else f"{last} has"
+    return f"method {config.model_fields['method'].default} has no {name} ({listed}): leave it out"
