@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from torch import nn
-from torch.distributed.fsdp import register_fsdp_forward_method
 
 from adalora_dist.artifacts.checkpoints.content import trained_parameters
 from adalora_dist.config.sections import RunConfig
@@ -21,7 +20,7 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.io.progress import progress_bar
 from adalora_dist.methods.adalora.allocator import RankAllocator
 from adalora_dist.methods.adalora.compaction import compact
-from adalora_dist.sharding.tensors import reshard
+from adalora_dist.sharding.tensors import gather_for, put_back_shards
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.losses import LossSum
 from adalora_dist.training.faults.guard import Guard
@@ -56,7 +55,7 @@ def train(
     settings, model, optimizer = config.train, prepared.model, prepared.optimizer
     num_steps = total_steps(settings, plan)
     num_processes, num_micro = accelerator.num_processes, accelerator.gradient_accumulation_steps
-    reshard(model)
+    put_back_shards(model)
     parameters = [p for group in prepared.inner_optimizer.param_groups for p in group["params"]]
     losses: list[float] = []
     if prepared.resumed is not None:
@@ -167,8 +166,7 @@ def generates_together(accelerator: Accelerator, model: nn.Module) -> bool:
     FSDP2 gathers what lies outside the layers (embeddings) when the model's forward is called; ``generate`` of an
     encoder-decoder calls the encoder first, by itself.
     """
-    if accelerator.distributed_type == DistributedType.FSDP:
-        register_fsdp_forward_method(model, "generate")
+    gather_for(model, "generate")
     return is_sharded(accelerator) and accelerator.num_processes > 1
 
 

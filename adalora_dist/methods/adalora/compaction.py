@@ -26,7 +26,7 @@ from adalora_dist.sharding.base import Shrink, assemble
 from adalora_dist.sharding.fsdp2 import Fsdp2Engine, shrink_fsdp2
 from adalora_dist.sharding.plain import shrink_plain
 from adalora_dist.sharding.spans import FACTORS_OF_MATRIX, Span
-from adalora_dist.sharding.tensors import reshard
+from adalora_dist.sharding.tensors import put_back_shards
 from adalora_dist.sharding.zero import is_zero_optimizer
 from adalora_dist.sharding.zero_shrink import shrink_zero
 
@@ -76,7 +76,7 @@ def compact(allocator: RankAllocator, model: nn.Module, optimizer: Any) -> bool:
 
 def _shrink(model: nn.Module, optimizer: Any, shrinks: Sequence[Shrink]) -> Any:
     """Reduce parameters in the model, in the engine's buffers, in the optimizer; returns the outermost optimizer."""
-    reshard(model)
+    put_back_shards(model)
     adapters = [shrink.parameter for shrink in shrinks]
     outermost, others = optimizer, []
     zero = getattr(model, "optimizer", None)

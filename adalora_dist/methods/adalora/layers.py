@@ -8,6 +8,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from adalora_dist.sharding.tensors import is_whole
+
 
 class SVDLinear(nn.Module):
     """``y = base(x) + scale * P (lam * (Q x))`` over any base module that maps (..., d_in) to (..., d_out).
@@ -177,9 +179,9 @@ class Lambdas(nn.Module):
         """
         scaled = self()
         ranks = [layer.rank for layer in self._active]
-        # FSDP2's P are DTensors until their block has gathered them. ZeRO-3 marks its parameters; it would gather
-        # those of other layers here if they were as much as looked at, so the first one decides.
-        self._is_whole = all(type(x.P) is nn.Parameter and not hasattr(x.P, "ds_id") for x in (first, *self._active))
+        # FSDP2's P are sharded until their block has gathered them. ZeRO-3 would gather those of other layers here if
+        # they were as much as looked at, so the first one decides.
+        self._is_whole = all(type(x.P) is nn.Parameter and is_whole(x.P) for x in (first, *self._active))
         if self._is_whole:
             self._edits_then = [self._edits(layer) for layer in self._active]
             self._made = list(_Multiply.apply(self, scaled, ranks, *(layer.P for layer in self._active)))
