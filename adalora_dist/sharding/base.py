@@ -27,13 +27,24 @@ class ShardEngine(Protocol):
     """One training engine, seen from the innermost optimizer's step hooks, and between two steps.
 
     Constructed after the engine has taken the parameters over, from any of the trainable parameters in a fixed order
-    that is the same on every rank, and from the innermost torch optimizer.
+    that is the same on every rank, and from an optimizer as :func:`adalora_dist.sharding.select_engine` describes it.
+    Raises UserError if the engine holds these parameters in a way that is not supported.
     """
 
     shard_group: dist.ProcessGroup | None
     """Ranks that together hold one copy of every parameter; None where each rank holds all of it."""
     num_firings: int
     """How often the optimizer's step fires per training step (ZeRO: once per parameter group or sub-group)."""
+
+    def __init__(self, params: Sequence[torch.Tensor], optimizer: Any) -> None: ...
+
+    @classmethod
+    def claims(cls, params: Sequence[torch.Tensor], optimizer: Any) -> bool:
+        """Whether it is this engine that has taken over ``params``; arguments as of the constructor. No collective.
+
+        Also if it has taken over some of them only: the constructor then says what is wrong.
+        """
+        ...
 
     def spans(self) -> list[Span]:
         """The span of each parameter that this rank's optimizer updates. Constant during a run."""
@@ -108,6 +119,20 @@ class ShardEngine(Protocol):
     def full(self, index: int) -> torch.Tensor:
         """The whole parameter, float32, in its full shape, on every rank. Collective; for reports and export."""
         ...
+
+
+def innermost(optimizer: Any) -> Any:
+    """The torch optimizer at the end of a chain of wrappers."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def num_missing(params: Sequence[torch.Tensor], optimizer: Any) -> int:
+    """How many of ``params`` are not among those that the innermost optimizer updates."""
+    groups = getattr(innermost(optimizer), "param_groups", ())
+    updated = {id(p) for group in groups for p in group["params"]}
+    return sum(id(p) not in updated for p in params)
 
 
 class Shrink(NamedTuple):

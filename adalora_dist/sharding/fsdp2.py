@@ -23,8 +23,10 @@ from adalora_dist.sharding.base import (
     Shrink,
     State,
     assemble,
+    innermost,
     local_state,
     nonfinite_flag,
+    num_missing,
     optimizer_gradients,
     replace_in_optimizer,
     restore_state,
@@ -37,24 +39,33 @@ class Fsdp2Engine:
     """See :class:`adalora_dist.sharding.base.ShardEngine`.
 
     Raises:
-        UserError: a placement other than ``Shard(0)`` on one mesh axis and ``Replicate`` on the others, or parameters
-            on different meshes.
+        UserError: parameters that are not sharded, a placement other than ``Shard(0)`` on one mesh axis and
+            ``Replicate`` on the others, or parameters on different meshes.
     """
 
     num_firings = 1
 
-    def __init__(self, params: Sequence[DTensor], optimizer: torch.optim.Optimizer) -> None:
-        self._params = list(params)
-        self._optimizer = optimizer
-        mesh, axis = params[0].device_mesh, _shard_axis(params[0])
-        for p in params:
+    def __init__(self, params: Sequence[torch.Tensor], optimizer: Any) -> None:
+        self._params = [p for p in params if isinstance(p, DTensor)]
+        if len(self._params) < len(params):
+            raise UserError(
+                f"{len(self._params)} of {len(params)} parameters are sharded by fully_shard, the others are not: call "
+                "fully_shard on the whole model too, and do not ignore what is trained"
+            )
+        self._optimizer: torch.optim.Optimizer = innermost(optimizer)
+        mesh, axis = self._params[0].device_mesh, _shard_axis(self._params[0])
+        for p in self._params:
             if p.device_mesh != mesh or _shard_axis(p) != axis:
                 raise UserError(
                     f"adapter parameters are sharded over different device meshes ({p.device_mesh} and {mesh}): call "
                     "fully_shard with one mesh for all modules that hold adapters"
                 )
         self.shard_group: dist.ProcessGroup | None = mesh.get_group(axis)
-        self._spans = [_row_block(p, mesh.get_local_rank(axis), mesh.size(axis)) for p in params]
+        self._spans = [_row_block(p, mesh.get_local_rank(axis), mesh.size(axis)) for p in self._params]
+
+    @classmethod
+    def claims(cls, params: Sequence[torch.Tensor], optimizer: Any) -> bool:
+        return any(isinstance(p, DTensor) for p in params) and not num_missing(params, optimizer)
 
     def spans(self) -> list[Span]:
         return list(self._spans)

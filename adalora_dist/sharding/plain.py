@@ -17,8 +17,10 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.sharding.base import (
     Shrink,
     State,
+    innermost,
     local_state,
     nonfinite_flag,
+    num_missing,
     optimizer_gradients,
     restore_state,
     skip_step_if,
@@ -32,9 +34,13 @@ class PlainEngine:
     shard_group: dist.ProcessGroup | None = None
     num_firings = 1
 
-    def __init__(self, params: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, params: Sequence[torch.Tensor], optimizer: Any) -> None:
         self._params = list(params)
-        self._optimizer = optimizer
+        self._optimizer: torch.optim.Optimizer = innermost(optimizer)
+
+    @classmethod
+    def claims(cls, params: Sequence[torch.Tensor], optimizer: Any) -> bool:
+        return not num_missing(params, optimizer)
 
     def spans(self) -> list[Span]:
         return [Span(0, p.numel()) for p in self._params]

@@ -30,7 +30,15 @@ import torch.distributed as dist
 from torch.utils.hooks import RemovableHandle
 
 from adalora_dist.io.errors import UserError
-from adalora_dist.sharding.base import State, assemble, local_state, nonfinite_flag, restore_state
+from adalora_dist.sharding.base import (
+    State,
+    assemble,
+    innermost,
+    local_state,
+    nonfinite_flag,
+    num_missing,
+    restore_state,
+)
 from adalora_dist.sharding.spans import Span
 
 
@@ -59,7 +67,16 @@ def is_zero_optimizer(optimizer: Any) -> bool:
     return any(hasattr(optimizer, kind[0]) for kind in KINDS)
 
 
-def running_zero_optimizer(optimizer: torch.optim.Optimizer) -> Any | None:
+def _zero_optimizer_around(optimizer: Any) -> Any | None:
+    """The ZeRO optimizer in a chain of wrappers, or that is just stepping its end; None without ZeRO."""
+    zero = None
+    while hasattr(optimizer, "optimizer"):
+        zero = optimizer if is_zero_optimizer(optimizer) else zero
+        optimizer = optimizer.optimizer
+    return zero or _running_zero_optimizer(optimizer)
+
+
+def _running_zero_optimizer(optimizer: torch.optim.Optimizer) -> Any | None:
     """The ZeRO optimizer that is just stepping ``optimizer``; None outside of its step or without ZeRO.
 
     Found among the callers, because nothing else leads there in stages 1 and 2: the torch optimizer does not know who
@@ -79,18 +96,18 @@ class ZeroEngine:
 
     Args:
         params: adapter parameters, as the model holds them.
-        optimizer: the innermost torch optimizer, which steps ZeRO's masters.
-        zero: the ZeRO optimizer around it.
+        optimizer: the innermost torch optimizer, which steps ZeRO's masters, inside of a step; else a wrapper.
 
     Raises:
         UserError: a ZeRO feature that moves parts of the step out of the optimizer's reach, or adapters of
             different process groups.
     """
 
-    def __init__(self, params: Sequence[Any], optimizer: torch.optim.Optimizer, zero: Any) -> None:
+    def __init__(self, params: Sequence[Any], optimizer: Any) -> None:
+        zero: Any = _zero_optimizer_around(optimizer)
         _refuse_unsupported(params, zero)
         self._params = list(params)
-        self._optimizer = optimizer
+        self._optimizer: torch.optim.Optimizer = innermost(optimizer)
         self._zero = zero
         self._kind = next(kind for kind in KINDS if hasattr(zero, kind[0]))
         located = _fragments_stage_3(zero) if self._kind == STAGE_3 else _fragments_of_flat_groups(zero, self._kind)
@@ -112,6 +129,10 @@ class ZeroEngine:
         self._views: list[torch.Tensor] = []
         # Set once this engine takes part in steps; one that only reads and restores does not.
         self._hook: RemovableHandle | None = None
+
+    @classmethod
+    def claims(cls, params: Sequence[Any], optimizer: Any) -> bool:
+        return num_missing(params, optimizer) > 0 and _zero_optimizer_around(optimizer) is not None
 
     def retire(self) -> None:
         if self._hook is not None:
