@@ -112,6 +112,28 @@ class ShardEngine(Protocol):
         """
         ...
 
+    def neighbours(self) -> list[torch.Tensor]:
+        """Trained parameters besides these whose buffers :meth:`shrink` makes anew together with theirs."""
+        ...
+
+    def shrink(self, model: nn.Module, optimizer: Any, shrinks: Sequence[Shrink]) -> None:
+        """Between two steps, put smaller parameters, all 0, in the place of those there are; then this engine is void.
+
+        In the model, in the torch optimizer, in the engine's own buffers. Values and optimizer state of all that this
+        engine holds are lost: :func:`adalora_dist.sharding.shrink.shrink_parameters` keeps and restores them.
+        Gradients are dropped. Collective.
+
+        Args:
+            model: as the engine wraps it; stays the same object.
+            optimizer: any wrapper of the torch optimizer, or that; stays the same object, and what it wraps too, but
+                for what the engine has to make anew.
+            shrinks: of parameters that this engine holds.
+
+        Raises:
+            UserError: model or optimizer are set up in a way that cannot be repeated. Nothing has been changed then.
+        """
+        ...
+
     def retire(self) -> None:
         """Another engine takes over: leave the optimizer's hooks."""
         ...
@@ -136,7 +158,7 @@ def num_missing(params: Sequence[torch.Tensor], optimizer: Any) -> int:
 
 
 class Shrink(NamedTuple):
-    """An adapter parameter that keeps some of its columns, its last dimension; with none left it goes."""
+    """A parameter that keeps some of its columns, its last dimension; with none left it goes."""
 
     module: nn.Module
     name: str
@@ -146,6 +168,15 @@ class Shrink(NamedTuple):
     @property
     def parameter(self) -> nn.Parameter:
         return getattr(self.module, self.name)
+
+    def select(self) -> None:
+        """Where no engine and no optimizer has taken the parameter over: put what stays of it in its place."""
+        old = self.parameter
+        if len(self.columns):
+            chosen = old.detach().index_select(-1, self.columns.to(old.device))
+            setattr(self.module, self.name, nn.Parameter(chosen, requires_grad=old.requires_grad))
+        else:
+            delattr(self.module, self.name)
 
     def replace(self, shape: torch.Size, optimizer: torch.optim.Optimizer, **options: Any) -> nn.Parameter | None:
         """Put a smaller parameter of zeros in its place, in the module and in the optimizer's group; return it.
