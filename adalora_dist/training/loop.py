@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import set_seed
 from torch import nn
 
 from adalora_dist.artifacts.checkpoints.content import trained_parameters
+from adalora_dist.config.engines import BACKBONE_SHARDING
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.progress import progress_bar
@@ -23,6 +24,7 @@ from adalora_dist.methods.adalora.compaction import compact
 from adalora_dist.sharding.tensors import gather_for, put_back_shards
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.losses import LossSum
+from adalora_dist.training.engine import engine_name
 from adalora_dist.training.faults.guard import Guard
 from adalora_dist.training.faults.nonfinite import BadSteps, find_origin
 from adalora_dist.training.prepared import Prepared, learning_rate, total_steps
@@ -155,9 +157,7 @@ def rank_summary(allocator: RankAllocator | None) -> str:
 
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether a forward is collective, because processes hold only parts of the weights."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return accelerator.state.deepspeed_plugin.zero_stage == 3
-    return accelerator.distributed_type == DistributedType.FSDP
+    return engine_name(accelerator) in BACKBONE_SHARDING
 
 
 def generates_together(accelerator: Accelerator, model: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from adalora_dist.backbones.linears import linear_shape
+from adalora_dist.config.engines import BACKBONE_SHARDING
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.sharding.tensors import held_parts
 from adalora_dist.training.engine import engine_name
@@ -95,7 +96,7 @@ def cheapest_changes(config: RunConfig, engine: str, num_processes: int, weights
     weights = []
     if config.model.dtype in ("auto", "float32") and config.quantization.quantization == "none":
         weights.append("dtype bfloat16, if the files hold float32: a frozen backbone of half the size")
-    if not engine.startswith(("fsdp", "zero3")):
+    if engine not in BACKBONE_SHARDING:
         weights.append("launch/accelerate/fsdp2.yaml or zero3.yaml: each process holds its share of the backbone")
     if config.quantization.quantization == "none":
         weights.append("quantization nf4: the frozen linear maps in 4.13 bits per weight")
