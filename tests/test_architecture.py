@@ -1,6 +1,8 @@
 """The order of rooms, no circle anywhere, mathematics that knows no process group, recipes that nobody imports."""
 
 import ast
+import io
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,9 @@ ROOMS = ("io", "config", "sharding", "backbones", "tasks", "methods", "artifacts
 PURE = ("config", "methods/adalora/schedule", "methods/adalora/importance", "methods/adalora/orthogonality")
 PURE += ("methods/adalora/digest", "methods/adalora/sums", "sharding/spans", "sharding/layout")
 """What never sees a process group."""
+OF_ENGINES = {"DTensor", "to_local", "full_tensor", "FSDPModule", "reshard", "register_fsdp_forward_method"}
+OF_ENGINES |= {"ds_id", "ds_numel", "ds_shape", "ds_tensor", "GatheredParameters", "empty_partition_cache"}
+"""What engines do to tensors and models: said in sharding/ only, in which tensors.py answers for everybody else."""
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -68,6 +73,12 @@ def circle_in(graph: dict[str, set[str]]) -> list[str]:
     return next((circle for module in sorted(graph) if (circle := walk(module, []))), [])
 
 
+def words(source: str) -> set[str]:
+    """Names, attributes, and strings that are one word (as getattr takes them); not comments, nor other text."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return {token.string.strip("\"'") for token in tokens if token.type in (tokenize.NAME, tokenize.STRING)}
+
+
 def test_there_is_something_to_check():
     assert len(FILES) > 80 and sum(map(len, edges().values())) > 200
     assert {path.relative_to(PACKAGE).parts[0] for path in FILES if path.parent != PACKAGE} == set(ROOMS)
@@ -96,6 +107,25 @@ def test_imports_point_down(path):
             assert not name.startswith("torch.distributed"), f"{module} is mathematics and imports {name}"
         if name.split(".")[0] == "deepspeed":
             assert parts[1:2] == ["sharding"] or module == "adalora_dist.training.engine"
+
+
+def test_words_are_those_of_code():
+    source = '"""reshard"s"""\n# ds_id\nx = getattr(p, "ds_numel", p.to_local()) or "DTensor and others"\n'
+    assert words(source) & OF_ENGINES == {"ds_numel", "to_local"}
+    said = {word for path in (PACKAGE / "sharding").glob("*.py") for word in words(path.read_text(encoding="utf-8"))}
+    assert said >= OF_ENGINES
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(path for path in FILES if path.parent != PACKAGE / "sharding"),
+        *(path for folder in ("recipes", "benchmarks") for path in sorted((ROOT / folder).glob("*.py"))),
+    ],
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
+def test_what_engines_do_to_tensors_is_asked_in_sharding(path):
+    assert not words(path.read_text(encoding="utf-8")) & OF_ENGINES
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -15,6 +15,7 @@ from adalora_dist.backbones.quantization import settle_quantized
 from adalora_dist.backbones.sharded_load import load_on_meta
 from adalora_dist.config.sections import ModelConfig
 from adalora_dist.io.errors import UserError
+from adalora_dist.sharding.tensors import full_numel
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -152,7 +153,7 @@ def _name_blocks(model: PreTrainedModel) -> None:
     around = {type(m).__name__ for m in model.modules() if m is not embeddings and embeddings in m.modules()}
     blocks = set(model._no_split_modules or ()) - around
     if not blocks and stacks:
-        largest = max(stacks, key=lambda stack: sum(getattr(p, "ds_numel", p.numel()) for p in stack.parameters()))
+        largest = max(stacks, key=lambda stack: sum(full_numel(p) for p in stack.parameters()))
         blocks = {type(layer).__name__ for layer in largest}
     model._no_split_modules = blocks
 

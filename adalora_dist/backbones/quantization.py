@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from adalora_dist.config.engines import ENGINES
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 METHODS = ("nf4", "fp4", "int8")
-ENGINES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 REFUSED = {
     ("int8", "fsdp2"): "bitsandbytes keeps int8 scales on parameter objects, which FSDP2 replaces",
     ("int8", "zero3"): "bitsandbytes keeps the whole int8 weights beside the partitioned ones, so none would be saved",

@@ -18,11 +18,10 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from torch import nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from adalora_dist.backbones.files import indexed_files
 from adalora_dist.io.errors import UserError
+from adalora_dist.sharding.tensors import first_row, is_whole, local_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,7 +107,7 @@ def read_shards(model: nn.Module) -> None:
     """Read this process's rows of every parameter that is on meta. Does nothing if there is none."""
     to_read = []
     # fully_shard has put the adapters where it wants parameters: on the device, or on the CPU if they are offloaded.
-    device = next((p.to_local().device for p in model.parameters() if isinstance(p, DTensor) and not p.is_meta), "cpu")
+    device = next((local_part(p).device for p in model.parameters() if not (p.is_meta or is_whole(p))), "cpu")
     for module in model.modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
@@ -118,7 +117,7 @@ def read_shards(model: nn.Module) -> None:
 
 
 def _allocate(parameter: nn.Parameter, device: torch.device | str) -> None:
-    """Memory for a parameter on meta (for a DTensor: this process's share), uninitialised. Ties and owners stay."""
+    """Memory for a parameter on meta (if sharded, for this process's share), uninitialised. Ties and owners stay."""
     real = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=parameter.requires_grad)
     torch.utils.swap_tensors(parameter, real)
 
@@ -130,13 +129,11 @@ def _read(tensors: Iterable[tuple[torch.Tensor, _Source]]) -> None:
         with safe_open(file, framework="pt") as opened:
             for tensor, source in entries:
                 stored = opened.get_slice(source.key)
-                if not isinstance(tensor, DTensor):
+                if is_whole(tensor):
                     tensor.copy_(stored[...])
-                elif (local := tensor.to_local()).numel():
-                    _, offsets = compute_local_shape_and_global_offset(
-                        tensor.shape, tensor.device_mesh, tensor.placements
-                    )
-                    local.copy_(stored[offsets[0] : offsets[0] + local.shape[0]])
+                elif (local := local_part(tensor)).numel():
+                    first = first_row(tensor)
+                    local.copy_(stored[first : first + local.shape[0]])
 
 
 def _find_sources(model: PreTrainedModel, name: str, options: dict[str, Any]) -> dict[str, _Source]:

@@ -1,4 +1,4 @@
-"""Level 2: which span of each adapter parameter this rank holds, on every training engine."""
+"""Which span of each adapter parameter this rank holds, on every training engine."""
 
 from __future__ import annotations
 
@@ -6,13 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from adalora_dist.io.errors import UserError
-from adalora_dist.sharding.base import ShardEngine
+from adalora_dist.sharding.base import ShardEngine, num_missing
 from adalora_dist.sharding.fsdp2 import Fsdp2Engine
 from adalora_dist.sharding.plain import PlainEngine
-from adalora_dist.sharding.zero import ZeroEngine, is_zero_optimizer, running_zero_optimizer
+from adalora_dist.sharding.zero import ZeroEngine
+
+ENGINES: tuple[type[ShardEngine], ...] = (ZeroEngine, Fsdp2Engine, PlainEngine)
+"""Asked in this order whether parameters are theirs; the last one takes whatever its optimizer updates."""
+
+
+def claimant(params: Sequence[torch.Tensor], optimizer: Any) -> type[ShardEngine] | None:
+    """The kind of engine that has taken over ``params``; None if there is none. Arguments as :func:`select_engine`."""
+    return next((engine for engine in ENGINES if engine.claims(params, optimizer)), None)
 
 
 def select_engine(params: Sequence[torch.Tensor], optimizer: Any) -> ShardEngine:
@@ -26,27 +33,11 @@ def select_engine(params: Sequence[torch.Tensor], optimizer: Any) -> ShardEngine
     Raises:
         UserError: the optimizer does not hold the parameters, or holds them in a way that no engine supports.
     """
-    zero = None
-    while hasattr(optimizer, "optimizer"):
-        zero = optimizer if is_zero_optimizer(optimizer) else zero
-        optimizer = optimizer.optimizer
-    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    num_missing = sum(id(p) not in optimized for p in params)
-    if num_missing:
-        zero = zero or running_zero_optimizer(optimizer)
-        if zero is not None:
-            return ZeroEngine(params, optimizer, zero)
+    engine = claimant(params, optimizer)
+    if engine is None:
         raise UserError(
-            f"{num_missing} of {len(params)} parameters are not in the optimizer, nor is it stepped by ZeRO "
-            "stage 1, 2 or 3: pass all trainable parameters; with DeepSpeed bf16/fp16 use a stage from 1 to 3, "
+            f"{num_missing(params, optimizer)} of {len(params)} parameters are not in the optimizer, nor is it stepped "
+            "by ZeRO stage 1, 2 or 3: pass all trainable parameters; with DeepSpeed bf16/fp16 use a stage from 1 to 3, "
             "with FSDP use version 2"
         )
-    sharded = [p for p in params if isinstance(p, DTensor)]
-    if not sharded:
-        return PlainEngine(params, optimizer)
-    if len(sharded) < len(params):
-        raise UserError(
-            f"{len(sharded)} of {len(params)} parameters are sharded by fully_shard, the others are not: call "
-            "fully_shard on the whole model too, and do not ignore what is trained"
-        )
-    return Fsdp2Engine(sharded, optimizer)
+    return engine(params, optimizer)

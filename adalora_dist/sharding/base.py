@@ -27,13 +27,24 @@ class ShardEngine(Protocol):
     """One training engine, seen from the innermost optimizer's step hooks, and between two steps.
 
     Constructed after the engine has taken the parameters over, from any of the trainable parameters in a fixed order
-    that is the same on every rank, and from the innermost torch optimizer.
+    that is the same on every rank, and from an optimizer as :func:`adalora_dist.sharding.select_engine` describes it.
+    Raises UserError if the engine holds these parameters in a way that is not supported.
     """
 
     shard_group: dist.ProcessGroup | None
     """Ranks that together hold one copy of every parameter; None where each rank holds all of it."""
     num_firings: int
     """How often the optimizer's step fires per training step (ZeRO: once per parameter group or sub-group)."""
+
+    def __init__(self, params: Sequence[torch.Tensor], optimizer: Any) -> None: ...
+
+    @classmethod
+    def claims(cls, params: Sequence[torch.Tensor], optimizer: Any) -> bool:
+        """Whether it is this engine that has taken over ``params``; arguments as of the constructor. No collective.
+
+        Also if it has taken over some of them only: the constructor then says what is wrong.
+        """
+        ...
 
     def spans(self) -> list[Span]:
         """The span of each parameter that this rank's optimizer updates. Constant during a run."""
@@ -101,6 +112,28 @@ class ShardEngine(Protocol):
         """
         ...
 
+    def neighbours(self) -> list[torch.Tensor]:
+        """Trained parameters besides these whose buffers :meth:`shrink` makes anew together with theirs."""
+        ...
+
+    def shrink(self, model: nn.Module, optimizer: Any, shrinks: Sequence[Shrink]) -> None:
+        """Between two steps, put smaller parameters, all 0, in the place of those there are; then this engine is void.
+
+        In the model, in the torch optimizer, in the engine's own buffers. Values and optimizer state of all that this
+        engine holds are lost: :func:`adalora_dist.sharding.shrink.shrink_parameters` keeps and restores them.
+        Gradients are dropped. Collective.
+
+        Args:
+            model: as the engine wraps it; stays the same object.
+            optimizer: any wrapper of the torch optimizer, or that; stays the same object, and what it wraps too, but
+                for what the engine has to make anew.
+            shrinks: of parameters that this engine holds.
+
+        Raises:
+            UserError: model or optimizer are set up in a way that cannot be repeated. Nothing has been changed then.
+        """
+        ...
+
     def retire(self) -> None:
         """Another engine takes over: leave the optimizer's hooks."""
         ...
@@ -110,8 +143,22 @@ class ShardEngine(Protocol):
         ...
 
 
+def innermost(optimizer: Any) -> Any:
+    """The torch optimizer at the end of a chain of wrappers."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def num_missing(params: Sequence[torch.Tensor], optimizer: Any) -> int:
+    """How many of ``params`` are not among those that the innermost optimizer updates."""
+    groups = getattr(innermost(optimizer), "param_groups", ())
+    updated = {id(p) for group in groups for p in group["params"]}
+    return sum(id(p) not in updated for p in params)
+
+
 class Shrink(NamedTuple):
-    """An adapter parameter that keeps some of its columns, its last dimension; with none left it goes."""
+    """A parameter that keeps some of its columns, its last dimension; with none left it goes."""
 
     module: nn.Module
     name: str
@@ -121,6 +168,15 @@ class Shrink(NamedTuple):
     @property
     def parameter(self) -> nn.Parameter:
         return getattr(self.module, self.name)
+
+    def select(self) -> None:
+        """Where no engine and no optimizer has taken the parameter over: put what stays of it in its place."""
+        old = self.parameter
+        if len(self.columns):
+            chosen = old.detach().index_select(-1, self.columns.to(old.device))
+            setattr(self.module, self.name, nn.Parameter(chosen, requires_grad=old.requires_grad))
+        else:
+            delattr(self.module, self.name)
 
     def replace(self, shape: torch.Size, optimizer: torch.optim.Optimizer, **options: Any) -> nn.Parameter | None:
         """Put a smaller parameter of zeros in its place, in the module and in the optimizer's group; return it.

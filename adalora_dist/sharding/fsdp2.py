@@ -23,8 +23,10 @@ from adalora_dist.sharding.base import (
     Shrink,
     State,
     assemble,
+    innermost,
     local_state,
     nonfinite_flag,
+    num_missing,
     optimizer_gradients,
     replace_in_optimizer,
     restore_state,
@@ -37,24 +39,33 @@ class Fsdp2Engine:
     """See :class:`adalora_dist.sharding.base.ShardEngine`.
 
     Raises:
-        UserError: a placement other than ``Shard(0)`` on one mesh axis and ``Replicate`` on the others, or parameters
-            on different meshes.
+        UserError: parameters that are not sharded, a placement other than ``Shard(0)`` on one mesh axis and
+            ``Replicate`` on the others, or parameters on different meshes.
     """
 
     num_firings = 1
 
-    def __init__(self, params: Sequence[DTensor], optimizer: torch.optim.Optimizer) -> None:
-        self._params = list(params)
-        self._optimizer = optimizer
-        mesh, axis = params[0].device_mesh, _shard_axis(params[0])
-        for p in params:
+    def __init__(self, params: Sequence[torch.Tensor], optimizer: Any) -> None:
+        self._params = [p for p in params if isinstance(p, DTensor)]
+        if len(self._params) < len(params):
+            raise UserError(
+                f"{len(self._params)} of {len(params)} parameters are sharded by fully_shard, the others are not: call "
+                "fully_shard on the whole model too, and do not ignore what is trained"
+            )
+        self._optimizer: torch.optim.Optimizer = innermost(optimizer)
+        mesh, axis = self._params[0].device_mesh, _shard_axis(self._params[0])
+        for p in self._params:
             if p.device_mesh != mesh or _shard_axis(p) != axis:
                 raise UserError(
                     f"adapter parameters are sharded over different device meshes ({p.device_mesh} and {mesh}): call "
                     "fully_shard with one mesh for all modules that hold adapters"
                 )
         self.shard_group: dist.ProcessGroup | None = mesh.get_group(axis)
-        self._spans = [_row_block(p, mesh.get_local_rank(axis), mesh.size(axis)) for p in params]
+        self._spans = [_row_block(p, mesh.get_local_rank(axis), mesh.size(axis)) for p in self._params]
+
+    @classmethod
+    def claims(cls, params: Sequence[torch.Tensor], optimizer: Any) -> bool:
+        return any(isinstance(p, DTensor) for p in params) and not num_missing(params, optimizer)
 
     def spans(self) -> list[Span]:
         return list(self._spans)
@@ -90,6 +101,44 @@ class Fsdp2Engine:
         for p, local, state in zip(self._params, values, states, strict=True):
             _flat(p).copy_(local.reshape(-1))
             restore_state(self._optimizer, p, _flat, state)
+
+    def neighbours(self) -> list[torch.Tensor]:
+        return []
+
+    def shrink(self, model: nn.Module, optimizer: Any, shrinks: Sequence[Shrink]) -> None:
+        """No collective.
+
+        Every sharded parameter has an object of its own (``FSDPParam``) in its module's group, so only those of
+        adapters are made anew, in the way the group's constructor makes them; the frozen backbone is not touched.
+        """
+        self._optimizer.zero_grad(set_to_none=True)
+        places: dict[tuple[nn.Module, str], tuple[Any, Any]] = {}
+        states = []
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                states.append(module._get_fsdp_state())
+                for group in states[-1]._fsdp_param_groups:
+                    for held in group.fsdp_params:
+                        places[held._module_info.module, held._module_info.param_name] = group, held
+        for shrink in shrinks:
+            group, held = places[shrink.module, shrink.name]
+            sharded = held.sharded_param
+            held._post_load_hook_handle.remove()
+            index = group.fsdp_params.index(held)
+            new = shrink.replace(sharded.shape, self._optimizer, dtype=sharded.dtype, device=group.device)
+            if new is None:
+                del group.fsdp_params[index]
+                continue
+            made = type(held)(
+                new, held._module_info, held.mesh_info, held.post_forward_mesh_info, group.device, None,
+                group.mp_policy, group.offload_policy,
+            )  # fmt: skip
+            made.init_dtype_attrs(group.mp_policy)
+            made._param_fqn = held._param_fqn
+            group.fsdp_params[index] = made
+            replace_in_optimizer(self._optimizer, new, made.sharded_param)
+        for state in states:  # a group without parameters would gather nothing
+            state._fsdp_param_groups[:] = [group for group in state._fsdp_param_groups if group.fsdp_params]
 
     def retire(self) -> None:
         pass
@@ -134,39 +183,3 @@ def _row_block(p: DTensor, rank: int, world_size: int) -> Span:
             f"{tuple(p.shape)}, not rows {start} to {stop}: fully_shard must be the only thing that shards it"
         )
     return span
-
-
-def shrink_fsdp2(model: nn.Module, optimizer: torch.optim.Optimizer, shrinks: Sequence[Shrink]) -> None:
-    """Put smaller parameters, all 0, in the place of those there are, resharded; between two steps. No collective.
-
-    Every sharded parameter has an object of its own (``FSDPParam``) in its module's group, so only those of adapters
-    are made anew, in the way the group's constructor makes them; the frozen backbone is not touched.
-    """
-    optimizer.zero_grad(set_to_none=True)
-    places: dict[tuple[nn.Module, str], tuple[Any, Any]] = {}
-    states = []
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            states.append(module._get_fsdp_state())
-            for group in states[-1]._fsdp_param_groups:
-                for held in group.fsdp_params:
-                    places[held._module_info.module, held._module_info.param_name] = group, held
-    for shrink in shrinks:
-        group, held = places[shrink.module, shrink.name]
-        sharded = held.sharded_param
-        held._post_load_hook_handle.remove()
-        index = group.fsdp_params.index(held)
-        new = shrink.replace(sharded.shape, optimizer, dtype=sharded.dtype, device=group.device)
-        if new is None:
-            del group.fsdp_params[index]
-            continue
-        made = type(held)(
-            new, held._module_info, held.mesh_info, held.post_forward_mesh_info, group.device, None, group.mp_policy,
-            group.offload_policy,
-        )  # fmt: skip
-        made.init_dtype_attrs(group.mp_policy)
-        made._param_fqn = held._param_fqn
-        group.fsdp_params[index] = made
-        replace_in_optimizer(optimizer, new, made.sharded_param)
-    for state in states:  # a group without parameters would gather nothing
-        state._fsdp_param_groups[:] = [group for group in state._fsdp_param_groups if group.fsdp_params]

@@ -17,8 +17,10 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.sharding.base import (
     Shrink,
     State,
+    innermost,
     local_state,
     nonfinite_flag,
+    num_missing,
     optimizer_gradients,
     restore_state,
     skip_step_if,
@@ -32,9 +34,13 @@ class PlainEngine:
     shard_group: dist.ProcessGroup | None = None
     num_firings = 1
 
-    def __init__(self, params: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, params: Sequence[torch.Tensor], optimizer: Any) -> None:
         self._params = list(params)
-        self._optimizer = optimizer
+        self._optimizer: torch.optim.Optimizer = innermost(optimizer)
+
+    @classmethod
+    def claims(cls, params: Sequence[torch.Tensor], optimizer: Any) -> bool:
+        return not num_missing(params, optimizer)
 
     def spans(self) -> list[Span]:
         return [Span(0, p.numel()) for p in self._params]
@@ -68,6 +74,24 @@ class PlainEngine:
             _flat(p).copy_(local.reshape(-1))
             restore_state(self._optimizer, p, _flat, state)
 
+    def neighbours(self) -> list[torch.Tensor]:
+        return []
+
+    def shrink(self, model: nn.Module, optimizer: Any, shrinks: Sequence[Shrink]) -> None:
+        wrappers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+        for ddp in wrappers:
+            if ddp.mixed_precision is not None or ddp._delay_all_reduce_params:
+                raise UserError(
+                    "DistributedDataParallel with mixed_precision or delay_all_reduce_named_params cannot be rebuilt "
+                    "for smaller adapters: use autocast"
+                )
+        self._optimizer.zero_grad(set_to_none=True)
+        for shrink in shrinks:
+            old = shrink.parameter
+            shrink.replace(old.shape, self._optimizer, dtype=old.dtype, device=old.device)
+        for ddp in wrappers:
+            _rebuild_reducer(ddp)
+
     def retire(self) -> None:
         pass
 
@@ -77,27 +101,6 @@ class PlainEngine:
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().view(-1)
-
-
-def shrink_plain(model: nn.Module, optimizer: torch.optim.Optimizer, shrinks: Sequence[Shrink]) -> None:
-    """Put smaller parameters, all 0, in the place of those there are; between two steps.
-
-    Raises:
-        UserError: DDP was set up in a way that cannot be repeated. Nothing has been changed then.
-    """
-    wrappers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
-    for ddp in wrappers:
-        if ddp.mixed_precision is not None or ddp._delay_all_reduce_params:
-            raise UserError(
-                "DistributedDataParallel with mixed_precision or delay_all_reduce_named_params cannot be rebuilt for "
-                "smaller adapters: set compact to false, or use autocast"
-            )
-    optimizer.zero_grad(set_to_none=True)
-    for shrink in shrinks:
-        old = shrink.parameter
-        shrink.replace(old.shape, optimizer, dtype=old.dtype, device=old.device)
-    for ddp in wrappers:
-        _rebuild_reducer(ddp)
 
 
 def _rebuild_reducer(ddp: Any) -> None:

@@ -1,16 +1,56 @@
-"""What an engine does to a tensor: asked here only."""
+"""What an engine does to a tensor, and to a model: asked here, so that no file elsewhere knows an engine's types.
+
+A tensor is either whole on this process (one process, DDP, ZeRO-1 and -2, and whatever no engine has taken over), a
+``DTensor`` (FSDP2), or marked by ZeRO-3, which keeps a part of it under another name and gathers it for a forward.
+"""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
-def full_tensor(parameter: torch.Tensor) -> torch.Tensor:
+def is_whole(tensor: torch.Tensor) -> bool:
+    """Whether no engine shards this tensor. What a sharding engine has gathered for a moment does not count."""
+    return not isinstance(tensor, DTensor) and not hasattr(tensor, "ds_id")
+
+
+def full_shape(tensor: torch.Tensor) -> torch.Size:
+    """The shape of the whole tensor."""
+    return getattr(tensor, "ds_shape", tensor.shape)
+
+
+def full_numel(tensor: torch.Tensor) -> int:
+    """The number of elements of the whole tensor."""
+    return getattr(tensor, "ds_numel", tensor.numel())
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds for good, detached, as a view: all of it, rows (FSDP2), or a flat slice (ZeRO-3)."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else getattr(tensor, "ds_tensor", tensor)
+    return local.detach()
+
+
+def first_row(tensor: torch.Tensor) -> int:
+    """Where the rows of :func:`local_part` begin in a tensor that is whole or sharded by rows."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return offsets[0]
+
+
+def held_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """All that is in this process's memory of a tensor now; for its bytes."""
+    if isinstance(tensor, DTensor):
+        return [tensor.to_local()]
+    # ZeRO-3: this process's partition, and the whole where a small parameter stays gathered.
+    return [tensor.ds_tensor, tensor.data] if hasattr(tensor, "ds_tensor") else [tensor.data]
+
+
+def whole_tensor(parameter: torch.Tensor) -> torch.Tensor:
     """The whole parameter, detached, on every process, as the next forward has it. Collective where it is sharded."""
     if isinstance(parameter, DTensor):
         return parameter.full_tensor().detach()
@@ -22,15 +62,7 @@ def full_tensor(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.detach()
 
 
-def _held(tensor: Any) -> list[torch.Tensor]:
-    """The parts of a tensor that are on this process."""
-    if isinstance(tensor, DTensor):
-        return [tensor.to_local()]
-    # ZeRO-3: this process's partition, and the whole where a small parameter stays gathered.
-    return [tensor.ds_tensor, tensor.data] if hasattr(tensor, "ds_tensor") else [tensor.data]
-
-
-def reshard(model: nn.Module) -> None:
+def put_back_shards(model: nn.Module) -> None:
     """Put the optimizer's parameters back into their modules. No effect but under FSDP2; no collective.
 
     A forward without a backward leaves gathered what lies outside the layers: a classifier, BERT's pooler.
@@ -38,3 +70,22 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def release_gathered(model: nn.Module) -> None:
+    """Give up all that is gathered or on its way, before something else than a forward reads parameters.
+
+    ZeRO-3 is still fetching for a backward that does not follow an evaluation.
+
+    Args:
+        model: as the engine wraps it.
+    """
+    put_back_shards(model)
+    release = getattr(model, "empty_partition_cache", None)
+    if release is not None:
+        release()
+
+
+def gather_for(model: nn.Module, method: str) -> None:
+    """Make ``model.method`` gather what FSDP2 gathers for the model's forward alone. No effect elsewhere."""
+    register_fsdp_forward_method(model, method)

@@ -30,8 +30,18 @@ import torch.distributed as dist
 from torch.utils.hooks import RemovableHandle
 
 from adalora_dist.io.errors import UserError
-from adalora_dist.sharding.base import State, assemble, local_state, nonfinite_flag, restore_state
+from adalora_dist.sharding.base import (
+    Shrink,
+    State,
+    assemble,
+    innermost,
+    local_state,
+    nonfinite_flag,
+    num_missing,
+    restore_state,
+)
 from adalora_dist.sharding.spans import Span
+from adalora_dist.sharding.zero_shrink import rebuild_smaller
 
 
 class _Fragment(NamedTuple):
@@ -48,18 +58,26 @@ class _Fragment(NamedTuple):
 
 
 # Where the three kinds of ZeRO optimizer keep (masters, the model's parameters by group).
-STAGE_3 = ("fp32_partitioned_groups_flat", "fp16_groups")
+_STAGE_3 = ("fp32_partitioned_groups_flat", "fp16_groups")
 _STAGE_1_OR_2 = ("single_partition_of_fp32_groups", "bit16_groups")
 _STAGE_1_BF16 = ("fp32_groups_flat_partition", "bf16_groups")
-KINDS = (STAGE_3, _STAGE_1_OR_2, _STAGE_1_BF16)
+_KINDS = (_STAGE_3, _STAGE_1_OR_2, _STAGE_1_BF16)
 
 
-def is_zero_optimizer(optimizer: Any) -> bool:
-    """Whether this is one of DeepSpeed's ZeRO optimizers."""
-    return any(hasattr(optimizer, kind[0]) for kind in KINDS)
+def _is_zero_optimizer(optimizer: Any) -> bool:
+    return any(hasattr(optimizer, kind[0]) for kind in _KINDS)
 
 
-def running_zero_optimizer(optimizer: torch.optim.Optimizer) -> Any | None:
+def _zero_optimizer_around(optimizer: Any) -> Any | None:
+    """The ZeRO optimizer in a chain of wrappers, or that is just stepping its end; None without ZeRO."""
+    zero = None
+    while hasattr(optimizer, "optimizer"):
+        zero = optimizer if _is_zero_optimizer(optimizer) else zero
+        optimizer = optimizer.optimizer
+    return zero or _running_zero_optimizer(optimizer)
+
+
+def _running_zero_optimizer(optimizer: torch.optim.Optimizer) -> Any | None:
     """The ZeRO optimizer that is just stepping ``optimizer``; None outside of its step or without ZeRO.
 
     Found among the callers, because nothing else leads there in stages 1 and 2: the torch optimizer does not know who
@@ -68,7 +86,7 @@ def running_zero_optimizer(optimizer: torch.optim.Optimizer) -> Any | None:
     frame = inspect.currentframe()
     while frame is not None:
         caller = frame.f_locals.get("self")
-        if getattr(caller, "optimizer", None) is optimizer and is_zero_optimizer(caller):
+        if getattr(caller, "optimizer", None) is optimizer and _is_zero_optimizer(caller):
             return caller
         frame = frame.f_back
     return None
@@ -79,27 +97,29 @@ class ZeroEngine:
 
     Args:
         params: adapter parameters, as the model holds them.
-        optimizer: the innermost torch optimizer, which steps ZeRO's masters.
-        zero: the ZeRO optimizer around it.
+        optimizer: the innermost torch optimizer, which steps ZeRO's masters, inside of a step; else a wrapper.
 
     Raises:
         UserError: a ZeRO feature that moves parts of the step out of the optimizer's reach, or adapters of
             different process groups.
     """
 
-    def __init__(self, params: Sequence[Any], optimizer: torch.optim.Optimizer, zero: Any) -> None:
+    def __init__(self, params: Sequence[Any], optimizer: Any) -> None:
+        zero: Any = _zero_optimizer_around(optimizer)
         _refuse_unsupported(params, zero)
         self._params = list(params)
-        self._optimizer = optimizer
+        self._optimizer: torch.optim.Optimizer = innermost(optimizer)
         self._zero = zero
-        self._kind = next(kind for kind in KINDS if hasattr(zero, kind[0]))
-        located = _fragments_stage_3(zero) if self._kind == STAGE_3 else _fragments_of_flat_groups(zero, self._kind)
-        if missing := sum(p not in located for p in params):
+        self._kind = next(kind for kind in _KINDS if hasattr(zero, kind[0]))
+        self._located = (
+            _fragments_stage_3(zero) if self._kind == _STAGE_3 else _fragments_of_flat_groups(zero, self._kind)
+        )
+        if missing := sum(p not in self._located for p in params):
             raise UserError(
                 f"{missing} of {len(params)} adapter parameters are not in the ZeRO optimizer: pass all trainable "
                 "parameters to the optimizer"
             )
-        self._fragments = [located[p] for p in params]
+        self._fragments = [self._located[p] for p in params]
         self.shard_group: dist.ProcessGroup | None = self._fragments[0].process_group
         if any(f.process_group is not self.shard_group for f in self._fragments):
             raise UserError(
@@ -113,9 +133,9 @@ class ZeroEngine:
         # Set once this engine takes part in steps; one that only reads and restores does not.
         self._hook: RemovableHandle | None = None
 
-    def retire(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
+    @classmethod
+    def claims(cls, params: Sequence[Any], optimizer: Any) -> bool:
+        return num_missing(params, optimizer) > 0 and _zero_optimizer_around(optimizer) is not None
 
     @property
     def _masters(self) -> list[Any]:
@@ -176,7 +196,7 @@ class ZeroEngine:
         for master in firing:
             if master.grad is not None:
                 master.grad.zero_()
-        if self._kind == STAGE_3 and any(master is self._masters[-1] for master in firing):
+        if self._kind == _STAGE_3 and any(master is self._masters[-1] for master in firing):
             self._zero.grad_partitions_flat_buffer.zero_()
 
     def write(self, indices: Sequence[int], values: Sequence[torch.Tensor]) -> None:
@@ -185,12 +205,12 @@ class ZeroEngine:
 
     def _working_copy(self, index: int) -> torch.Tensor:
         p, fragment = self._params[index], self._fragments[index]
-        if self._kind == STAGE_3:
+        if self._kind == _STAGE_3:
             return p.ds_tensor.detach().narrow(0, 0, fragment.length)
         return p.detach().view(-1)[fragment.span.start : fragment.span.stop]
 
     def shapes(self) -> list[torch.Size]:
-        return [p.ds_shape if self._kind == STAGE_3 else p.shape for p in self._params]
+        return [p.ds_shape if self._kind == _STAGE_3 else p.shape for p in self._params]
 
     def states(self) -> list[State]:
         return [
@@ -221,11 +241,33 @@ class ZeroEngine:
 
     def _publish(self) -> None:
         """Working copies as ZeRO leaves them after a step: whole where it keeps them whole. Collective."""
-        if self._kind != STAGE_3:
+        if self._kind != _STAGE_3:
             self._zero.update_lp_params()
         elif kept := self._zero.persistent_parameters:
             kept[0].partition(kept)
             kept[0].all_gather(kept)
+
+    def neighbours(self) -> list[torch.Tensor]:
+        """All else that is trained: it lies in the same flat buffers."""
+        held = set(self._params)
+        return [p for p in self._located if p not in held]
+
+    def shrink(self, model: Any, optimizer: Any, shrinks: Sequence[Shrink]) -> None:
+        """The DeepSpeed engine stays the same object, its ZeRO optimizer becomes another."""
+        if getattr(model, "optimizer", None) is not self._zero:
+            raise UserError(
+                f"model is {type(model).__name__}: pass the DeepSpeed engine that steps the ZeRO optimizer, not the "
+                "module inside"
+            )
+        rebuild_smaller(model, getattr(self._zero, self._kind[1]), self._kind == _STAGE_3, shrinks)
+        while hasattr(optimizer, "optimizer"):
+            if optimizer.optimizer is self._zero:
+                optimizer.optimizer = model.optimizer
+            optimizer = optimizer.optimizer
+
+    def retire(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
 
     def full(self, index: int) -> torch.Tensor:
         fragment = self._fragments[index]

@@ -94,7 +94,7 @@ def num_micro_steps(train: TrainConfig, world_size: int) -> int:
 
 
 def engine_name(accelerator: Accelerator) -> str:
-    """What runs, in a word, for logs: single, ddp, fsdp2, zero1, zero2, zero3."""
+    """What runs, in a word of ``config.engines.ENGINES``; or zero0, data parallelism in DeepSpeed's hands."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return f"zero{accelerator.state.deepspeed_plugin.zero_stage}"
     if accelerator.distributed_type == DistributedType.FSDP:

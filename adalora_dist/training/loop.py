@@ -11,17 +11,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import set_seed
 from torch import nn
-from torch.distributed.fsdp import register_fsdp_forward_method
 
+from adalora_dist.config.engines import BACKBONE_SHARDING
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.progress import progress_bar
 from adalora_dist.methods.protocol import trained_parameters
-from adalora_dist.sharding.tensors import reshard
+from adalora_dist.sharding.tensors import gather_for, put_back_shards
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.losses import LossSum
+from adalora_dist.training.engine import engine_name
 from adalora_dist.training.faults.guard import Guard
 from adalora_dist.training.faults.nonfinite import BadSteps, find_origin
 from adalora_dist.training.prepared import Prepared, learning_rate, total_steps
@@ -54,7 +55,7 @@ def train(
     settings, model, optimizer, hooks = config.train, prepared.model, prepared.optimizer, prepared.hooks
     num_steps = total_steps(settings, plan)
     num_processes, num_micro = accelerator.num_processes, accelerator.gradient_accumulation_steps
-    reshard(model)
+    put_back_shards(model)
     parameters = [p for group in prepared.inner_optimizer.param_groups for p in group["params"]]
     losses: list[float] = []
     if prepared.resumed is not None:
@@ -138,9 +139,7 @@ def _seed_step(seed: int, step: int, process_index: int) -> None:
 
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether a forward is collective, because processes hold only parts of the weights."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return accelerator.state.deepspeed_plugin.zero_stage == 3
-    return accelerator.distributed_type == DistributedType.FSDP
+    return engine_name(accelerator) in BACKBONE_SHARDING
 
 
 def generates_together(accelerator: Accelerator, model: nn.Module) -> bool:
@@ -149,8 +148,7 @@ def generates_together(accelerator: Accelerator, model: nn.Module) -> bool:
     FSDP2 gathers what lies outside the layers (embeddings) when the model's forward is called; ``generate`` of an
     encoder-decoder calls the encoder first, by itself.
     """
-    if accelerator.distributed_type == DistributedType.FSDP:
-        register_fsdp_forward_method(model, "generate")
+    gather_for(model, "generate")
     return is_sharded(accelerator) and accelerator.num_processes > 1
 
 

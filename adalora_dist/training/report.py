@@ -7,6 +7,7 @@ from typing import Any
 
 from adalora_dist.artifacts.tables import aligned, rank_table
 from adalora_dist.config.sections import RunConfig
+from adalora_dist.sharding.tensors import full_numel
 from adalora_dist.tasks.commonsense.results import TaskResult
 from adalora_dist.tasks.rows.bad_rows import BadRows
 from adalora_dist.training.prepared import Prepared
@@ -22,9 +23,7 @@ def run_facts(
 ) -> dict[str, Any]:
     """What run.json says of a run beyond its configuration. The number of parameters is that of the whole model."""
     facts = {"engine": engine, "num_processes": num_processes, "num_steps": num_steps, "method": config.adapter.method}
-    facts["num_trainable_parameters"] = sum(
-        getattr(p, "ds_numel", p.numel()) for p in prepared.model.parameters() if p.requires_grad
-    )
+    facts["num_trainable_parameters"] = sum(full_numel(p) for p in prepared.model.parameters() if p.requires_grad)
     facts["num_rows_left_out"] = dict(bad_rows.counts) if bad_rows else {}
     model = getattr(prepared.model, "module", prepared.model)  # inside DDP and DeepSpeed
     facts["model_class"] = type(model).__name__.removeprefix("FSDP")  # fully_shard renames classes

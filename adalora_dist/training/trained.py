@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from adalora_dist.methods.protocol import others_trained
-from adalora_dist.sharding.tensors import full_tensor, reshard
+from adalora_dist.sharding.tensors import release_gathered, whole_tensor
 
 
 def gather_trained(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -18,13 +18,10 @@ def gather_trained(accelerator: Accelerator, model: nn.Module) -> dict[str, torc
     Args:
         model: as the engine wraps it.
     """
-    reshard(model)
-    release = getattr(model, "empty_partition_cache", None)
-    if release is not None:  # ZeRO-3 is still fetching for a backward that does not follow an evaluation
-        release()
+    release_gathered(model)
     trained = {}
     for name, parameter in others_trained(accelerator.unwrap_model(model)):
-        whole = full_tensor(parameter)
+        whole = whole_tensor(parameter)
         if accelerator.is_main_process:
             trained[name] = whole.cpu().clone()
     return trained

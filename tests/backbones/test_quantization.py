@@ -17,7 +17,6 @@ from adalora_dist.backbones import quantization
 from adalora_dist.backbones.dequantized import describe, quantized_weights, read_description
 from adalora_dist.backbones.load import load_backbone
 from adalora_dist.backbones.quantization import (
-    ENGINES,
     METHODS,
     REFUSED,
     bitsandbytes_config,
@@ -25,6 +24,7 @@ from adalora_dist.backbones.quantization import (
     quantized_linears,
     support_table,
 )
+from adalora_dist.config.engines import ENGINES
 from adalora_dist.config.methods import AdaLoraConfig
 from adalora_dist.config.sections import ExportConfig, ModelConfig, QuantizationConfig, RunConfig, TrainConfig
 from adalora_dist.io.errors import UserError

@@ -1,12 +1,9 @@
 """Physical removal of pruned triplets, once the pattern is frozen.
 
 From then on a pruned triplet takes part in nothing (``allocator.py``), so P, lambda and Q can lose it, and with them
-gradients, Adam moments and the engine's flat buffers: the trajectory is that of the masked run, up to the rounding of
-sums in another order. A matrix of rank 0 loses its branch. The scale alpha / init_rank stays.
-
-In a run, the engine first makes room: smaller parameters and buffers, all 0 (``shrink_*`` in ``sharding``). Then
-values and moments move, one parameter at a time: put together over the shard group, columns selected, the rank's new
-span kept.
+gradients, Adam moments and the engine's flat buffers (``sharding/shrink.py``): the trajectory is that of the masked
+run, up to the rounding of sums in another order. A matrix of rank 0 loses its branch. The scale alpha / init_rank
+stays.
 """
 
 from __future__ import annotations
@@ -19,14 +16,9 @@ from torch import nn
 
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adalora.layers import SVDLinear
-from adalora_dist.sharding import select_engine
-from adalora_dist.sharding.base import Shrink, assemble
-from adalora_dist.sharding.fsdp2 import Fsdp2Engine, shrink_fsdp2
-from adalora_dist.sharding.plain import shrink_plain
-from adalora_dist.sharding.spans import FACTORS_OF_MATRIX, Span
-from adalora_dist.sharding.tensors import reshard
-from adalora_dist.sharding.zero import is_zero_optimizer
-from adalora_dist.sharding.zero_shrink import shrink_zero
+from adalora_dist.sharding.base import Shrink
+from adalora_dist.sharding.shrink import shrink_parameters
+from adalora_dist.sharding.spans import FACTORS_OF_MATRIX
 
 
 @torch.no_grad()
@@ -58,57 +50,13 @@ def remove_triplets(layers: Sequence[SVDLinear], keep: torch.Tensor, model: nn.M
         if layer.rank
     ]
     shrinks.append(Shrink(lambdas, "lam", keep.nonzero().flatten()))
-    outermost = _shrink(model, optimizer, shrinks)
+    try:
+        outermost = shrink_parameters(model, optimizer, shrinks)
+    except UserError as error:
+        raise UserError(f"compact true: {error}, or set compact to false") from error
     for layer, triplets in zip(layers, kept, strict=True):
         _remember(layer, triplets.tolist())
     lambdas.index()
-    return outermost
-
-
-def _shrink(model: nn.Module, optimizer: Any, shrinks: Sequence[Shrink]) -> Any:
-    """Reduce parameters in the model, in the engine's buffers, in the optimizer; returns the outermost optimizer."""
-    reshard(model)
-    adapters = [shrink.parameter for shrink in shrinks]
-    outermost, others = optimizer, []
-    zero = getattr(model, "optimizer", None)
-    if is_zero_optimizer(zero):  # its buffers hold all that is trained
-        chosen = {id(p) for p in adapters}
-        outermost, others = model, [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
-    innermost = outermost
-    while hasattr(innermost, "optimizer"):
-        innermost = innermost.optimizer
-    if not isinstance(innermost, torch.optim.Adam | torch.optim.AdamW):
-        raise UserError(
-            f"compact true with {type(innermost).__name__}: it is not known how to reduce its state; use "
-            "torch.optim.AdamW or torch.optim.Adam, or set compact to false"
-        )
-    old = select_engine([*adapters, *others], outermost)
-    spans, shapes, values, states = old.spans(), old.shapes(), old.values(), old.states()
-    if is_zero_optimizer(zero):
-        shrink_zero(model, shrinks)
-        while hasattr(optimizer, "optimizer"):
-            if optimizer.optimizer is zero:
-                optimizer.optimizer = model.optimizer
-            optimizer = optimizer.optimizer
-    elif isinstance(old, Fsdp2Engine):
-        shrink_fsdp2(model, innermost, shrinks)
-    else:
-        shrink_plain(model, innermost, shrinks)
-
-    columns: list[torch.Tensor | None] = [*(shrink.columns for shrink in shrinks), *[None] * len(others)]
-    left = [k for k, kept in enumerate(columns) if kept is None or len(kept)]
-    new = select_engine([*(shrink.parameter for shrink in shrinks if len(shrink.columns)), *others], outermost)
-
-    def move(local: torch.Tensor, k: int, span: Span) -> torch.Tensor:
-        """``span`` of the reduced parameter k, from the local span of the whole one."""
-        whole, kept = assemble(local.reshape(-1), spans[k], shapes[k], old.shard_group), columns[k]
-        return (whole if kept is None else whole.index_select(-1, kept)).flatten()[span.start : span.stop].clone()
-
-    new_values, new_states = [], []
-    for k, span in zip(left, new.spans(), strict=True):
-        new_values.append(move(values[k], k, span))
-        new_states.append({n: state if n == "step" else move(state, k, span) for n, state in states[k].items()})
-    new.restore(new_values, new_states)
     return outermost
 
 
@@ -123,28 +71,18 @@ def shrink_layers(layers: Sequence[SVDLinear], kept: Sequence[Sequence[int]]) ->
     Raises:
         ValueError: a triplet that the layer does not hold.
     """
-    in_vector = []
+    in_vector: list[int] = []
     for layer, indices in zip(layers, kept, strict=True):
         if not set(indices) <= set(layer.triplets):
             raise ValueError(f"{layer.name} holds the triplets {layer.triplets}, not all of {tuple(indices)}")
         columns = [layer.triplets.index(i) for i in indices]
         in_vector += [layer.first + column for column in columns]
         for kind in FACTORS_OF_MATRIX if layer.rank else ():
-            _select(layer, kind, columns)
+            Shrink(layer, kind, torch.tensor(columns, dtype=torch.long)).select()
         _remember(layer, indices)
     lambdas = layers[0].lambdas
-    _select(lambdas, "lam", in_vector)
+    Shrink(lambdas, "lam", torch.tensor(in_vector, dtype=torch.long)).select()
     lambdas.index()
-
-
-def _select(module: nn.Module, name: str, columns: Sequence[int]) -> None:
-    """Reduce a parameter to some of its columns, its last dimension; without any it goes."""
-    old = getattr(module, name)
-    if columns:
-        chosen = old.index_select(-1, torch.tensor(columns, dtype=torch.long, device=old.device))
-        setattr(module, name, nn.Parameter(chosen, requires_grad=old.requires_grad))
-    else:
-        delattr(module, name)
 
 
 def _remember(layer: SVDLinear, triplets: Sequence[int]) -> None:

@@ -22,6 +22,7 @@ from torch import nn
 from adalora_dist.backbones.linears import is_conv1d
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.protocol import Adapter, TrainedModule
+from adalora_dist.sharding.tensors import is_whole
 
 
 class SVDLinear(Adapter):
@@ -212,9 +213,9 @@ class Lambdas(TrainedModule):
         """
         scaled = self()
         ranks = [layer.rank for layer in self._active]
-        # FSDP2's P are DTensors until their block has gathered them. ZeRO-3 marks its parameters; it would gather
-        # those of other layers here if they were as much as looked at, so the first one decides.
-        self._is_whole = all(type(x.P) is nn.Parameter and not hasattr(x.P, "ds_id") for x in (first, *self._active))
+        # FSDP2's P are sharded until their block has gathered them. ZeRO-3 would gather those of other layers here if
+        # they were as much as looked at, so the first one decides.
+        self._is_whole = all(type(x.P) is nn.Parameter and is_whole(x.P) for x in (first, *self._active))
         if self._is_whole:
             self._edits_then = [self._edits(layer) for layer in self._active]
             self._made = list(_Multiply.apply(self, scaled, ranks, *(layer.P for layer in self._active)))

@@ -11,8 +11,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from adalora_dist.backbones.linears import linear_shape
+from adalora_dist.config.engines import BACKBONE_SHARDING
 from adalora_dist.config.sections import RunConfig
-from adalora_dist.sharding.tensors import _held
+from adalora_dist.sharding.tensors import held_parts
 from adalora_dist.training.engine import engine_name
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def held_bytes(prepared: Prepared) -> dict[str, int]:
         for parameter in module.parameters(recurse=False):
             linear = linear_shape(module) is not None and module is not head
             kind = adapters if parameter.requires_grad else frozen_linear if linear else other
-            kind += _held(parameter)
+            kind += held_parts(parameter)
         frozen_linear += _quantization_state(module)
     optimizer = prepared.inner_optimizer
     moments = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
@@ -44,7 +45,7 @@ def held_bytes(prepared: Prepared) -> dict[str, int]:
         "linear_bytes": _storage_bytes(frozen_linear),
         "other_bytes": _storage_bytes(other),
         "adapter_bytes": _storage_bytes(adapters),
-        "optimizer_bytes": _storage_bytes([t for p in [*moments, *masters] for t in _held(p)], without=adapters),
+        "optimizer_bytes": _storage_bytes([t for p in [*moments, *masters] for t in held_parts(p)], without=adapters),
         "importance_bytes": _storage_bytes(prepared.hooks.method_step.buffers()),
     }
 
@@ -92,7 +93,7 @@ def cheapest_changes(config: RunConfig, engine: str, num_processes: int, weights
     weights = []
     if config.model.dtype in ("auto", "float32") and config.quantization.quantization == "none":
         weights.append("dtype bfloat16, if the files hold float32: a frozen backbone of half the size")
-    if not engine.startswith(("fsdp", "zero3")):
+    if engine not in BACKBONE_SHARDING:
         weights.append("launch/accelerate/fsdp2.yaml or zero3.yaml: each process holds its share of the backbone")
     if config.quantization.quantization == "none":
         weights.append("quantization nf4: the frozen linear maps in 4.13 bits per weight")

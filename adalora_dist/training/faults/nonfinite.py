@@ -11,9 +11,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from adalora_dist.methods.protocol import TrainedModule
+from adalora_dist.sharding.tensors import local_part
 from adalora_dist.tasks.losses import LossSum
 
 
@@ -104,9 +104,8 @@ class _Watched:
 
 def _bad_weight(model: nn.Module) -> str | None:
     for name, parameter in model.named_parameters():
-        local: Any = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        local = getattr(local, "ds_tensor", local)
-        if local.is_floating_point() and not torch.isfinite(local.detach()).all():
+        local = local_part(parameter)
+        if local.is_floating_point() and not torch.isfinite(local).all():
             return f"the weight {_plain(name)}"
     return None
 
