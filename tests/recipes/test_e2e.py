@@ -23,7 +23,7 @@ from tests.support.recipe_runs import ENGINES, losses_of, read_json, run_recipe
 from tests.support.tiny_text_project import NUM_TEST, NUM_TRAIN, write_e2e, write_jsonl
 
 import_deepspeed()
-for name in ("training.loop", "training.dry_run", "training.verify", "training.dequantized"):
+for name in ("training.loop", "training.dry_run", "training.verify", "backbones.dequantized"):
     importlib.import_module(f"adalora_dist.{name}")  # what the recipe imports when it runs, so that forks need not
 
 DATA = SHARED / "data" / "e2e"

@@ -37,7 +37,7 @@ from tests.support.refusals import refusal
 from tests.support.tiny_encoders import encoder_tokenizer, write_encoder, write_glue, write_jsonl
 
 import_deepspeed()
-for name in ("training.loop", "training.verify", "training.report", "training.trained", "training.quantization"):
+for name in ("training.loop", "training.verify", "training.report", "training.trained", "backbones.quantization"):
     importlib.import_module(f"adalora_dist.{name}")  # what the recipe imports when it runs, so that forks need not
 
 RECIPE = ROOT / "recipes" / "deberta_glue.py"

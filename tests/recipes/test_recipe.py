@@ -34,7 +34,7 @@ from tests.support.paths import ROOT, SHARED
 from tests.support.ranks import free_port, run_ranks
 from tests.support.tiny_project import write_data, write_model
 
-for name in ("data.batches", "evaluation.choices", "evaluation.generation", "training.loop", "training.verify"):
+for name in ("tasks.commonsense.choices", "tasks.commonsense.generation", "training.loop", "training.verify"):
     importlib.import_module(f"adalora_dist.{name}")  # what the recipe imports when it runs, so that forks need not
 
 RECIPE = ROOT / "recipes" / "llama_commonsense.py"

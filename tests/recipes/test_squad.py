@@ -29,7 +29,7 @@ from tests.support.refusals import refusal
 from tests.support.tiny_encoders import encoder_tokenizer, write_encoder, write_squad
 
 import_deepspeed()
-for name in ("training.loop", "training.verify", "training.report", "training.trained", "training.quantization"):
+for name in ("training.loop", "training.verify", "training.report", "training.trained", "backbones.quantization"):
     importlib.import_module(f"adalora_dist.{name}")  # what the recipe imports when it runs, so that forks need not
 importlib.import_module("adalora_dist.tasks.evaluation.predict")
 

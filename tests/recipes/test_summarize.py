@@ -34,7 +34,7 @@ from tests.support.recipe_runs import ENGINES, losses_of, read_json, run_recipe
 from tests.support.tiny_text_project import NUM_TEST, NUM_TRAIN, tiny_bart, write_jsonl, write_summarization
 
 import_deepspeed()
-for name in ("training.loop", "training.dry_run", "training.verify", "training.dequantized"):
+for name in ("training.loop", "training.dry_run", "training.verify", "backbones.dequantized"):
     importlib.import_module(f"adalora_dist.{name}")  # what the recipe imports when it runs, so that forks need not
 
 DATA = SHARED / "data" / "summarization"
