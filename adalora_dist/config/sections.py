@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import Field, model_validator
 
+from adalora_dist.config.formats import ADAPTER_FORMATS, ExportFormat
 from adalora_dist.config.hub_names import check_branch, check_repo_id
 from adalora_dist.config.methods import AdapterConfig
 from adalora_dist.config.section import Section
@@ -136,7 +137,7 @@ class EvaluationConfig(Section):
 
 
 class ExportConfig(Section):
-    export_formats: tuple[Literal["merged", "lora", "peft"], ...] = ("merged",)
+    export_formats: tuple[ExportFormat, ...] = ("merged",)
     """What to write besides the adapter: a merged model for plain transformers; plain LoRA for PEFT and vLLM; PEFT's
     AdaLoRA. All can be had later from the run folder: adalora-dist export."""
     export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -245,7 +246,7 @@ class RunConfig(Section):
     def _adapters_to_use(self) -> RunConfig:
         if self.adapter.has_adapters:
             return self
-        wanted = [form for form in ("lora", "peft") if form in self.export.export_formats]
+        wanted = [form for form in ADAPTER_FORMATS if form in self.export.export_formats]
         if wanted or self.adapter.init_from is not None:
             setting = f"export_formats {' '.join(wanted)}" if wanted else f"init_from {self.adapter.init_from}"
             raise ValueError(

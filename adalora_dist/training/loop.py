@@ -90,7 +90,7 @@ def train(
                 accelerator.backward(loss * (num_processes * num_micro / num_targets))
                 if accelerator.sync_gradients and settings.max_grad_norm > 0:
                     accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
-                optimizer.step()
+                optimizer.step()  # the method acts in here, in hooks on the innermost optimizer's step
                 optimizer.zero_grad()
         if prepared.allocator is not None:
             prepared.allocator.catch_up(step + 1)
