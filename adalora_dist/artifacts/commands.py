@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from adalora_dist.artifacts.adapter_files import checked_task
+from adalora_dist.artifacts.auto_classes import auto_class
 from adalora_dist.artifacts.checkpoints.content import stored_adapters
 from adalora_dist.artifacts.checkpoints.files import step_of
 from adalora_dist.artifacts.checkpoints.writer import checkpoint_at
@@ -22,13 +23,6 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import read_object, read_sections
 from adalora_dist.io.markdown import number
 from adalora_dist.methods.update import AdapterWeights
-
-_AUTO_CLASSES = {
-    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
-}
-"""By the end of a model class's name; all others are causal language models."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +87,7 @@ class FinishedRun:
     def usage(self, to: ExportFormat, out: Path, base: str) -> str:
         """Lines of Python that load an export, and for LoRA the options that vLLM needs."""
         task = self.saved.task
-        name = task.get("architectures", [""])[0]
-        auto = next((a for end, a in _AUTO_CLASSES.items() if name.endswith(end)), "AutoModelForCausalLM")
+        auto = auto_class(task.get("architectures", [""])[0], unknown="AutoModelForCausalLM")
         names = task.get("id2label") if auto.endswith("SequenceClassification") else None
         labels = f", num_labels={len(names)}" if names else ""
         revision = self.saved.base_revision if base == self.saved.base_model else None

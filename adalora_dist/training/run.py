@@ -117,7 +117,7 @@ class Run(Generic[Config]):
         """Name the recipe's demonstration model where the user has named none, and say so.
 
         Args:
-            folder: makes the model, once; is given :meth:`say`.
+            folder: makes the model, once; is given :attr:`say`.
         """
         if self.config.model.name:
             return
