@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from adalora_dist.config.flags import fail, user_errors
+from adalora_dist.config.formats import ADAPTER_FORMATS, EXPORT_FORMATS
 from adalora_dist.io.errors import UserError
 
 
@@ -44,8 +45,8 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--to",
         required=True,
-        choices=("merged", "lora", "peft"),
-        help="merged: a whole model; lora: plain LoRA for PEFT and vLLM; peft: AdaLoRA for PEFT",
+        choices=EXPORT_FORMATS,
+        help="; ".join(f"{name}: {what}" for name, what in EXPORT_FORMATS.items()),
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="must not exist; default: RUN/FORMAT")
     parser.add_argument("--base", metavar="MODEL", help="Hub id or folder of the base model, if it has moved")
@@ -81,7 +82,7 @@ def _add_push(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("push", help="upload an export and its model card to the Hub", allow_abbrev=False)
     parser.add_argument("folder", type=Path, metavar="RUN_OR_EXPORT", help="folder of a run, or of one of its exports")
     parser.add_argument("repo_id", metavar="NAMESPACE/NAME", help="repository; created, private, if there is none")
-    parser.add_argument("--to", default="merged", choices=("merged", "lora", "peft"), help="which export of RUN")
+    parser.add_argument("--to", default="merged", choices=EXPORT_FORMATS, help="which export of RUN")
     parser.add_argument("--public", action="store_true", help="push to a public repository")
     parser.add_argument("--revision", default="main", metavar="BRANCH", help="branch to push to; default: main")
     parser.add_argument(
@@ -100,7 +101,7 @@ def _export(arguments: argparse.Namespace) -> None:
     given = arguments
     if given.fold and given.max_rank is None:
         raise UserError("--fold without --max-rank: say to which rank, such as --max-rank 16")
-    if given.merge_into and given.to != "merged":
+    if given.merge_into and given.to in ADAPTER_FORMATS:
         raise UserError(f"--merge-into {given.merge_into} with --to {given.to}: only a merged model has a base in it")
     from adalora_dist.artifacts.commands import export_run
 

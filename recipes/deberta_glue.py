@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from adalora_dist.config.demonstration import or_demonstration
 from adalora_dist.config.flags import parse_config, user_errors
 from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.glue.config import GlueConfig
@@ -24,179 +25,100 @@ ARCHITECTURES = Path(__file__).parent / "configs" / "architectures"
 DEMO_CONFIG = Path(__file__).parent / "configs" / "deberta_glue_demo.yaml"
 
 
-# ---------------------------------------------------------------------------------------------------- configuration
-
-
 def configuration(argv: list[str]) -> GlueConfig:
     """Flags over a YAML file over a preset. Without any of them, nor model or data, the demonstration's file."""
-    given = {argument.partition("=")[0] for argument in argv}
-    if not given & {"--config", "--preset", "--model", "--data"}:
-        argv = ["--config", str(DEMO_CONFIG), *argv]
-    return parse_config(GlueConfig, argv, __doc__ or "", TABLE)
+    return parse_config(GlueConfig, or_demonstration(argv, DEMO_CONFIG), __doc__ or "", TABLE)
 
 
 def main(config: GlueConfig) -> None:
     # Heavy imports wait until the configuration is known to be right.
-    from accelerate.utils import set_seed
     from transformers import AutoModelForSequenceClassification
 
-    from adalora_dist.artifacts.hub.push import check_push_of_run, push_run
-    from adalora_dist.backbones.load import load_backbone, load_tokenizer
-    from adalora_dist.backbones.quantization import bitsandbytes_config
-    from adalora_dist.methods.inject import adapt
+    from adalora_dist.backbones.load import load_tokenizer
     from adalora_dist.tasks.batches import BatchPlan
+    from adalora_dist.tasks.demo_models.minilm import demo_encoder_folder
     from adalora_dist.tasks.evaluation.predict import largest_difference, predict
     from adalora_dist.tasks.glue.demo import TASK, demo_sentences, demo_sentences_folder
     from adalora_dist.tasks.glue.metrics import require_metrics
     from adalora_dist.tasks.glue.rows import TASKS, encode_texts, load_glue
-    from adalora_dist.tasks.glue.scores import score
+    from adalora_dist.tasks.glue.scores import majority_scores, score
     from adalora_dist.tasks.losses import classification_loss
-    from adalora_dist.tasks.rows.bad_rows import BadRows
-    from adalora_dist.tasks.rows.public import count_rows
     from adalora_dist.tasks.rows.tokens import padding_token
     from adalora_dist.training.dry_run import dry_run
-    from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
-    from adalora_dist.training.faults.guard import Guard
-    from adalora_dist.training.finish import export_run
-    from adalora_dist.training.loop import train
-    from adalora_dist.training.prepared import prepare, total_steps
-    from adalora_dist.training.report import facts_line, metrics_table, rank_report, run_facts
-    from adalora_dist.training.resume import find_checkpoint
-    from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
-    from adalora_dist.training.seeds import run_seeds
-    from adalora_dist.training.verify import load_plainly
+    from adalora_dist.training.report import metrics_table
+    from adalora_dist.training.run import Run
+    from adalora_dist.training.seeds import each_seed
 
     if config.train.dry_run:
-        num_rows = count_rows(
-            config.data,
-            [config.data.task],
-            lambda: load_glue(config.data)[0] if config.data.source else demo_sentences("train"),
-        )
-        auto_class, num_labels = AutoModelForSequenceClassification, TASKS[config.data.task].num_labels
-        return dry_run(config, auto_class, num_rows, ARCHITECTURES, "all-MiniLM-L6-v2", num_labels=num_labels)
+        built_in, num_labels = not config.data.source, TASKS[config.data.task].num_labels
+        return dry_run(
+            config, AutoModelForSequenceClassification, ARCHITECTURES, "all-MiniLM-L6-v2", [config.data.task],
+            lambda: demo_sentences("train") if built_in else load_glue(config.data)[0], num_labels=num_labels,
+        )  # fmt: skip
     require_metrics()
-    refuse_used_folder(config)
-    check_push_of_run(config)
-    accelerator = build_accelerator(config.train)
-    guard = Guard(accelerator, config)
-    say, engine = accelerator.print, engine_name(accelerator)
-    ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    quantization = bitsandbytes_config(config, engine)
+    whole = Run(config)
 
-    # ------------------------------------------------------------------------------------------------------ data
-
-    if not config.data.source:
-        if config.data.task != TASK:
-            raise UserError(f"task={config.data.task} needs data: --data FOLDER or --data hub; built in is {TASK} only")
-        sentences = demo_sentences_folder()
-        say(f"Data: built-in sentences, not SST-2 ({sentences}). Your own: --data FOLDER, or --data hub.")
-        config = config.model_copy(update={"data": config.data.model_copy(update={"source": str(sentences)})})
+    # ------------------------------------------------------------------------------------------------------------- data
     task = TASKS[config.data.task]
-    bad_rows = BadRows(config.data.bad_rows)
-    train_examples, eval_examples = load_glue(config.data, bad_rows)
-    if summary := bad_rows.summary():
-        say(summary)
-    say(
-        f"{len(train_examples)} training rows; evaluation: "
-        + ", ".join(f"{n} {len(e)}" for n, e in eval_examples.items())
-    )
+    if not config.data.source and config.data.task != TASK:
+        raise UserError(f"task={config.data.task} needs data: --data FOLDER or --data hub; built in is {TASK} only")
+    whole.demo_data("built-in sentences, not SST-2", "--data FOLDER, or --data hub", demo_sentences_folder)
+    train_examples, eval_examples = load_glue(whole.config.data, whole.bad_rows)
+    whole.report_bad_rows()
+    sizes = ", ".join(f"{name} {len(examples)}" for name, examples in eval_examples.items())
+    whole.say(f"{len(train_examples)} training rows; evaluation: {sizes}")
 
-    # --------------------------------------------------------------------------------------------- model and tokens
-
-    if not config.model.name:
-        from adalora_dist.tasks.demo_models.minilm import demo_encoder_folder
-
-        with accelerator.main_process_first():
-            name = str(demo_encoder_folder(say))
-        say("Model: all-MiniLM-L6-v2, 22.7 million parameters. Your own: --model FOLDER_OR_HUB_ID.")
-        config = config.model_copy(update={"model": config.model.model_copy(update={"name": name})})
-    problem_type = "regression" if task.num_labels == 1 else None
-    changes: dict[str, Any] = {"num_labels": task.num_labels, "problem_type": problem_type}
-    if config.model.classifier_dropout is not None:  # BERT's name for it, and DeBERTa's
-        changes |= dict.fromkeys(("classifier_dropout", "cls_dropout"), config.model.classifier_dropout)
-
-    tokenizer = load_tokenizer(config.model)
-    padding = padding_token(tokenizer)
-    with accelerator.main_process_first():  # the others find it in the cache
-        common = (tokenizer, config.data.max_length)
-        show = accelerator.is_main_process
-        inputs = encode_texts(train_examples, *common, "tokenise train", show)
-        eval_inputs = {n: encode_texts(e, *common, f"tokenise {n}", show) for n, e in eval_examples.items()}
+    # ----------------------------------------------------------------------------------------------------------- tokens
+    whole.demo_model("all-MiniLM-L6-v2, 22.7 million parameters", demo_encoder_folder)
+    tokenizer = load_tokenizer(whole.config.model)
+    padding, common = padding_token(tokenizer), (tokenizer, config.data.max_length)
+    with whole.main_process_first():  # the others find it in the cache
+        inputs = encode_texts(train_examples, *common, "tokenise train", whole.is_main)
+        eval_inputs = {n: encode_texts(e, *common, f"tokenise {n}", whole.is_main) for n, e in eval_examples.items()}
     labels = [example.label for example in train_examples]
     eval_labels = {name: [example.label for example in examples] for name, examples in eval_examples.items()}
-    majority: dict[str, float] = {}
-    for name, values in eval_labels.items():
-        most_frequent = max(sorted(set(values)), key=values.count)
-        majority |= score(name, task, most_frequent, values)
+    majority = {"majority": majority_scores(task, eval_labels)}
 
-    def one_run(config: GlueConfig) -> dict[str, float]:
-        """Train and evaluate with one seed; the scores at the end."""
-        set_seed(config.train.seed)
-        resumed = find_checkpoint(config)
-        if resumed is not None:
-            say(f"Continuing after step {resumed.step} from {resumed.path}")
-        model, _ = load_backbone(config.model, AutoModelForSequenceClassification, quantization, changes)
-        settings = (config.train.batch_size, config.train.seed, config.train.group_by_length)
-        plan = BatchPlan.of_inputs(inputs, [[label] for label in labels], *settings)
-        num_steps = total_steps(config.train, plan)
+    # --------------------------------------------------------------------------------------------------------- evaluate
+    def evaluate(run: Run[GlueConfig]) -> tuple[dict[str, float], dict[str, list]]:
+        scores: dict[str, float] = {}
+        logits: dict[str, list] = {}
+        for name, rows in eval_inputs.items():
+            size = run.config.evaluation.eval_batch_size
+            logits[name] = predict(run.model, rows, padding, size, **run.ranks, description=name)
+            scores |= score(name, task, logits[name], eval_labels[name])
+        return scores, logits
 
-        # --------------------------------------------------------------------------------------- adapters, engine
+    for run in each_seed(whole, majority):
+        # -------------------------------------------------------------------------------------------------------- model
+        problem_type = "regression" if task.num_labels == 1 else None
+        changes: dict[str, Any] = {"num_labels": task.num_labels, "problem_type": problem_type}
+        if config.model.classifier_dropout is not None:  # BERT's name for it, and DeBERTa's
+            changes |= dict.fromkeys(("classifier_dropout", "cls_dropout"), config.model.classifier_dropout)
+        run.load_model(AutoModelForSequenceClassification, changes)
 
-        adapt(model, config.adapter, config.train.seed)
-        prepared = prepare(accelerator, model, config, num_steps, resumed)
-        facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared, bad_rows)
-        folder = RunFolder(config, accelerator.is_main_process, facts, resumed)
-        start_trackers(accelerator, config)
-        say(facts_line(facts, prepared.hooks.method_step.plan()))
+        # ------------------------------------------------------------------------------------------ adapters and engine
+        run.prepare(BatchPlan.of_inputs(inputs, [[label] for label in labels], *run.batching))
+        columns = run.notes
+        if run.evaluates_before:
+            columns["before"], _ = evaluate(run)
 
-        # ----------------------------------------------------------------------------------------------- evaluate
+        # -------------------------------------------------------------------------------------------------------- train
+        run.train(classification_loss(inputs, labels, task.num_labels, padding, run.device), columns)
+        columns["after"], logits = evaluate(run)
 
-        def evaluate() -> tuple[dict[str, float], dict[str, list]]:
-            scores: dict[str, float] = {}
-            logits: dict[str, list] = {}
-            unwrapped, size = accelerator.unwrap_model(prepared.model), config.evaluation.eval_batch_size
-            for name, rows in eval_inputs.items():
-                logits[name] = predict(unwrapped, rows, padding, size, **ranks, description=name)
-                scores |= score(name, task, logits[name], eval_labels[name])
-            return scores, logits
-
-        if resumed is not None:
-            columns = resumed.run["notes"]
-        else:
-            columns = {"before": evaluate()[0]} if config.evaluation.evaluate_before else {}
-
-        # -------------------------------------------------------------------------------------------------- train
-
-        loss_sum = classification_loss(inputs, labels, task.num_labels, padding, accelerator.device)
-        train(accelerator, prepared, plan, loss_sum, config, folder, say, guard, columns)
-        columns["after"], logits = evaluate()
-
-        # ------------------------------------------------------------------------------------------------- export
-
-        pattern = export_run(accelerator, prepared, config, tokenizer, folder)
-        if accelerator.is_main_process and config.export.verifies_merged:
-            plain = load_plainly(AutoModelForSequenceClassification, folder.path / "merged")
-            (name, rows), size = next(iter(eval_inputs.items())), config.evaluation.eval_batch_size
-            again = predict(plain, rows, padding, size, description="merged", gather=list)
+        # ------------------------------------------------------------------------------------------------------- export
+        run.export(tokenizer)
+        if run.verifies_here:
+            (name, rows), size = next(iter(eval_inputs.items())), run.config.evaluation.eval_batch_size
+            again = predict(run.merged_model(), rows, padding, size, description="merged", gather=list)
             columns["merged"] = score(name, task, again, eval_labels[name])
-            far = largest_difference(again, logits[name])
-            folder.write_json("verification.json", {"largest_logit_difference": far})
-            say(f"Merged model in plain transformers: logits differ from the trained model's by up to {far:.1e}")
-        folder.write_json("results.json", columns)
-        accelerator.wait_for_everyone()
+            run.report_difference(largest_difference(again, logits[name]))
+        run.folder.write_json("results.json", columns)
 
-        say("\n" + metrics_table({"majority": majority, **columns}))
-        say(rank_report(prepared, pattern))
-        say(folder.listing())
-        return columns["after"]
-
-    # ------------------------------------------------------------------------------------------------------- seeds
-
-    run_seeds(accelerator, config, one_run, {"majority": majority})
-    accelerator.end_training()
-    guard.close()
-    if accelerator.is_main_process:  # no process group is left that could wait for the network
-        push_run(config)
+        # ------------------------------------------------------------------------------------------------------- finish
+        run.finish(metrics_table({**majority, **columns}), columns["after"])
+    whole.close()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
+from adalora_dist.config.demonstration import or_demonstration
 from adalora_dist.config.flags import parse_config, user_errors
 from adalora_dist.tasks.commonsense.config import COMMONSENSE_TASKS, CommonsenseConfig
 
@@ -20,26 +22,15 @@ ARCHITECTURES = Path(__file__).parent / "configs" / "architectures"
 DEMO_CONFIG = Path(__file__).parent / "configs" / "llama_commonsense_demo.yaml"
 
 
-# ---------------------------------------------------------------------------------------------------- configuration
-
-
 def configuration(argv: list[str]) -> CommonsenseConfig:
     """Flags over a YAML file over defaults. Without a model, data or file of the user's, the demonstration's file."""
-    given = {argument.partition("=")[0] for argument in argv}
-    if not given & {"--config", "--model", "--data"}:
-        argv = ["--config", str(DEMO_CONFIG), *argv]
-    return parse_config(CommonsenseConfig, argv, __doc__ or "")
+    return parse_config(CommonsenseConfig, or_demonstration(argv, DEMO_CONFIG), __doc__ or "")
 
 
 def main(config: CommonsenseConfig) -> None:
     # Heavy imports wait until the configuration is known to be right.
-    from accelerate.utils import set_seed
     from transformers import AutoModelForCausalLM
 
-    from adalora_dist.artifacts.hub.push import check_push_of_run, push_run
-    from adalora_dist.backbones.load import load_backbone
-    from adalora_dist.backbones.quantization import bitsandbytes_config
-    from adalora_dist.methods.inject import adapt
     from adalora_dist.tasks.batches import BatchPlan, count_targets
     from adalora_dist.tasks.commonsense.choices import evaluate_choices
     from adalora_dist.tasks.commonsense.demo import demo_questions, demo_questions_folder
@@ -47,132 +38,68 @@ def main(config: CommonsenseConfig) -> None:
     from adalora_dist.tasks.commonsense.prompts import encode_examples
     from adalora_dist.tasks.commonsense.results import TaskResult
     from adalora_dist.tasks.commonsense.rows import load_tasks
+    from adalora_dist.tasks.demo_models.smollm2 import demo_model_folder
     from adalora_dist.tasks.losses import causal_loss
-    from adalora_dist.tasks.rows.bad_rows import BadRows
-    from adalora_dist.tasks.rows.public import count_rows
     from adalora_dist.tasks.rows.tokens import padding_token
     from adalora_dist.training.dry_run import dry_run
-    from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
-    from adalora_dist.training.faults.guard import Guard
-    from adalora_dist.training.finish import export_run
-    from adalora_dist.training.loop import is_sharded, train
-    from adalora_dist.training.prepared import prepare, total_steps
-    from adalora_dist.training.report import accuracy_table, facts_line, rank_report, run_facts
-    from adalora_dist.training.resume import find_checkpoint
-    from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
-    from adalora_dist.training.verify import last_logits, logit_differences
+    from adalora_dist.training.report import accuracy_table
+    from adalora_dist.training.run import Run
 
     if config.train.dry_run:
-        tasks = config.data.tasks or COMMONSENSE_TASKS
-        built_in = not config.data.source
-        num_rows = count_rows(
-            config.data, tasks, lambda: demo_questions("train") if built_in else load_tasks(config.data)[0]
-        )
-        return dry_run(config, AutoModelForCausalLM, num_rows, ARCHITECTURES, "SmolLM2-135M-Instruct")
-    refuse_used_folder(config)
-    check_push_of_run(config)
-    accelerator = build_accelerator(config.train)
-    guard = Guard(accelerator, config)
-    say, engine = accelerator.print, engine_name(accelerator)
-    quantization = bitsandbytes_config(config, engine)
-    set_seed(config.train.seed)
-    resumed = find_checkpoint(config)
-    if resumed is not None:
-        say(f"Continuing after step {resumed.step} from {resumed.path}")
+        built_in, tasks = not config.data.source, config.data.tasks or COMMONSENSE_TASKS
+        return dry_run(
+            config, AutoModelForCausalLM, ARCHITECTURES, "SmolLM2-135M-Instruct", tasks,
+            lambda: demo_questions("train") if built_in else load_tasks(config.data)[0],
+        )  # fmt: skip
+    run = Run(config)
+    run.begin()
 
-    # ------------------------------------------------------------------------------------------------------ data
+    # ------------------------------------------------------------------------------------------------------------- data
+    own = "--data FOLDER, or --data hub for the eight tasks"
+    run.demo_data("built-in questions", own, demo_questions_folder)
+    data = run.config.data
+    train_examples, eval_examples = load_tasks(data, run.bad_rows)
+    run.report_bad_rows()
+    sizes = ", ".join(f"{task} {len(examples)}" for task, examples in eval_examples.items())
+    run.say(f"{len(train_examples)} training rows; evaluation: {sizes}")
 
-    if not config.data.source:
-        with accelerator.main_process_first():
-            source = str(demo_questions_folder())
-        say(f"Data: built-in questions ({source}). Your own: --data FOLDER, or --data hub for the eight tasks.")
-        config = config.model_copy(update={"data": config.data.model_copy(update={"source": source})})
-    bad_rows = BadRows(config.data.bad_rows)
-    train_examples, eval_examples = load_tasks(config.data, bad_rows)
-    if summary := bad_rows.summary():
-        say(summary)
-    say(
-        f"{len(train_examples)} training rows; evaluation: "
-        + ", ".join(f"{t} {len(r)}" for t, r in eval_examples.items())
-    )
+    # ------------------------------------------------------------------------------------------------------------ model
+    run.demo_model("SmolLM2-135M-Instruct, dequantised 4-bit weights", demo_model_folder)
+    tokenizer = run.load_model(AutoModelForCausalLM)
+    rows = encode_examples(train_examples, tokenizer, data.max_length, data.train_on)
 
-    # ------------------------------------------------------------------------------------------------------ model
+    # ---------------------------------------------------------------------------------------------- adapters and engine
+    run.prepare(BatchPlan.of_rows(rows, *run.batching))
 
-    if not config.model.name:
-        from adalora_dist.tasks.demo_models.smollm2 import demo_model_folder
+    # --------------------------------------------------------------------------------------------------------- evaluate
+    settings, synced = run.config.evaluation, run.generates_together()
 
-        with accelerator.main_process_first():
-            name = str(demo_model_folder(say))
-        say("Model: SmolLM2-135M-Instruct, dequantised 4-bit weights. Your own: --model FOLDER_OR_HUB_ID.")
-        config = config.model_copy(update={"model": config.model.model_copy(update={"name": name})})
-    model, tokenizer = load_backbone(config.model, AutoModelForCausalLM, quantization)
-    rows = encode_examples(train_examples, tokenizer, config.data.max_length, config.data.train_on)
-    plan = BatchPlan.of_rows(rows, config.train.batch_size, config.train.seed, config.train.group_by_length)
-    num_steps = total_steps(config.train, plan)
-
-    # --------------------------------------------------------------------------------------------------- adapters
-
-    adapt(model, config.adapter, config.train.seed)
-
-    # ----------------------------------------------------------------------------------------------------- engine
-
-    prepared = prepare(accelerator, model, config, num_steps, resumed)
-    facts = run_facts(config, engine, accelerator.num_processes, num_steps, prepared, bad_rows)
-    folder = RunFolder(config, accelerator.is_main_process, facts, resumed)
-    start_trackers(accelerator, config)
-    say(facts_line(facts, prepared.hooks.method_step.plan()))
-
-    # --------------------------------------------------------------------------------------------------- evaluate
-
-    def evaluate() -> list:
-        settings, unwrapped = config.evaluation, accelerator.unwrap_model(prepared.model)
-        common = (settings.eval_batch_size, config.data.max_length)
-        ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    def evaluate() -> list[dict[str, Any]]:
         results = []
         for examples in eval_examples.values():
+            common = (run.model, tokenizer, examples, settings.eval_batch_size, data.max_length)
             if "likelihood" in settings.evaluate_by:
-                results.append(evaluate_choices(unwrapped, tokenizer, examples, *common, **ranks))
+                results.append(evaluate_choices(*common, **run.ranks))
             if "generation" in settings.evaluate_by:
-                synced = is_sharded(accelerator) and accelerator.num_processes > 1
-                results.append(
-                    evaluate_generation(
-                        unwrapped, tokenizer, examples, *common, settings.max_new_tokens, **ranks, synced_gpus=synced
-                    )
-                )
-        return results
+                results.append(evaluate_generation(*common, settings.max_new_tokens, **run.ranks, synced_gpus=synced))
+        return [vars(result) for result in results]
 
-    if resumed is not None:
-        before = [TaskResult(**result) for result in resumed.run["notes"]["before"]]
-    else:
-        before = evaluate() if config.evaluation.evaluate_before else []
+    columns = {"before": [], **run.notes}
+    if run.evaluates_before:
+        columns["before"] = evaluate()
 
-    # ------------------------------------------------------------------------------------------------------ train
+    # ------------------------------------------------------------------------------------------------------------ train
+    run.train(causal_loss(rows, padding_token(tokenizer), run.device), columns)
+    columns["after"] = evaluate()
 
-    loss_sum = causal_loss(rows, padding_token(tokenizer), accelerator.device)
-    notes = {"before": [vars(result) for result in before]}
-    train(accelerator, prepared, plan, loss_sum, config, folder, say, guard, notes)
-    after = evaluate()
+    # ----------------------------------------------------------------------------------------------------------- export
+    run.folder.write_json("results.json", columns)
+    run.export(tokenizer, rows[0]["input_ids"], count_targets(rows[0]["labels"]) + 1, "a reply")
 
-    # ----------------------------------------------------------------------------------------------------- export
-
-    folder.write_json("results.json", {"before": [vars(r) for r in before], "after": [vars(r) for r in after]})
-    if config.export.verifies_merged:  # on every process: where the model is sharded, forwards are collective
-        probe, num_reply = rows[0]["input_ids"], count_targets(rows[0]["labels"])
-        logits = last_logits(accelerator.unwrap_model(prepared.model), probe, num_reply + 1, accelerator.device)
-    pattern = export_run(accelerator, prepared, config, tokenizer, folder)
-    if accelerator.is_main_process and config.export.verifies_merged:
-        difference = logit_differences(AutoModelForCausalLM, folder.path / "merged", probe, logits)
-        folder.write_json("verification.json", difference.as_record(logits))
-        say(difference.as_sentence("a reply", logits))
-    accelerator.wait_for_everyone()
-
-    say("\n" + accuracy_table(before, after))
-    say(rank_report(prepared, pattern))
-    say(folder.listing())
-    accelerator.end_training()
-    guard.close()
-    if accelerator.is_main_process:  # no process group is left that could wait for the network
-        push_run(config)
+    # ----------------------------------------------------------------------------------------------------------- finish
+    before, after = ([TaskResult(**result) for result in columns[when]] for when in ("before", "after"))
+    run.finish(accuracy_table(before, after))
+    run.close()
 
 
 if __name__ == "__main__":

@@ -135,4 +135,13 @@ def test_files_are_one_room_each(path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.py")), ids=lambda p: p.name)
 def test_recipes_are_short(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 300
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 140
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.py")), ids=lambda p: p.name)
+def test_recipes_show_only_what_differs(path):
+    """What all of them do is a verb of ``Run``."""
+    rooms = [name.split(".")[1:3] for name in imported(path) if name.startswith("adalora_dist.")]
+    used = {module for room, module in rooms if room == "training"}
+    assert "run" in used and used <= {"run", "seeds", "dry_run", "report"}
+    assert {room for room, _ in rooms} <= {"config", "io", "backbones", "tasks", "training"}

@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from adalora_dist.artifacts.adapter_files import checked_task
+from adalora_dist.artifacts.auto_classes import auto_class
 from adalora_dist.artifacts.checkpoints.content import stored_adapters
 from adalora_dist.artifacts.checkpoints.files import step_of
 from adalora_dist.artifacts.checkpoints.writer import checkpoint_at
-from adalora_dist.artifacts.export import SavedAdapter, base_folder_of, merge, read_adapter
+from adalora_dist.artifacts.export import SavedAdapter, read_adapter
+from adalora_dist.artifacts.formats import FORMATS
 from adalora_dist.artifacts.hub.pictures import draw_history, draw_rank_map, read_history
-from adalora_dist.artifacts.peft_format import fold, save_adalora, save_lora, vllm_options
+from adalora_dist.artifacts.peft_format import fold
 from adalora_dist.artifacts.tables import rank_table
-from adalora_dist.backbones.dequantized import read_description
+from adalora_dist.backbones.dequantized import read_quantization_record
 from adalora_dist.backbones.load import dtype_named
+from adalora_dist.config.formats import EXPORT_FORMATS, ExportFormat
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import read_object, read_sections
 from adalora_dist.io.markdown import number
 from adalora_dist.methods.update import AdapterWeights
-
-ExportFormat = Literal["merged", "lora", "peft"]
-
-_AUTO_CLASSES = {
-    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
-}
-"""By the end of a model class's name; all others are causal language models."""
 
 
 @dataclass(frozen=True)
@@ -95,21 +87,21 @@ class FinishedRun:
     def usage(self, to: ExportFormat, out: Path, base: str) -> str:
         """Lines of Python that load an export, and for LoRA the options that vLLM needs."""
         task = self.saved.task
-        name = task.get("architectures", [""])[0]
-        auto = next((a for end, a in _AUTO_CLASSES.items() if name.endswith(end)), "AutoModelForCausalLM")
+        auto = auto_class(task.get("architectures", [""])[0], unknown="AutoModelForCausalLM")
         names = task.get("id2label") if auto.endswith("SequenceClassification") else None
         labels = f", num_labels={len(names)}" if names else ""
         revision = self.saved.base_revision if base == self.saved.base_model else None
         at = f", revision={revision!r}" if revision else ""
-        if to == "merged":
+        form = FORMATS[to]
+        if not form.is_adapter:
             return f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({str(out)!r})"
         lines = (
             "from peft import PeftModel\n"
             f"from transformers import {auto}\n\n"
             f"model = PeftModel.from_pretrained({auto}.from_pretrained({base!r}{at}{labels}), {str(out)!r})"
         )
-        if to == "lora" and auto == "AutoModelForCausalLM":
-            lines += f"\n\nvLLM: {vllm_options(out)}"
+        if form.vllm_options and auto == "AutoModelForCausalLM":
+            lines += f"\n\nvLLM: {form.vllm_options(out)}"
         return lines
 
 
@@ -123,7 +115,7 @@ def export_run(
     max_rank: int | None = None,
     fold_ranks: bool = False,
 ) -> None:
-    """Write a run as a merged model, as plain LoRA or as PEFT's AdaLoRA, and say how to use it.
+    """Write a run in one of the forms of ``formats.py``, and say how to use it.
 
     Args:
         path: see :meth:`FinishedRun.read`.
@@ -148,23 +140,20 @@ def export_run(
     out = path / to if out is None else out
     if out.exists():
         raise UserError(f"--out {out} exists: give another folder, or remove it")
-    base = base or run.saved.base_model
-    adapters = run.saved.adapters
+    saved, form = run.saved, FORMATS[to]
+    if base and base != saved.base_model:
+        saved = replace(saved, base_model=base, base_revision=None)
     if max_rank is not None:
-        adapters = _within(adapters, max_rank, fold_ranks)
-    if to == "merged":
-        base_folder = base_folder_of(base, run.saved.base_revision if base == run.saved.base_model else None)
+        saved = replace(saved, adapters=_within(saved.adapters, max_rank, fold_ranks))
+    base_weights = None
+    if not form.is_adapter:
         into = merge_into or run.settings.get("export", {}).get("merge_into", "original")
-        base_weights = read_description(run.folder / "quantized.json") if into == "dequantized" else None
+        base_weights = read_quantization_record(run.folder / "quantized.json") if into == "dequantized" else None
         if run.is_quantized and into == "original":
             print("warning: the adapters were trained over quantised weights and are merged into the original ones;")
             print("warning: --merge-into dequantized gives exactly what was trained (docs/quantization.md)")
-        merge(adapters, base_folder, out, dtype_named(dtype), run.saved.trained, base_weights, run.saved.task)
-    else:
-        save = save_lora if to == "lora" else save_adalora
-        revision = run.saved.base_revision if base == run.saved.base_model else None
-        save(adapters, out, base, revision, dtype_named(dtype) or torch.float32, run.saved.trained)
-    print(f"Wrote {out}. To use it:\n\n{run.usage(to, out, base)}")
+    form.write(saved, out, dtype_named(dtype), base_weights)
+    print(f"Wrote {out}. To use it:\n\n{run.usage(to, out, saved.base_model)}")
 
 
 def _within(adapters: list[AdapterWeights], max_rank: int, fold_ranks: bool) -> list[AdapterWeights]:
@@ -210,11 +199,12 @@ def inspect_run(path: Path, picture_format: Literal["svg", "png", "none"] = "svg
             f"Allocations: {len(history)}, at steps {history[0]['step']} to {history[-1]['step']}; budget "
             f"{history[0]['budget']} -> {history[-1]['budget']}; triplets that came back after pruning: {returned}"
         )
-    found: list[ExportFormat] = [form for form in ("merged", "lora", "peft") if (path / form).is_dir()]
-    for form in found or ():
-        print(f"\nTo use {path / form}:\n\n{run.usage(form, path / form, run.saved.base_model)}")
+    found = [name for name in EXPORT_FORMATS if (path / name).is_dir()]
+    for name in found:
+        print(f"\nTo use {path / name}:\n\n{run.usage(name, path / name, run.saved.base_model)}")
     if not found:
-        print(f"\nNot exported yet: adalora-dist export {path} --to merged, lora or peft")
+        *others, last = EXPORT_FORMATS
+        print(f"\nNot exported yet: adalora-dist export {path} --to {', '.join(others)} or {last}")
     if picture_format != "none":
         drawn = [path / f"ranks.{picture_format}"]
         draw_rank_map(pattern, drawn[0])

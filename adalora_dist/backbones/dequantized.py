@@ -68,12 +68,12 @@ def quantized_weights(model: nn.Module, config: RunConfig) -> dict[str, Quantize
     return found
 
 
-def describe(weights: Mapping[str, QuantizedWeight]) -> dict[str, Any]:
+def quantization_record(weights: Mapping[str, QuantizedWeight]) -> dict[str, Any]:
     """What a run folder keeps of them as quantized.json, so that a later merge can use them, too."""
     return {n: asdict(w) | {"dtype": str(w.dtype), "device": w.device.type} for n, w in weights.items()}
 
 
-def read_description(file: Path) -> dict[str, QuantizedWeight]:
+def read_quantization_record(file: Path) -> dict[str, QuantizedWeight]:
     """The weights of a quantized.json. Computed on its kind of device, and so only where there is one.
 
     Raises:

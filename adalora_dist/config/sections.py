@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import Field, model_validator
 
+from adalora_dist.config.formats import ExportFormat
 from adalora_dist.config.hub_names import check_branch, check_repo_id
 from adalora_dist.config.methods import METHODS, AdaLoraConfig, AnyMethodConfig
 from adalora_dist.config.section import Section
@@ -136,7 +137,7 @@ class EvaluationConfig(Section):
 
 
 class ExportConfig(Section):
-    export_formats: tuple[Literal["merged", "lora", "peft"], ...] = ("merged",)
+    export_formats: tuple[ExportFormat, ...] = ("merged",)
     """What to write besides the adapter: a merged model for plain transformers; plain LoRA for PEFT and vLLM; PEFT's
     AdaLoRA. All can be had later from the run folder: adalora-dist export."""
     export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -7,9 +7,10 @@ with the recipes (recipes/configs/architectures), and so do the sizes of the pub
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -22,6 +23,7 @@ from adalora_dist.methods.adalora.schedule import BudgetSchedule
 from adalora_dist.methods.inject import adapt
 from adalora_dist.methods.protocol import others_trained
 from adalora_dist.tasks.batches import BatchPlan
+from adalora_dist.tasks.rows.public import count_rows
 from adalora_dist.training.prepared import total_steps
 
 SHOWN_ALLOCATIONS = 3
@@ -103,14 +105,28 @@ def plan_run(
     return DryRun(name, num_parameters, num_rows, num_steps, len(adapters), trained - others, others, sizes, schedule)
 
 
-def dry_run(config: RunConfig, *args: Any, **changes: Any) -> None:
-    """Print :func:`plan_run` of the same arguments, on rank 0 alone."""
-    run = plan_run(config, *args, **changes)
+def dry_run(
+    config: RunConfig,
+    auto_class: Any,
+    architectures: Path,
+    demo: str,
+    tasks: Sequence[str],
+    load: Callable[[], Sized],
+    **changes: Any,
+) -> None:
+    """Print :func:`plan_run` of the same arguments, on rank 0 alone.
+
+    Args:
+        tasks: of ``PUBLIC_ROWS``, whose rows are counted there where the data is the Hub's.
+        load: the training rows where it is not.
+    """
+    num_rows = count_rows(cast(Any, config).data, tasks, load)
+    run = plan_run(config, auto_class, num_rows, architectures, demo, **changes)
     if os.environ.get("RANK", "0") == "0":
-        print(describe(run, config))
+        print(plan_text(run, config))
 
 
-def describe(run: DryRun, config: RunConfig) -> str:
+def plan_text(run: DryRun, config: RunConfig) -> str:
     """The plan in a few lines."""
 
     def share(count: int) -> str:

@@ -1,4 +1,4 @@
-"""What every recipe leaves in its run folder."""
+"""What every run leaves in its folder when its training is over."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from adalora_dist.artifacts.export import base_folder_of, merge, save_adapter, save_trained, task_settings
-from adalora_dist.artifacts.peft_format import save_adalora, save_lora
-from adalora_dist.backbones.dequantized import QuantizedWeight, describe, quantized_weights
+from adalora_dist.artifacts.export import SavedAdapter, save_adapter, save_trained, task_settings
+from adalora_dist.artifacts.formats import FORMATS
+from adalora_dist.backbones.dequantized import QuantizedWeight, quantization_record, quantized_weights
 from adalora_dist.backbones.load import dtype_named
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.methods.update import AdapterWeights
@@ -22,14 +22,14 @@ from adalora_dist.training.run_folder import RunFolder
 from adalora_dist.training.trained import gather_trained
 
 
-def export_run(
+def export_trained(
     accelerator: Accelerator,
     prepared: Prepared,
     config: RunConfig,
     tokenizer: PreTrainedTokenizerBase,
     folder: RunFolder,
 ) -> dict[str, int]:
-    """Write adapter/, what ``export_formats`` asks for, and rank_pattern.json. Collective.
+    """Write adapter/, rank_pattern.json, and what ``export_formats`` asks for. Collective.
 
     Returns:
         The rank of each adapted matrix, by name; empty without adapters.
@@ -41,11 +41,14 @@ def export_run(
     if accelerator.is_main_process:
         base_weights = write_adapters(config, model, adapters, trained, folder.path)
         folder.write_json("rank_pattern.json", pattern)
-        if "merged" in config.export.export_formats:
-            base = base_folder_of(config.model.name, loaded_revision(config, model))
-            merged, dtype = folder.path / "merged", dtype_named(config.export.export_dtype)
-            merge(adapters, base, merged, dtype, trained, base_weights, task_settings(model))
-            tokenizer.save_pretrained(merged)
+        saved = SavedAdapter(adapters, config.model.name, loaded_revision(config, model), trained, task_settings(model))
+        for name in config.export.export_formats:
+            form, out = FORMATS[name], folder.path / name
+            if form.is_adapter:
+                form.write(saved, out, None, None)
+            else:
+                form.write(saved, out, dtype_named(config.export.export_dtype), base_weights)
+                tokenizer.save_pretrained(out)
     return pattern
 
 
@@ -61,7 +64,7 @@ def write_adapters(
     trained: Mapping[str, torch.Tensor],
     folder: Path,
 ) -> dict[str, QuantizedWeight] | None:
-    """Write adapter/ with all that ``adalora-dist export`` needs later, and lora/ and peft/ if they are asked for.
+    """Write adapter/ with all that ``adalora-dist export`` needs later, and quantized.json of a quantised backbone.
 
     For the main process; no collective. Writes no adapter where there is none (methods head and full).
 
@@ -73,17 +76,14 @@ def write_adapters(
     Returns:
         ``base_weights`` for :func:`adalora_dist.artifacts.export.merge`.
     """
-    name, revision = config.model.name, loaded_revision(config, model)
     if adapters:
-        save_adapter(adapters, folder / "adapter", name, revision)
+        save_adapter(adapters, folder / "adapter", config.model.name, loaded_revision(config, model))
         save_trained(trained, folder / "adapter")
         task = json.dumps(task_settings(model), indent=2) + "\n"
         (folder / "adapter" / "task.json").write_text(task, encoding="utf-8")
-    for form, save in (("lora", save_lora), ("peft", save_adalora)):
-        if form in config.export.export_formats:
-            save(adapters, folder / form, name, revision, trained=trained)
     if config.quantization.quantization == "none":
         return None
     quantized = quantized_weights(model, config)
-    (folder / "quantized.json").write_text(json.dumps(describe(quantized), indent=2) + "\n", encoding="utf-8")
+    record = json.dumps(quantization_record(quantized), indent=2) + "\n"
+    (folder / "quantized.json").write_text(record, encoding="utf-8")
     return quantized if config.export.merge_into == "dequantized" else None

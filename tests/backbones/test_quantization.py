@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from adalora_dist.artifacts.export import merge
 from adalora_dist.backbones import quantization
-from adalora_dist.backbones.dequantized import describe, quantized_weights, read_description
+from adalora_dist.backbones.dequantized import quantization_record, quantized_weights, read_quantization_record
 from adalora_dist.backbones.load import load_backbone
 from adalora_dist.backbones.quantization import (
     METHODS,
@@ -277,8 +277,8 @@ def test_the_quantised_value_of_a_file_is_what_was_trained_with(method, dtype, t
     plain = dict(AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters())
     weights = quantized_weights(model, config)
     assert len(weights) == ADAPTED
-    (tmp_path / "quantized.json").write_text(json.dumps(describe(weights)))
-    assert read_description(tmp_path / "quantized.json") == weights  # what a later merge starts from
+    (tmp_path / "quantized.json").write_text(json.dumps(quantization_record(weights)))
+    assert read_quantization_record(tmp_path / "quantized.json") == weights  # what a later merge starts from
     for name, module in quantized_linears(model):
         recomputed = weights[f"{name}.weight"](plain[f"{name}.weight"].detach())
         # Live 4-bit weights are shown in the type of the files, but computed with in that of precision.

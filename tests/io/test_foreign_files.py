@@ -15,7 +15,7 @@ import torch
 from adalora_dist.__main__ import main
 from adalora_dist.artifacts.export import merge, read_adapter, save_adapter
 from adalora_dist.artifacts.peft_format import save_lora
-from adalora_dist.backbones.dequantized import read_description
+from adalora_dist.backbones.dequantized import read_quantization_record
 from adalora_dist.io import foreign_files
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import MAX_BYTES, read_object, read_records, read_sections
@@ -191,7 +191,7 @@ def test_files_of_a_run(
 @no_objects
 def test_other_files(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "quantized.json").write_bytes(content)
-    assert "merge into original" in refusal(read_description, tmp_path / "quantized.json")
+    assert "merge into original" in refusal(read_quantization_record, tmp_path / "quantized.json")
     (tmp_path / "train.jsonl").write_bytes(content)
     for row in file_rows(tmp_path / "train.jsonl"):  # an error is one of the rows
         assert not isinstance(row, UserError) or "\n" not in str(row)

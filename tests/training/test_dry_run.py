@@ -20,7 +20,7 @@ from adalora_dist.config.presets import PresetTable
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.tasks.demo_models.pretrained import BART_SHAPE, GPT2_SHAPE
 from adalora_dist.tasks.rows.public import PUBLIC_ROWS
-from adalora_dist.training.dry_run import DryRun, describe, plan_run
+from adalora_dist.training.dry_run import DryRun, plan_run, plan_text
 from tests.config.test_presets import CONFIGS, ROOT, ROWS, SCHEMAS, SPEC, flags_of, lacking, schema_of
 from tests.support.recipe_runs import read_json, run_recipe
 from tests.support.tiny_text_project import write_summarization
@@ -142,7 +142,7 @@ def test_every_full_size_file_can_be_planned_without_a_network(path: Path, monke
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     run, config = plan(path, ["--config", str(path)])
     assert run.schedule is not None and 0.0005 < run.num_final / run.num_parameters < 0.05
-    text = describe(run, config)
+    text = plan_text(run, config)
     assert re.search(r"Budget +[\d,]+ -> [\d,]+ triplets", text) and f"{run.num_parameters:,} parameters" in text
     assert all(len(line) < 180 for line in text.splitlines())
 

@@ -15,6 +15,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from adalora_dist.artifacts.adapter_files import checked_task
+from adalora_dist.artifacts.auto_classes import auto_class
 from adalora_dist.artifacts.hub.files import without_tokens
 from adalora_dist.artifacts.hub.pictures import draw_history, draw_rank_map, read_history
 from adalora_dist.config.hub_names import is_repo_id
@@ -27,14 +28,6 @@ _LICENSES = frozenset(
     "llama3 llama3.1 llama3.2 llama3.3 gemma unlicense unknown other".split()
 )
 """Identifiers that the Hub's licence field takes; any other name goes into license_name."""
-_AUTO_CLASSES = {
-    "ForCausalLM": "AutoModelForCausalLM",
-    "LMHeadModel": "AutoModelForCausalLM",
-    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
-}
-"""transformers' class by the end of the name of the model's own."""
 _SECTIONS = {"data": "Data", "adapter": "Adapters", "train": "Training", "quantization": "Quantisation"}
 _NOT_SHOWN = ("output_dir", "overwrite", "log_every", "trackers")
 
@@ -131,7 +124,7 @@ def _metadata(config: Mapping[str, Any], export: Path, base: str, base_license: 
 def _usage(run: Path, export: Path, facts: Mapping[str, Any], base: str, commit: str, name: str, revision: str) -> str:
     at = "" if revision == "main" else f", revision={revision!r}"
     if _is_adapter(export):
-        class_name = _auto_class(facts.get("model_class") or "ForCausalLM")
+        class_name = auto_class(facts.get("model_class") or "ForCausalLM", unknown="AutoModel")
         file = run / "adapter" / "task.json"
         task = checked_task(read_object(file), str(file)) if file.is_file() else {}
         labels = task.get("id2label") if class_name.endswith("SequenceClassification") else None
@@ -141,16 +134,12 @@ def _usage(run: Path, export: Path, facts: Mapping[str, Any], base: str, commit:
             f"from peft import PeftModel\nfrom transformers import {class_name}\n\n"
             f"model = PeftModel.from_pretrained({loaded}, {name!r}{at})"
         )
-    class_name = _auto_class((read_object(export / "config.json").get("architectures") or [""])[0])
+    class_name = auto_class((read_object(export / "config.json").get("architectures") or [""])[0], unknown="AutoModel")
     return (
         f"from transformers import {class_name}, AutoTokenizer\n\n"
         f"model = {class_name}.from_pretrained({name!r}{at})\n"
         f"tokenizer = AutoTokenizer.from_pretrained({name!r}{at})"
     )
-
-
-def _auto_class(model_class: object) -> str:
-    return next((auto for end, auto in _AUTO_CLASSES.items() if str(model_class).endswith(end)), "AutoModel")
 
 
 def _base_items(

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_session, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
@@ -25,12 +25,12 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, parse_r
 
 from adalora_dist.artifacts.hub.card import card_pictures, model_card
 from adalora_dist.artifacts.hub.files import ExportFiles, check_export, is_model_file, refuse_token, without_tokens
+from adalora_dist.config.formats import ExportFormat
 from adalora_dist.config.hub_names import check_branch, check_repo_id
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import read_object
 
-ExportFormat = Literal["merged", "lora", "peft"]
 T = TypeVar("T")
 
 _WAITS_SECONDS = (1, 2, 4, 8, 16, 32, 60)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -25,3 +25,12 @@ def score(
     else:
         guesses = [float(logits.argmax()) for (logits,) in predictions]
     return {f"{name} {metric}": v for metric, v in classification_metrics(task.metrics, guesses, labels).items()}
+
+
+def majority_scores(task: Task, labels: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The scores of always giving the most frequent label of each evaluation set, by whose names ``labels`` are."""
+    scores: dict[str, float] = {}
+    for name, values in labels.items():
+        most_frequent = max(sorted(set(values)), key=values.count)
+        scores |= score(name, task, most_frequent, values)
+    return scores
