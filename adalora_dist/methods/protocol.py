@@ -44,7 +44,7 @@ class Adapter(TrainedModule):
 
     The adapter answers its base's attributes (``weight``, ``in_features``, what a quantised linear has): model code
     asks for them, as T5 does for ``wo.weight.dtype``. They are no parameters of the adapter. Code that computes with
-    such a weight goes past the adapter: :func:`adalora_dist.backbones.bypass.weights_read_directly` finds it beforehand.
+    such a weight goes past the adapter: :mod:`adalora_dist.backbones.bypass` finds it beforehand.
     """
 
     name: str
