@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
+import torch
 from torch import nn
 
 from adalora_dist.backbones.files import base_folder_of as base_folder_of
@@ -21,3 +22,45 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 def is_conv1d(base: nn.Module) -> bool:
     """Whether the files have the weight as (d_in, d_out). A quantised linear remembers what it has replaced."""
     return hasattr(base, "nf") or getattr(base, "source_cls", type(base)).__name__ == "Conv1D"
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module with the attributes of a linear map computes one, W x + b, and can have an update added to W.
+
+    Routers derive from ``nn.Linear`` and return several tensors, stacks of experts name their features alike and hold
+    3-D weights. Falcon's own linear is one. Asked of a small copy of the weights, so that those of the model may be on
+    meta, or partitioned. Quantised linears are taken at their word.
+    """
+    kind: Any = type(module)
+    if kind.forward in (nn.Linear.forward, _conv1d_forward()) or list(module.children()):
+        return linear_shape(module) is not None
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.element_size() == 1:
+        return True
+    shape: Any = tuple(getattr(weight, "ds_shape", weight.shape))
+    if kind.__module__.startswith("bitsandbytes") or shape[1:] == (1,):  # packed, in the type of its storage
+        return True
+    if len(shape) != 2:
+        return False
+    d_in, d_out = 3, 5
+    x, matrix, bias = torch.randn(4, d_in), torch.randn(d_out, d_in), torch.randn(d_out)
+    if getattr(module, "bias", None) is None:
+        bias = torch.zeros(d_out)
+    small: Any = object.__new__(kind)  # without the hooks that an engine has put on the module
+    small.__dict__.update(module.__dict__)
+    own = {"weight": matrix.T if is_conv1d(module) else matrix, "bias": bias}
+    small._parameters = {name: nn.Parameter(own[name]) if value is not None and name in own else value
+                         for name, value in module._parameters.items()}  # fmt: skip
+    expected = torch.nn.functional.linear(x, matrix, bias)
+    try:
+        with torch.no_grad():
+            y = kind.forward(small, x)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+        return False
+    return isinstance(y, torch.Tensor) and y.shape == expected.shape and torch.allclose(y, expected, atol=1e-5)
+
+
+def _conv1d_forward() -> Any:
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D.forward

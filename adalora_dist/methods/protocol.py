@@ -7,6 +7,7 @@ become. ``methods/__init__.py`` has the table of all methods.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -32,15 +33,40 @@ class TrainedModule(nn.Module):
         raise NotImplementedError(f"{type(self).__name__}.element_name")
 
 
+_OWN_MARKS = ("weights_on_disk", "plain_name")
+"""What the package itself puts on a model's modules."""
+
+
 class Adapter(TrainedModule):
     """A module in the place of, or around, one of the model's.
 
     The base is called, never opened; all that the adapter does not hold itself is frozen.
+
+    The adapter answers its base's attributes (``weight``, ``in_features``, what a quantised linear has): model code
+    asks for them, as T5 does for ``wo.weight.dtype``. They are no parameters of the adapter. Code that computes with
+    such a weight goes past the adapter: :mod:`adalora_dist.backbones.bypass` finds it beforehand.
     """
 
     name: str
     """Of what it adapts, in the plain model; engines and compilers change module paths."""
     base: nn.Module
+
+    def __getattr__(self, name: str) -> Any:
+        """What only the base has: its data, but neither what engines mark modules with nor its methods.
+
+        A method of the base would compute without the adapter, and an engine must not take its mark on the base for
+        one on the adapter.
+        """
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base")
+            if base is None or name.startswith(("_", "ds_")) or name in _OWN_MARKS:
+                raise
+            value = getattr(base, name, self)
+            if value is self or inspect.ismethod(value):
+                raise
+            return value
 
     def description(self) -> dict[str, Any]:
         """What an export needs to know besides the parameters: sizes, scale; plain data."""

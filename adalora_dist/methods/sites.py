@@ -6,7 +6,9 @@ import re
 
 from torch import nn
 
-from adalora_dist.backbones.linears import linear_shape
+from adalora_dist.backbones.bypass import weights_read_directly
+from adalora_dist.backbones.linears import is_plain_linear, linear_shape
+from adalora_dist.backbones.parts import backbone_of, head_names, is_under, output_modules, router_names, tower_names
 from adalora_dist.config.methods import MethodConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.protocol import Adapter
@@ -24,11 +26,10 @@ def trained_modules(model: nn.Module, config: MethodConfig) -> list[str]:
         matched = _match(model, explicit, "train_modules")
     if "task-head" not in config.train_modules:
         return matched
-    backbone = getattr(model, "base_model", model)
-    inside = {id(p) for p in backbone.parameters()}
-    heads = [name for name, module in model.named_children() if module is not backbone and list(module.parameters())]
-    if backbone is model or not heads:
+    heads = head_names(model)
+    if not heads:
         raise UserError(f"train_modules=task-head: {type(model).__name__} has nothing outside its backbone")
+    inside = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if not is_under(name, heads)}
     for name in heads:
         if any(id(p) in inside for p in model.get_submodule(name).parameters()):
             raise UserError(
@@ -71,26 +72,63 @@ def find_targets(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
                     f"leave {name if name in matched else other} out of targets"
                 )
     for name in names:
-        if linear_shape(model.get_submodule(name)) is None:
-            kind = type(model.get_submodule(name)).__name__
-            raise UserError(f"targets: {name} is a {kind}, not a linear map (nn.Linear, Conv1D or a quantised linear)")
+        module = model.get_submodule(name)
+        if linear_shape(module) is None or not is_plain_linear(module):
+            raise UserError(
+                f"targets: {name} is a {type(module).__name__}, not a linear map (nn.Linear, Conv1D or a quantised "
+                "linear): leave it out of targets"
+            )
+    for name, where in weights_read_directly(model, names).items():
+        raise UserError(
+            f"targets: the model computes with the weight of {name} itself (in {where}), past an adapter there: leave "
+            f"{name.rpartition('.')[2]} out of targets"
+        )
     return names
 
 
 def _all_linear(model: nn.Module) -> list[str]:
-    """Every linear map of the backbone; output heads (lm_head, classifiers) are outside it and are left alone."""
-    backbone = getattr(model, "base_model", model)
-    prefix = next((name for name, module in model.named_modules() if module is backbone), "")
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head is not None else None
-    names = [
-        f"{prefix}.{name}" if prefix else name
-        for name, module in backbone.named_modules()
-        if linear_shape(module) is not None and module is not head and not list(module.children())
-    ]
+    """Every linear map of the backbone but those of :func:`left_out`.
+
+    Output heads (lm_head, classifiers) are outside the backbone, and are left alone.
+    """
+    left = left_out(model)
+    names = [name for name in _linear_maps(model) if name not in left]
     if not names:
-        raise UserError(f"targets='all-linear': {type(backbone).__name__} has no linear maps")
+        kinds = sorted(set(left.values()) - {"heads"})
+        why = f" but {', '.join(kinds)}: name what to adapt" if kinds else ""
+        raise UserError(f"targets='all-linear': {type(backbone_of(model)).__name__} has no linear maps{why}")
     return names
+
+
+def left_out(model: nn.Module) -> dict[str, str]:
+    """The linear maps that all-linear does not adapt, and what they are: {name: kind}, kinds as in ``shares``.
+
+    Explicit targets may name all but the last two, which an adapter cannot serve.
+    """
+    names = _linear_maps(model)
+    heads, towers, routers = output_modules(model), tower_names(model), router_names(model)
+    found = {}
+    for name in names:
+        if is_under(name, heads):
+            found[name] = "heads"
+        elif is_under(name, towers):
+            found[name] = "vision and audio"
+        elif is_under(name, routers):
+            found[name] = "routers"
+        elif not is_plain_linear(model.get_submodule(name)):
+            found[name] = "linear maps of another kind"
+    rest = [name for name in names if name not in found]
+    return found | dict.fromkeys(weights_read_directly(model, rest), "linear maps whose weight the model reads itself")
+
+
+def _linear_maps(model: nn.Module) -> list[str]:
+    backbone = backbone_of(model)
+    prefix = next((f"{name}." for name, module in model.named_modules() if module is backbone and name), "")
+    return [
+        prefix + name
+        for name, module in backbone.named_modules()
+        if linear_shape(module) is not None and not list(module.children())
+    ]
 
 
 def _match(model: nn.Module, patterns: tuple[str, ...], field: str) -> list[str]:

@@ -22,6 +22,7 @@ from adalora_dist.methods import method_for
 from adalora_dist.methods.adalora.schedule import BudgetSchedule
 from adalora_dist.methods.inject import adapt
 from adalora_dist.methods.protocol import others_trained
+from adalora_dist.methods.shares import shares_line, weight_shares
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.rows.public import count_rows
 from adalora_dist.training.prepared import total_steps
@@ -45,6 +46,8 @@ class DryRun:
     """Trained in full besides: a new head, or the whole model."""
     sizes: tuple[int, ...]
     """Parameters of one triplet, d_in + d_out + 1 (plain LoRA: without the 1), of each matrix."""
+    shares: dict[str, int]
+    """Numbers of the model by what becomes of them, see ``weight_shares``."""
     schedule: BudgetSchedule | None
     """None where no budget falls: every method but adalora."""
 
@@ -101,8 +104,10 @@ def plan_run(
     plan = BatchPlan([1] * num_rows, [1] * num_rows, config.train.batch_size, config.train.seed)
     num_steps = total_steps(config.train, plan)
     schedule = method_for(config.adapter).step(adapters, num_steps).schedule
-    sizes = tuple(adapter.part_size for adapter in adapters)
-    return DryRun(name, num_parameters, num_rows, num_steps, len(adapters), trained - others, others, sizes, schedule)
+    sizes, shares = tuple(adapter.part_size for adapter in adapters), weight_shares(model)
+    return DryRun(
+        name, num_parameters, num_rows, num_steps, len(adapters), trained - others, others, sizes, shares, schedule
+    )
 
 
 def dry_run(
@@ -140,6 +145,7 @@ def plan_text(run: DryRun, config: RunConfig) -> str:
         f"Steps      {run.num_steps:,}: {length} of {run.num_rows:,} rows in batches of {train.batch_size}",
         f"Method     {adapter.method}, {run.num_matrices} matrices",
     ]
+    lines.append(f"Weights    {shares_line(run.shares, run.num_matrices)}")
     if isinstance(adapter, LowRankConfig):
         lines.append(f"Adapters   {share(run.num_adapter_parameters)} at rank {adapter.init_rank}")
     if run.num_other_trained:

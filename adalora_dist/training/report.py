@@ -7,6 +7,7 @@ from typing import Any
 
 from adalora_dist.artifacts.tables import aligned, rank_table
 from adalora_dist.config.sections import RunConfig
+from adalora_dist.methods.shares import shares_line, weight_shares
 from adalora_dist.sharding.tensors import full_numel
 from adalora_dist.tasks.commonsense.results import TaskResult
 from adalora_dist.tasks.rows.bad_rows import BadRows
@@ -24,22 +25,24 @@ def run_facts(
     """What run.json says of a run beyond its configuration. The number of parameters is that of the whole model."""
     facts = {"engine": engine, "num_processes": num_processes, "num_steps": num_steps, "method": config.adapter.method}
     facts["num_trainable_parameters"] = sum(full_numel(p) for p in prepared.model.parameters() if p.requires_grad)
-    facts["num_rows_left_out"] = dict(bad_rows.counts) if bad_rows else {}
     model = getattr(prepared.model, "module", prepared.model)  # inside DDP and DeepSpeed
+    facts["weight_shares"] = weight_shares(model)
+    facts["num_rows_left_out"] = dict(bad_rows.counts) if bad_rows else {}
     facts["model_class"] = type(model).__name__.removeprefix("FSDP")  # fully_shard renames classes
     facts["base_commit"] = getattr(getattr(model, "config", None), "_commit_hash", None)  # None: a local folder
     return facts | prepared.hooks.method_step.facts()
 
 
 def facts_line(facts: Mapping[str, Any], plan: str = "") -> str:
-    """:func:`run_facts` in one line for the console, and the method's plan."""
+    """:func:`run_facts` in two lines for the console: the run with the method's plan, what it adapts of the model."""
     line = (
         f"{facts['engine']} on {facts['num_processes']} process(es), {facts['num_steps']} steps; method "
         f"{facts['method']}, {facts['num_trainable_parameters']:,} trainable parameters"
     )
     if "num_matrices" in facts:
         line += f", {facts['num_matrices']} matrices"
-    return f"{line}; {plan}" if plan else line
+    line = f"{line}; {plan}" if plan else line
+    return f"{line}\n{shares_line(facts['weight_shares'], facts.get('num_matrices', 0))}"
 
 
 def accuracy_table(before: Sequence[TaskResult], after: Sequence[TaskResult]) -> str:

@@ -1,0 +1,165 @@
+"""Do model, tokenizer and lengths belong together? Asked before any data are read."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import nn
+
+from adalora_dist.backbones.parts import is_under, tower_names
+from adalora_dist.io.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_POSITIONS = re.compile(r"wpe|pos(ition)?s?_?emb\w*|(word_)?position_embeddings?|embed_positions?|positions_embed")
+"""Names of tables with a row for each position. Relative ones (T5's, DeBERTa's) have other names, and no end."""
+_TABLE_BUFFERS = ("embed_positions", "pos_encoding")
+"""Tables that are computed once, for as many positions as the model was made for (GPT-J, CodeGen, CTRL)."""
+
+
+def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id to pad with: PAD, else EOS, else 0. Any id is right: padding is masked in attention and labels."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    return 0
+
+
+def fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have the model's configuration name the id that batches are padded with: the tokenizer's.
+
+    Decoders as classifiers find a text's last token by it. It is part of what is trained, and so of the merged model.
+
+    Raises:
+        UserError: the tokenizer has tokens that the model has no embedding for; or the model counts positions from
+            another padding id.
+    """
+    embeddings = model.get_input_embeddings()
+    weight: Any = getattr(embeddings, "weight", None)
+    if weight is not None:
+        num_rows = getattr(weight, "ds_shape", weight.shape)[0]
+        beyond = sorted((id_, token) for token, id_ in tokenizer.get_vocab().items() if id_ >= num_rows)
+        if beyond:
+            named = ", ".join(f"{token!r:.40} = {id_}" for id_, token in beyond[:3])
+            raise UserError(
+                f"the tokenizer has {len(beyond)} tokens beyond the model's {num_rows} embeddings ({named}): use the "
+                "model's own tokenizer, or resize_token_embeddings(len(tokenizer)) and save_pretrained"
+            )
+    padding = padding_token(tokenizer)
+    for name, module in model.named_modules():
+        first = getattr(module, "padding_idx", None)
+        if first not in (None, padding) and _counts_from_padding(name, module):
+            raise UserError(
+                f"the tokenizer pads with id {padding}, but the model counts positions from its own, {first} (in "
+                f"{name}): set the tokenizer's pad_token to {tokenizer.convert_ids_to_tokens(first)!r}"
+            )
+    for config in _text_configs(model.config):
+        config.pad_token_id = padding
+
+
+def _text_configs(config: Any) -> list[Any]:
+    """The model's configuration, and what it has for text: heads ask either."""
+    try:
+        inner = config.get_text_config()
+    except ValueError:  # several: such a model has no one head for its text
+        return [config]
+    return [config] if inner is config else [config, inner]
+
+
+def _counts_from_padding(name: str, module: nn.Module) -> bool:
+    """RoBERTa, MPNet, M2M100: positions begin behind the padding id."""
+    return _POSITIONS.fullmatch(name.rpartition(".")[2]) is not None or "Position" in type(module).__name__
+
+
+class Limit(NamedTuple):
+    """Of a length in tokens."""
+
+    length: int
+    """The most tokens."""
+    where: str
+    """The module whose table ends there; empty: none does, the model was trained on as many."""
+
+
+def position_limits(model: PreTrainedModel) -> dict[str, Limit]:
+    """The longest sequence for each side of the model: "source" and "target", or "" where there is one side.
+
+    A side without an end (relative positions of T5 and DeBERTa, ALiBi) has no entry.
+    """
+    config = model.config
+    towers = tower_names(model)
+    two_sides = bool(getattr(config, "is_encoder_decoder", False))
+    limits: dict[str, Limit] = {}
+    for name, module in model.named_modules():
+        if is_under(name, towers):
+            continue
+        side = ("target" if "decoder" in name else "source" if "encoder" in name else "") if two_sides else ""
+        for length, where in _tables(name, module):
+            for each in [side] if side or not two_sides else ["source", "target"]:
+                if each not in limits or length < limits[each].length:
+                    limits[each] = Limit(length, where)
+    trained_on = _trained_on(config)
+    for side in ("source", "target") if two_sides else ("",):
+        if side in limits:
+            found = limits[side]
+            limits[side] = Limit(min(found.length, trained_on or found.length), found.where)
+        elif trained_on is not None and _is_rotary(model):
+            limits[side] = Limit(trained_on, "")
+    return limits
+
+
+def _tables(name: str, module: nn.Module) -> list[tuple[int, str]]:
+    """(positions, name) of the tables that a module is or has."""
+    if isinstance(module, nn.Embedding) and _POSITIONS.fullmatch(name.rpartition(".")[2]):
+        first: Any = getattr(module, "offset", None)  # BART: positions begin at 2
+        if not isinstance(first, int):
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+        return [(module.num_embeddings - first, name)]
+    own = {**dict(module.named_buffers(recurse=False)), **module.__dict__}
+    tables = [(leaf, own[leaf]) for leaf in _TABLE_BUFFERS if getattr(own.get(leaf), "ndim", 0) == 2]
+    return [(table.shape[0], f"{name}.{leaf}") for leaf, table in tables]
+
+
+def _trained_on(config: Any) -> int | None:
+    for settings in _text_configs(config)[::-1]:
+        length = getattr(settings, "max_position_embeddings", None)
+        if isinstance(length, int) and length > 0:
+            return length
+    return None
+
+
+def _is_rotary(model: nn.Module) -> bool:
+    return any("rotary" in type(module).__name__.lower() for module in model.modules())
+
+
+def check_lengths(model: PreTrainedModel, lengths: Mapping[str, tuple[str, int]]) -> None:
+    """Compare the longest sequences of a run with what the model can take.
+
+    Rotary positions go on for ever, but a model knows those that it has seen: more is allowed, with a warning.
+
+    Args:
+        lengths: by side ("source" and "target", or ""): the setting's name, and its tokens.
+
+    Raises:
+        UserError: a side is longer than the model has positions.
+    """
+    limits = position_limits(model)
+    for side, (setting, length) in lengths.items():
+        limit = limits.get(side) or limits.get("", Limit(math.inf, ""))  # type: ignore[arg-type]
+        if length <= limit.length:
+            continue
+        flag = "--" + setting.replace("_", "-")
+        if limit.where:
+            raise UserError(
+                f"{setting}={length}: {type(model).__name__} has {limit.length} positions ({limit.where}), and it must "
+                f"be at most as many: {flag} {limit.length}"
+            )
+        warnings.warn(
+            f"{setting}={length}: {type(model).__name__} was trained on {limit.length} positions "
+            f"(max_position_embeddings), and may be worse beyond them: {flag} {limit.length}",
+            stacklevel=2,
+        )
