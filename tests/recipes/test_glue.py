@@ -33,7 +33,7 @@ from tests.support.paths import ROOT, SHARED
 from tests.support.ranks import import_deepspeed, import_package, run_ranks
 from tests.support.recipe_runs import ENGINES, run_recipe
 from tests.support.refusals import refusal
-from tests.support.settings import adapter_section
+from tests.support.settings import adapter_flags, adapter_section
 from tests.support.tiny_encoders import encoder_tokenizer, write_encoder, write_glue, write_jsonl
 
 import_deepspeed()
@@ -43,8 +43,9 @@ RECIPE = ROOT / "recipes" / "deberta_glue.py"
 STEPS = 16
 FLAGS = [
     *("--max-steps", str(STEPS), "--batch-size", "16", "--micro-batch-size", "8", "--learning-rate", "1e-2"),
-    *("--init-rank", "3", "--target-rank", "2", "--init", "orthonormal", "--log-every", "8", "--eval-batch-size", "4"),
+    *("--log-every", "8", "--eval-batch-size", "4"),
 ]
+ADAPTER = {"init_rank": 3, "target_rank": 2, "init": "orthonormal"}
 
 
 class Project:
@@ -58,7 +59,7 @@ class Project:
 
     def arguments(self, output_dir: Path, *more: str, model: str = "bert", task: str = "sst2") -> list[str]:
         where = ["--model", str(self.path / model), "--data", str(self.path / "glue"), "--task", task]
-        return [*where, *FLAGS, "--output-dir", str(output_dir), *more]
+        return [*where, *FLAGS, *adapter_flags(more, **ADAPTER), "--output-dir", str(output_dir), *more]
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,7 @@ from adalora_dist.training.engine import build_accelerator
 from adalora_dist.training.run_folder import RunFolder
 from tests.support.paths import ROOT, SHARED
 from tests.support.ranks import free_port, import_package, run_ranks
+from tests.support.settings import adapter_flags
 from tests.support.tiny_project import write_data, write_model
 
 import_package()
@@ -41,7 +42,7 @@ STEPS = 20
 MATRICES, INIT_RANK, TARGET_RANK = 14, 3, 2
 FLAGS = [
     *("--max-steps", str(STEPS), "--batch-size", "8", "--micro-batch-size", "4", "--learning-rate", "1e-2"),
-    *("--init-rank", str(INIT_RANK), "--target-rank", str(TARGET_RANK), "--max-eval-rows", "5", "--log-every", "6"),
+    *("--max-eval-rows", "5", "--log-every", "6"),
 ]
 
 
@@ -55,7 +56,7 @@ class Project:
 
     def arguments(self, output_dir: Path, *more: str) -> list[str]:
         where = ["--model", str(self.model), "--data", str(self.data), "--output-dir", str(output_dir)]
-        return [*where, *FLAGS, *more]
+        return [*where, *FLAGS, *adapter_flags(more, init_rank=INIT_RANK, target_rank=TARGET_RANK), *more]
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from tests.support.paths import SHARED
 from tests.support.ranks import import_deepspeed, import_package
 from tests.support.recipe_runs import ENGINES, run_recipe
 from tests.support.refusals import refusal
+from tests.support.settings import adapter_flags
 from tests.support.tiny_encoders import encoder_tokenizer, write_encoder, write_squad
 
 import_deepspeed()
@@ -34,9 +35,10 @@ TASKS = {"1": "v1.1", "2": "v2.0"}
 STEPS = 16
 FLAGS = [
     *("--max-steps", str(STEPS), "--batch-size", "16", "--micro-batch-size", "8", "--learning-rate", "1e-2"),
-    *("--init-rank", "3", "--target-rank", "2", "--init", "orthonormal", "--log-every", "8", "--eval-batch-size", "4"),
+    *("--log-every", "8", "--eval-batch-size", "4"),
     *("--max-length", "18", "--doc-stride", "4", "--max-question-length", "8"),
 ]
+ADAPTER = {"init_rank": 3, "target_rank": 2, "init": "orthonormal"}
 
 
 def run_of(output: Path, words: list[str], engine: str | None = None) -> Run:
@@ -64,7 +66,7 @@ def _cache(folder: Path) -> Any:
 
 def arguments(folder: Path, output_dir: Path, *more: str, model: str = "bert", version: str = "1") -> list[str]:
     where = ["--model", str(folder / model), "--data", str(folder / f"v{version}"), "--task", TASKS[version]]
-    return [*where, *FLAGS, "--output-dir", str(output_dir), *more]
+    return [*where, *FLAGS, *adapter_flags(more, **ADAPTER), "--output-dir", str(output_dir), *more]
 
 
 # ------------------------------------------------------------------------------------------------------------- rows

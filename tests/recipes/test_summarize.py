@@ -30,6 +30,7 @@ from adalora_dist.tasks.summarization.rows import digest_of_summaries, encode_su
 from tests.support.paths import SHARED
 from tests.support.ranks import import_deepspeed, import_package, run_ranks
 from tests.support.recipe_runs import ENGINES, losses_of, read_json, run_recipe
+from tests.support.settings import adapter_flags
 from tests.support.tiny_text_project import NUM_TEST, NUM_TRAIN, tiny_bart, write_jsonl, write_summarization
 
 import_deepspeed()
@@ -39,9 +40,10 @@ DATA = SHARED / "data" / "summarization"
 STEPS, MATRICES = 12, 32
 FLAGS = [
     *("--max-steps", str(STEPS), "--batch-size", "6", "--micro-batch-size", "3", "--learning-rate", "2e-2"),
-    *("--init-rank", "3", "--target-rank", "2", "--num-beams", "2", "--max-new-tokens", "10", "--eval-batch-size", "2"),
+    *("--num-beams", "2", "--max-new-tokens", "10", "--eval-batch-size", "2"),
     *("--max-source-length", "64", "--max-target-length", "16", "--log-every", "6"),
 ]
+ADAPTER = {"init_rank": 3, "target_rank": 2}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(project: Path, output: Path, *more: str) -> list[str]:
     where = ["--model", str(project / "model"), "--data", str(project / "data"), "--output-dir", str(output)]
-    return [*where, *FLAGS, *more]
+    return [*where, *FLAGS, *adapter_flags(more, **ADAPTER), *more]
 
 
 # ----------------------------------------------------------------------------------------------------------- the loss
@@ -281,6 +283,7 @@ def test_slices_of_the_real_data(project: Path, tmp_path: Path, task: str, sourc
     tokenizer.save_pretrained(tmp_path / "model")
     tiny_bart(len(tokenizer), max_positions=512).save_pretrained(tmp_path / "model")
     words = ["--model", str(tmp_path / "model"), "--data", str(tmp_path), "--output-dir", str(tmp_path / "run"), *FLAGS]
+    words += adapter_flags([], **ADAPTER)
     words += ["--task", task, "--max-source-length", str(source), "--max-target-length", str(target)]
     words += ["--max-new-tokens", str(target), "--batch-size", "12"]
     code, output, errors = run_recipe("summarize_bart", 2, words, ENGINES["zero3"])
