@@ -11,7 +11,7 @@ from adalora_dist.backbones.linears import linear_shape
 from adalora_dist.backbones.parts import is_under, output_modules, router_names, tower_names
 from adalora_dist.methods.protocol import TrainedModule, adapters_of
 from adalora_dist.methods.sites import left_out
-from adalora_dist.sharding.tensors import full_numel
+from adalora_dist.sharding.tensors import full_numel, full_shape
 
 ADAPTED, TRAINED = "adapted", "trained in full"
 
@@ -91,13 +91,13 @@ def _holds_experts(name: str, module: nn.Module) -> bool:
     """A list of experts, or one module whose parameters are stacks of theirs."""
     if name.rpartition(".")[2] == "experts" or "Experts" in type(module).__name__:
         return True
-    stacked = any(len(getattr(p, "ds_shape", p.shape)) == 3 for p in module.parameters(recurse=False))
+    stacked = any(len(full_shape(p)) == 3 for p in module.parameters(recurse=False))
     return stacked and not isinstance(module, nn.modules.conv._ConvNd)
 
 
 def _count(module: nn.Module, leaf: str, parameter: torch.Tensor) -> int:
     """As FSDP2's DTensors say, ZeRO-3's partitions remember, and packed weights stand for."""
     shape = linear_shape(module)
-    if leaf == "weight" and shape is not None and len(getattr(parameter, "ds_shape", parameter.shape)) <= 2:
+    if leaf == "weight" and shape is not None and len(full_shape(parameter)) <= 2:
         return shape[0] * shape[1]
     return full_numel(parameter)
