@@ -226,7 +226,7 @@ class RankAllocator:
         if self._regularised:
             self._layout.orthogonality_gradient(
                 self._values,
-                self.config.orthogonality_form,
+                self.config.regulariser,
                 self.config.orthogonality,
                 out=self._gradients,
                 keep=self.keep if self.frozen and not self.compacted else None,

@@ -110,8 +110,11 @@ class AdapterConfig(Section):
     """Modules trained in full besides the adapters, by name; task-head: all that lies outside the backbone."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the input of the adapter branch (the paper uses 0)."""
-    init: Literal["gaussian", "orthonormal"] = "gaussian"
-    """P and Q at the start: N(0, 0.02^2) as the authors, or std 1/sqrt(d); lambda is 0 either way."""
+    start: Literal["matched", "paper"] = "matched"
+    """matched: LoRA's own start (P = 0, Q as its A, lambda = 1), so that updates grow as LoRA's do; paper: as
+    published, P and Q random and lambda = 0, which learns slowly below learning rates of about 3e-3."""
+    init: Literal["gaussian", "orthonormal"] | None = None
+    """P and Q with start paper: N(0, 0.02^2) as the authors (default), or std 1/sqrt(d)."""
     init_from: str | None = Field(None, min_length=1)
     """Folder of a LoRA or AdaLoRA adapter of PEFT whose update the adapters start with, instead of 0."""
     initial_warmup_steps: int | None = Field(None, ge=0)
@@ -141,8 +144,9 @@ class AdapterConfig(Section):
     For the recipes' loop; HF Trainer keeps them (AdaLoraCallback)."""
     orthogonality: float = Field(0.1, ge=0)
     """gamma: coefficient of the orthogonality regulariser; 0 turns it off."""
-    orthogonality_form: Literal["norm", "squared"] = "norm"
-    """norm: mean of Frobenius norms (authors' code; published gammas); squared: eq. 4 as printed."""
+    orthogonality_form: Literal["directions", "norm", "squared"] | None = None
+    """directions: of the angles between columns alone (default with start matched); norm: mean of Frobenius norms, the
+    authors' code and published gammas (default with start paper); squared: eq. 4 as printed."""
 
     # What the rest asks of a method; only inject.py, which builds it, goes by its name.
     @property
@@ -153,6 +157,25 @@ class AdapterConfig(Section):
     def adapts_ranks(self) -> bool:
         """Whether there is a budget that falls."""
         return self.method == "adalora"
+
+    @property
+    def starts_as_lora(self) -> bool:
+        """Whether P = 0 and lambda = 1 at the start."""
+        return self.method == "lora" or self.start == "matched"
+
+    @property
+    def regulariser(self) -> Literal["directions", "norm", "squared"]:
+        """``orthogonality_form``, or what follows from ``start``."""
+        return self.orthogonality_form or ("directions" if self.start == "matched" else "norm")
+
+    @model_validator(mode="after")
+    def _init_is_read(self) -> AdapterConfig:
+        if self.init is not None and self.start == "matched":
+            raise ValueError(
+                f"init {self.init} with start matched: that start has P = 0 and LoRA's Q, so init would not be read; "
+                "leave init out, or set start to paper"
+            )
+        return self
 
     @field_validator("targets", "train_modules")
     @classmethod

@@ -68,18 +68,21 @@ def inject_adapters(model: nn.Module, config: AdapterConfig, seed: int = 0) -> l
         d_in, d_out = linear_shape(base) or (0, 0)
         scale = config.alpha / config.init_rank
         layer = SVDLinear(base, d_in, d_out, config.init_rank, scale, config.dropout, name)
-        if config.method == "lora":
+        if config.starts_as_lora:
             layer.reset_as_lora(generator)
         else:
-            layer.reset(generator, std=0.02 if config.init == "gaussian" else None)
+            layer.reset(generator, std=None if config.init == "orthonormal" else 0.02)
         layer.train(base.training)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
         matrices.append(AdaptedMatrix(name, layer))
     if matrices:
         lambdas = add_lambdas(model, matrices)
-        if config.method == "lora":  # lambda is 1 and not trained
-            lambdas.lam.requires_grad_(False).fill_(1.0)
+        if config.starts_as_lora:
+            with torch.no_grad():
+                lambdas.lam.fill_(1.0)
+        if config.method == "lora":  # lambda stays 1
+            lambdas.lam.requires_grad_(False)
     for matrix in matrices:
         if matrix.name in start:
             _start_with(matrix.layer, start[matrix.name], config)

@@ -26,7 +26,8 @@ class Lambdas(nn.Module):
     Engines that shard P within a model (FSDP2, ZeRO-3) never hold all of them; there each layer multiplies its own.
 
     Parameter:
-        lam: (num_triplets,) float32; starts at 0, so that the adapted model starts as the plain one.
+        lam: (num_triplets,) float32, 0 when made; ``inject_adapters`` sets it to 1 where P starts at 0. Either way the
+            adapted model starts as the plain one.
 
     Args:
         layers: the adapted layers in canonical order. They ask their ``lambdas`` for their weight from now on.

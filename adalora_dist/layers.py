@@ -64,7 +64,10 @@ class SVDLinear(nn.Module):
 
     @torch.no_grad()
     def reset_as_lora(self, generator: torch.Generator) -> None:
-        """Plain LoRA: B = P = 0; A = Q ~ U(-a, a), a = 1/sqrt(d_in), PyTorch's linear init."""
+        """Plain LoRA's start: B = P = 0; A = Q ~ U(-a, a), a = 1/sqrt(d_in), PyTorch's linear init.
+
+        It goes with lambda = 1, which whoever makes the :class:`Lambdas` sets.
+        """
         self.P.zero_()
         self.Qt.copy_((2 * torch.rand(self.Qt.shape, generator=generator) - 1) * self.d_in**-0.5)
 
