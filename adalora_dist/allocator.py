@@ -128,7 +128,8 @@ class RankAllocator:
             total_steps: optimizer steps of the whole run, T.
 
         Raises:
-            UserError: no adapters in the model, or a schedule that does not fit ``total_steps``.
+            UserError: no adapters in the model, a schedule that does not fit ``total_steps``, or an optimizer whose
+                groups do not have the configuration's ``lora_plus_ratio``.
         """
         matrices = adapted_matrices(model)
         if not matrices:
@@ -149,6 +150,12 @@ class RankAllocator:
         allocator = cls(matrices, config, schedule)
         while hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer
+        if config.lora_plus_ratio not in {1.0, *(group.get("lr_ratio") for group in optimizer.param_groups)}:
+            raise UserError(
+                f"lora_plus_ratio={config.lora_plus_ratio:g}, but the optimizer gives P and Q one learning rate: make "
+                "it over parameter_groups(model, config, learning_rate) of adalora_dist.inject, or leave "
+                "lora_plus_ratio at 1"
+            )
         optimizer.register_step_pre_hook(lambda opt, *_: allocator._before_firing(opt))
         optimizer.register_step_post_hook(lambda *_: allocator._after_firing())
         atexit.register(_complain_at_exit, weakref.ref(allocator))

@@ -8,6 +8,7 @@ A validator's message is one line: the settings with their values, the rule, the
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Literal, get_args
 
@@ -104,6 +105,10 @@ class AdapterConfig(Section):
     """Final budget b(T) in triplets over all matrices; overrides target_rank."""
     alpha: float = Field(16.0, gt=0)
     """The branch is scaled by alpha / init_rank for the whole run."""
+    rslora: bool = False
+    """Scale the branch by alpha / sqrt(init_rank) instead (rsLoRA), so that higher ranks learn no more slowly."""
+    lora_plus_ratio: float = Field(1.0, gt=0)
+    """Learning rate of P (LoRA's B) over that of everything else that is trained (LoRA+ takes 16)."""
     targets: tuple[str, ...] = Field(("all-linear",), min_length=1)
     """Matrices to adapt: module names (q_proj), dotted names, regular expressions, or all-linear."""
     train_modules: tuple[str, ...] = ()
@@ -157,6 +162,11 @@ class AdapterConfig(Section):
     def adapts_ranks(self) -> bool:
         """Whether there is a budget that falls."""
         return self.method == "adalora"
+
+    @property
+    def scale(self) -> float:
+        """s, by which the branch is multiplied for the whole run."""
+        return self.alpha / (math.sqrt(self.init_rank) if self.rslora else self.init_rank)
 
     @property
     def starts_as_lora(self) -> bool:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -55,7 +55,7 @@ def inject_adapters(model: nn.Module, config: AdapterConfig, seed: int = 0) -> l
         model.get_submodule(name).requires_grad_(True)
 
     generator = torch.Generator().manual_seed(seed)
-    start = read_peft(Path(config.init_from), config.alpha / config.init_rank) if config.init_from else {}
+    start = read_peft(Path(config.init_from), config.scale) if config.init_from else {}
     if unknown := sorted(start.keys() - set(names)):
         raise UserError(
             f"init_from={config.init_from}: {len(unknown)} of its matrices ({', '.join(unknown[:3])}) are not among "
@@ -66,8 +66,7 @@ def inject_adapters(model: nn.Module, config: AdapterConfig, seed: int = 0) -> l
         base = model.get_submodule(name)
         base.requires_grad_(False)
         d_in, d_out = linear_shape(base) or (0, 0)
-        scale = config.alpha / config.init_rank
-        layer = SVDLinear(base, d_in, d_out, config.init_rank, scale, config.dropout, name)
+        layer = SVDLinear(base, d_in, d_out, config.init_rank, config.scale, config.dropout, name)
         if config.starts_as_lora:
             layer.reset_as_lora(generator)
         else:
@@ -151,6 +150,22 @@ def _start_with(layer: SVDLinear, triplets: Triplets, config: AdapterConfig) -> 
     layer.P[:, : len(lam)] = p.to(layer.P.device)
     layer.lam[: len(lam)] = lam.to(layer.lam.device)
     layer.Qt[:, : len(lam)] = q.T.to(layer.Qt.device)
+
+
+def parameter_groups(model: nn.Module, config: AdapterConfig, learning_rate: float) -> list[dict[str, Any]]:
+    """What is trained in ``model``, as groups for a torch optimizer.
+
+    One group, or with another ``lora_plus_ratio`` than 1 two: the P of all matrices, at ``lora_plus_ratio`` times
+    ``learning_rate``, come last. Each group says in ``lr_ratio`` what its rate is multiplied by: whoever sets rates by
+    hand keeps the ratio with it. (A scheduler that multiplies rates keeps it by itself.)
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    ratio = config.lora_plus_ratio if config.has_adapters else 1.0
+    of_p = {id(m.layer.P) for m in adapted_matrices(model) if m.layer.rank} if ratio != 1 else set()
+    rest, ps = [p for p in trained if id(p) not in of_p], [p for p in trained if id(p) in of_p]
+    groups = [{"params": rest, "lr": learning_rate, "lr_ratio": 1.0}]
+    groups += [{"params": ps, "lr": ratio * learning_rate, "lr_ratio": ratio}] if ps else []
+    return [group for group in groups if group["params"]]
 
 
 def adapted_matrices(model: nn.Module) -> list[AdaptedMatrix]:

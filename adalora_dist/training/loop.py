@@ -23,7 +23,7 @@ from adalora_dist.compaction import compact, shrink_layers
 from adalora_dist.config import RunConfig, TrainConfig
 from adalora_dist.data.batches import BatchPlan
 from adalora_dist.errors import UserError
-from adalora_dist.inject import adapted_matrices
+from adalora_dist.inject import adapted_matrices, parameter_groups
 from adalora_dist.progress import progress_bar
 from adalora_dist.sharding.fsdp2 import reshard
 from adalora_dist.training.engine import tied_weights_in_one_group
@@ -66,10 +66,8 @@ def prepare(
         matrices = adapted_matrices(model)
         shrink_layers(matrices, held_triplets(resumed, matrices))
     read_trained_modules(model)
-    trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        trainable,
-        lr=config.train.learning_rate,
+        parameter_groups(model, config.adapter, config.train.learning_rate),
         weight_decay=config.train.weight_decay,
         fused=config.train.precision != "fp16",  # its kernel would unscale gradients after the allocator has seen them
     )
@@ -148,7 +146,7 @@ def train(
     for step in range(first_step, num_steps):
         _seed_step(settings.seed, step, accelerator.process_index)
         for group in prepared.inner_optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step, num_steps)
+            group["lr"] = group["lr_ratio"] * learning_rate(settings, step, num_steps)
         num_targets = plan.num_target_tokens(step)
         loss_of_step = torch.zeros((), device=accelerator.device)
         micro_batches = plan.micro_batches(step, accelerator.process_index, num_processes, settings.micro_batch_size)
