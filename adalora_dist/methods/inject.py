@@ -1,6 +1,8 @@
-"""``adapt``: a method's adapters into a model, the rest frozen."""
+"""``adapt``: a method's adapters into a model, the rest frozen; and what then is trained, for an optimizer."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,3 +32,12 @@ def adapt(model: nn.Module, config: MethodConfig, seed: int = 0) -> list[Adapter
     for name in trained:
         model.get_submodule(name).requires_grad_(True)
     return method.adapt(model, torch.Generator().manual_seed(seed))
+
+
+def parameter_groups(model: nn.Module, config: MethodConfig, learning_rate: float) -> list[dict[str, Any]]:
+    """What is trained in ``model``, as groups for a torch optimizer.
+
+    Each group says in ``lr_ratio`` what its rate is multiplied by, 1 but for ``lora_plus_ratio``: whoever sets rates by
+    hand keeps the ratio with it. (A scheduler that multiplies rates keeps it by itself.)
+    """
+    return method_for(config).parameter_groups(model, learning_rate)

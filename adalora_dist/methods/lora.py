@@ -33,14 +33,13 @@ class LoraStep(Step):
 
 
 class Lora(TripletMethod):
-    """W = W0 + s B A, s = alpha / init_rank."""
+    """W = W0 + s B A, s = alpha / init_rank (rsLoRA: alpha / sqrt(init_rank))."""
 
     def reset(self, layer: SVDLinear, generator: torch.Generator) -> None:
         layer.reset_as_lora(generator)
 
     def begin(self, lam: nn.Parameter) -> None:
-        with torch.no_grad():
-            lam.requires_grad_(False).fill_(1.0)
+        lam.requires_grad_(False).fill_(1.0)
 
     def given(self, triplets: Triplets) -> Triplets:
         return Triplets(triplets.P * triplets.lam, torch.ones_like(triplets.lam), triplets.Q)

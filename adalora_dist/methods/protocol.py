@@ -226,11 +226,19 @@ class Method:
         """
         return []
 
+    def groups(self, model: nn.Module) -> dict[float, list[torch.Tensor]]:
+        """The trainable parameters of ``model``, by what the learning rate is multiplied with for them."""
+        return {1.0: [p for p in model.parameters() if p.requires_grad]}
+
+    def parameter_groups(self, model: nn.Module, learning_rate: float) -> list[dict[str, Any]]:
+        """:meth:`groups` for a torch optimizer; each says in ``lr_ratio`` what its rate is multiplied by."""
+        groups = self.groups(model).items()
+        return [{"params": ps, "lr": ratio * learning_rate, "lr_ratio": ratio} for ratio, ps in groups if ps]
+
     def optimizer(self, model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
-        """Over all trainable parameters of ``model``."""
+        """AdamW over all trainable parameters of ``model``."""
         return torch.optim.AdamW(
-            [p for p in model.parameters() if p.requires_grad],
-            lr=train.learning_rate,
+            self.parameter_groups(model, train.learning_rate),
             weight_decay=train.weight_decay,
             fused=train.precision != "fp16",  # its kernel would unscale gradients after the hooks have seen them
         )

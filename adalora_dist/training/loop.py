@@ -73,7 +73,7 @@ def train(
     for step in range(first_step, num_steps):
         _seed_step(settings.seed, step, accelerator.process_index)
         for group in prepared.inner_optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step, num_steps)
+            group["lr"] = group["lr_ratio"] * learning_rate(settings, step, num_steps)
         num_targets = plan.num_target_tokens(step)
         loss_of_step = torch.zeros((), device=accelerator.device)
         micro_batches = plan.micro_batches(step, accelerator.process_index, num_processes, settings.micro_batch_size)

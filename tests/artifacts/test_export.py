@@ -64,7 +64,7 @@ def save_without_head(model: Any, folder: Path) -> None:
 
 def with_adapters(model: torch.nn.Module, targets: tuple[str, ...] = ("all-linear",)) -> list[Adapter]:
     """Adapters with random lambda: every matrix has one masked triplet, the second matrix all of them."""
-    matrices = adapt(model, AdaLoraConfig(init_rank=RANK, alpha=6, targets=targets, init="orthonormal"))
+    matrices = adapt(model, AdaLoraConfig(init_rank=RANK, alpha=6, targets=targets, start="paper", init="orthonormal"))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for index, matrix in enumerate(matrices):

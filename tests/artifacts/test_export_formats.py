@@ -81,7 +81,7 @@ def with_adapters(
     model: Any, targets: tuple[str, ...] = ("all-linear",), ranks: tuple[int, ...] = (4, 0, 2, 1, 3)
 ) -> None:
     """Adapters whose active ranks go round in ``ranks``; active triplets stand anywhere."""
-    matrices = adapt(model, AdaLoraConfig(init_rank=RANK, alpha=6, targets=targets, init="orthonormal"))
+    matrices = adapt(model, AdaLoraConfig(init_rank=RANK, alpha=6, targets=targets, start="paper", init="orthonormal"))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for index, layer in enumerate(matrices):
@@ -339,8 +339,8 @@ def train_in_peft(rank: int, world_size: int, folder: Path) -> tuple[list[float]
 
 STEPS = 14
 SETTINGS = AdaLoraConfig(
-    init_rank=3, target_rank=1, alpha=12, targets=("all-linear",), init="orthonormal", initial_warmup_steps=2,
-    final_steps=4, mask_interval_steps=2,
+    init_rank=3, target_rank=1, alpha=12, targets=("all-linear",), start="paper", init="orthonormal",
+    initial_warmup_steps=2, final_steps=4, mask_interval_steps=2,
 )  # fmt: skip
 
 

@@ -58,7 +58,7 @@ ENVIRONMENT = {
 }  # fmt: skip
 STEPS, GLOBAL_BATCH, VOCABULARY = 14, 6, 259
 ADAPTER = AdaLoraConfig(
-    init_rank=3, target_rank=1.5, alpha=6, init="orthonormal", initial_warmup_steps=2, final_steps=4,
+    init_rank=3, target_rank=1.5, alpha=6, start="paper", init="orthonormal", initial_warmup_steps=2, final_steps=4,
     mask_interval_steps=2,
 )  # fmt: skip
 

@@ -125,10 +125,12 @@ def test_injection_freezes_the_rest_and_is_the_same_every_time():
 
 def test_orthonormal_init_has_unit_columns_on_average():
     model = nn.Sequential(nn.Linear(400, 300))
-    [matrix] = adapt(model, config(targets=("0",), init_rank=20, target_rank=2, init="orthonormal"))
+    [matrix] = adapt(model, config(targets=("0",), init_rank=20, target_rank=2, start="paper", init="orthonormal"))
     for x in (matrix.P, matrix.Qt):
         assert abs(x.square().sum(0).mean() - 1) < 0.1
-    [matrix] = adapt(nn.Sequential(nn.Linear(400, 300)), config(targets=("0",), init_rank=20, init="gaussian"))
+    [matrix] = adapt(
+        nn.Sequential(nn.Linear(400, 300)), config(targets=("0",), init_rank=20, start="paper", init="gaussian")
+    )
     assert abs(matrix.P.std() - 0.02) < 0.002
 
 

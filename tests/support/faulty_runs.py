@@ -159,7 +159,7 @@ def rows() -> list[dict[str, list[int]]]:
 def configuration(folder: Path, **changes: Any) -> RunConfig:
     """Any setting of adapter or train can be changed."""
     adapter: dict[str, Any] = dict(
-        init_rank=3, target_rank=1, targets=("all-linear",), init="orthonormal", initial_warmup_steps=2,
+        init_rank=3, target_rank=1, targets=("all-linear",), start="paper", init="orthonormal", initial_warmup_steps=2,
         final_steps=4, mask_interval_steps=2,
     )  # fmt: skip
     training: dict[str, Any] = dict(

@@ -35,7 +35,7 @@ deepspeed = import_deepspeed()
 STEPS, GLOBAL_BATCH, VOCABULARY = 12, 6, 259
 PROBE = [5, 80, 33, 200, 14, 101]
 ADAPTER = AdaLoraConfig(
-    init_rank=3, target_rank=1.5, alpha=6, init="orthonormal", initial_warmup_steps=2, final_steps=3,
+    init_rank=3, target_rank=1.5, alpha=6, start="paper", init="orthonormal", initial_warmup_steps=2, final_steps=3,
     mask_interval_steps=1,
 )  # fmt: skip
 

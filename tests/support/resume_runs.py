@@ -68,8 +68,8 @@ class Result:
 def configuration(folder: Path, world_size: int = 1, **changes: Any) -> RunConfig:
     """The run in ``folder/run`` on ``folder/model``; any setting of adapter or train can be changed."""
     adapter: dict[str, Any] = dict(
-        init_rank=3, target_rank=1.5, alpha=6, init="orthonormal", dropout=0.1, initial_warmup_steps=WARMUP,
-        final_steps=FINAL, mask_interval_steps=INTERVAL, train_modules=("lm_head",),
+        init_rank=3, target_rank=1.5, alpha=6, start="paper", init="orthonormal", dropout=0.1,
+        initial_warmup_steps=WARMUP, final_steps=FINAL, mask_interval_steps=INTERVAL, train_modules=("lm_head",),
     )  # fmt: skip
     training: dict[str, Any] = dict(
         output_dir=str(folder / "run"), max_steps=STEPS, batch_size=BATCH,

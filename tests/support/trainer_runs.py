@@ -36,7 +36,7 @@ deepspeed = import_deepspeed()
 STEPS, GLOBAL_BATCH, VOCABULARY = 20, 8, 31
 LEARNING_RATE, WEIGHT_DECAY, CLIP = 2e-2, 0.01, 0.5
 SETTINGS = AdaLoraConfig(
-    init_rank=3, target_rank=1.5, alpha=6, init="orthonormal", initial_warmup_steps=3, final_steps=6,
+    init_rank=3, target_rank=1.5, alpha=6, start="paper", init="orthonormal", initial_warmup_steps=3, final_steps=6,
     mask_interval_steps=2,
 )  # fmt: skip
 

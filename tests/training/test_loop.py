@@ -35,7 +35,7 @@ STEPS = 12
 
 def settings(**changes: Any) -> CommonsenseConfig:
     """12 steps of 8 rows, 14 matrices of rank 3, pruned to 14 triplets; any field of either section can be changed."""
-    adapter = {"init_rank": 3, "target_rank": 1, "targets": ("all-linear",), "init": "orthonormal"}
+    adapter = {"init_rank": 3, "target_rank": 1, "targets": ("all-linear",), "start": "paper", "init": "orthonormal"}
     training = {"max_steps": STEPS, "batch_size": 8, "micro_batch_size": 8, "learning_rate": 1e-2, "log_every": 5}
     for name, value in changes.items():
         (adapter if name in AdaLoraConfig.model_fields else training)[name] = value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from adalora_dist.config.methods.base import LowRankConfig
 
@@ -17,8 +17,11 @@ class AdaLoraConfig(LowRankConfig):
     """Average final rank, at most init_rank; the final budget is round(target_rank x number of adapted matrices)."""
     target_budget: int | None = Field(None, ge=0)
     """Final budget b(T) in triplets over all matrices; overrides target_rank."""
-    init: Literal["gaussian", "orthonormal"] = "gaussian"
-    """P and Q at the start: N(0, 0.02^2) as the authors, or std 1/sqrt(d); lambda is 0 either way."""
+    start: Literal["matched", "paper"] = "matched"
+    """matched: LoRA's own start (P = 0, Q as its A, lambda = 1), so that updates grow as LoRA's do; paper: as
+    published, P and Q random and lambda = 0, which learns slowly below learning rates of about 3e-3."""
+    init: Literal["gaussian", "orthonormal"] | None = None
+    """P and Q with start paper: N(0, 0.02^2) as the authors (default), or std 1/sqrt(d)."""
     initial_warmup_steps: int | None = Field(None, ge=0)
     """t_i: optimizer steps before the first pruning; default: 10 % of the run."""
     final_steps: int | None = Field(None, ge=0)
@@ -46,10 +49,25 @@ class AdaLoraConfig(LowRankConfig):
     For the recipes' loop; HF Trainer keeps them (AdaLoraCallback)."""
     orthogonality: float = Field(0.1, ge=0)
     """gamma: coefficient of the orthogonality regulariser; 0 turns it off."""
-    orthogonality_form: Literal["norm", "squared"] = "norm"
-    """norm: mean of Frobenius norms (authors' code; published gammas); squared: eq. 4 as printed."""
+    orthogonality_form: Literal["directions", "norm", "squared"] | None = None
+    """directions: of the angles between columns alone (default with start matched); norm: mean of Frobenius norms, the
+    authors' code and published gammas (default with start paper); squared: eq. 4 as printed."""
 
     adapts_ranks: ClassVar[bool] = True
+
+    @property
+    def regulariser(self) -> Literal["directions", "norm", "squared"]:
+        """``orthogonality_form``, or what follows from ``start``."""
+        return self.orthogonality_form or ("directions" if self.start == "matched" else "norm")
+
+    @model_validator(mode="after")
+    def _init_is_read(self) -> AdaLoraConfig:
+        if self.init is not None and self.start == "matched":
+            raise ValueError(
+                f"init {self.init} with start matched: that start has P = 0 and LoRA's Q, so init would not be read; "
+                "leave init out, or set start to paper"
+            )
+        return self
 
     def check(self, run: Any) -> None:
         """The budget can be reached, and there are steps in which to reach it."""

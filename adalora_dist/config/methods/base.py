@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, ClassVar
 
@@ -85,6 +86,10 @@ class LowRankConfig(MethodConfig):
     """Rank r of every adapted matrix; where ranks adapt, at the start."""
     alpha: float = Field(16.0, gt=0)
     """The branch is scaled by alpha / init_rank for the whole run."""
+    rslora: bool = False
+    """Scale the branch by alpha / sqrt(init_rank) instead (rsLoRA), so that higher ranks learn no more slowly."""
+    lora_plus_ratio: float = Field(1.0, gt=0)
+    """Learning rate of P (LoRA's B) over that of everything else that is trained (LoRA+ takes 16)."""
     targets: ModulePatterns = Field(("all-linear",), min_length=1)
     """Matrices to adapt: module names (q_proj), dotted names, regular expressions, or all-linear."""
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -94,6 +99,11 @@ class LowRankConfig(MethodConfig):
 
     has_adapters: ClassVar[bool] = True
     formats: ClassVar[frozenset[str]] = frozenset({"merged", "lora", "peft"})
+
+    @property
+    def scale(self) -> float:
+        """s, by which the branch is multiplied for the whole run."""
+        return self.alpha / (math.sqrt(self.init_rank) if self.rslora else self.init_rank)
 
 
 def methods_with(setting: str) -> list[str]:

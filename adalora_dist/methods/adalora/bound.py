@@ -86,7 +86,7 @@ class BoundTriplets:
 
     def regularise(self, keep: torch.Tensor | None) -> None:
         """The regulariser's gradient into ``scratch``, from the summed Gram matrices; ``keep``: of these triplets."""
-        form, gamma = self._config.orthogonality_form, self._config.orthogonality
+        form, gamma = self._config.regulariser, self._config.orthogonality
         self.sums.orthogonality_gradient(self.values, form, gamma, out=self.scratch, keep=keep)
 
     def add_regulariser(self, gradients: Sequence[torch.Tensor | None]) -> None:

@@ -98,7 +98,10 @@ class SVDLinear(Adapter):
 
     @torch.no_grad()
     def reset_as_lora(self, generator: torch.Generator) -> None:
-        """Plain LoRA: B = P = 0; A = Q ~ U(-a, a), a = 1/sqrt(d_in), PyTorch's linear init."""
+        """Plain LoRA's start: B = P = 0; A = Q ~ U(-a, a), a = 1/sqrt(d_in), PyTorch's linear init.
+
+        It goes with lambda = 1, which whoever makes the :class:`Lambdas` sets.
+        """
         self.P.zero_()
         self.Qt.copy_((2 * torch.rand(self.Qt.shape, generator=generator) - 1) * self.d_in**-0.5)
 
@@ -134,7 +137,8 @@ class Lambdas(TrainedModule):
     Engines that shard P within a model (FSDP2, ZeRO-3) never hold all of them; there each layer multiplies its own.
 
     Parameter:
-        lam: (num_triplets,) float32; starts at 0, so that the adapted model starts as the plain one.
+        lam: (num_triplets,) float32, 0 when made; a method sets it to 1 where P starts at 0. Either way the adapted
+            model starts as the plain one.
 
     Args:
         layers: the adapted layers in canonical order. They ask their ``lambdas`` for their weight from now on.

@@ -1,6 +1,6 @@
 """AdaLoRA (arXiv 2303.10512) as a method, and what plain LoRA shares with it: triplets P diag(lambda) Q.
 
-W = W0 + s P diag(lambda) Q, with s = alpha / init_rank for the whole run.
+W = W0 + s P diag(lambda) Q, with s = alpha / init_rank (rsLoRA: alpha / sqrt(init_rank)) for the whole run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from adalora_dist.methods.adalora.compaction import shrink_layers
 from adalora_dist.methods.adalora.layers import LAMBDAS_NAME, SVDLinear, add_lambdas
 from adalora_dist.methods.adalora.schedule import BudgetSchedule
 from adalora_dist.methods.adalora.start import read_peft, start_with
-from adalora_dist.methods.protocol import Adapter, Method, Step
+from adalora_dist.methods.protocol import Adapter, Method, Step, adapters_of
 from adalora_dist.methods.sites import find_targets
 from adalora_dist.methods.update import AdapterWeights
 
@@ -33,8 +33,7 @@ class TripletMethod(Method):
     def adapt(self, model: nn.Module, generator: torch.Generator) -> list[Adapter]:
         config = self.config
         names = find_targets(model, config.targets)
-        scale = config.alpha / config.init_rank
-        start = read_peft(Path(config.init_from), scale) if config.init_from else {}
+        start = read_peft(Path(config.init_from), config.scale) if config.init_from else {}
         if unknown := sorted(start.keys() - set(names)):
             raise UserError(
                 f"init_from={config.init_from}: {len(unknown)} of its matrices ({', '.join(unknown[:3])}) are not "
@@ -45,17 +44,27 @@ class TripletMethod(Method):
             base = model.get_submodule(name)
             base.requires_grad_(False)  # it may lie in a module of train_modules
             d_in, d_out = linear_shape(base) or (0, 0)
-            layer = SVDLinear(base, d_in, d_out, config.init_rank, scale, config.dropout, name)
+            layer = SVDLinear(base, d_in, d_out, config.init_rank, config.scale, config.dropout, name)
             self.reset(layer, generator)
             layer.train(base.training)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer)
             layers.append(layer)
-        self.begin(add_lambdas(model, layers).lam)
+        with torch.no_grad():
+            self.begin(add_lambdas(model, layers).lam)
         for layer in layers:
             if layer.name in start:
                 start_with(layer, self.given(start[layer.name]), config)
         return list(layers)
+
+    def groups(self, model: nn.Module) -> dict[float, list[torch.Tensor]]:
+        """LoRA+: P, which is LoRA's B, may learn faster than the rest."""
+        ratio = self.config.lora_plus_ratio
+        trained: list[torch.Tensor] = [p for p in model.parameters() if p.requires_grad]
+        if ratio == 1:
+            return {1.0: trained}
+        of_p = {id(layer.P) for layer in adapters_of(model) if isinstance(layer, SVDLinear) and layer.rank}
+        return {1.0: [p for p in trained if id(p) not in of_p], ratio: [p for p in trained if id(p) in of_p]}
 
     def reset(self, layer: SVDLinear, generator: torch.Generator) -> None:
         """P and Q at the start."""
@@ -104,7 +113,14 @@ class AdaLora(TripletMethod):
     config: AdaLoraConfig
 
     def reset(self, layer: SVDLinear, generator: torch.Generator) -> None:
-        layer.reset(generator, std=0.02 if self.config.init == "gaussian" else None)
+        if self.config.start == "matched":
+            layer.reset_as_lora(generator)
+        else:
+            layer.reset(generator, std=None if self.config.init == "orthonormal" else 0.02)
+
+    def begin(self, lam: nn.Parameter) -> None:
+        if self.config.start == "matched":
+            lam.fill_(1.0)
 
     def step(self, adapters: Sequence[Adapter], total_steps: int) -> Step:
         layers = cast(Sequence[SVDLinear], adapters)

@@ -216,7 +216,7 @@ class TripletSums:
             if len(slots):
                 grams = grams.index_add(0, slots, rows.unsqueeze(2) * rows.unsqueeze(1))
             active = None if keep is None else keep[self._gram_triplets[r]]
-            factor = self._gram_factors[r].copy_(gradient_factor(grams, form, gamma, self._num_matrices, active))
+            factor = gradient_factor(grams, form, gamma, self._num_matrices, active, out=self._gram_factors[r])
             flat_index, row_index = self._split_elements[r]
             if len(flat_index):
                 row_gradients = torch.bmm(rows.unsqueeze(1), factor[slots])

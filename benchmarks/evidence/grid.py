@@ -1,0 +1,214 @@
+"""Learning rates and seeds for AdaLoRA and LoRA: MiniLM on four GLUE tasks, every run a line of a JSONL.
+
+    python benchmarks/evidence/grid.py --data ../shared/data/glue
+
+--data has TASK/{train,dev}.jsonl of cola, sst2, mrpc and rte. What is fixed, what is chosen and on which rows is in
+protocol.md beside this file; tables.py prints the tables. Runs whose line is in --output are skipped, so the command
+can be stopped at any time and given again. Lines come seed by seed: whatever is there is a grid over whole seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import set_seed
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
+
+from adalora_dist.config.methods import MethodConfig, method_config, settings_of
+from adalora_dist.config.sections import TrainConfig
+from adalora_dist.methods.hooks import attach
+from adalora_dist.methods.inject import adapt
+from adalora_dist.tasks.batches import BatchPlan
+from adalora_dist.tasks.demo_models.minilm import demo_encoder_folder
+from adalora_dist.tasks.evaluation.predict import predict
+from adalora_dist.tasks.glue.config import GlueDataConfig
+from adalora_dist.tasks.glue.rows import TASKS, LabelledText, encode_texts, load_glue
+from adalora_dist.tasks.glue.scores import score
+from adalora_dist.tasks.losses import classification_loss
+from adalora_dist.training.prepared import learning_rate
+
+HERE = Path(__file__).resolve().parent
+
+TASK_NAMES = ("cola", "sst2", "mrpc", "rte")
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+SEEDS = (1, 2, 3, 4, 5)
+STEPS = {"cola": 120, "sst2": 100, "mrpc": 50, "rte": 30}
+MAX_LENGTH = 48
+BATCH = 8
+NUM_VALIDATION = 150
+"""Rows cut from the training rows; the learning rate is chosen on them."""
+NUM_DEV = 250
+"""The first rows of the development set; the final scores are theirs."""
+SPLIT_SEED = 2303
+"""Of that cut, the same in every run."""
+
+SCALE = 2
+"""alpha / init_rank, alike for all."""
+ARMS: dict[str, MethodConfig] = {
+    name: method_config(
+        method,
+        init_rank=rank,
+        alpha=SCALE * rank,
+        train_modules=("task-head",),
+        **settings_of(method, {"target_rank": 4, "compact": False}),
+        **settings,
+    )
+    for name, method, rank, settings in (
+        ("adalora", "adalora", 6, {}),
+        ("adalora-paper", "adalora", 6, {"start": "paper"}),
+        ("lora-4", "lora", 4, {}),
+        ("lora-6", "lora", 6, {}),
+        # Not of the grid: what protocol.md calls single questions.
+        ("adalora-gamma0", "adalora", 6, {"orthogonality": 0.0}),
+        ("adalora-norm", "adalora", 6, {"orthogonality_form": "norm"}),
+        ("adalora-after", "adalora", 6, {"importance_order": "after"}),
+        ("adalora-paper-after", "adalora", 6, {"start": "paper", "importance_order": "after"}),
+    )
+}
+GRID_ARMS = ("adalora", "adalora-paper", "lora-4", "lora-6")
+
+
+class Run(NamedTuple):
+    """What identifies a run; the first fields of its line."""
+
+    task: str
+    arm: str
+    rate: float
+    seed: int
+
+
+class Encoded(NamedTuple):
+    """Rows of one set as the model takes them, with their class numbers."""
+
+    inputs: list[dict[str, list[int]]]
+    labels: list[float]
+
+
+class TaskData(NamedTuple):
+    train: Encoded
+    validation: Encoded
+    dev: Encoded
+    padding_token: int
+
+
+def load_task(name: str, source: str, tokenizer: Any) -> TaskData:
+    """Training rows less those that the development set has too, cut into two; development rows."""
+    train, sets = load_glue(GlueDataConfig(source=source, task=name))  # type: ignore[arg-type]
+    dev = sets["dev"][:NUM_DEV]
+    known = {row.texts for row in sets["dev"]}
+    train = [row for row in train if row.texts not in known]
+    random.Random(SPLIT_SEED).shuffle(train)
+
+    def encoded(rows: list[LabelledText]) -> Encoded:
+        inputs = encode_texts(rows, tokenizer, MAX_LENGTH, name, show_progress=False)
+        return Encoded(inputs, [row.label for row in rows])
+
+    cut = NUM_VALIDATION
+    return TaskData(encoded(train[cut:]), encoded(train[:cut]), encoded(dev), tokenizer.pad_token_id)
+
+
+def new_model(folder: Path, num_labels: int, seed: int) -> nn.Module:
+    """The encoder with a head that depends on the seed alone, so that arms of one seed start alike."""
+    set_seed(seed)
+    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=num_labels, dtype=torch.float32)
+
+
+def one_run(run: Run, data: TaskData, folder: Path) -> dict[str, Any]:
+    """Train and score; the loop is the package's own on one process, with its loss, batches, clipping and schedule."""
+    started = time.monotonic()
+    config, task, num_steps = ARMS[run.arm], TASKS[run.task], STEPS[run.task]
+    model = new_model(folder, task.num_labels, run.seed)
+    adapt(model, config, run.seed)
+    settings = TrainConfig(learning_rate=run.rate, max_steps=num_steps, batch_size=BATCH, micro_batch_size=BATCH)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=run.rate, weight_decay=settings.weight_decay, fused=True)
+    hooks = attach(model, optimizer, config, num_steps)
+    plan = BatchPlan.of_inputs(data.train.inputs, [[label] for label in data.train.labels], BATCH, run.seed)
+    loss_sum = classification_loss(
+        data.train.inputs, data.train.labels, task.num_labels, data.padding_token, torch.device("cpu")
+    )
+    set_seed(run.seed)
+    model.train()
+    losses = []
+    for step in range(num_steps):
+        optimizer.param_groups[0]["lr"] = learning_rate(settings, step, num_steps)
+        loss = loss_sum(model, plan.batch(step)) / plan.num_target_tokens(step)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    hooks.finish()
+    scores: dict[str, float] = {}
+    for name, rows in (("validation", data.validation), ("dev", data.dev)):
+        predictions = predict(model, rows.inputs, data.padding_token, 32)
+        logits, classes = torch.stack([row for (row,) in predictions]), torch.tensor(rows.labels).long()
+        scores |= score(name, task, predictions, rows.labels)
+        scores[f"{name} loss"] = nn.functional.cross_entropy(logits, classes).item()
+    events = hooks.method_step.events(0)
+    return {
+        **run._asdict(),
+        **{name: round(value, 4) for name, value in scores.items()},
+        "train loss": round(sum(losses[-10:]) / 10, 4),
+        "pruned": sum(event["pruned"] for event in events),
+        "returned": sum(event["returned"] for event in events),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def runs_of(args: argparse.Namespace) -> Iterator[Run]:
+    """Seed by seed."""
+    for seed in args.seeds:
+        for task in args.tasks:
+            for rate in args.rates:
+                for arm in args.arms:
+                    yield Run(task, arm, rate, seed)
+
+
+def finished(output: Path) -> set[Run]:
+    """The runs whose line is there. A half-written last line is cut off."""
+    if not output.exists():
+        return set()
+    lines = output.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        output.write_text("".join(lines[:-1]), encoding="utf-8")
+        lines.pop()
+    return {Run(*(json.loads(line)[field] for field in Run._fields)) for line in lines}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--output", type=Path, default=HERE / "grid.jsonl")
+    parser.add_argument("--tasks", nargs="+", choices=TASK_NAMES, default=TASK_NAMES)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=GRID_ARMS)
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    folder = demo_encoder_folder()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    data = {name: load_task(name, args.data, tokenizer) for name in args.tasks}
+    done = finished(args.output)
+    for run in runs_of(args):
+        if run in done:
+            continue
+        record = one_run(run, data[run.task], folder)
+        with args.output.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        print(json.dumps(record), flush=True)
+
+
+if __name__ == "__main__":
+    main()
