@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from adalora_dist.config.sections import ModelConfig, TrainConfig
+from adalora_dist.config.methods import HeadConfig, LoraConfig
+from adalora_dist.config.sections import ModelConfig, RunConfig, TrainConfig
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.commonsense.config import CommonsenseConfig
 from adalora_dist.training.resume import (
+    _changes,
     backbone_identity,
     compare_backbone,
     compare_data,
@@ -307,3 +310,16 @@ def test_the_loss_scale_continues_on_any_engine(source: str, target: str, monkey
     assert again is not None and (again["scale"], again["good_steps"]) == (2.0**9, 2)
     assert loss_scale(Engine(), Engine()) is None  # type: ignore[arg-type]
     assert deepspeed is not None
+
+
+def test_settings_are_compared_as_those_of_the_runs_own_method() -> None:
+    config = RunConfig(adapter=LoraConfig(alpha=3))
+    stored = config.model_dump(mode="json")
+    stored["adapter"]["target_rank"] = 8.0  # of a time when all methods had it
+    del stored["adapter"]["dropout"]  # of a time before it
+    checkpoint: Any = SimpleNamespace(run={"config": stored})
+    assert list(_changes(checkpoint, config, free=False)) == []
+    stored["adapter"]["alpha"] = 4.0
+    assert list(_changes(checkpoint, config, free=False)) == ["adapter.alpha 4.0 -> 3.0"]
+    changes = list(_changes(checkpoint, RunConfig(adapter=HeadConfig()), free=False))
+    assert changes[0] == "adapter.method lora -> head"
