@@ -67,7 +67,16 @@ def test_settings_of_one_name_are_of_one_kind() -> None:
 def test_who_has_which_settings() -> None:
     own = {name: set(config.model_fields) - {"method"} for name, config in METHODS.items()}
     assert own["full"] == set() and own["head"] == {"train_modules"}
-    assert own["lora"] == {"train_modules", "init_rank", "alpha", "rslora", "lora_plus_ratio", "targets", "dropout", "init_from"}
+    assert own["lora"] == {
+        "train_modules",
+        "init_rank",
+        "alpha",
+        "rslora",
+        "lora_plus_ratio",
+        "targets",
+        "dropout",
+        "init_from",
+    }
     assert own["lora"] < own["adalora"] and len(own["adalora"]) > 20
     assert FullConfig().train_modules == ()
 

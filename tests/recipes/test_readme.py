@@ -21,7 +21,7 @@ def test_the_map_names_existing_files_and_leaves_none_out():
         candidates = [ROOT / "adalora_dist" / name, ROOT / "adalora_dist" / "sharding" / name, ROOT / name]
         assert any(path.exists() for path in candidates), name
     for path in (ROOT / "adalora_dist").iterdir():
-        if path.name not in ("__init__.py", "__pycache__"):
+        if path.name not in ("__init__.py", "__pycache__", "py.typed"):
             assert path.name in package, f"{path.name} is not in the README's map"
     for name in re.findall(r"^(\w+)/", block, re.MULTILINE):
         assert (ROOT / name).is_dir(), name
