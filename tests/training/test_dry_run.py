@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import re
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from adalora_dist.config.sections import RunConfig
 from adalora_dist.tasks.demo_models.pretrained import BART_SHAPE, GPT2_SHAPE
 from adalora_dist.tasks.rows.public import PUBLIC_ROWS
 from adalora_dist.training.dry_run import DryRun, plan_run, plan_text
-from tests.config.test_presets import CONFIGS, ROOT, ROWS, SCHEMAS, SPEC, flags_of, lacking, schema_of
+from tests.config.test_presets import CONFIGS, NUMBERS, ROOT, ROWS, SCHEMAS, flags_of, lacking, schema_of
 from tests.support.recipe_runs import read_json, run_recipe
 from tests.support.tiny_text_project import write_summarization
 
@@ -36,7 +36,6 @@ AUTO_CLASSES: dict[str, Any] = {
 FULL_SIZE = [
     path for path in sorted(CONFIGS.glob("*.yaml")) if not path.stem.endswith("_demo") and "70b" not in path.stem
 ]
-SPEC_FILE = pytest.mark.skipif(not SPEC.exists(), reason=f"no {SPEC}")
 
 
 def plan(path: Path, flags: list[str], num_rows: int = 100_000, table: bool = False) -> tuple[DryRun, RunConfig]:
@@ -59,7 +58,6 @@ def of_row(recipe: str, row: dict[str, str]) -> DryRun:
 # ---------------------------------------------------------------------------------------------------- the paper's sizes
 
 
-@SPEC_FILE
 @pytest.mark.parametrize(("recipe", "task"), [("deberta_glue", "cola"), ("deberta_squad", "v1.1")])
 def test_budgets_of_deberta_are_the_papers(recipe: str, task: str) -> None:
     """0.3M, 0.6M, 1.2M and 0.08 to 0.65 %: names of budgets in triplets, over 72 matrices, without the head.
@@ -67,7 +65,7 @@ def test_budgets_of_deberta_are_the_papers(recipe: str, task: str) -> None:
     Published counts (table 1): LoRA 0.33M at rank 2 and 1.33M at rank 8, AdaLoRA 0.32M and 1.27M where its ranks ended.
     The names are round: what is counted here is 10 to 13 % more, for LoRA as for AdaLoRA.
     """
-    spec = tomllib.loads(SPEC.read_text(encoding="utf-8"))
+    spec = json.loads(NUMBERS.read_text(encoding="utf-8"))
     ranks = spec["glue"]["ranks"] if recipe == "deberta_glue" else spec["qa_and_summarization"]["ranks"]
     budgets = {row["budget"] for row in rows_of(recipe, task=task) if "budget" in row}
     assert budgets == set(ranks) and len(budgets) >= 3
@@ -89,10 +87,9 @@ def test_budgets_of_deberta_are_the_papers(recipe: str, task: str) -> None:
             assert fewest < {2: 0.32e6, 8: 1.27e6}[published["lora_r"]] < most
 
 
-@SPEC_FILE
 @pytest.mark.parametrize("row", rows_of("summarize_bart"), ids=lambda row: "-".join(row.values()))
 def test_rows_of_bart_have_the_published_numbers(row: dict[str, str]) -> None:
-    spec = tomllib.loads(SPEC.read_text(encoding="utf-8"))
+    spec = json.loads(NUMBERS.read_text(encoding="utf-8"))
     name = {"xsum": "XSum", "cnn_dailymail": "CNN/DailyMail"}[row["task"]]
     numbers = dict(spec["summarization"][name])
     if row["preset"] == "code":
