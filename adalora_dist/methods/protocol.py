@@ -302,7 +302,10 @@ def trained_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def others_trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name in the plain model, parameter) of what is trained besides adapters, of an unwrapped model."""
+    """(name in the plain model, parameter) of what is trained besides adapters, of an unwrapped model.
+
+    A tied weight comes under each of its names.
+    """
     for path, module in model.named_modules():
         if not isinstance(module, TrainedModule):
             for leaf, parameter in module.named_parameters(recurse=False):

@@ -99,7 +99,7 @@ def plan_run(
     if config.adapter.trains_backbone:
         model.float()
     adapters = adapt(model, config.adapter, config.train.seed)
-    others = sum(p.numel() for _, p in others_trained(model))
+    others = sum(p.numel() for p in {p for _, p in others_trained(model)})  # tied weights have several names
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     plan = BatchPlan([1] * num_rows, [1] * num_rows, config.train.batch_size, config.train.seed)
     num_steps = total_steps(config.train, plan)
