@@ -32,8 +32,10 @@ check is left.
 from __future__ import annotations
 
 import atexit
+import math
 import sys
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -52,7 +54,7 @@ from adalora_dist.pattern_digest import DelayedSums, PatternDigest
 from adalora_dist.schedule import BudgetSchedule
 from adalora_dist.sharding import select_engine
 from adalora_dist.sharding.base import ShardEngine, sum_over
-from adalora_dist.spans import FACTORS_OF_MATRIX, Factor, Span
+from adalora_dist.spans import FACTORS_OF_MATRIX, Factor, FactorKind, Span
 
 _LAMBDA_TOLERANCE = 1e-3
 """Relative to the largest lambda; replicas on equal hardware have equal bits, on unequal hardware they drift apart."""
@@ -288,7 +290,7 @@ class RankAllocator:
             torch.abs(self._values.data, out=elements.data)
         else:
             element_scores(self.config.importance, self.sensitivity, self.uncertainty, out=elements.data)
-        scores = self._layout.score_partials(elements, lam_only=of_values)
+        scores = self._layout.score_partials(elements, "lam" if of_values else None)
         world = dist.group.WORLD if dist.is_initialized() else None
         reduced = sum_over(world, torch.cat([scores, *self._digest.summands(self.keep)]))
         scores, digests = reduced.split([len(scores), 6])
@@ -520,6 +522,29 @@ class RankAllocator:
         return {
             m.name: int(part.sum()) for m, part in zip(self.matrices, self.keep.cpu().split(self.ranks), strict=True)
         }
+
+    @torch.no_grad()
+    def growth(self, rates: Sequence[float]) -> float:
+        """How far the update has left 0, in units of what a LoRA's would have if its steps had no common direction.
+
+        The mean over triplets of |lambda_i P_i Q_i|_F over sqrt(sum of rates^2) sqrt(d_out / 3): under Adam an element
+        of LoRA's B moves by about the learning rate in a step, so its root mean square after steps in random directions
+        is the first root, and the row of A beside it has length sqrt(1/3). Collective; reads from the device. Between
+        two steps only.
+
+        Args:
+            rates: the learning rate of P in each step so far.
+        """
+        assert self._engine is not None
+        self._collect_values()
+        torch.square(self._values.data, out=self._gradients.data)
+        kinds: tuple[FactorKind, ...] = ("P", "lam", "Qt")
+        world = dist.group.WORLD if dist.is_initialized() else None
+        partials = [self._layout.score_partials(self._gradients, kind) for kind in kinds]
+        p, lam, q = sum_over(world, torch.stack(partials))  # mean squares of columns, rows, and lambda
+        d_in = [m.layer.d_in for m in self.matrices for _ in range(m.layer.rank)]
+        sizes = (p * lam * q * torch.tensor(d_in, device=p.device) * 3).sqrt()  # over sqrt(d_out / 3)
+        return float(sizes.mean()) / math.sqrt(math.fsum(rate**2 for rate in rates))
 
     def full_factors(self) -> list[dict[str, torch.Tensor]]:
         """P (d_out, r), lam (r,) and Qt (d_in, r) of each adapted matrix, whole, float32. Collective.

@@ -27,6 +27,7 @@ from adalora_dist.inject import adapted_matrices, parameter_groups
 from adalora_dist.progress import progress_bar
 from adalora_dist.sharding.fsdp2 import reshard
 from adalora_dist.training.engine import tied_weights_in_one_group
+from adalora_dist.training.growth import growth_line
 from adalora_dist.training.guard import Guard
 from adalora_dist.training.losses import LossSum
 from adalora_dist.training.nonfinite import BadSteps, find_origin
@@ -164,6 +165,11 @@ def train(
                 optimizer.zero_grad()
         if prepared.allocator is not None:
             prepared.allocator.catch_up(step + 1)
+            if config.adapter.adapts_ranks and step == prepared.allocator.schedule.initial_warmup_steps:
+                rates = [learning_rate(settings, t, num_steps) for t in range(step + 1)]
+                prepared.allocator.bind(optimizer)  # if the engine has left out every step so far
+                line = growth_line(prepared.allocator, [config.adapter.lora_plus_ratio * rate for rate in rates])
+                report(f"step {step + 1}/{num_steps}: {line}")
             if config.adapter.compact and compact(prepared.allocator, model, optimizer):
                 prepared.parameters = trained_parameters(model)
                 parameters = [p for group in prepared.inner_optimizer.param_groups for p in group["params"]]
