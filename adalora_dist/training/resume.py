@@ -89,6 +89,10 @@ def refuse_lost_steps(train: TrainConfig) -> None:
 # ------------------------------------------------------------------------------------------------ is it the same run?
 
 
+_BEFORE_IT_WAS_A_SETTING = {"adapter": {"start": "paper"}}
+"""What older checkpoints did without saying so, where it is not the default now."""
+
+
 def _compare_settings(checkpoint: Checkpoint, config: RunConfig) -> None:
     changes = list(_changes(checkpoint, config, free=False))
     if changes:
@@ -102,7 +106,8 @@ def _changes(checkpoint: Checkpoint, config: RunConfig, free: bool) -> Iterator[
     """'adapter.init_rank 12 -> 8' for every setting that differs; those that may, or those that may not."""
     stored = checkpoint.run["config"]
     for section, fields in redacted(config.model_dump(mode="json")).items():
-        defaults = getattr(type(config)(), section).model_dump(mode="json")  # for settings newer than the checkpoint
+        # For settings newer than the checkpoint.
+        defaults = getattr(type(config)(), section).model_dump(mode="json") | _BEFORE_IT_WAS_A_SETTING.get(section, {})
         for field, now in fields.items():
             name = f"{section}.{field}"
             then = stored.get(section, {}).get(field, defaults[field])
