@@ -133,7 +133,10 @@ def trained_modules(model: nn.Module, config: AdapterConfig) -> list[str]:
 
 @torch.no_grad()
 def _start_with(layer: SVDLinear, triplets: Triplets, config: AdapterConfig) -> None:
-    """Put given triplets before the fresh ones, which add nothing at the start."""
+    """Put given triplets before the fresh ones, which add nothing at the start.
+
+    Where the start is LoRA's, lambda goes into P: the given triplets then grow as the fresh ones do.
+    """
     p, lam, q = triplets
     if len(lam) > layer.rank:
         raise UserError(
@@ -145,7 +148,7 @@ def _start_with(layer: SVDLinear, triplets: Triplets, config: AdapterConfig) -> 
             f"init_from={config.init_from}: {layer.name} is {len(p)} x {q.shape[1]} there and {layer.d_out} x "
             f"{layer.d_in} in this model: use the adapter's own base model"
         )
-    if config.method == "lora":
+    if config.starts_as_lora:
         p, lam = p * lam, torch.ones_like(lam)
     layer.P[:, : len(lam)] = p.to(layer.P.device)
     layer.lam[: len(lam)] = lam.to(layer.lam.device)

@@ -40,7 +40,7 @@ def from_peft(kind: str, config: LoraConfig, folder: Path) -> torch.Tensor:
 
 
 def start(folder: Path, kind: str = "llama", **changes: Any) -> Any:
-    values = {"targets": tuple(TARGETS.get(kind, ["all-linear"])), "init_rank": 6, "alpha": 9} | changes
+    values = {"targets": tuple(TARGETS.get(kind, ["all-linear"])), "init_rank": 6, "alpha": 9, "start": "paper"} | changes
     model = build(kind)
     inject_adapters(model, AdapterConfig(init_from=str(folder), **values))
     return model.eval()
@@ -73,6 +73,15 @@ def test_lora_as_the_start_of_lora(tmp_path: Path) -> None:
     model = start(tmp_path, method="lora")
     assert (logits(model) - said).abs().max() <= TOLERANCE
     assert all(m.layer.lam.eq(1).all() and not m.layer.lambdas.lam.requires_grad for m in adapted_matrices(model))
+
+
+def test_lora_as_the_start_of_what_starts_as_lora(tmp_path: Path) -> None:
+    said = from_peft("llama", LoraConfig(r=4, lora_alpha=7, target_modules=TARGETS["llama"]), tmp_path)
+    model = start(tmp_path, start="matched")
+    assert (logits(model) - said).abs().max() <= TOLERANCE
+    for layer in (m.layer for m in adapted_matrices(model)):
+        assert layer.lam.eq(1).all() and layer.lambdas.lam.requires_grad
+        assert (layer.P[:, :4].abs().max(dim=0).values > 0).all() and (layer.P[:, 4:] == 0).all()
 
 
 def test_adalora_as_the_start(tmp_path: Path) -> None:
