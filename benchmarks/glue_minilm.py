@@ -26,7 +26,7 @@ STEPS = {"sst2": 60, "cola": 800, "mrpc": 300, "rte": 150}
 BATCH = {"sst2": 32, "cola": 16, "mrpc": 16, "rte": 8}
 MAX_LENGTH = {"cola": 64, "sst2": 64, "mrpc": 96, "rte": 96}
 METHODS = {
-    "adalora": "--init orthonormal --init-rank 6 --target-rank 4 --alpha 96",
+    "adalora": "--start paper --init orthonormal --init-rank 6 --target-rank 4 --alpha 96",
     "lora": "--init-rank 4 --alpha 16",
     "head": "",
 }

@@ -34,7 +34,8 @@ ZERO3 = "deepspeed --num_accelerators 2 launch/summarize_bart.sh --deepspeed-con
 FSDP2 = "accelerate launch --config_file launch/accelerate/fsdp2.yaml --num_processes 2 recipes/summarize_bart.py"
 DDP = "accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes 2 recipes/gpt2_e2e.py"
 COMMON = (
-    "--init-rank 6 --target-rank 4 --alpha 96 --init orthonormal --learning-rate 1e-2 --log-every 20 --num-beams 4 "
+    "--init-rank 6 --target-rank 4 --alpha 96 --start paper --init orthonormal --learning-rate 1e-2 "
+    "--log-every 20 --num-beams 4 "
 )
 RUNS = {
     "xsum": f"{ZERO3} --task xsum --max-steps 100 --batch-size 16 --micro-batch-size 8 --eval-batch-size 8 {COMMON}"

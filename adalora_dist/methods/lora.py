@@ -10,7 +10,7 @@ from torch import nn
 
 from adalora_dist.methods.adalora.layers import SVDLinear
 from adalora_dist.methods.adalora.method import TripletMethod
-from adalora_dist.methods.adalora.start import Triplets
+from adalora_dist.methods.adalora.start import Triplets, with_lambda_in_p
 from adalora_dist.methods.protocol import Adapter, Step
 
 
@@ -42,7 +42,7 @@ class Lora(TripletMethod):
         lam.requires_grad_(False).fill_(1.0)
 
     def given(self, triplets: Triplets) -> Triplets:
-        return Triplets(triplets.P * triplets.lam, torch.ones_like(triplets.lam), triplets.Q)
+        return with_lambda_in_p(triplets)
 
     def step(self, adapters: Sequence[Adapter], total_steps: int) -> Step:
         return LoraStep(cast(Sequence[SVDLinear], adapters))

@@ -142,6 +142,14 @@ class Step:
     def missed(self, step: int) -> None:
         """The engine has left this step out by itself, without calling the optimizer."""
 
+    def notice(self, step: int, learning_rate: Callable[[int], float]) -> str:
+        """A line for the console after ``step``, "" for none. Collective; may read from the device.
+
+        Args:
+            learning_rate: of each step of the run.
+        """
+        return ""
+
     def replaces(self, hooks: Any, model: nn.Module, optimizer: Any) -> str:
         """Between two steps: exchange parameters if that is due. Collective.
 

@@ -90,6 +90,8 @@ def train(
                 optimizer.step()  # here the method acts, in hooks of the innermost optimizer (methods/hooks.py)
                 optimizer.zero_grad()
         hooks.catch_up(step + 1)
+        if line := hooks.method_step.notice(step, lambda t: learning_rate(settings, t, num_steps)):
+            report(f"step {step + 1}/{num_steps}: {line}")
         if done := hooks.replace(model, optimizer):
             prepared.parameters = trained_parameters(model)
             parameters = [p for group in prepared.inner_optimizer.param_groups for p in group["params"]]

@@ -94,6 +94,10 @@ def refuse_lost_steps(train: TrainConfig) -> None:
 # ------------------------------------------------------------------------------------------------ is it the same run?
 
 
+_BEFORE_IT_WAS_A_SETTING = {"adapter": {"start": "paper"}}
+"""What older checkpoints did without saying so, where it is not the default now."""
+
+
 def _compare_settings(checkpoint: Checkpoint, config: RunConfig) -> None:
     changes = list(_changes(checkpoint, config, free=False))
     if changes:
@@ -110,7 +114,8 @@ def _changes(checkpoint: Checkpoint, config: RunConfig, free: bool) -> Iterator[
         default, given = getattr(type(config)(), section), getattr(config, section)
         if type(given) is not type(default):  # another method's
             default = type(given)()
-        defaults = default.model_dump(mode="json")  # for settings newer than the checkpoint
+        # For settings newer than the checkpoint.
+        defaults = default.model_dump(mode="json") | _BEFORE_IT_WAS_A_SETTING.get(section, {})
         for field, now in fields.items():
             name = f"{section}.{field}"
             then = stored.get(section, {}).get(field, defaults[field])

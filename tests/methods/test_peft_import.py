@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from adalora_dist.artifacts.peft_format import save_adalora, save_lora
 from adalora_dist.backbones.load import load_backbone
-from adalora_dist.config.methods import method_config
 from adalora_dist.config.sections import ModelConfig
 from adalora_dist.methods.adalora.start import _VARIANTS
 from adalora_dist.methods.inject import adapt
@@ -23,6 +22,7 @@ from adalora_dist.methods.protocol import adapters_of
 from tests.artifacts.test_export_formats import IDS, TOLERANCE, build, logits, weights_of, with_adapters
 from tests.support.ranks import run_ranks
 from tests.support.refusals import refusal
+from tests.support.settings import adapter_section
 
 TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"], "bart": ["q_proj", "fc1"]}
 
@@ -42,9 +42,14 @@ def from_peft(kind: str, config: LoraConfig, folder: Path) -> torch.Tensor:
 
 
 def start(folder: Path, kind: str = "llama", **changes: Any) -> Any:
-    values = {"targets": tuple(TARGETS.get(kind, ["all-linear"])), "init_rank": 6, "alpha": 9} | changes
+    values = {
+        "targets": tuple(TARGETS.get(kind, ["all-linear"])),
+        "init_rank": 6,
+        "alpha": 9,
+        "start": "paper",
+    } | changes
     model = build(kind)
-    adapt(model, method_config(init_from=str(folder), **values))
+    adapt(model, adapter_section(init_from=str(folder), **values))
     return model.eval()
 
 
@@ -75,6 +80,15 @@ def test_lora_as_the_start_of_lora(tmp_path: Path) -> None:
     model = start(tmp_path, method="lora")
     assert (logits(model) - said).abs().max() <= TOLERANCE
     assert all(m.lam.eq(1).all() and not m.lambdas.lam.requires_grad for m in adapters_of(model))
+
+
+def test_lora_as_the_start_of_what_starts_as_lora(tmp_path: Path) -> None:
+    said = from_peft("llama", LoraConfig(r=4, lora_alpha=7, target_modules=TARGETS["llama"]), tmp_path)
+    model = start(tmp_path, start="matched")
+    assert (logits(model) - said).abs().max() <= TOLERANCE
+    for layer in adapters_of(model):
+        assert layer.lam.eq(1).all() and layer.lambdas.lam.requires_grad
+        assert (layer.P[:, :4].abs().max(dim=0).values > 0).all() and (layer.P[:, 4:] == 0).all()
 
 
 def test_adalora_as_the_start(tmp_path: Path) -> None:

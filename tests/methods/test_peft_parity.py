@@ -29,6 +29,7 @@ def test_the_same_triplets_are_masked_over_a_whole_run():
     settings = method_config(
         init_rank=RANK, target_rank=TARGET, alpha=ALPHA, targets=("up", "down"), initial_warmup_steps=T_I,
         final_steps=T_F, mask_interval_steps=INTERVAL, orthogonality=GAMMA, importance_order="after",
+        start="paper",
     )  # fmt: skip
     matrices = adapt(own, settings)
     peft_layers = {n.removeprefix("base_model.model."): m for n, m in theirs.named_modules() if hasattr(m, "lora_E")}

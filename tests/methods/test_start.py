@@ -11,6 +11,7 @@ from torch import nn
 
 from adalora_dist.config.methods import AdaLoraConfig, MethodConfig
 from adalora_dist.io.errors import UserError
+from adalora_dist.methods.adalora.growth import SMALLEST_GROWTH, growth
 from adalora_dist.methods.adalora.layers import SVDLinear
 from adalora_dist.methods.hooks import attach
 from adalora_dist.methods.inject import adapt, parameter_groups
@@ -166,3 +167,45 @@ def test_an_optimizer_without_the_ratio_is_refused():
     model = adapted_net(c)
     with pytest.raises(UserError, match="lora_plus_ratio=4, but the optimizer gives P and Q one learning rate"):
         attach(model, torch.optim.AdamW(model.parameters()), c, total_steps=45)
+
+
+def grown(start: str, rate: float, num_steps: int, seed: int = 0) -> float:
+    """The growth of a whole small model after some steps of AdamW."""
+    c = config(start=start, init=None, initial_warmup_steps=20)
+    model = adapted_net(c, seed, d=64, hidden=128)
+    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
+    hooks = attach(model, opt, c, total_steps=45)
+    hooks.detach()
+    for step in range(num_steps):
+        x, y = global_batch(step, d=64)
+        (model(x) - y).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+    layers = hooks.method_step.layers
+    found = growth(hooks.method_step.bound, layers, [rate] * num_steps)
+    layers = [layer.requires_grad_(False) for layer in layers]
+    sizes = [x.P.norm(dim=0) * x.lam.detach().abs() * x.Qt.norm(dim=0) / (x.d_out / 3) ** 0.5 for x in layers]
+    assert found == pytest.approx(float(torch.cat(sizes).mean()) / rate / num_steps**0.5, rel=1e-4)
+    return found
+
+
+def test_growth_tells_a_start_that_learns_from_one_that_does_not():
+    assert 0.9 < grown("matched", 1e-4, 1) < 1.1  # a step of Adam moves every element of P by the rate
+    assert grown("matched", 1e-4, 10) > 1 > SMALLEST_GROWTH > grown("paper", 1e-4, 10)
+
+
+@pytest.mark.parametrize(("start", "warned"), [("matched", False), ("paper", True)])
+def test_pruning_of_noise_is_warned_of_in_one_line(start, warned):
+    c = config(start=start, init=None)
+    model = adapted_net(c, d=64, hidden=128)
+    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    hooks = attach(model, opt, c, total_steps=45)
+    hooks.detach()
+    for step in range(5):
+        x, y = global_batch(step, d=64)
+        (model(x) - y).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+    line = hooks.method_step.notice(4, lambda _: 1e-4)
+    assert "\n" not in line and line.startswith("warning: pruning begins before") == warned
+    assert ("use start matched or a higher learning_rate or more initial_warmup_steps than 4" in line) == warned

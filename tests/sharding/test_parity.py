@@ -208,6 +208,7 @@ def test_same_patterns_and_losses_as_one_process(engine, world_size, name, accum
 
 
 UNEVEN = (("d", 5), ("hidden", 11))
+MATCHED = SETTINGS.model_copy(update={"start": "matched", "init": None})
 SPECIAL = [
     Case("zero3", 2, persist=0),
     Case("zero3", 3, persist=0, sizes=UNEVEN),
@@ -232,6 +233,9 @@ SPECIAL = [
     Case("zero3", 3, settings=SETTINGS.model_copy(update={"importance_order": "after"})),
     Case("zero2", 2, settings=SETTINGS.model_copy(update={"importance": "magnitude", "init_rank": 4})),
     Case("fsdp2", 3, settings=SETTINGS.model_copy(update={"orthogonality": 0.0, "budget_scope": "local"})),
+    *(Case(engine, 2, settings=MATCHED) for engine in ("ddp", "fsdp2", "zero1", "zero2")),
+    Case("zero3", 2, persist=0, settings=MATCHED),
+    Case("fsdp2", 3, settings=MATCHED, sizes=UNEVEN),
 ]
 
 

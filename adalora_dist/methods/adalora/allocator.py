@@ -31,7 +31,7 @@ No parameter and no gradient is gathered.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,7 @@ from adalora_dist.config.methods import AdaLoraConfig
 from adalora_dist.methods.adalora.bound import BoundTriplets
 from adalora_dist.methods.adalora.checks import PatternWatch, compare_lambdas
 from adalora_dist.methods.adalora.compaction import remove_triplets
+from adalora_dist.methods.adalora.growth import growth, growth_line
 from adalora_dist.methods.adalora.importance import select, select_local
 from adalora_dist.methods.adalora.layers import LAMBDAS_NAME, SVDLinear
 from adalora_dist.methods.adalora.schedule import BudgetSchedule
@@ -158,6 +159,13 @@ class RankAllocator(Step):
     def missed(self, step: int) -> None:
         """A selection that was due is made at the next step that does happen."""
         self._pending |= self._due(step)
+
+    def notice(self, step: int, learning_rate: Callable[[int], float]) -> str:
+        """At t_i: how far the update has left 0, with a warning where pruning would choose by noise."""
+        if step != self.schedule.initial_warmup_steps:
+            return ""
+        rates = [self.config.lora_plus_ratio * learning_rate(t) for t in range(step + 1)]
+        return growth_line(growth(self.bound, self.layers, rates), self.config, self.schedule)
 
     def replaces(self, hooks: Any, model: nn.Module, optimizer: Any) -> str:
         if self.config.compact and self.compact(hooks, model, optimizer):

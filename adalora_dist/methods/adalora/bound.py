@@ -116,7 +116,16 @@ class BoundTriplets:
             torch.abs(self.values.data, out=self.scratch.data)
         else:
             element_scores(self._config.importance, self.sensitivity, self.uncertainty, out=self.scratch.data)
-        return self.sums.score_partials(self.scratch, lam_only=of_values)
+        return self.sums.score_partials(self.scratch, "lam" if of_values else None)
+
+    def mean_squares(self) -> torch.Tensor:
+        """This rank's part of the mean squares of P's columns, lambda and Q's rows, (3, num_triplets) float64.
+
+        Between two steps only: it takes both buffers.
+        """
+        self.collect_values()
+        torch.square(self.values.data, out=self.scratch.data)
+        return torch.stack([self.sums.score_partials(self.scratch, kind) for kind in ("P", "lam", "Qt")])
 
     def mask(self, keep: torch.Tensor, frozen: bool) -> None:
         """lambda_i <- 0 for every triplet outside of ``keep`` (eq. 6). P, Q and the moments stay.

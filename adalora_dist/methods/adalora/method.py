@@ -19,7 +19,7 @@ from adalora_dist.methods.adalora.allocator import RankAllocator
 from adalora_dist.methods.adalora.compaction import shrink_layers
 from adalora_dist.methods.adalora.layers import LAMBDAS_NAME, SVDLinear, add_lambdas
 from adalora_dist.methods.adalora.schedule import BudgetSchedule
-from adalora_dist.methods.adalora.start import read_peft, start_with
+from adalora_dist.methods.adalora.start import Triplets, read_peft, start_with, with_lambda_in_p
 from adalora_dist.methods.protocol import Adapter, Method, Step, adapters_of
 from adalora_dist.methods.sites import find_targets
 from adalora_dist.methods.update import AdapterWeights
@@ -73,7 +73,7 @@ class TripletMethod(Method):
     def begin(self, lam: nn.Parameter) -> None:
         """lambda of all matrices at the start; 0 as it is made."""
 
-    def given(self, triplets: Any) -> Any:
+    def given(self, triplets: Triplets) -> Triplets:
         """Triplets from elsewhere to start with, in the form that this method trains."""
         return triplets
 
@@ -121,6 +121,10 @@ class AdaLora(TripletMethod):
     def begin(self, lam: nn.Parameter) -> None:
         if self.config.start == "matched":
             lam.fill_(1.0)
+
+    def given(self, triplets: Triplets) -> Triplets:
+        """With LoRA's start lambda goes into P: the given triplets then grow as the fresh ones do."""
+        return with_lambda_in_p(triplets) if self.config.start == "matched" else triplets
 
     def step(self, adapters: Sequence[Adapter], total_steps: int) -> Step:
         layers = cast(Sequence[SVDLinear], adapters)

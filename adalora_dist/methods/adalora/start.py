@@ -148,6 +148,11 @@ def _lora_scale(config: Mapping[str, Any], name: str, rank: int, folder: Path) -
     return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
 
 
+def with_lambda_in_p(triplets: Triplets) -> Triplets:
+    """The same update with lambda = 1."""
+    return Triplets(triplets.P * triplets.lam, torch.ones_like(triplets.lam), triplets.Q)
+
+
 @torch.no_grad()
 def start_with(layer: SVDLinear, triplets: Triplets, config: LowRankConfig) -> None:
     """Put given triplets before the fresh ones, which add nothing at the start.

@@ -9,12 +9,13 @@ into a common buffer of *split rows*, so one reduction completes Gram matrices a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 
 from adalora_dist.methods.adalora.orthogonality import OrthogonalityForm, gradient_factor
 from adalora_dist.sharding.layout import FlatBuffer, SpanLayout
-from adalora_dist.sharding.spans import Span, cut_rows
+from adalora_dist.sharding.spans import FactorKind, Span, cut_rows
 
 
 class TripletSums:
@@ -60,12 +61,12 @@ class TripletSums:
         columns += [(fragment.factor, fragment.start, fragment.stop) for fragment in self.layout.fragments]
         triplets: list[int] = []
         weights: list[float] = []
-        is_lam: list[bool] = []
+        kinds: list[FactorKind] = []
         for k, first, stop in columns:
             factor = self.layout.factors[k]
             triplets += range(factor.first_triplet + first, factor.first_triplet + stop)
             weights += [1.0 / factor.rows] * (stop - first)
-            is_lam += [factor.kind == "lam"] * (stop - first)
+            kinds += [factor.kind] * (stop - first)
         self._sums = torch.zeros(len(triplets) + 1, dtype=torch.float64, device=device)
         self._group_sums, start = [], 0
         for group in self.layout.groups:
@@ -74,7 +75,10 @@ class TripletSums:
             start += size
         self._fragment_sums = self._sums[start:-1]
         self._score_weights = torch.tensor([*weights, 0.0], dtype=torch.float64, device=device) / num_replicas
-        self._lam_weights = self._score_weights * torch.tensor([*is_lam, False], device=device)
+        self._weights_of_kind = {
+            kind: self._score_weights * torch.tensor([*(k == kind for k in kinds), False], device=device)
+            for kind in get_args(FactorKind)
+        }
         sources: list[list[int]] = [[] for _ in range(self.layout.num_triplets)]
         for source, triplet in enumerate(triplets):
             sources[triplet].append(source)
@@ -172,17 +176,17 @@ class TripletSums:
     def num_split_row_elements(self) -> int:
         return sum(r * n for r, n in self._num_split_of_rank.items())
 
-    def score_partials(self, elements: FlatBuffer, lam_only: bool = False) -> torch.Tensor:
+    def score_partials(self, elements: FlatBuffer, kind: FactorKind | None = None) -> torch.Tensor:
         """This rank's part of the triplet scores (eq. 7): sums of element scores, (num_triplets,) float64.
 
-        S_i = s(lambda_i) + (1/d_out) sum_j s(P_ji) + (1/d_in) sum_j s(Q_ij), or s(lambda_i) alone. Partials of all
-        ranks add up to S.
+        S_i = s(lambda_i) + (1/d_out) sum_j s(P_ji) + (1/d_in) sum_j s(Q_ij), or of these three the one of ``kind``.
+        Partials of all ranks add up to S.
         """
         for body, sums in zip(elements.bodies, self._group_sums, strict=True):
             torch.sum(body, dim=1, dtype=torch.float64, out=sums)
         if self.layout.fragments:
             self._fragment_sums.copy_(elements.fragments)
-        weighted = self._sums * (self._lam_weights if lam_only else self._score_weights)
+        weighted = self._sums * (self._score_weights if kind is None else self._weights_of_kind[kind])
         return weighted[self._score_index].sum(dim=1)
 
     def gram_partials(self, values: FlatBuffer) -> torch.Tensor:
