@@ -11,6 +11,7 @@ from torch import nn
 
 from adalora_dist.backbones.parts import is_under, tower_names
 from adalora_dist.io.errors import UserError
+from adalora_dist.sharding.tensors import full_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,7 +44,7 @@ def fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     embeddings = model.get_input_embeddings()
     weight: Any = getattr(embeddings, "weight", None)
     if weight is not None:
-        num_rows = getattr(weight, "ds_shape", weight.shape)[0]
+        num_rows = full_shape(weight)[0]
         beyond = sorted((id_, token) for token, id_ in tokenizer.get_vocab().items() if id_ >= num_rows)
         if beyond:
             named = ", ".join(f"{token!r:.40} = {id_}" for id_, token in beyond[:3])

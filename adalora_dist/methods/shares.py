@@ -40,7 +40,7 @@ def weight_shares(model: nn.Module) -> dict[str, int]:
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            dims = len(getattr(parameter, "ds_shape", parameter.shape))
+            dims = len(full_shape(parameter))
             if id(module) in adapted and (leaf == "weight" or dims > 1):
                 kind = ADAPTED
             elif parameter.requires_grad:
