@@ -37,6 +37,7 @@ class TaskSettings(BaseModel):
     problem_type: str | None = None
     classifier_dropout: float | None = None
     cls_dropout: float | None = None
+    pad_token_id: int | None = None
 
 
 def read_description(folder: Path) -> AdapterDescription:

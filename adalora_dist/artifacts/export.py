@@ -218,12 +218,22 @@ def merge(
         settings = {key: value for key, value in settings.items() if key != "torch_dtype"}
         settings["dtype"] = str(dtype).removeprefix("torch.")
     if dtype is not None or task:
-        _write_json(settings | dict(task or {}), building / "config.json")
+        _write_json(with_task(settings, task or {}), building / "config.json")
     building.rename(folder)
 
 
+def with_task(settings: Mapping[str, Any], task: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with the settings of a task; the padding id also where a model of several parts has its text's."""
+    changed = dict(settings) | dict(task)
+    if "pad_token_id" in task:
+        for part in ("text_config", "text_encoder", "decoder", "generator"):  # as get_text_config looks for them
+            if isinstance(own := changed.get(part), dict):
+                changed[part] = own | {"pad_token_id": task["pad_token_id"]}
+    return changed
+
+
 def task_settings(model: nn.Module) -> dict[str, Any]:
-    """Of a model's config.json, what makes it one of its task: its class, its labels, what else belongs to its head."""
+    """Of a model's config.json, what makes it one of its task: its class, its labels, what else its head asks for."""
     own = cast(Any, model).config.to_dict()
     name = type(model).__name__.removeprefix("FSDP")  # which fully_shard puts before it
     return {"architectures": [name]} | {

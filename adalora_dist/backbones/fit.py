@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import math
+import logging
 import re
-import warnings
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
 from adalora_dist.backbones.parts import is_under, tower_names
 from adalora_dist.io.errors import UserError
+from adalora_dist.sharding.tensors import full_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 _POSITIONS = re.compile(r"wpe|pos(ition)?s?_?emb\w*|(word_)?position_embeddings?|embed_positions?|positions_embed")
 """Names of tables with a row for each position. Relative ones (T5's, DeBERTa's) have other names, and no end."""
@@ -42,7 +44,7 @@ def fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     embeddings = model.get_input_embeddings()
     weight: Any = getattr(embeddings, "weight", None)
     if weight is not None:
-        num_rows = getattr(weight, "ds_shape", weight.shape)[0]
+        num_rows = full_shape(weight)[0]
         beyond = sorted((id_, token) for token, id_ in tokenizer.get_vocab().items() if id_ >= num_rows)
         if beyond:
             named = ", ".join(f"{token!r:.40} = {id_}" for id_, token in beyond[:3])
@@ -136,30 +138,43 @@ def _is_rotary(model: nn.Module) -> bool:
     return any("rotary" in type(module).__name__.lower() for module in model.modules())
 
 
-def check_lengths(model: PreTrainedModel, lengths: Mapping[str, tuple[str, int]]) -> None:
+class Length(NamedTuple):
+    """The most tokens that a run puts through one side of a model."""
+
+    setting: str
+    tokens: int
+    side: str
+    """As in :func:`position_limits`."""
+
+
+def lengths_of(config: Any) -> list[Length]:
+    """What the settings of a recipe allow: lengths of rows, and of generated texts where they are the decoder's own."""
+    settings = {**dict(config.data), **dict(config.evaluation)}
+    two_sides = {"max_source_length": "source", "max_target_length": "target", "max_new_tokens": "target"}
+    sides = two_sides if "max_source_length" in settings else {"max_length": "", "max_new_tokens": ""}
+    return [Length(name, settings[name], side) for name, side in sides.items() if name in settings]
+
+
+def check_lengths(model: PreTrainedModel, lengths: Sequence[Length]) -> None:
     """Compare the longest sequences of a run with what the model can take.
 
     Rotary positions go on for ever, but a model knows those that it has seen: more is allowed, with a warning.
 
-    Args:
-        lengths: by side ("source" and "target", or ""): the setting's name, and its tokens.
-
     Raises:
-        UserError: a side is longer than the model has positions.
+        UserError: one is longer than the model has positions.
     """
     limits = position_limits(model)
-    for side, (setting, length) in lengths.items():
-        limit = limits.get(side) or limits.get("", Limit(math.inf, ""))  # type: ignore[arg-type]
-        if length <= limit.length:
+    for setting, tokens, side in lengths:
+        limit = limits.get(side)
+        if limit is None or tokens <= limit.length:
             continue
-        flag = "--" + setting.replace("_", "-")
+        flag = f"--{setting.replace('_', '-')} {limit.length}"
         if limit.where:
             raise UserError(
-                f"{setting}={length}: {type(model).__name__} has {limit.length} positions ({limit.where}), and it must "
-                f"be at most as many: {flag} {limit.length}"
+                f"{setting}={tokens}: {type(model).__name__} has {limit.length} positions (in {limit.where}), and no "
+                f"more tokens can go through it: set {flag}, or less"
             )
-        warnings.warn(
-            f"{setting}={length}: {type(model).__name__} was trained on {limit.length} positions "
-            f"(max_position_embeddings), and may be worse beyond them: {flag} {limit.length}",
-            stacklevel=2,
-        )
+        logger.warning(
+            "%s=%d: %s was made for %d positions (max_position_embeddings), and may be worse beyond them: %s stays "
+            "within", setting, tokens, type(model).__name__, limit.length, flag,
+        )  # fmt: skip

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from adalora_dist.backbones.files import base_folder_of as base_folder_of
+from adalora_dist.sharding.tensors import full_shape
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -37,7 +38,7 @@ def is_plain_linear(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.element_size() == 1:
         return True
-    shape: Any = tuple(getattr(weight, "ds_shape", weight.shape))
+    shape: Any = tuple(full_shape(weight))
     if kind.__module__.startswith("bitsandbytes") or shape[1:] == (1,):  # packed, in the type of its storage
         return True
     if len(shape) != 2:

@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedType
 from torch import nn
 
+from adalora_dist.backbones.fit import fit_tokenizer
 from adalora_dist.backbones.quantization import settle_quantized
 from adalora_dist.backbones.sharded_load import load_on_meta
 from adalora_dist.config.sections import ModelConfig
@@ -39,7 +40,8 @@ def load_backbone(
         changes: to the model's own configuration, ``{"num_labels": 3}`` for instance.
 
     Raises:
-        UserError: the model cannot be found or loaded, or quantised, it has no tokenizer, or is an adapter.
+        UserError: the model cannot be found or loaded, or quantised, it has no tokenizer, or another model's, or is
+            an adapter.
     """
     from transformers import AutoConfig
 
@@ -88,6 +90,7 @@ def load_backbone(
         settle_quantized(model)
     model.config.use_cache = False
     _name_blocks(model)
+    fit_tokenizer(model, tokenizer)
     return model, tokenizer
 
 

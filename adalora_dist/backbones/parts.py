@@ -58,13 +58,12 @@ def output_modules(model: nn.Module) -> set[str]:
     for path, part in model.named_modules():
         if part is not model and not isinstance(part, PreTrainedModel):
             continue
-        prefix = f"{path}." if path else ""
-        found |= {prefix + name for name in head_names(part)}
+        prefix, inner = f"{path}." if path else "", backbone_of(part)
+        if part is model or (inner is not part and isinstance(inner, PreTrainedModel)):  # a stack of layers has none
+            found |= {prefix + name for name in head_names(part)}
         get_head = getattr(part, "get_output_embeddings", None)
-        head = get_head() if get_head is not None else None
-        found |= {
-            prefix + name for name, module in part.named_modules() if head is not None and module is head and name
-        }
+        if (head := get_head() if get_head is not None else None) is not None:
+            found |= {prefix + name for name, module in part.named_modules() if module is head and name}
     return found
 
 

@@ -40,7 +40,7 @@ def weight_shares(model: nn.Module) -> dict[str, int]:
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            dims = len(getattr(parameter, "ds_shape", parameter.shape))
+            dims = len(full_shape(parameter))
             if id(module) in adapted and (leaf == "weight" or dims > 1):
                 kind = ADAPTED
             elif parameter.requires_grad:
@@ -88,11 +88,8 @@ def _plain(name: str) -> str:
 
 
 def _holds_experts(name: str, module: nn.Module) -> bool:
-    """A list of experts, or one module whose parameters are stacks of theirs."""
-    if name.rpartition(".")[2] == "experts" or "Experts" in type(module).__name__:
-        return True
-    stacked = any(len(full_shape(p)) == 3 for p in module.parameters(recurse=False))
-    return stacked and not isinstance(module, nn.modules.conv._ConvNd)
+    """A list of experts, or a module whose parameters are stacks of theirs."""
+    return "expert" in name.rpartition(".")[2] or "Expert" in type(module).__name__
 
 
 def _count(module: nn.Module, leaf: str, parameter: torch.Tensor) -> int:

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adalora_dist.artifacts.checkpoints.content import Checkpoint
 from adalora_dist.artifacts.hub.push import check_push_of_run, push_run
+from adalora_dist.backbones.fit import check_lengths, lengths_of
 from adalora_dist.backbones.load import load_backbone
 from adalora_dist.backbones.quantization import bitsandbytes_config
 from adalora_dist.config.sections import RunConfig
@@ -132,9 +133,14 @@ class Run(Generic[Config]):
             self.say(summary)
 
     def load_model(self, auto_class: Any, changes: Mapping[str, Any] | None = None) -> PreTrainedTokenizerBase:
-        """The backbone, as :attr:`model`, and its tokenizer. Arguments and errors as of ``load_backbone``."""
+        """The backbone, as :attr:`model`, and its tokenizer. Arguments as of ``load_backbone``.
+
+        Raises:
+            UserError: as of ``load_backbone``, or the model has fewer positions than the run's longest sequences.
+        """
         self._auto_class = auto_class
         self._loaded, tokenizer = load_backbone(self.config.model, auto_class, self.quantization, changes)
+        check_lengths(self._loaded, lengths_of(self.config))
         return tokenizer
 
     @property

@@ -10,6 +10,7 @@ from transformers.trainer_utils import IntervalStrategy
 from adalora_dist.config.methods import LowRankConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.hooks import MethodHooks, attach
+from adalora_dist.training.trainer_loss import multiplied_loss
 
 
 class AdaLoraCallback(TrainerCallback):
@@ -41,6 +42,9 @@ class AdaLoraCallback(TrainerCallback):
     Checkpoints of ``save_strategy`` hold backbone and adapters of that moment, for evaluation. Two things need the
     allocator's own state, which they lack, and are refused: ``resume_from_checkpoint``, and ``load_best_model_at_end``
     when it could choose a checkpoint from before the pattern was frozen, which has more triplets than the budget.
+
+    Ranks do not depend on accumulation and processes, unless the loss does: with T5 and many classifiers ``Trainer``
+    multiplies it by both. That is refused, too; ``model.accepts_loss_kwargs = False``, set before, makes it right.
 
     Args:
         config: the ``adapter`` section that ``adapt`` was given.
@@ -85,6 +89,10 @@ class AdaLoraCallback(TrainerCallback):
                 f"{args.n_gpu} GPUs in one process: Trainer would copy the model to each (torch.nn.DataParallel), "
                 "adapters and all; start one process per GPU, with accelerate launch or torchrun"
             )
+        num_processes = args.world_size if args.average_tokens_across_devices else 1
+        settings = (args.gradient_accumulation_steps, num_processes, args.label_smoothing_factor)
+        if problem := multiplied_loss(kwargs["model"], *settings):
+            raise UserError(problem)
         # Kept even if the run is refused below: the optimizer has its hooks, so another train() must not add more.
         self._hooks = hooks = attach(kwargs["model"], kwargs["optimizer"], self.config, state.max_steps)
         if (schedule := hooks.method_step.schedule) is None:

@@ -6,6 +6,8 @@ from typing import TypedDict
 
 from transformers import PreTrainedTokenizerBase
 
+from adalora_dist.backbones.fit import padding_token as padding_token
+
 IGNORED = -100  # the label that torch's cross-entropy and transformers skip
 
 
@@ -19,11 +21,3 @@ class EncodedRow(TypedDict):
 def eos_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """EOS as a list, empty where the tokenizer has none; generation then stops at ``max_new_tokens`` only."""
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-
-
-def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id to pad with: PAD, else EOS, else 0. Any id is right: padding is masked in attention and labels."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return token
-    return 0
