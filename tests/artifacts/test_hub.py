@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shutil
@@ -454,11 +455,20 @@ def test_a_run_that_could_not_be_pushed_does_not_start(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.py")), ids=lambda path: path.stem)
 def test_every_recipe_checks_and_pushes(recipe: Path) -> None:
-    """Its other ranks are shown to end for one recipe; that the others do it at the same place is read off the text."""
-    lines = [line.strip() for line in recipe.read_text(encoding="utf-8").splitlines()]
+    """Its other ranks are shown to end for one recipe; that the others do it at the same place is read off the text.
+
+    ``Run(config)`` checks and ``close()`` pushes: both once in every recipe, the one first and the other last.
+    """
+    verbs = (ROOT / "adalora_dist" / "training" / "run.py").read_text(encoding="utf-8")
+    lines = [line.strip() for line in verbs.splitlines()]
     assert lines.index("check_push_of_run(config)") < next(i for i, x in enumerate(lines) if "build_accelerator(c" in x)
-    ended = lines.index("accelerator.end_training()")
-    assert lines.index("push_run(config)") > ended > max(i for i, x in enumerate(lines) if "wait_for_everyone" in x)
+    ended, pushed = (lines.index(call) for call in ("self.accelerator.end_training()", "push_run(self.config)"))
+    assert pushed > ended > max(i for i, x in enumerate(lines) if "wait_for_everyone" in x)
+    body = ast.parse(recipe.read_text(encoding="utf-8")).body
+    text = ast.unparse(next(node for node in body if isinstance(node, ast.FunctionDef) and node.name == "main"))
+    [name] = re.findall(r"^    (\w+) = Run\(config\)$", text, re.MULTILINE)
+    assert text.count("Run(config)") == text.count(".close()") == 1 and text.endswith(f"\n    {name}.close()")
+    assert text.index("Run(config)") < text.index(".load_model(") < text.index(".finish(")
 
 
 def test_login_of_the_cache_is_enough(hub: LocalHub, plain: Path, tmp_path: Path) -> None:

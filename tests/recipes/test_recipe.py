@@ -220,6 +220,7 @@ def test_processes_that_accelerate_did_not_start_are_missed(project: Project, tm
 
 def run_recipe(rank: int, world_size: int, arguments: list[str], environment: dict[str, str]) -> tuple[Any, str]:
     """The recipe's file as the main program of this (forked) process: its exit code and standard error."""
+    dist.barrier()  # a rank that left while another still connects would break it
     dist.destroy_process_group()  # the recipe makes its own, and ends it
     os.environ.update(environment)
     sys.argv = [str(RECIPE), *arguments]

@@ -55,6 +55,7 @@ def losses_of(folder: Path) -> list[float]:
 def _run(
     rank: int, world_size: int, recipe: str, arguments: list[str], environment: dict[str, str]
 ) -> tuple[Any, str, str]:
+    dist.barrier()  # a rank that left while another still connects would break it
     dist.destroy_process_group()  # the recipe makes its own, and ends it
     os.environ.update(environment)
     path = ROOT / "recipes" / f"{recipe}.py"
