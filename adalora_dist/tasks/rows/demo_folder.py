@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adalora_dist.io.cache import cache_folder
+from adalora_dist.io.digest import digest_of
 from adalora_dist.io.errors import UserError
 
 
@@ -29,7 +29,7 @@ def demo_folder(name: str, files: Mapping[str, Sequence[Mapping[str, Any]]]) -> 
     Raises:
         UserError: the cache cannot be written.
     """
-    digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:8]
+    digest = digest_of([json.dumps(files).encode()])[:8]
     cache = cache_folder()
     folder = cache / f"{name}-{digest}"
     if folder.is_dir():

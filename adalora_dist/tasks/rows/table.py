@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adalora_dist.io.cache import cache_folder
+from adalora_dist.io.digest import digest_of
 from adalora_dist.tasks.rows.bad_rows import BadRows
 from adalora_dist.tasks.rows.files import LocalSplit
 from adalora_dist.tasks.rows.source import checked_rows, refuse_nothing
@@ -79,12 +80,12 @@ def checked_table(
 
 
 def _digest(split: LocalSplit, *asked: object) -> str:
-    digest = hashlib.sha256(json.dumps([_FORMAT, *asked]).encode())
+    parts = [json.dumps([_FORMAT, *asked]).encode()]
     for path in split.files:
-        digest.update(os.fsencode(path.absolute()) + b"\0")  # its rows are named by it
+        parts.append(os.fsencode(path.absolute()) + b"\0")  # its rows are named by it
         with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:32]
+            parts.append(hashlib.file_digest(file, "sha256").digest())
+    return digest_of(parts)[:32]
 
 
 def _write(path: Path, columns: tuple[str, ...], rows: Iterable[Texts]) -> int:

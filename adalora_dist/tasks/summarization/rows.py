@@ -7,9 +7,9 @@ those of local files in this package's cache, those of the Hub and all tokens in
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from adalora_dist.io.digest import digest_of
 from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.rows.bad_rows import BadRows
 from adalora_dist.tasks.rows.fields import object_row, text_field
@@ -87,11 +87,12 @@ def digest_of_summaries(rows: Dataset) -> str:
 
     The same for equal rows, wherever they lie and however they are cut into files.
     """
-    digest = hashlib.sha256()
-    for table in rows.select_columns(["input_ids", "labels"]).with_format("arrow").iter(1000):
-        for column in table.columns:
-            digest.update(column.combine_chunks().flatten().to_numpy(zero_copy_only=False).astype("<i8").tobytes())
-    return digest.hexdigest()
+    tables = rows.select_columns(["input_ids", "labels"]).with_format("arrow").iter(1000)
+    return digest_of(
+        column.combine_chunks().flatten().to_numpy(zero_copy_only=False).astype("<i8").tobytes()
+        for table in tables
+        for column in table.columns
+    )
 
 
 def _load(data: SummarizationDataConfig, bad: BadRows, split: Split, max_rows: int | None) -> Dataset:
