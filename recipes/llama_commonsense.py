@@ -44,7 +44,7 @@ def main(config: CommonsenseConfig) -> None:
     from adalora_dist.tasks.commonsense.choices import evaluate_choices
     from adalora_dist.tasks.commonsense.demo import demo_questions, demo_questions_folder
     from adalora_dist.tasks.commonsense.generation import evaluate_generation
-    from adalora_dist.tasks.commonsense.prompts import encode_examples
+    from adalora_dist.tasks.commonsense.prompts import check_questions, encode_examples
     from adalora_dist.tasks.commonsense.results import TaskResult
     from adalora_dist.tasks.commonsense.rows import load_tasks
     from adalora_dist.tasks.losses import causal_loss
@@ -107,6 +107,7 @@ def main(config: CommonsenseConfig) -> None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"name": name})})
     model, tokenizer = load_backbone(config.model, AutoModelForCausalLM, quantization)
     rows = encode_examples(train_examples, tokenizer, config.data.max_length, config.data.train_on)
+    check_questions((row for part in eval_examples.values() for row in part), tokenizer, config.data.max_length)
     plan = BatchPlan.of_rows(rows, config.train.batch_size, config.train.seed, config.train.group_by_length)
     num_steps = total_steps(config.train, plan)
 

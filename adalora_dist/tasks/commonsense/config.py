@@ -32,8 +32,8 @@ class CommonsenseDataConfig(DataConfig):
 class CommonsenseEvaluationConfig(EvaluationConfig):
     evaluate_by: tuple[Literal["likelihood", "generation"], ...] = ("likelihood", "generation")
     """likelihood: the choice with the highest log-likelihood; generation: greedy decoding, then parsing."""
-    max_new_tokens: int = Field(12, ge=1)
-    """Length of the generated answers."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """Length of the generated replies; default: the tokens of the longest reply that a question allows."""
 
 
 class CommonsenseConfig(RunConfig):
