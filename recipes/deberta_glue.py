@@ -51,6 +51,7 @@ def main(config: GlueConfig) -> None:
     from adalora_dist.tasks.glue.rows import TASKS, encode_texts, load_glue
     from adalora_dist.tasks.glue.scores import score
     from adalora_dist.tasks.losses import classification_loss
+    from adalora_dist.tasks.padding import refuse_uneven_ends
     from adalora_dist.tasks.rows.bad_rows import BadRows
     from adalora_dist.tasks.rows.public import count_rows
     from adalora_dist.tasks.rows.tokens import padding_token
@@ -136,6 +137,7 @@ def main(config: GlueConfig) -> None:
         if resumed is not None:
             say(f"Continuing after step {resumed.step} from {resumed.path}")
         model, _ = load_backbone(config.model, AutoModelForSequenceClassification, quantization, changes)
+        refuse_uneven_ends(model, {"training": inputs, **eval_inputs})
         settings = (config.train.batch_size, config.train.seed, config.train.group_by_length)
         plan = BatchPlan.of_inputs(inputs, [[label] for label in labels], *settings)
         num_steps = total_steps(config.train, plan)

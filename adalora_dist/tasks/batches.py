@@ -180,10 +180,8 @@ def pad_columns(
 ) -> dict[str, torch.Tensor]:
     """The named columns right-padded to [rows, longest], and ``attention_mask`` (1: real token).
 
-    ``input_ids`` is padded with ``padding_token``, any other column with 0. Without rows, one row of one token.
+    ``input_ids`` is padded with ``padding_token``, any other column with 0.
     """
-    if not rows:
-        rows = [{name: [padding_token if name == "input_ids" else 0] for name in names}]
     longest = max(len(row["input_ids"]) for row in rows)
     padded = {}
     for name in names:

@@ -20,7 +20,7 @@ from adalora_dist.tasks.rows.files import TEST, TRAIN
 from adalora_dist.tasks.rows.hub import HubData
 from adalora_dist.tasks.rows.source import checked_rows, local_split
 from adalora_dist.tasks.rows.token_cache import Columns, cached_columns
-from adalora_dist.tasks.rows.tokens import IGNORED, EncodedRow, eos_tokens
+from adalora_dist.tasks.rows.tokens import IGNORED, EncodedRow, eos_tokens, refuse_no_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,6 +74,7 @@ def encode_rows(
         columns: Columns = {"input_ids": [], "labels": []}
         prompts = prompt_tokens([mr for mr, _ in chunk], tokenizer)
         texts = tokenizer([f" {ref}" for _, ref in chunk], add_special_tokens=False)["input_ids"]
+        refuse_no_tokens(texts, lambda row: chunk[row][1])
         for prompt, text in zip(prompts, texts, strict=True):
             target = [*text, *eos_tokens(tokenizer)]
             columns["input_ids"].append([*prompt, *target])
@@ -94,10 +95,16 @@ def encode_rows(
 
 
 def prompt_tokens(mrs: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Tokens of each prompt, without EOS, which some tokenizers put behind every text."""
+    """Tokens of each prompt, without EOS, which some tokenizers put behind every text.
+
+    Raises:
+        UserError: a prompt has no tokens.
+    """
     prompts = tokenizer([prompt_text(mr) for mr in mrs])["input_ids"]
     eos = tokenizer.eos_token_id
-    return [prompt[:-1] if prompt[-1] == eos else prompt for prompt in prompts]
+    prompts = [prompt[:-1] if prompt[-1:] == [eos] else prompt for prompt in prompts]
+    refuse_no_tokens(prompts, lambda row: mrs[row])
+    return prompts
 
 
 def _rows(data: E2EDataConfig, split: Split, bad: BadRows) -> list[tuple[str, str]]:

@@ -21,6 +21,7 @@ from adalora_dist.tasks.rows.files import TRAIN, task_folder
 from adalora_dist.tasks.rows.hub import HubData
 from adalora_dist.tasks.rows.source import checked_rows, local_split
 from adalora_dist.tasks.rows.token_cache import Columns, cached_columns
+from adalora_dist.tasks.rows.tokens import refuse_no_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -121,7 +122,11 @@ def encode_texts(
     description: str,
     show_progress: bool = True,
 ) -> list[dict[str, list[int]]]:
-    """What the model takes of each row, at most ``max_length`` tokens, unpadded; from the cache if it is there."""
+    """What the model takes of each row, at most ``max_length`` tokens, unpadded; from the cache if it is there.
+
+    Raises:
+        UserError: a text has no tokens.
+    """
 
     def encode(chunk: Sequence[tuple[str, ...]]) -> Columns:
         columns = list(zip(*chunk, strict=True))
@@ -133,4 +138,5 @@ def encode_texts(
     columns = cached_columns(
         [e.texts for e in examples], tokenizer, {"max_length": max_length}, encode, description, show_progress
     )
+    refuse_no_tokens(columns["input_ids"], lambda row: " ".join(examples[row].texts))
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, TypedDict
 
-from transformers import PreTrainedTokenizerBase
+from adalora_dist.io.errors import UserError
+from adalora_dist.tasks.rows.fields import shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that torch's cross-entropy and transformers skip
 
@@ -27,3 +32,21 @@ def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
         if token is not None:
             return token
     return 0
+
+
+def refuse_no_tokens(rows: Iterable[Sequence[int]], text_of: Callable[[int], str]) -> None:
+    """Raise if a text has come to nothing: some tokenizers drop what they do not know, control characters first.
+
+    Args:
+        rows: the tokens of each text.
+        text_of: the text of a row, by its index.
+
+    Raises:
+        UserError: a row is empty.
+    """
+    for index, tokens in enumerate(rows):
+        if not tokens:
+            raise UserError(
+                f"row {index + 1}: the text {shown(text_of(index))} has no tokens; take the tokenizer that belongs to "
+                "the model, or remove the row"
+            )

@@ -170,7 +170,7 @@ def _windows_of(items: Sequence[tuple[Any, ...]], tokenizer: PreTrainedTokenizer
         return_offsets_mapping=True,
     )["offset_mapping"]
     encoded = tokenizer(
-        [item[1][: offsets[-1][1]] for item, offsets in zip(items, asked, strict=True)],
+        [item[1][: offsets[-1][1]] if offsets else "" for item, offsets in zip(items, asked, strict=True)],
         [item[2] for item in items],
         truncation="only_second",
         max_length=data.max_length,

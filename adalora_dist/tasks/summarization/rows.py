@@ -17,6 +17,7 @@ from adalora_dist.tasks.rows.files import TEST, TRAIN, task_folder
 from adalora_dist.tasks.rows.hub import HubData
 from adalora_dist.tasks.rows.source import local_split, refuse_nothing
 from adalora_dist.tasks.rows.table import checked_table
+from adalora_dist.tasks.rows.tokens import refuse_no_tokens
 from adalora_dist.tasks.summarization.config import SummarizationDataConfig
 from adalora_dist.tasks.summarization.demo import demo_reports
 
@@ -64,12 +65,17 @@ def encode_summaries(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: Su
     """Add the columns input_ids (document), labels (summary), and their lengths in tokens, num_source and num_targets.
 
     Both are cut on their right to ``max_source_length`` and ``max_target_length``, special tokens included.
+
+    Raises:
+        UserError: a text has no tokens.
     """
 
     def encode(batch: dict[str, list[str]]) -> dict[str, Any]:
         sources = tokenizer(batch["document"], truncation=True, max_length=data.max_source_length)["input_ids"]
         labels = tokenizer(text_target=batch["summary"], truncation=True, max_length=data.max_target_length)
         targets = labels["input_ids"]
+        for name, tokens in (("document", sources), ("summary", targets)):
+            refuse_no_tokens(tokens, batch[name].__getitem__)
         return {
             "input_ids": sources,
             "labels": targets,
