@@ -89,6 +89,8 @@ def test_the_models_own_settings_change_nothing(folders: dict[str, Path], kind: 
         own = model.generation_config.to_dict()
         assert texts_of(model, num_beams) == expected, theirs
         assert model.generation_config.to_dict() == own  # given back
+    model.config.no_repeat_ngram_size, model.config.num_beams = 1, 5  # where old models have such settings
+    assert texts_of(model, num_beams) == expected
     several = json.loads(before) | {"no_repeat_ngram_size": 1, "repetition_penalty": 20.0, "eos_token_id": [2, 9]}
     for content in (json.dumps(several), None):
         file.unlink() if content is None else file.write_text(content)

@@ -357,6 +357,7 @@ def test_questions_have_ids_of_their_own(tmp_path: Path) -> None:
 
 CHOICES: list[tuple[Row, str | None]] = [
     ({"answer": "false", "output": "it is false"}, None),
+    ({"instruction": "Is it?\r\n\r\nAnswer format: true/false\r\n"}, None),
     ({"answer": "", "output": "it is "}, "field answer is ''"),
     ({"answer": "True"}, "field answer is 'True'; legal: true, false"),
     ({"answer": "2"}, "field answer is '2'"),

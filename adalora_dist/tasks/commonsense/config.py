@@ -16,7 +16,7 @@ COMMONSENSE_TASKS: tuple[str, ...] = get_args(CommonsenseTask)
 
 class CommonsenseDataConfig(DataConfig):
     source: Annotated[str, tyro.conf.arg(name="data")] = ""
-    """Folder with TASK/train and TASK/test files (.jsonl or .parquet), or the word hub; empty: built-in questions."""
+    """Folder with TASK/train and TASK/test (.jsonl, .json, .parquet), or the word hub; empty: built-in questions."""
     tasks: tuple[CommonsenseTask, ...] = ()
     """Which of the eight tasks; default: all that the source has."""
     max_length: int = Field(256, ge=8)

@@ -37,7 +37,7 @@ FIXED_CHOICES: dict[str, tuple[str, ...]] = {
     "winogrande": ("option1", "option2"),
     "openbookqa": ("answer1", "answer2", "answer3", "answer4"),
 }
-_ANSWER_FORMAT = re.compile(r"^Answer format:[ \t]*(.+?)[ \t]*$", re.MULTILINE)
+_ANSWER_FORMAT = re.compile(r"^Answer format:[ \t]*(.+?)[ \t\r]*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
