@@ -43,6 +43,7 @@ def main(config: GlueConfig) -> None:
     from adalora_dist.tasks.glue.rows import TASKS, encode_texts, load_glue
     from adalora_dist.tasks.glue.scores import majority_scores, score
     from adalora_dist.tasks.losses import classification_loss
+    from adalora_dist.tasks.padding import refuse_uneven_ends
     from adalora_dist.tasks.rows.tokens import padding_token
     from adalora_dist.training.dry_run import dry_run
     from adalora_dist.training.report import metrics_table
@@ -96,6 +97,7 @@ def main(config: GlueConfig) -> None:
         if config.model.classifier_dropout is not None:  # BERT's name for it, and DeBERTa's
             changes |= dict.fromkeys(("classifier_dropout", "cls_dropout"), config.model.classifier_dropout)
         run.load_model(AutoModelForSequenceClassification, changes)
+        refuse_uneven_ends(run.model, {"training": inputs, **eval_inputs})
 
         # ------------------------------------------------------------------------------------------ adapters and engine
         run.prepare(BatchPlan.of_inputs(inputs, [[label] for label in labels], *run.batching))

@@ -35,7 +35,7 @@ def main(config: CommonsenseConfig) -> None:
     from adalora_dist.tasks.commonsense.choices import evaluate_choices
     from adalora_dist.tasks.commonsense.demo import demo_questions, demo_questions_folder
     from adalora_dist.tasks.commonsense.generation import evaluate_generation
-    from adalora_dist.tasks.commonsense.prompts import encode_examples
+    from adalora_dist.tasks.commonsense.prompts import check_questions, encode_examples
     from adalora_dist.tasks.commonsense.results import TaskResult
     from adalora_dist.tasks.commonsense.rows import load_tasks
     from adalora_dist.tasks.demo_models.smollm2 import demo_model_folder
@@ -67,6 +67,7 @@ def main(config: CommonsenseConfig) -> None:
     run.demo_model("SmolLM2-135M-Instruct, dequantised 4-bit weights", demo_model_folder)
     tokenizer = run.load_model(AutoModelForCausalLM)
     rows = encode_examples(train_examples, tokenizer, data.max_length, data.train_on)
+    check_questions((row for part in eval_examples.values() for row in part), tokenizer, data.max_length)
 
     # ---------------------------------------------------------------------------------------------- adapters and engine
     run.prepare(BatchPlan.of_rows(rows, *run.batching))

@@ -8,16 +8,16 @@ processes needs a factor N.)
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 
+from adalora_dist.io.digest import digest_of
 from adalora_dist.tasks.rows.tokens import IGNORED, EncodedRow
 
 # Rows are sorted by length inside random pools of this many batches: long enough for little padding, short enough
@@ -69,7 +69,7 @@ class BatchPlan:
     def of_rows(cls, rows: Sequence[EncodedRow], batch_size: int, seed: int, group_by_length: bool = True) -> BatchPlan:
         """The plan for token sequences with labels."""
         lengths = [len(row["input_ids"]) for row in rows]
-        content = digest_of([*row["input_ids"], *row["labels"]] for row in rows)
+        content = digest_of(_numbers([*row["input_ids"], *row["labels"]]) for row in rows)
         return cls(lengths, [count_targets(row["labels"]) for row in rows], batch_size, seed, group_by_length, content)
 
     @classmethod
@@ -84,7 +84,7 @@ class BatchPlan:
         """The plan for what an encoder takes of each row, ``input_ids`` and others, with one target each."""
         lengths = [len(row["input_ids"]) for row in inputs]
         rows = zip(inputs, answers, strict=True)
-        content = digest_of([*chain.from_iterable(row.values()), *answer] for row, answer in rows)
+        content = digest_of(_numbers([*chain.from_iterable(row.values()), *answer]) for row, answer in rows)
         return cls(lengths, [1] * len(lengths), batch_size, seed, group_by_length, content)
 
     def fingerprint(self) -> str:
@@ -92,7 +92,7 @@ class BatchPlan:
         described = [
             self.lengths, self.target_counts, self.batch_size, self.seed, self.group_by_length, self.content
         ]  # fmt: skip
-        return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+        return digest_of([json.dumps(described).encode()])
 
     def num_steps(self, epochs: float) -> int:
         """Optimizer steps in ``epochs`` passes, rounded, at least 1."""
@@ -140,14 +140,6 @@ class BatchPlan:
         return batches
 
 
-def digest_of(rows: Iterable[Sequence[float]]) -> str:
-    """SHA-256 of all numbers of all rows, in order."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(array("d", row).tobytes())
-    return digest.hexdigest()
-
-
 def count_targets(labels: Sequence[int]) -> int:
     """Target tokens of one row. The first label does not count: a causal model predicts from the second on."""
     return sum(label != IGNORED for label in labels[1:])
@@ -188,10 +180,8 @@ def pad_columns(
 ) -> dict[str, torch.Tensor]:
     """The named columns right-padded to [rows, longest], and ``attention_mask`` (1: real token).
 
-    ``input_ids`` is padded with ``padding_token``, any other column with 0. Without rows, one row of one token.
+    ``input_ids`` is padded with ``padding_token``, any other column with 0.
     """
-    if not rows:
-        rows = [{name: [padding_token if name == "input_ids" else 0] for name in names}]
     longest = max(len(row["input_ids"]) for row in rows)
     padded = {}
     for name in names:
@@ -200,6 +190,10 @@ def pad_columns(
     lengths = torch.tensor([[len(row["input_ids"])] for row in rows])
     padded["attention_mask"] = (torch.arange(longest) < lengths).long()
     return padded
+
+
+def _numbers(row: Sequence[float]) -> bytes:
+    return array("d", row).tobytes()
 
 
 def _part(items: list[int], index: int, num_parts: int) -> list[int]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.batches import collate, collate_pairs, pad_columns
+from adalora_dist.tasks.padding import padding_of
 from adalora_dist.tasks.rows.tokens import IGNORED, EncodedRow
 
 LossSum = Callable[[nn.Module, list[int]], torch.Tensor]
@@ -58,10 +59,11 @@ def classification_loss(
 
     Args:
         inputs: tokenised rows, the columns that the model takes besides ``attention_mask``.
+        padding_token: for a model that does not say what it takes for padding.
     """
 
     def loss_sum(model: nn.Module, indices: list[int]) -> torch.Tensor:
-        logits = _output(model, [inputs[i] for i in indices], list(inputs[0]), padding_token, device).logits.float()
+        logits = _output(model, inputs, indices, padding_token, device).logits.float()
         targets = torch.tensor([labels[i] for i in indices], device=device)
         if not indices:
             return logits.sum() * 0
@@ -81,7 +83,7 @@ def span_loss(
     """Of each window the mean of the cross-entropies of its answer's first and last token; (0, 0): no answer in it."""
 
     def loss_sum(model: nn.Module, indices: list[int]) -> torch.Tensor:
-        output = _output(model, [inputs[i] for i in indices], list(inputs[0]), padding_token, device)
+        output = _output(model, inputs, indices, padding_token, device)
         starts, ends = output.start_logits.float(), output.end_logits.float()
         if not indices:
             return (starts.sum() + ends.sum()) * 0
@@ -147,10 +149,12 @@ def decoder_start_token(model: nn.Module) -> int:
 
 def _output(
     model: nn.Module,
-    rows: Sequence[Mapping[str, Sequence[int]]],
-    names: Sequence[str],
+    inputs: Sequence[Mapping[str, Sequence[int]]],
+    indices: Sequence[int],
     padding_token: int,
     device: torch.device,
 ) -> Any:
-    batch = pad_columns(rows, padding_token, names)
+    """Of the rows ``indices``; without any, of the first row, since some models want what every real row has (EOS)."""
+    rows = [inputs[index] for index in indices or (0,)]
+    batch = pad_columns(rows, padding_of(model, padding_token), list(inputs[0]))
     return model(**{name: tensor.to(device) for name, tensor in batch.items()})

@@ -193,7 +193,7 @@ def test_other_files(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "quantized.json").write_bytes(content)
     assert "merge into original" in refusal(read_quantization_record, tmp_path / "quantized.json")
     (tmp_path / "train.jsonl").write_bytes(content)
-    for row in file_rows(tmp_path / "train.jsonl"):  # an error is one of the rows
+    for _, row in file_rows(tmp_path / "train.jsonl"):  # an error is one of the rows
         assert not isinstance(row, UserError) or "\n" not in str(row)
 
 

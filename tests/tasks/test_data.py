@@ -14,7 +14,7 @@ import pytest
 from adalora_dist.tasks.commonsense import hub
 from adalora_dist.tasks.commonsense.config import CommonsenseDataConfig
 from adalora_dist.tasks.commonsense.prompts import encode_examples
-from adalora_dist.tasks.commonsense.rows import find_file, load_task, load_tasks, resolve_tasks
+from adalora_dist.tasks.commonsense.rows import find_task, load_task, load_tasks, resolve_tasks
 from adalora_dist.tasks.rows.tokens import IGNORED
 from tests.support.paths import ROOT, SHARED
 from tests.support.refusals import refusal
@@ -74,9 +74,9 @@ def test_a_bad_row_is_refused_by_file_row_and_field(tmp_path, row, parts):
 
 def test_missing_folders_and_files_are_named_with_what_there_is(tmp_path):
     write_rows(tmp_path / "boolq/train.jsonl", [QUESTION])
-    message = refusal(find_file, str(tmp_path), "boolq", "test")
+    message = refusal(find_task, str(tmp_path), "boolq", "test")
     assert "test.jsonl, test.parquet, validation.jsonl" in message and "tasks in" in message and "boolq" in message
-    assert "no train file" in refusal(find_file, str(tmp_path), "piqa", "train")
+    assert "no train file" in refusal(find_task, str(tmp_path), "piqa", "train")
     assert "no such folder" in refusal(load_task, str(tmp_path / "nowhere"), "boolq", "train")
     assert "no such folder" in refusal(resolve_tasks, CommonsenseDataConfig())
     empty = tmp_path / "empty"

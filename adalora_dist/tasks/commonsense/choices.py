@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.batches import collate
-from adalora_dist.tasks.commonsense.prompts import prompt_text, prompt_tokens, reply_tokens
+from adalora_dist.tasks.commonsense.prompts import choice_tokens, prompt_text, prompt_tokens
 from adalora_dist.tasks.commonsense.results import TaskResult, task_result
 from adalora_dist.tasks.commonsense.rows import Example
 from adalora_dist.tasks.evaluation.batches import Gather, dealt_batches, evaluating, gather_lists
@@ -57,7 +56,7 @@ def evaluate_choices(
     with evaluating(model) as device:
         for batch, counts in dealt_batches(requests, batch_size, rank, world_size, f"{examples[0].task} likelihood"):
             prompts = [prompt_tokens(examples[index], tokenizer, max_length) for index, _ in batch]
-            replies = [_choice_tokens(examples[index], tokenizer)[choice] for index, choice in batch]
+            replies = [choice_tokens(examples[index], tokenizer)[choice] for index, choice in batch]
             sums = reply_log_likelihoods(model, prompts, replies, padding_token(tokenizer), device).tolist()
             if counts:
                 local += [(index, choice, total) for (index, choice), total in zip(batch, sums, strict=True)]
@@ -93,13 +92,3 @@ def reply_log_likelihoods(
     is_target = targets != IGNORED
     log_p = logits[:, :-1][is_target].float().log_softmax(-1).gather(-1, targets[is_target].unsqueeze(-1)).squeeze(-1)
     return torch.zeros(targets.shape, device=device).masked_scatter(is_target, log_p).sum(-1)
-
-
-def _choice_tokens(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
-    replies = [reply_tokens(tokenizer, example.output_for(choice)) for choice in example.choices]
-    if len(set(replies)) < len(replies):
-        raise UserError(
-            f"{example.origin}: two of the choices {', '.join(example.choices)} have the same tokens, so no score can "
-            f"tell them apart; use the tokenizer that belongs to the model"
-        )
-    return replies

@@ -16,7 +16,7 @@ COMMONSENSE_TASKS: tuple[str, ...] = get_args(CommonsenseTask)
 
 class CommonsenseDataConfig(DataConfig):
     source: Annotated[str, tyro.conf.arg(name="data")] = ""
-    """Folder with TASK/train and TASK/test files (.jsonl or .parquet), or the word hub; empty: built-in questions."""
+    """Folder with TASK/train and TASK/test (.jsonl, .json, .parquet), or the word hub; empty: built-in questions."""
     tasks: tuple[CommonsenseTask, ...] = ()
     """Which of the eight tasks; default: all that the source has."""
     max_length: int = Field(256, ge=8)
@@ -32,8 +32,8 @@ class CommonsenseDataConfig(DataConfig):
 class CommonsenseEvaluationConfig(EvaluationConfig):
     evaluate_by: tuple[Literal["likelihood", "generation"], ...] = ("likelihood", "generation")
     """likelihood: the choice with the highest log-likelihood; generation: greedy decoding, then parsing."""
-    max_new_tokens: int = Field(12, ge=1)
-    """Length of the generated answers."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """Length of the generated replies; default: the tokens of the longest reply that a question allows."""
 
 
 class CommonsenseConfig(RunConfig):

@@ -15,16 +15,12 @@ steps.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 import re
-import tempfile
 from pathlib import Path
 from typing import Literal, NamedTuple, TypedDict
 
-from adalora_dist.io.cache import cache_folder
-from adalora_dist.io.errors import UserError
+from adalora_dist.tasks.rows.demo_folder import demo_folder, write_rows
 
 Split = Literal["train", "test"]
 
@@ -201,40 +197,14 @@ def demo_questions(split: Split, seed: int = SEED) -> list[Row]:
 
 def write_demo_questions(folder: Path, seed: int = SEED) -> None:
     """Write ``folder/arc_easy/{train,test}.jsonl``, which ``load_tasks`` reads like any local source."""
-    task = folder / TASK
-    task.mkdir(parents=True, exist_ok=True)
-    for split in ("train", "test"):
-        lines = (json.dumps(row) + "\n" for row in demo_questions(split, seed))
-        (task / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    write_rows(folder, _files(seed))
 
 
 def demo_questions_folder() -> Path:
-    """Return a folder with the built-in questions, written to the user's cache the first time.
+    """A data folder with the built-in questions, in the user's cache."""
+    return demo_folder("demo-questions", _files(SEED))
 
-    The folder's name holds a digest of the questions, so another version of this file never meets old questions. It
-    is published by rename: several processes may call this at once.
 
-    Raises:
-        UserError: the cache cannot be written.
-    """
-    digest = hashlib.sha256(json.dumps([demo_questions("train"), demo_questions("test")]).encode()).hexdigest()
-    cache = cache_folder()
-    folder = cache / f"demo-questions-{digest[:8]}"
-    if folder.is_dir():
-        return folder
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix="building-") as scratch:
-            built = Path(scratch) / "questions"
-            write_demo_questions(built)
-            try:
-                built.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # otherwise another process was faster, with the same questions
-                    raise
-    except OSError as error:
-        raise UserError(
-            f"cannot write the built-in questions to {cache}: {error.strerror or error}; "
-            "set ADALORA_DIST_CACHE to a writable folder, or use your own questions: --data FOLDER"
-        ) from error
-    return folder
+def _files(seed: int) -> dict[str, list[Row]]:
+    splits: tuple[Split, ...] = ("train", "test")
+    return {f"{TASK}/{split}.jsonl": demo_questions(split, seed) for split in splits}

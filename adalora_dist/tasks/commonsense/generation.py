@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
-from adalora_dist.tasks.commonsense.prompts import prompt_text, prompt_tokens
+from adalora_dist.config.sections import GenerationConfig
+from adalora_dist.tasks.commonsense.prompts import longest_reply, prompt_tokens
 from adalora_dist.tasks.commonsense.results import TaskResult, task_result
 from adalora_dist.tasks.commonsense.rows import Example
-from adalora_dist.tasks.evaluation.batches import Gather, dealt_batches, evaluating, gather_lists
-from adalora_dist.tasks.evaluation.texts import left_padded
-from adalora_dist.tasks.rows.tokens import padding_token
+from adalora_dist.tasks.evaluation.batches import Gather, gather_lists
+from adalora_dist.tasks.evaluation.texts import generate_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +28,7 @@ def evaluate_generation(
     examples: Sequence[Example],
     batch_size: int,
     max_length: int,
-    max_new_tokens: int,
+    max_new_tokens: int | None = None,
     rank: int = 0,
     world_size: int = 1,
     gather: Gather = gather_lists,
@@ -41,38 +41,30 @@ def evaluate_generation(
     Args:
         batch_size: sequences in one call of ``generate`` of one rank.
         max_length: as in training; see ``prompt_tokens``.
-        max_new_tokens: length of a reply; it ends earlier with EOS.
-        synced_gpus: ranks take the same number of decoding steps; needed where forwards are collective (sharded
-            parameters), harmful nowhere but in speed. It needs a process group.
+        max_new_tokens: length of a reply; it ends earlier with EOS. None: as many tokens as the longest legal reply to
+            the question has, with EOS, which is also the room that ``prompt_tokens`` leaves for it in ``max_length``.
+        synced_gpus: see :func:`~adalora_dist.tasks.evaluation.texts.generate_texts`.
     """
-    order = sorted(range(len(examples)), key=lambda index: -len(prompt_text(examples[index])))
-    padding = padding_token(tokenizer)
-    local: list[tuple[int, str | None]] = []
-    with evaluating(model) as device:
-        for batch, counts in dealt_batches(order, batch_size, rank, world_size, f"{examples[0].task} generation"):
-            prompts = [prompt_tokens(examples[index], tokenizer, max_length) for index in batch]
-            input_ids, attention_mask = left_padded(prompts, padding)
-            generated = cast(Any, model).generate(  # transformers' own annotations lack it
-                input_ids=input_ids.to(device),
-                attention_mask=attention_mask.to(device),
-                do_sample=False,
-                num_beams=1,
-                temperature=None,  # sampling settings that a model ships with draw a warning in greedy decoding
-                top_p=None,
-                top_k=None,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=padding,
-                synced_gpus=synced_gpus,
-            )
-            texts = tokenizer.batch_decode(generated[:, input_ids.shape[1] :], skip_special_tokens=True)
-            if counts:
-                local += [
-                    (index, parse_answer(text, examples[index].choices))
-                    for index, text in zip(batch, texts, strict=True)
-                ]
-    answers = dict(gather(local))
-    return task_result(examples, "generation", [answers[index] for index in range(len(examples))])
+    budgets = [max_new_tokens or longest_reply(example, tokenizer) for example in examples]
+    answers: list[str | None] = [None] * len(examples)
+    for budget in sorted(set(budgets), reverse=True):
+        indices = [index for index, own in enumerate(budgets) if own == budget]
+        prompts = [prompt_tokens(examples[index], tokenizer, max_length) for index in indices]
+        texts = generate_texts(
+            model,
+            tokenizer,
+            prompts,
+            [len(prompt) for prompt in prompts],
+            GenerationConfig(num_beams=1, max_new_tokens=budget, eval_batch_size=batch_size),
+            rank,
+            world_size,
+            gather,
+            synced_gpus,
+            f"{examples[0].task} generation",
+        )
+        for index, text in zip(indices, texts, strict=True):
+            answers[index] = parse_answer(text, examples[index].choices)
+    return task_result(examples, "generation", answers)
 
 
 def parse_answer(text: str, choices: Sequence[str]) -> str | None:

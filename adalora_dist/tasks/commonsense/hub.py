@@ -6,12 +6,13 @@ are pure; each names the columns of its data set. Evaluation uses the split whos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from adalora_dist.io.errors import UserError
-from adalora_dist.tasks.rows.hub import raw_hub_rows
+from adalora_dist.tasks.rows.bad_rows import Rows
+from adalora_dist.tasks.rows.hub import HubData
 
 Row = dict[str, str]
 
@@ -63,30 +64,33 @@ def openbookqa(raw: Mapping[str, Any]) -> Row:
     return _lettered(raw["question_stem"], raw)
 
 
-@dataclass(frozen=True)
-class HubTask:
-    """Where a task lives: ``load_dataset(path, name)``, its labelled evaluation split, and its row mapping."""
+@dataclass(frozen=True, kw_only=True)
+class HubTask(HubData):
+    """Where a task lives, its labelled evaluation split, and its row mapping."""
 
-    path: str
-    name: str | None
     evaluation_split: str
     to_row: Callable[[Mapping[str, Any]], Row]
 
 
 HUB_TASKS = {
-    "boolq": HubTask("google/boolq", None, "validation", boolq),
-    "piqa": HubTask("baber/piqa", None, "validation", piqa),
-    "siqa": HubTask("lighteval/siqa", None, "validation", siqa),
-    "hellaswag": HubTask("Rowan/hellaswag", None, "validation", hellaswag),
+    "boolq": HubTask("google/boolq", evaluation_split="validation", to_row=boolq),
+    "piqa": HubTask("baber/piqa", evaluation_split="validation", to_row=piqa),
+    "siqa": HubTask("lighteval/siqa", evaluation_split="validation", to_row=siqa),
+    "hellaswag": HubTask("Rowan/hellaswag", evaluation_split="validation", to_row=hellaswag),
     # xl is the largest training set (40,398 rows); all sizes share the validation set.
-    "winogrande": HubTask("allenai/winogrande", "winogrande_xl", "validation", winogrande),
-    "arc_easy": HubTask("allenai/ai2_arc", "ARC-Easy", "test", arc),
-    "arc_challenge": HubTask("allenai/ai2_arc", "ARC-Challenge", "test", arc),
-    "openbookqa": HubTask("allenai/openbookqa", "main", "test", openbookqa),
+    "winogrande": HubTask("allenai/winogrande", "winogrande_xl", evaluation_split="validation", to_row=winogrande),
+    "arc_easy": HubTask("allenai/ai2_arc", "ARC-Easy", evaluation_split="test", to_row=arc),
+    "arc_challenge": HubTask("allenai/ai2_arc", "ARC-Challenge", evaluation_split="test", to_row=arc),
+    "openbookqa": HubTask("allenai/openbookqa", "main", evaluation_split="test", to_row=openbookqa),
 }
 
 
-def hub_rows(task: str, split: str) -> Iterator[tuple[str, Row] | UserError]:
+def hub_split(task: str, split: str) -> str:
+    """What ``train`` or ``test`` is called on the Hub."""
+    return HUB_TASKS[task].evaluation_split if split == "test" else split
+
+
+def hub_rows(task: str, split: str) -> Rows:
     """Yield (origin, row) of one split, ``train`` or ``test``; origin is ``path/name/split:row``, row 1 first.
 
     For a row that has another form than its mapping expects, the error that says so is yielded in its place.
@@ -95,16 +99,14 @@ def hub_rows(task: str, split: str) -> Iterator[tuple[str, Row] | UserError]:
         UserError: the data set cannot be loaded.
     """
     hub_task = HUB_TASKS[task]
-    hub_split = hub_task.evaluation_split if split == "test" else split
     instead = f"--data FOLDER with FOLDER/{task}/train.jsonl and FOLDER/{task}/test.jsonl"
-    for origin, raw in raw_hub_rows(hub_task.path, hub_task.name, hub_split, instead):
+    for origin, raw in hub_task.rows(hub_split(task, split), instead):
         try:
-            yield origin, hub_task.to_row(raw)
-        except (KeyError, ValueError, AttributeError, TypeError) as error:
-            yield UserError(
-                f"{origin}: the row cannot be used ({type(error).__name__}: {error}); the data set may have "
-                f"changed: use local files with --data FOLDER"
-            )
+            yield origin, hub_task.to_row(cast(Mapping[str, Any], raw))
+        except (KeyError, ValueError, AttributeError, TypeError, OverflowError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            hint = "the data set may have changed: use local files with --data FOLDER"
+            yield origin, UserError(f"{origin}: the row cannot be used ({reason}); {hint}")
 
 
 def _lettered(question: str, raw: Mapping[str, Any]) -> Row:

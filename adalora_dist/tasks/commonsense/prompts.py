@@ -8,7 +8,7 @@ there; EOS follows the reply in training where the tokenizer has one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
@@ -37,6 +37,38 @@ def reply_tokens(tokenizer: PreTrainedTokenizerBase, reply: str) -> tuple[int, .
     return tuple(tokenizer(reply, add_special_tokens=False)["input_ids"])
 
 
+def choice_tokens(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
+    """Ids of the reply that gives each choice.
+
+    Raises:
+        UserError: two of them are the same, or one is empty.
+    """
+    replies = [reply_tokens(tokenizer, example.output_for(choice)) for choice in example.choices]
+    if len(set(replies)) < len(replies) or () in replies:
+        raise UserError(
+            f"{example.origin}: two of the choices {', '.join(example.choices)} have the same tokens, or one has none, "
+            "so no score can tell them apart; use the tokenizer that belongs to the model"
+        )
+    return replies
+
+
+def longest_reply(example: Example, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the longest legal reply, EOS included."""
+    replies = [example.output, *(example.output_for(choice) for choice in example.choices)]
+    return max(len(reply_tokens(tokenizer, reply)) for reply in replies) + len(eos_tokens(tokenizer))
+
+
+def check_questions(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Raise before the training what the evaluation of these examples would raise after it.
+
+    Raises:
+        UserError: as :func:`prompt_tokens` and :func:`choice_tokens`, naming the row.
+    """
+    for example in examples:
+        choice_tokens(example, tokenizer)
+        prompt_tokens(example, tokenizer, max_length)
+
+
 def prompt_tokens(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[int]:
     """Ids of the prompt, BOS included, leaving room in ``max_length`` for the longest possible reply and EOS.
 
@@ -46,8 +78,7 @@ def prompt_tokens(example: Example, tokenizer: PreTrainedTokenizerBase, max_leng
     Raises:
         UserError: the longest reply leaves no room for a single prompt token.
     """
-    replies = [example.output, *(example.output_for(choice) for choice in example.choices)]
-    num_reply = max(len(reply_tokens(tokenizer, reply)) for reply in replies) + len(eos_tokens(tokenizer))
+    num_reply = longest_reply(example, tokenizer)
     num_prompt = max_length - num_reply
     if num_prompt < 1:
         raise UserError(

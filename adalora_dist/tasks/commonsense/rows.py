@@ -1,15 +1,14 @@
 """Commonsense questions: reading and checking rows of instruction, input, output and answer.
 
-A local source is a folder ``SOURCE/TASK/{train,test}.{jsonl,parquet}``; the word ``hub`` reads the public data sets
-(see ``hub.py``). Every row is checked on loading, so load everything before a model is touched. Importing this file
-never imports torch.
+A local source is a folder ``SOURCE/TASK/{train,test}.{jsonl,parquet}``, TASK also as LLM-Adapters spells it (ARC-Easy,
+social_i_qa); the word ``hub`` reads the public data sets (see ``hub.py``). Every row is checked on loading, so load
+everything before a model is touched. Importing this file never imports torch.
 """
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,14 +16,16 @@ from typing import Literal
 
 from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.commonsense.config import COMMONSENSE_TASKS, CommonsenseDataConfig
-from adalora_dist.tasks.commonsense.hub import hub_rows
+from adalora_dist.tasks.commonsense.hub import HUB_TASKS, hub_rows, hub_split
 from adalora_dist.tasks.rows.bad_rows import BadRows
-from adalora_dist.tasks.rows.files import SUFFIXES, file_rows
+from adalora_dist.tasks.rows.fields import REMEDY, object_row, refuse_odd_text, shown
+from adalora_dist.tasks.rows.files import TEST, TRAIN, LocalSplit, task_folders
+from adalora_dist.tasks.rows.source import checked_rows, local_split
 
 Split = Literal["train", "test"]
 
-# Only the test split has stand-ins: a folder with train and dev files is common, and dev rows are held out as well.
-FILE_NAMES: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "validation", "dev")}
+ALIASES = {"socialiqa": "siqa", "obqa": "openbookqa", "arce": "arc_easy", "arcc": "arc_challenge"}
+"""Other names of task folders; see :func:`adalora_dist.tasks.rows.files.task_folders`."""
 FIELDS = ("instruction", "input", "output", "answer")
 
 # For rows without an "Answer format:" line. ARC is not here: its questions have three, four or five answers.
@@ -36,9 +37,7 @@ FIXED_CHOICES: dict[str, tuple[str, ...]] = {
     "winogrande": ("option1", "option2"),
     "openbookqa": ("answer1", "answer2", "answer3", "answer4"),
 }
-_ANSWER_FORMAT = re.compile(r"^Answer format:[ \t]*(.+?)[ \t]*$", re.MULTILINE)
-
-logger = logging.getLogger(__name__)
+_ANSWER_FORMAT = re.compile(r"^Answer format:[ \t]*(.+?)[ \t\r]*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,8 @@ def resolve_tasks(data: CommonsenseDataConfig) -> tuple[str, ...]:
             f"data={data.source!r}: no task folder found; expected one or more of {_join(COMMONSENSE_TASKS)}"
         )
     for task in tasks:
-        find_file(data.source, task, "train")
-        find_file(data.source, task, "test")
+        find_task(data.source, task, "train")
+        find_task(data.source, task, "test")
     return tasks
 
 
@@ -112,60 +111,51 @@ def load_task(source: str, task: str, split: Split, bad_rows: BadRows | None = N
     """
     bad, parse = bad_rows or BadRows("error"), partial(_example, task)
     if source == "hub":
-        return list(bad.usable(hub_rows(task, split), parse))
-    path = find_file(source, task, split)
-    if path.stem not in (split, "train"):
-        logger.warning("%s/%s has no test file: evaluating on %s", source, task, path.name)
-    examples = list(bad.usable(file_rows(path), parse))
-    if not examples:
-        usable = "usable rows" if bad.counts[str(path)] else "rows"
-        raise UserError(f"{path}: the file has no {usable}; remove the folder of {task} or fill the file")
-    return examples
+        where = HUB_TASKS[task].where(hub_split(task, split))
+        return checked_rows(where, hub_rows(task, split), parse, bad)
+    found = find_task(source, task, split)
+    return checked_rows(found.where, found.rows(), parse, bad)
 
 
-def find_file(source: str, task: str, split: Split) -> Path:
-    """The file that holds a split of a task; for test files, names are tried in the order test, validation, dev.
+def find_task(source: str, task: str, split: Split) -> LocalSplit:
+    """The files that hold a split of a task; for test files, names are tried in the order test, validation, dev.
 
     Raises:
-        UserError: no such file, or the same name with two suffixes.
+        UserError: no such file, or the same name in two forms; it names the tasks that there are.
     """
     existing = _tasks_in(source)
-    folder = Path(source) / task
-    for name in FILE_NAMES[split]:
-        found = [path for suffix in SUFFIXES if (path := folder / (name + suffix)).is_file()]
-        if len(found) > 1:
-            raise UserError(f"{folder}: both {found[0].name} and {found[1].name} exist; remove one of them")
-        if found:
-            return found[0]
-    wanted = _join([name + suffix for name in FILE_NAMES[split] for suffix in SUFFIXES])
-    raise UserError(f"{folder}: no {split} file; looked for {wanted}; tasks in {source}: {_join(existing) or 'none'}")
+    try:
+        return local_split(existing.get(task, Path(source) / task), TRAIN if split == "train" else TEST)
+    except UserError as error:
+        raise UserError(f"{task}: no {split} file: {error}; tasks in {source}: {_join(existing) or 'none'}") from None
 
 
-def _tasks_in(source: str) -> list[str]:
+def _tasks_in(source: str) -> dict[str, Path]:
     if not source or not Path(source).is_dir():
         raise UserError(
             f"data={source!r}: no such folder; give a folder with TASK/train.jsonl and TASK/test.jsonl, or the word hub"
         )
-    return [task for task in COMMONSENSE_TASKS if (Path(source) / task).is_dir()]
+    return task_folders(source, COMMONSENSE_TASKS, ALIASES)
 
 
 def _example(task: str, row: object, origin: str) -> Example:
-    if not isinstance(row, Mapping):
-        raise UserError(f"{origin}: the row is a {type(row).__name__}; legal: an object with fields {_join(FIELDS)}")
+    row = object_row(row, origin, FIELDS)
     for field in FIELDS:
         if field not in row:
             raise UserError(f"{origin}: field {field} is missing; every row needs {_join(FIELDS)}")
         if not isinstance(row[field], str):
-            raise UserError(f"{origin}: field {field} is {row[field]!r}; legal: a string; put it in quotes")
+            raise UserError(f"{origin}: field {field} is {shown(row[field])}; legal: a string; {REMEDY}")
+        refuse_odd_text(row[field], field, origin)
     instruction, answer, output = row["instruction"], row["answer"], row["output"]
     if not instruction.strip():
         raise UserError(f"{origin}: field instruction is empty; write the question or remove the row")
     choices = _choices(instruction, task, origin)
     if answer not in choices:
-        raise UserError(f"{origin}: field answer is {answer!r}; legal: {_join(choices)}; correct the row or remove it")
+        legal = _join([shown(choice)[1:-1] for choice in choices[:8]])
+        raise UserError(f"{origin}: field answer is {shown(answer)}; legal: {legal}; {REMEDY}")
     if next(_whole_words(answer, output), None) is None:
         raise UserError(
-            f"{origin}: field output is {output!r}, without the answer; write 'the correct answer is {answer}'"
+            f"{origin}: field output is {shown(output)}, without the answer; write 'the correct answer is {answer}'"
         )
     return Example(instruction, row["input"], output, answer, choices, task, origin)
 
@@ -174,7 +164,9 @@ def _choices(instruction: str, task: str, origin: str) -> tuple[str, ...]:
     lines = _ANSWER_FORMAT.findall(instruction)
     choices = tuple(lines[-1].split("/")) if lines else FIXED_CHOICES.get(task, ())
     if len(choices) < 2 or "" in choices or len(set(choices)) < len(choices):
-        found = f"has the line 'Answer format: {lines[-1]}'" if lines else "has no line 'Answer format: ...'"
+        found = (
+            f"has the line 'Answer format: {shown(lines[-1])[1:-1]}'" if lines else "has no line 'Answer format: ...'"
+        )
         raise UserError(
             f"{origin}: field instruction {found}; end it with two or more names: 'Answer format: answer1/answer2'"
         )
@@ -185,5 +177,5 @@ def _whole_words(word: str, text: str) -> Iterator[re.Match[str]]:
     return re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", text)
 
 
-def _join(names: Sequence[str]) -> str:
+def _join(names: Iterable[str]) -> str:
     return ", ".join(names)

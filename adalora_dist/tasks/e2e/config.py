@@ -12,7 +12,7 @@ from adalora_dist.config.sections import DataConfig, GenerationConfig, RunConfig
 
 class E2EDataConfig(DataConfig):
     source: Annotated[str, tyro.conf.arg(name="data")] = ""
-    """Folder with train and test files (.jsonl or .parquet), or the word hub; empty: built-in places."""
+    """Folder with train and test (.jsonl, .json, .parquet), or the word hub; empty: built-in places."""
     max_length: int = Field(512, ge=16)
     """Longest training sequence in tokens; longer ones are refused."""
     max_train_rows: int | None = Field(None, ge=1)

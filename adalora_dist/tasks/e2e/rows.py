@@ -7,8 +7,7 @@ several references: each trains, and a generated text is scored against all of t
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -16,21 +15,20 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.e2e.config import E2EDataConfig
 from adalora_dist.tasks.e2e.demo import demo_places
 from adalora_dist.tasks.rows.bad_rows import BadRows
-from adalora_dist.tasks.rows.files import file_rows, find_data_file
-from adalora_dist.tasks.rows.hub import raw_hub_rows
+from adalora_dist.tasks.rows.fields import object_row, text_field
+from adalora_dist.tasks.rows.files import TEST, TRAIN
+from adalora_dist.tasks.rows.hub import HubData
+from adalora_dist.tasks.rows.source import checked_rows, local_split
 from adalora_dist.tasks.rows.token_cache import Columns, cached_columns
-from adalora_dist.tasks.rows.tokens import IGNORED, EncodedRow, eos_tokens
+from adalora_dist.tasks.rows.tokens import IGNORED, EncodedRow, eos_tokens, refuse_no_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-logger = logging.getLogger(__name__)
-
 Split = Literal["train", "test"]
 
-HUB_PATH, HUB_REVISION = "tuetschek/e2e_nlg", "refs/convert/parquet"
+HUB = HubData("tuetschek/e2e_nlg", revision="refs/convert/parquet")
 """The data set comes with a loading script; the Hub's own conversion needs none."""
-FILE_NAMES: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "validation", "dev")}
 _FIELDS = (("mr", "meaning_representation"), ("ref", "human_reference"))
 
 
@@ -43,9 +41,7 @@ def load_e2e(data: E2EDataConfig, split: Split, bad_rows: BadRows | None = None)
     Raises:
         UserError: a file or a field is missing, a file cannot be read, the Hub cannot be reached, or there is no row.
     """
-    rows = list(_rows(data, split, bad_rows or BadRows(data.bad_rows)))
-    if not rows:
-        raise UserError(f"data={data.source!r}: no {split} rows; it needs at least one")
+    rows = _rows(data, split, bad_rows or BadRows(data.bad_rows))
     if split == "train":
         return rows[: data.max_train_rows]
     kept = set(list(dict.fromkeys(mr for mr, _ in rows))[: data.max_eval_rows])
@@ -78,6 +74,7 @@ def encode_rows(
         columns: Columns = {"input_ids": [], "labels": []}
         prompts = prompt_tokens([mr for mr, _ in chunk], tokenizer)
         texts = tokenizer([f" {ref}" for _, ref in chunk], add_special_tokens=False)["input_ids"]
+        refuse_no_tokens(texts, lambda row: chunk[row][1])
         for prompt, text in zip(prompts, texts, strict=True):
             target = [*text, *eos_tokens(tokenizer)]
             columns["input_ids"].append([*prompt, *target])
@@ -98,34 +95,29 @@ def encode_rows(
 
 
 def prompt_tokens(mrs: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Tokens of each prompt, without EOS, which some tokenizers put behind every text."""
+    """Tokens of each prompt, without EOS, which some tokenizers put behind every text.
+
+    Raises:
+        UserError: a prompt has no tokens.
+    """
     prompts = tokenizer([prompt_text(mr) for mr in mrs])["input_ids"]
     eos = tokenizer.eos_token_id
-    return [prompt[:-1] if prompt[-1] == eos else prompt for prompt in prompts]
+    prompts = [prompt[:-1] if prompt[-1:] == [eos] else prompt for prompt in prompts]
+    refuse_no_tokens(prompts, lambda row: mrs[row])
+    return prompts
 
 
-def _rows(data: E2EDataConfig, split: Split, bad_rows: BadRows) -> Iterator[tuple[str, str]]:
+def _rows(data: E2EDataConfig, split: Split, bad: BadRows) -> list[tuple[str, str]]:
     if not data.source:
-        return iter(demo_places(split))
-    raw: Iterable[tuple[str, object] | UserError]
+        return demo_places(split)
     if data.source == "hub":
         instead = "--data FOLDER with FOLDER/train.jsonl and FOLDER/test.jsonl"
-        raw = raw_hub_rows(HUB_PATH, None, split, instead, HUB_REVISION)
-    else:
-        path = find_data_file(Path(data.source), FILE_NAMES[split])
-        if path.stem != split:
-            logger.warning("%s has no test file: evaluating on %s", path.parent, path.name)
-        raw = file_rows(path)
-    return bad_rows.usable(raw, _pair)
+        return checked_rows(HUB.where(split), HUB.rows(split, instead), _pair, bad)
+    found = local_split(Path(data.source), TRAIN if split == "train" else TEST)
+    return checked_rows(found.where, found.rows(), _pair, bad)
 
 
 def _pair(row: object, origin: str) -> tuple[str, str]:
-    if not isinstance(row, Mapping):
-        raise UserError(f"{origin}: the row is a {type(row).__name__}; legal: an object with mr and ref")
-    values = []
-    for names in _FIELDS:
-        value = next((row[name] for name in names if name in row), None)
-        if not isinstance(value, str) or not value.strip():
-            raise UserError(f"{origin}: field {names[0]} is {value!r}; legal: a text; correct the row or remove it")
-        values.append(value)
-    return values[0], values[1]
+    row = object_row(row, origin, ("mr", "ref"))
+    mr, ref = (text_field(row, next((n for n in names if n in row), names[0]), origin) for names in _FIELDS)
+    return mr, ref

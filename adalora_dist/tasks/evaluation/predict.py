@@ -9,6 +9,7 @@ from torch import nn
 
 from adalora_dist.tasks.batches import pad_columns
 from adalora_dist.tasks.evaluation.batches import Gather, dealt_batches, evaluating, gather_lists
+from adalora_dist.tasks.padding import padding_of
 
 
 def predict(
@@ -25,20 +26,21 @@ def predict(
     """The model's outputs for each row, float32 on the CPU, padding removed where they have a value per token.
 
     Every rank must call it with the same rows, runs the same number of forwards, and returns the same result, which
-    does not depend on ``world_size``.
+    depends neither on ``world_size`` nor, but for rounding, on ``batch_size``.
 
     Args:
         inputs: tokenised rows: the columns that the model takes besides ``attention_mask``.
+        padding_token: for a model that does not say what it takes for padding.
         batch_size: rows in one forward of one rank.
         outputs: which of the model's outputs: ("logits",) of a classifier, ("start_logits", "end_logits").
     """
     # Longest first: what does not fit into memory fails at once.
     order = sorted(range(len(inputs)), key=lambda index: -len(inputs[index]["input_ids"]))
-    names = list(inputs[0])
+    names, padding = list(inputs[0]), padding_of(model, padding_token)
     local: list[tuple[int, tuple[torch.Tensor, ...]]] = []
     with evaluating(model) as device:
         for batch, counts in dealt_batches(order, batch_size, rank, world_size, description):
-            padded = pad_columns([inputs[index] for index in batch], padding_token, names)
+            padded = pad_columns([inputs[index] for index in batch], padding, names)
             result = model(**{name: tensor.to(device) for name, tensor in padded.items()})
             if not counts:
                 continue

@@ -10,6 +10,7 @@ import torch
 from adalora_dist.config.sections import GenerationConfig
 from adalora_dist.tasks.batches import pad_columns
 from adalora_dist.tasks.evaluation.batches import Gather, dealt_batches, evaluating, gather_lists
+from adalora_dist.tasks.evaluation.decoding import decoding
 from adalora_dist.tasks.rows.tokens import padding_token
 
 if TYPE_CHECKING:
@@ -26,22 +27,24 @@ def generate_texts(
     world_size: int = 1,
     gather: Gather = gather_lists,
     synced_gpus: bool = False,
+    description: str = "generate",
 ) -> list[str]:
-    """Beam search from every source; the texts in the order of the sources, without special tokens.
+    """Greedy or beam search from every source; the texts in the order of the sources, without special tokens.
 
     Every rank must call it with the same sources and returns the same texts, which do not depend on ``world_size``.
 
     Args:
         sources: tokens of the documents (encoder-decoder) or prompts (causal model).
         lengths: of the sources, or numbers that order them like that.
-        synced_gpus: ranks take the same number of decoding steps; needed where forwards are collective.
+        synced_gpus: ranks take the same number of decoding steps; needed where forwards are collective (sharded
+            parameters), harmful nowhere but in speed. It needs a process group.
     """
     padding, is_causal = padding_token(tokenizer), not cast(Any, model).config.is_encoder_decoder
     # Longest first: what does not fit into memory fails at once.
     order = sorted(range(len(sources)), key=lambda index: -lengths[index])
     local: list[tuple[int, str]] = []
-    with evaluating(model) as device:
-        for indices, counts in dealt_batches(order, settings.eval_batch_size, rank, world_size, "generate"):
+    with evaluating(model) as device, decoding(model, tokenizer, settings) as config:
+        for indices, counts in dealt_batches(order, settings.eval_batch_size, rank, world_size, description):
             batch = [sources[index] for index in indices]
             if is_causal:
                 input_ids, attention_mask = left_padded(batch, padding)
@@ -51,7 +54,7 @@ def generate_texts(
             generated = cast(Any, model).generate(  # transformers' own annotations lack it
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.to(device),
-                **_arguments(settings, tokenizer),
+                generation_config=config,
                 synced_gpus=synced_gpus,
             )
             if counts:
@@ -60,27 +63,6 @@ def generate_texts(
                 local += zip(indices, texts, strict=True)
     texts_by_index = dict(gather(local))
     return [texts_by_index[index] for index in range(len(sources))]
-
-
-def _arguments(settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What ``generate`` gets besides its inputs; sampling settings that a model ships with are put aside."""
-    beams = {"length_penalty": settings.length_penalty, "early_stopping": True} if settings.num_beams > 1 else {}
-    return {
-        "do_sample": False,
-        "temperature": None,
-        "top_p": None,
-        "top_k": None,
-        "num_beams": settings.num_beams,
-        "max_new_tokens": settings.max_new_tokens,
-        "max_length": None,
-        "min_new_tokens": settings.min_new_tokens or None,
-        "min_length": 0,
-        "no_repeat_ngram_size": settings.no_repeat_ngram_size,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": padding_token(tokenizer),
-        "use_cache": True,
-        **beams,
-    }
 
 
 def left_padded(prompts: Sequence[Sequence[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,7 +17,7 @@ GLUE_TASKS: tuple[str, ...] = get_args(GlueTask)
 
 class GlueDataConfig(DataConfig):
     source: Annotated[str, tyro.conf.arg(name="data")] = ""
-    """Folder with TASK/train and TASK/dev files (.jsonl or .parquet), or the word hub; empty: built-in sentences."""
+    """Folder with TASK/train and TASK/dev (.jsonl, .json, .parquet), or the word hub; empty: built-in sentences."""
     task: GlueTask = "sst2"
     """One of the eight GLUE tasks."""
     max_length: int = Field(128, ge=8)

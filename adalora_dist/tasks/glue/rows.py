@@ -1,25 +1,27 @@
 """The eight GLUE tasks: what their rows look like, where they lie, how they are scored.
 
-A local source is a folder ``SOURCE/TASK/{train,dev}.{jsonl,parquet}`` (MNLI: dev_matched and dev_mismatched). A row has
-the task's texts, under the names of the public data set or as sentence (sentence1, sentence2), and ``label``: a class
-number, for STS-B a number from 0 to 5. The word ``hub`` reads nyu-mll/glue. Test sets have no public labels: scores are
-those of the development sets, as in the paper. Importing this file never imports torch.
+A local source is a folder ``SOURCE/TASK/{train,dev}.{jsonl,parquet}`` (MNLI: dev_matched and dev_mismatched; TASK also
+as SST-2, STS-B). A row has the task's texts, under the names of the public data set or as sentence (sentence1,
+sentence2), and ``label``: a class number, for STS-B a number from 0 to 5. The word ``hub`` reads nyu-mll/glue. Test
+sets have no public labels: scores are those of the development sets, as in the paper. Importing this file never imports
+torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.glue.config import GlueDataConfig
 from adalora_dist.tasks.rows.bad_rows import BadRows
-from adalora_dist.tasks.rows.files import file_rows, find_data_file
-from adalora_dist.tasks.rows.hub import raw_hub_rows
+from adalora_dist.tasks.rows.fields import number_field, object_row, text_field
+from adalora_dist.tasks.rows.files import TRAIN, task_folder
+from adalora_dist.tasks.rows.hub import HubData
+from adalora_dist.tasks.rows.source import checked_rows, local_split
 from adalora_dist.tasks.rows.token_cache import Columns, cached_columns
+from adalora_dist.tasks.rows.tokens import refuse_no_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,7 +57,8 @@ TASKS = {
 }
 """Texts in the order in which the model reads them; metrics as the paper reports them."""
 
-HUB_PATH = "nyu-mll/glue"
+SIMILARITY = (0, 5)
+"""Least and most of STS-B's label."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def load_glue(
         UserError: a file is missing, empty or unreadable, the Hub cannot be reached, or a row is not valid.
     """
     task, bad = TASKS[data.task], bad_rows or BadRows(data.bad_rows)
-    train = _load(data, bad, "train", ("train",))[: data.max_train_rows]
+    train = _load(data, bad, "train", TRAIN)[: data.max_train_rows]
     sets = {
         name: _load(data, bad, files[0], files)[: data.max_eval_rows] for name, files in task.evaluation_sets.items()
     }
@@ -86,42 +89,30 @@ def load_glue(
 
 
 def _load(data: GlueDataConfig, bad: BadRows, hub_split: str, file_names: tuple[str, ...]) -> list[LabelledText]:
-    rows: Iterator[tuple[str, object] | UserError]
+    parse = partial(labelled_text, TASKS[data.task])
     if data.source == "hub":
         instead = f"--data FOLDER with FOLDER/{data.task}/train.jsonl and FOLDER/{data.task}/dev.jsonl"
-        where, rows = hub_split, raw_hub_rows(HUB_PATH, data.task, hub_split, instead)
-    else:
-        path = find_data_file(Path(data.source) / data.task, file_names)
-        where, rows = str(path), file_rows(path)
-    examples = list(bad.usable(rows, partial(labelled_text, TASKS[data.task])))
-    if not examples:
-        raise UserError(f"{where}: no rows; it needs at least one")
-    return examples
+        hub = HubData("nyu-mll/glue", data.task)
+        return checked_rows(hub.where(hub_split), hub.rows(hub_split, instead), parse, bad)
+    split = local_split(task_folder(data.source, data.task, tuple(TASKS)), file_names)
+    return checked_rows(split.where, split.rows(), parse, bad)
 
 
 def labelled_text(task: Task, row: object, origin: str) -> LabelledText:
     """Check one row.
 
     Raises:
-        UserError: a text or the label is missing or of another kind, naming ``origin``.
+        UserError: a text or the label is missing or of another kind, or the label is out of its range, naming
+            ``origin``.
     """
-    if not isinstance(row, Mapping):
-        raise UserError(f"{origin}: the row is a {type(row).__name__}; legal: an object with {', '.join(task.texts)}")
+    row = object_row(row, origin, (*task.texts, "label"))
     plain = ("sentence",) if len(task.texts) == 1 else ("sentence1", "sentence2")
     names = task.texts if all(name in row for name in task.texts) else plain
-    texts = []
-    for name in names:
-        if not isinstance(row.get(name), str) or not row[name].strip():
-            raise UserError(f"{origin}: field {name} is {row.get(name)!r}; legal: a text; correct the row or remove it")
-        texts.append(row[name])
-    label = row.get("label")
-    if isinstance(label, bool) or not isinstance(label, int | float):
-        raise UserError(f"{origin}: field label is {label!r}; legal: a number; correct the row or remove it")
-    if task.num_labels > 1 and label not in range(task.num_labels):
-        raise UserError(
-            f"{origin}: field label is {label!r}; legal: 0 to {task.num_labels - 1}; test sets have no labels"
-        )
-    return LabelledText(tuple(texts), float(label))
+    texts = tuple(text_field(row, name, origin) for name in names)
+    if task.num_labels == 1:
+        return LabelledText(texts, number_field(row, "label", origin, *SIMILARITY))
+    most, note = task.num_labels - 1, "; test sets have no labels"
+    return LabelledText(texts, number_field(row, "label", origin, 0, most, whole=True, note=note))
 
 
 def encode_texts(
@@ -131,7 +122,11 @@ def encode_texts(
     description: str,
     show_progress: bool = True,
 ) -> list[dict[str, list[int]]]:
-    """What the model takes of each row, at most ``max_length`` tokens, unpadded; from the cache if it is there."""
+    """What the model takes of each row, at most ``max_length`` tokens, unpadded; from the cache if it is there.
+
+    Raises:
+        UserError: a text has no tokens.
+    """
 
     def encode(chunk: Sequence[tuple[str, ...]]) -> Columns:
         columns = list(zip(*chunk, strict=True))
@@ -143,4 +138,5 @@ def encode_texts(
     columns = cached_columns(
         [e.texts for e in examples], tokenizer, {"max_length": max_length}, encode, description, show_progress
     )
+    refuse_no_tokens(columns["input_ids"], lambda row: " ".join(examples[row].texts))
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

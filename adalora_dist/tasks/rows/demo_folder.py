@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from adalora_dist.io.cache import cache_folder
+from adalora_dist.io.digest import digest_of
 from adalora_dist.io.errors import UserError
 
 
-def demo_folder(name: str, files: Mapping[str, Iterable[Mapping[str, Any]]]) -> Path:
+def write_rows(folder: Path, files: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Write .jsonl files (relative path -> rows)."""
+    for path, rows in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def demo_folder(name: str, files: Mapping[str, Sequence[Mapping[str, Any]]]) -> Path:
     """A folder in the cache with these .jsonl files (relative path -> rows), written the first time.
 
     Its name holds a digest of the rows, so another version of them never meets old files. It is published by rename:
@@ -22,8 +29,7 @@ def demo_folder(name: str, files: Mapping[str, Iterable[Mapping[str, Any]]]) -> 
     Raises:
         UserError: the cache cannot be written.
     """
-    texts = {path: "".join(json.dumps(row) + "\n" for row in rows) for path, rows in files.items()}
-    digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:8]
+    digest = digest_of([json.dumps(files).encode()])[:8]
     cache = cache_folder()
     folder = cache / f"{name}-{digest}"
     if folder.is_dir():
@@ -32,9 +38,7 @@ def demo_folder(name: str, files: Mapping[str, Iterable[Mapping[str, Any]]]) -> 
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix="building-") as scratch:
             built = Path(scratch) / "data"
-            for path, text in texts.items():
-                (built / path).parent.mkdir(parents=True, exist_ok=True)
-                (built / path).write_text(text, encoding="utf-8")
+            write_rows(built, files)
             try:
                 built.rename(folder)
             except OSError:

@@ -2,33 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from adalora_dist.io.errors import UserError
+from adalora_dist.tasks.rows.bad_rows import Rows
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
-def raw_hub_rows(
-    path: str, name: str | None, split: str, instead: str, revision: str | None = None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (origin, row) of one split of a data set as the Hub has it; origin is ``path/name/split:row``.
+@dataclass(frozen=True)
+class HubData:
+    """A data set on the Hub: ``load_dataset(path, name, revision=revision)``."""
 
-    Args:
-        instead: how to use local files, for the error.
+    path: str
+    name: str | None = None
+    revision: str | None = None
 
-    Raises:
-        UserError: the data set cannot be loaded.
-    """
-    import datasets
+    def where(self, split: str) -> str:
+        """``path/name/split``, for error messages and origins of rows."""
+        return "/".join(part for part in (self.path, self.name, split) if part)
 
-    origin = "/".join(part for part in (path, name, split) if part)
-    try:
-        rows = datasets.load_dataset(path, name, split=split, revision=revision)
-    except Exception as error:  # whatever HTTP client, cache or parser failed, the user can do the same about it
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"data='hub': cannot load {origin} ({reason}); check the network and HF_HUB_OFFLINE, or use local files: "
-            f"{instead}"
-        ) from error
-    for number, raw in enumerate(rows, start=1):
-        yield f"{origin}:{number}", raw
+    def load(self, split: str, instead: str) -> Dataset:
+        """One split, as the Hub has it.
+
+        Args:
+            instead: how to use local files, for the error.
+
+        Raises:
+            UserError: the data set cannot be loaded.
+        """
+        import datasets
+
+        try:
+            return datasets.load_dataset(self.path, self.name, split=split, revision=self.revision)
+        except Exception as error:  # whatever HTTP client, cache or parser failed, the user can do the same about it
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"data='hub': cannot load {self.where(split)} ({reason}); check the network and HF_HUB_OFFLINE, or use "
+                f"local files: {instead}"
+            ) from error
+
+    def rows(self, split: str, instead: str) -> Rows:
+        """Yield (origin, row) of one split; origin is ``path/name/split:row``, row 1 first. As :meth:`load`."""
+        for number, row in enumerate(self.load(split, instead), start=1):
+            yield f"{self.where(split)}:{number}", row

@@ -6,18 +6,19 @@ So a changed row, tokenizer or setting makes a new file, and no file is ever sta
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from adalora_dist.io.cache import cache_folder
+from adalora_dist.io.digest import digest_of
 from adalora_dist.io.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -77,10 +78,8 @@ def _digest(items: Sequence[Any], tokenizer: PreTrainedTokenizerBase, settings: 
         rules = {"tokenizer": repr(tokenizer), "vocabulary": tokenizer.get_vocab()}
     else:  # without what the last call asked for; ``settings`` say that
         rules = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
-    digest = hashlib.sha256()
-    for part in ([_FORMAT, type(tokenizer).__name__, rules], sorted(settings.items()), *items):
-        digest.update(json.dumps(part).encode() + b"\n")
-    return digest.hexdigest()[:32]
+    parts = chain([[_FORMAT, type(tokenizer).__name__, rules], sorted(settings.items())], items)
+    return digest_of(json.dumps(part).encode() + b"\n" for part in parts)[:32]
 
 
 def _write(path: Path, columns: Columns) -> None:

@@ -13,7 +13,7 @@ from adalora_dist.config.sections import DataConfig, EncoderModelConfig, Repeate
 
 class SquadDataConfig(DataConfig):
     source: Annotated[str, tyro.conf.arg(name="data")] = ""
-    """Folder with train and validation files (.jsonl or .parquet), or the word hub; empty: built-in passages."""
+    """Folder with train and validation (.jsonl, .json, .parquet), or the word hub; empty: built-in passages."""
     task: Literal["v1.1", "v2.0"] = "v1.1"
     """v1.1: every question has an answer in its passage; v2.0: some have none."""
     max_length: int = Field(384, ge=16)

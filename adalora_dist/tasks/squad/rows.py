@@ -7,23 +7,25 @@ rajpurkar/squad or squad_v2. Importing this file never imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.rows.bad_rows import BadRows
-from adalora_dist.tasks.rows.files import file_rows, find_data_file
-from adalora_dist.tasks.rows.hub import raw_hub_rows
+from adalora_dist.tasks.rows.fields import REMEDY, object_row, refuse_odd_text, shown, text_field
+from adalora_dist.tasks.rows.files import TRAIN
+from adalora_dist.tasks.rows.hub import HubData
+from adalora_dist.tasks.rows.source import checked_rows, local_split
 from adalora_dist.tasks.rows.token_cache import Columns, cached_columns
 from adalora_dist.tasks.squad.config import SquadDataConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-HUB_PATHS = {"v1.1": "rajpurkar/squad", "v2.0": "rajpurkar/squad_v2"}
+HUB = {"v1.1": HubData("rajpurkar/squad"), "v2.0": HubData("rajpurkar/squad_v2")}
+_FIELDS = ("id", "question", "context", "answers")
 NO_SPAN = (0, 0)
 """Start and end of a window that does not hold the answer: its first token, [CLS]."""
 
@@ -64,23 +66,25 @@ def load_squad(data: SquadDataConfig, bad_rows: BadRows | None = None) -> tuple[
         UserError: a file is missing, empty or unreadable, the Hub cannot be reached, or a row is not valid.
     """
     bad = bad_rows or BadRows(data.bad_rows)
-    train = _load(data, bad, "train", ("train",))[: data.max_train_rows]
+    train = _load(data, bad, "train", TRAIN)[: data.max_train_rows]
     return train, _load(data, bad, "validation", ("validation", "dev"))[: data.max_eval_rows]
 
 
 def _load(data: SquadDataConfig, bad: BadRows, hub_split: str, file_names: tuple[str, ...]) -> list[Question]:
-    rows: Iterator[tuple[str, object] | UserError]
+    seen: set[str] = set()
+
+    def parse(row: object, origin: str) -> Question:
+        question = question_of(data.task, row, origin)
+        if question.id in seen:  # predictions are filed by it
+            raise UserError(f"{origin}: field id is {shown(question.id)}, that of an earlier row; legal: its own")
+        seen.add(question.id)
+        return question
+
     if data.source == "hub":
-        path = HUB_PATHS[data.task]
-        instead = "--data FOLDER with FOLDER/train.jsonl and FOLDER/validation.jsonl"
-        where, rows = f"{path}/{hub_split}", raw_hub_rows(path, None, hub_split, instead)
-    else:
-        file = find_data_file(Path(data.source), file_names)
-        where, rows = str(file), file_rows(file)
-    questions = list(bad.usable(rows, partial(question_of, data.task)))
-    if not questions:
-        raise UserError(f"{where}: no rows; it needs at least one")
-    return questions
+        hub, instead = HUB[data.task], "--data FOLDER with FOLDER/train.jsonl and FOLDER/validation.jsonl"
+        return checked_rows(hub.where(hub_split), hub.rows(hub_split, instead), parse, bad)
+    split = local_split(Path(data.source), file_names)
+    return checked_rows(split.where, split.rows(), parse, bad)
 
 
 def question_of(task: str, row: object, origin: str) -> Question:
@@ -90,25 +94,33 @@ def question_of(task: str, row: object, origin: str) -> Question:
         UserError: a field is missing or of another kind, an answer does not stand where it should, or a question of
             v1.1 has none; naming ``origin``.
     """
-    if not isinstance(row, Mapping):
-        raise UserError(f"{origin}: the row is a {type(row).__name__}; legal: an object with id, question, context")
-    for field in ("id", "question", "context"):
-        if not isinstance(row.get(field), str) or not row[field].strip():
-            raise UserError(
-                f"{origin}: field {field} is {row.get(field)!r}; legal: a text; correct the row or remove it"
-            )
+    row = object_row(row, origin, _FIELDS)
+    name, question, context = (text_field(row, field, origin) for field in ("id", "question", "context"))
     given: Any = row.get("answers")
     if not isinstance(given, Mapping) or not {"text", "answer_start"} <= given.keys():
         raise UserError(
-            f"{origin}: field answers must be an object with lists text and answer_start, both may be empty"
+            f"{origin}: field answers must be an object with lists text and answer_start, both may be empty; it is "
+            f"{shown(given)}"
         )
-    texts, starts = tuple(given["text"]), tuple(int(start) for start in given["answer_start"])
+    texts, starts = given["text"], given["answer_start"]
+    if not isinstance(texts, list | tuple) or not isinstance(starts, list | tuple) or len(texts) != len(starts):
+        raise UserError(
+            f"{origin}: field answers has text {shown(texts)} and answer_start {shown(starts)}; legal: two lists of "
+            f"the same length; {REMEDY}"
+        )
     for text, start in zip(texts, starts, strict=True):
-        if row["context"][start : start + len(text)] != text:
-            raise UserError(f"{origin}: answer {text!r} does not start at character {start} of the context; correct it")
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{origin}: field answers has the text {shown(text)}; legal: a text; {REMEDY}")
+        refuse_odd_text(text, "answers", origin)
+        if isinstance(start, bool) or not isinstance(start, int):
+            raise UserError(f"{origin}: field answers has the start {shown(start)}; legal: a whole number; {REMEDY}")
+        if start < 0 or context[start : start + len(text)] != text:
+            raise UserError(
+                f"{origin}: answer {shown(text)} does not start at character {start} of the context; {REMEDY}"
+            )
     if task == "v1.1" and not texts:
         raise UserError(f"{origin}: the question has no answer, which is for --task v2.0")
-    return Question(row["id"], row["question"].strip(), row["context"], texts, starts)
+    return Question(name, question.strip(), context, tuple(texts), tuple(starts))
 
 
 def make_windows(
@@ -158,7 +170,7 @@ def _windows_of(items: Sequence[tuple[Any, ...]], tokenizer: PreTrainedTokenizer
         return_offsets_mapping=True,
     )["offset_mapping"]
     encoded = tokenizer(
-        [item[1][: offsets[-1][1]] for item, offsets in zip(items, asked, strict=True)],
+        [item[1][: offsets[-1][1]] if offsets else "" for item, offsets in zip(items, asked, strict=True)],
         [item[2] for item in items],
         truncation="only_second",
         max_length=data.max_length,

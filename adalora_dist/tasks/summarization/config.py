@@ -14,7 +14,7 @@ class SummarizationDataConfig(DataConfig):
     bad_rows: Literal["error", "skip"] = "skip"
     """A row without text, as XSum has some: skip leaves it out and counts it in run.json; error names it."""
     source: Annotated[str, tyro.conf.arg(name="data")] = ""
-    """Folder with TASK/train and TASK/test files (.jsonl or .parquet), or the word hub; empty: built-in reports."""
+    """Folder with TASK/train and TASK/test (.jsonl, .json, .parquet), or the word hub; empty: built-in reports."""
     task: Literal["xsum", "cnn_dailymail"] = "xsum"
     """Which data set of the source."""
     max_source_length: int = Field(768, ge=8)

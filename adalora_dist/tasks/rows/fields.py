@@ -1,0 +1,89 @@
+"""Fields of one row, checked: what tokenizers, losses and metrics take, and in one line what they would not.
+
+Every error begins with the row's origin, ``file:row``, and names the field with what stands in it.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from adalora_dist.io.errors import UserError
+
+_SHOWN = reprlib.Repr()
+_SHOWN.maxlevel, _SHOWN.maxstring, _SHOWN.maxother, _SHOWN.maxlong = 2, 80, 80, 40
+REMEDY = "correct or remove the row, or leave out all such rows with --bad-rows skip"
+
+
+def shown(value: object) -> str:
+    """A value for an error message: one line of plain characters, however large or deep the value is."""
+    return _SHOWN.repr(value).encode("ascii", "backslashreplace").decode()
+
+
+def object_row(row: object, origin: str, names: Sequence[str]) -> Mapping[str, Any]:
+    """The row, which must be an object; ``names`` are its fields, for the error.
+
+    Raises:
+        UserError: it is a list, a text, a number or nothing.
+    """
+    if not isinstance(row, Mapping):
+        raise UserError(f"{origin}: the row is a {type(row).__name__}; legal: an object with {', '.join(names)}")
+    return row
+
+
+def text_field(row: Mapping[str, Any], name: str, origin: str) -> str:
+    """A text with something in it.
+
+    Raises:
+        UserError: there is no such field, or it is no text, empty, or not Unicode (:func:`refuse_odd_text`).
+    """
+    value = row.get(name)
+    if not isinstance(value, str) or not value.strip():
+        has = "" if name in row else f" (no column {name}; the row has {_names(row)})"
+        raise UserError(f"{origin}: field {name} is {shown(value)}{has}; legal: a text; {REMEDY}")
+    refuse_odd_text(value, name, origin)
+    return value
+
+
+def refuse_odd_text(text: str, name: str, origin: str) -> None:
+    """Raise if tokenizers would fail on the text, or stop in the middle of it.
+
+    Raises:
+        UserError: it has half of a surrogate pair, which is no character, or a NUL, at which some tokenizers end.
+    """
+    at = text.find("\0")
+    what = "a NUL"
+    if at < 0:
+        try:
+            text.encode()
+            return
+        except UnicodeEncodeError as error:
+            at, what = error.start, f"half of a surrogate pair, {shown(text[error.start])}"
+    raise UserError(f"{origin}: field {name} has {what} at character {at}; legal: Unicode text without NUL; {REMEDY}")
+
+
+def number_field(
+    row: Mapping[str, Any], name: str, origin: str, least: float, most: float, whole: bool = False, note: str = ""
+) -> float:
+    """A number from ``least`` to ``most``; a truth value is none, nor is NaN.
+
+    Args:
+        whole: 1.0 will do, 0.5 will not.
+        note: behind the legal range, in the error.
+
+    Raises:
+        UserError: there is no such field, or it is no such number.
+    """
+    value = row.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        has = "" if name in row else f" (no column {name}; the row has {_names(row)})"
+        raise UserError(f"{origin}: field {name} is {shown(value)}{has}; legal: a number; {REMEDY}")
+    if not least <= value <= most or (whole and value != int(value)):  # NaN is not between anything
+        raise UserError(f"{origin}: field {name} is {shown(value)}; legal: {least:g} to {most:g}{note}; {REMEDY}")
+    return float(value)
+
+
+def _names(row: Mapping[str, Any]) -> str:
+    names = [n if isinstance(n, str) and n.isascii() and n.isidentifier() else shown(n) for n in list(row)[:8]]
+    return ", ".join([*names, "..."] if len(row) > 8 else names) or "none"

@@ -1,0 +1,102 @@
+"""Checked rows of texts on disk, for data that do not fit into memory. Never imports torch.
+
+A table is an Arrow file in the cache, named by the hash of the files' bytes and of what is asked of them. Beside it
+stands how many rows were left out, and why: whoever finds the table says so again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adalora_dist.io.cache import cache_folder
+from adalora_dist.io.digest import digest_of
+from adalora_dist.tasks.rows.bad_rows import BadRows
+from adalora_dist.tasks.rows.files import LocalSplit
+from adalora_dist.tasks.rows.source import checked_rows, refuse_nothing
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_FORMAT = 1
+_CHUNK_ROWS = 1000
+
+Texts = dict[str, str]
+
+logger = logging.getLogger(__name__)
+
+
+def checked_table(
+    split: LocalSplit,
+    columns: tuple[str, ...],
+    parse: Callable[[object, str], Texts],
+    bad: BadRows,
+    max_rows: int | None = None,
+) -> Dataset:
+    """``parse(row, origin)`` of every row that can be used, texts under the names ``columns``, on disk in the cache.
+
+    Args:
+        max_rows: no rows behind so many are looked at.
+
+    Raises:
+        UserError: the first row that cannot be used, unless ``bad`` leaves it out; or no row is left.
+    """
+    from datasets import Dataset
+
+    path = cache_folder() / "rows" / f"{_digest(split, columns, bad.policy, max_rows)}.arrow"
+    try:
+        left_out = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        table = Dataset.from_file(str(path))
+    except (OSError, ValueError):  # there is none, or a disk has lost a part of it
+        pass
+    else:
+        for file, (count, reason) in left_out.items():
+            bad.leave_out(file, count, reason)
+        return table
+    before = bad.counts.copy()
+    usable = bad.usable(islice(split.rows(), max_rows), parse)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        num_rows = _write(partial, columns, usable)
+        new = bad.counts - before
+        if not num_rows:
+            partial.unlink()
+            refuse_nothing(split.where, new.total())
+        left_out = {file: (count, bad.reasons[file]) for file, count in new.items()}
+        path.with_suffix(".json").write_text(json.dumps(left_out), encoding="utf-8")
+        partial.rename(path)
+        return Dataset.from_file(str(path))
+    except OSError as error:
+        logger.warning("%s cannot be written (%s): rows are held in memory", path, error)
+        bad.counts = before
+        return Dataset.from_list(checked_rows(split.where, islice(split.rows(), max_rows), parse, bad))
+
+
+def _digest(split: LocalSplit, *asked: object) -> str:
+    parts = [json.dumps([_FORMAT, *asked]).encode()]
+    for path in split.files:
+        parts.append(os.fsencode(path.absolute()) + b"\0")  # its rows are named by it
+        with path.open("rb") as file:
+            parts.append(hashlib.file_digest(file, "sha256").digest())
+    return digest_of(parts)[:32]
+
+
+def _write(path: Path, columns: tuple[str, ...], rows: Iterable[Texts]) -> int:
+    """Write an Arrow stream; the number of rows."""
+    import pyarrow
+
+    schema = pyarrow.schema([(name, pyarrow.string()) for name in columns])
+    num_rows = 0
+    rows = iter(rows)
+    with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as stream:
+        while chunk := list(islice(rows, _CHUNK_ROWS)):
+            stream.write_batch(pyarrow.RecordBatch.from_pylist(chunk, schema=schema))
+            num_rows += len(chunk)
+    return num_rows
