@@ -7,13 +7,15 @@ import re
 from torch import nn
 
 from adalora_dist.backbones.linears import linear_shape
+from adalora_dist.backbones.names import new_backbone_modules
 from adalora_dist.config.methods import AdapterConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adalora.layers import SVDLinear
 
 
 def trained_modules(model: nn.Module, config: AdapterConfig) -> list[str]:
-    """Names of the modules that ``train_modules`` asks for; ``task-head`` stands for all modules outside the backbone.
+    """Names of the modules that ``train_modules`` asks for; ``task-head`` stands for all modules outside the backbone,
+    and for those at its end that its files lack, such as the pooler of a masked language model.
 
     Raises:
         UserError: a name that matches nothing; ``task-head`` where the model is a backbone alone, or where its head is
@@ -35,7 +37,7 @@ def trained_modules(model: nn.Module, config: AdapterConfig) -> list[str]:
                 f"train_modules=task-head: {name} is tied to the backbone's embeddings, which would be trained, too: "
                 "leave task-head out of train_modules"
             )
-    return [*matched, *heads]
+    return [*matched, *heads, *new_backbone_modules(model)]
 
 
 def _find_targets(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
@@ -82,6 +84,8 @@ def _all_linear(model: nn.Module) -> list[str]:
         for name, module in backbone.named_modules()
         if linear_shape(module) is not None and module is not head and not list(module.children())
     ]
+    new = tuple(f"{name}." for name in new_backbone_modules(model))
+    names = [name for name in names if not f"{name}.".startswith(new)]  # random: trained in full, or refused
     if not names:
         raise UserError(f"targets='all-linear': {type(backbone).__name__} has no linear maps")
     return names

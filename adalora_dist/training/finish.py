@@ -45,7 +45,8 @@ def export_run(
         if "merged" in config.export.export_formats:
             base = base_folder_of(config.model.name, loaded_revision(config, model))
             merged, dtype = folder.path / "merged", dtype_named(config.export.export_dtype)
-            merge(adapters, base, merged, dtype, trained, base_weights, task_settings(model))
+            names = getattr(model, "file_names", None)
+            merge(adapters, base, merged, dtype, trained, base_weights, task_settings(model), names=names)
             tokenizer.save_pretrained(merged)
     return pattern
 

@@ -17,6 +17,7 @@ from adalora_dist.methods.adalora.allocator import RankAllocator
 from adalora_dist.methods.adalora.compaction import shrink_layers
 from adalora_dist.methods.inject import adapted_matrices
 from adalora_dist.tasks.batches import BatchPlan
+from adalora_dist.training.backbone_checks import check_backbone
 from adalora_dist.training.engine import tied_weights_in_one_group
 from adalora_dist.training.resume import compare_backbone, set_loss_scale
 
@@ -45,8 +46,10 @@ def prepare(
     """Optimizer over the trainable parameters, allocator attached, both handed to the engine; weights read last.
 
     Raises:
-        UserError: ``resumed`` does not fit the model.
+        UserError: ``resumed`` does not fit the model; as :func:`adalora_dist.training.backbone_checks.check_backbone`.
     """
+    for line in check_backbone(model, config):
+        accelerator.print(line)
     if resumed is not None:
         compare_backbone(resumed, config.model)
         matrices = adapted_matrices(model)
