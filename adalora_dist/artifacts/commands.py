@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -14,14 +14,19 @@ from adalora_dist.artifacts.checkpoints.files import step_of
 from adalora_dist.artifacts.checkpoints.writer import checkpoint_at
 from adalora_dist.artifacts.export import SavedAdapter, base_folder_of, merge, read_adapter
 from adalora_dist.artifacts.hub.pictures import draw_history, draw_rank_map, read_history
+from adalora_dist.artifacts.peft_check import not_verified
 from adalora_dist.artifacts.peft_format import fold, save_adalora, save_lora, vllm_options
 from adalora_dist.artifacts.tables import rank_table
 from adalora_dist.backbones.dequantized import read_description
 from adalora_dist.backbones.load import dtype_named
+from adalora_dist.backbones.names import plain_model
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import read_object, read_sections
 from adalora_dist.io.markdown import number
 from adalora_dist.methods.update import AdapterWeights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ExportFormat = Literal["merged", "lora", "peft"]
 
@@ -122,6 +127,7 @@ def export_run(
     merge_into: Literal["original", "dequantized"] | None = None,
     max_rank: int | None = None,
     fold_ranks: bool = False,
+    pad: bool = False,
 ) -> None:
     """Write a run as a merged model, as plain LoRA or as PEFT's AdaLoRA, and say how to use it.
 
@@ -133,6 +139,7 @@ def export_run(
         merge_into: weights that a quantised run's adapters are added to; default: as the run was configured.
         max_rank: refuse adapters with a higher rank.
         fold_ranks: cut ranks above ``max_rank`` by truncated SVD instead, and say what it costs.
+        pad: lora with one rank and one alpha for all matrices, see :func:`save_lora`.
 
     Raises:
         UserError: the run cannot be read, or not written in this form.
@@ -161,10 +168,29 @@ def export_run(
             print("warning: --merge-into dequantized gives exactly what was trained (docs/quantization.md)")
         merge(adapters, base_folder, out, dtype_named(dtype), run.saved.trained, base_weights, run.saved.task)
     else:
-        save = save_lora if to == "lora" else save_adalora
         revision = run.saved.base_revision if base == run.saved.base_model else None
-        save(adapters, out, base, revision, dtype_named(dtype) or torch.float32, run.saved.trained)
+        plain = _plain_base(base, revision, run.saved.task)
+        what = (adapters, out, base, revision, dtype_named(dtype) or torch.float32, run.saved.trained, plain)
+        if to == "lora":
+            save_lora(*what, pad=pad)
+        else:
+            save_adalora(*what)
+        if reason := not_verified(plain):
+            print(f"{out}: {reason}")
     print(f"Wrote {out}. To use it:\n\n{run.usage(to, out, base)}")
+
+
+def _plain_base(base: str, revision: str | None, task: dict[str, Any]) -> PreTrainedModel | None:
+    """The base model without weights, from its config.json alone; None where that cannot be had."""
+    from transformers import AutoConfig
+
+    if Path(base).is_dir():
+        return plain_model(Path(base), task)
+    try:
+        config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError):  # not here and no network, or code from a repository
+        return None
+    return plain_model(config, task)
 
 
 def _within(adapters: list[AdapterWeights], max_rank: int, fold_ranks: bool) -> list[AdapterWeights]:

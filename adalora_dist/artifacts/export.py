@@ -190,9 +190,7 @@ def merge(
     replaced = {f"{a.name}.weight": a for a in adapters if a.rank}
     whole = dict(trained or {})
     bases = dict(base_weights or {})
-    if names is None:
-        [class_name, *_] = (task or {}).get("architectures") or settings.get("architectures") or [None]
-        names = names_in(base_folder, task or {}, class_name)
+    names = names_in(base_folder, task or {}) if names is None else names
     shapes = {name: base.shape for name, base in bases.items()} | {n: a.weight_shape for n, a in replaced.items()}
     places, new = names.places(shapes, whole, base_folder)
     added = {name: whole[name].contiguous() for name in sorted(new)}

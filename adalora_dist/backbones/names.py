@@ -21,6 +21,7 @@ from torch import nn
 
 from adalora_dist.backbones.files import Stored, stored_tensors, weight_files
 from adalora_dist.io.errors import UserError
+from adalora_dist.io.foreign_files import read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -210,35 +211,53 @@ class _Rules:
         return [name, *(name.replace(first, other) for other in others)], False
 
 
-def names_in(folder: Path, settings: Mapping[str, Any], class_name: str | None) -> FileNames:
-    """The names in a model's folder, for a model of which there is only the class's name.
+def names_in(folder: Path, task: Mapping[str, Any]) -> FileNames:
+    """The names in a model's folder, for a model of which there is no more than this; arguments as plain_model.
 
-    Args:
-        settings: of config.json, what the task changes.
-        class_name: of transformers. Without one, or with one that transformers does not have (code from a repository,
-            which is not run here), names count as they are.
+    Of a class that transformers does not have, names count as they are.
 
     Raises:
-        UserError: the class cannot be built from the folder's config.json, or the files cannot be read.
+        UserError: as :func:`plain_model`, or the files cannot be read.
+    """
+    stored = stored_tensors(weight_files(folder))
+    model = plain_model(folder, task)
+    return FileNames.exactly(stored) if model is None else FileNames.of(model, stored)
+
+
+def plain_model(base: Path | Any, task: Mapping[str, Any]) -> PreTrainedModel | None:
+    """The model of a task on the meta device, without adapters; None where transformers does not have its class.
+
+    Such a class is code from a repository, which is not run here.
+
+    Args:
+        base: the backbone's configuration, or its folder.
+        task: what the task changes in config.json; the class is its ``architectures``, or else the base's.
+
+    Raises:
+        UserError: the class cannot be built from the folder's config.json.
     """
     import transformers
 
-    stored = stored_tensors(weight_files(folder))
-    model_class = getattr(transformers, class_name or "", None)
+    if isinstance(base, Path):
+        own = read_object(base / "config.json").get("architectures")
+    else:
+        own = base.architectures
+    names = task.get("architectures") or own or [""]
+    model_class = getattr(transformers, str(names[0]), None)
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
-        return FileNames.exactly(stored)
+        return None
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        for key, value in settings.items():
+        is_folder = isinstance(base, Path)
+        config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False) if is_folder else deepcopy(base)
+        for key, value in task.items():
             if key != "architectures":
                 setattr(config, key, {int(k): v for k, v in value.items()} if key == "id2label" else value)
-        model = on_meta(model_class, config)
+        return on_meta(model_class, config)
     except Exception as error:  # anybody's config.json, and any of the classes
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{folder}: its config.json does not describe a {class_name} ({reason}): fetch the model again"
+            f"{base}: its config.json does not describe a {names[0]} ({reason}): fetch the model again"
         ) from error
-    return FileNames.of(model, stored)
 
 
 def on_meta(model_class: Any, config: Any, **options: Any) -> PreTrainedModel:

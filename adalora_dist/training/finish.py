@@ -12,9 +12,11 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from adalora_dist.artifacts.export import base_folder_of, merge, save_adapter, save_trained, task_settings
+from adalora_dist.artifacts.peft_check import not_verified
 from adalora_dist.artifacts.peft_format import save_adalora, save_lora
 from adalora_dist.backbones.dequantized import QuantizedWeight, describe, quantized_weights
 from adalora_dist.backbones.load import dtype_named
+from adalora_dist.backbones.names import plain_model
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.methods.adalora.method import gather_adapters
 from adalora_dist.methods.update import AdapterWeights
@@ -76,14 +78,21 @@ def write_adapters(
         ``base_weights`` for :func:`adalora_dist.artifacts.export.merge`.
     """
     name, revision = config.model.name, loaded_revision(config, model)
+    settings = task_settings(model)
     if adapters:
         save_adapter(adapters, folder / "adapter", name, revision)
         save_trained(trained, folder / "adapter")
-        task = json.dumps(task_settings(model), indent=2) + "\n"
+        task = json.dumps(settings, indent=2) + "\n"
         (folder / "adapter" / "task.json").write_text(task, encoding="utf-8")
-    for form, save in (("lora", save_lora), ("peft", save_adalora)):
-        if form in config.export.export_formats:
-            save(adapters, folder / form, name, revision, trained=trained)
+    if forms := [form for form in ("lora", "peft") if form in config.export.export_formats]:
+        plain = plain_model(model.config, settings)
+        if "lora" in forms:
+            pad = config.export.lora_pad
+            save_lora(adapters, folder / "lora", name, revision, trained=trained, model=plain, pad=pad)
+        if "peft" in forms:
+            save_adalora(adapters, folder / "peft", name, revision, trained=trained, model=plain)
+        if reason := not_verified(plain):
+            print(f"{', '.join(forms)}: {reason}")
     if config.quantization.quantization == "none":
         return None
     quantized = quantized_weights(model, config)

@@ -261,7 +261,7 @@ def test_a_class_that_transformers_does_not_have(tmp_path: Path) -> None:
     """Code from a repository is not run for a merge: names count as they are, and nothing is added on a guess."""
     torch.manual_seed(0)
     write(tf.BertModel(tf.BertConfig(**ENCODER)), tmp_path)
-    names = names_in(tmp_path, {}, "BertOfTheirOwn")
+    names = names_in(tmp_path, {"architectures": ["BertOfTheirOwn"]})
     places, added = names.places({"pooler.dense.weight": (16, 16)}, ["pooler.dense.bias"], tmp_path)
     assert places == {"pooler.dense.weight": "pooler.dense.weight", "pooler.dense.bias": "pooler.dense.bias"}
     assert not added
@@ -271,5 +271,5 @@ def test_a_class_that_transformers_does_not_have(tmp_path: Path) -> None:
 
 def test_a_folder_whose_configuration_is_of_another_model(tmp_path: Path) -> None:
     write(tf.BertModel(tf.BertConfig(**ENCODER)), tmp_path)
-    line = refusal(names_in, tmp_path, {}, "GPT2LMHeadModel")
+    line = refusal(names_in, tmp_path, {"architectures": ["GPT2LMHeadModel"]})
     assert str(tmp_path) in line and "GPT2LMHeadModel" in line
