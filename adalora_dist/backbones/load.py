@@ -49,6 +49,7 @@ def load_backbone(
             belong to another model than its config.json.
     """
     from transformers import AutoConfig
+    from transformers.integrations import is_deepspeed_zero3_enabled
 
     if (Path(config.name) / "adapter_config.json").is_file():
         raise UserError(
@@ -71,6 +72,11 @@ def load_backbone(
         options |= {"dtype": config.dtype, "use_safetensors": None if pickles else True, **extra}
         names = _names_in_files(config, auto_class, own)
         options["ignore_mismatched_sizes"] = True  # of heads alone: anything else is refused
+        if names is not None and names.mismatched and is_deepspeed_zero3_enabled():
+            # There transformers does not ignore a size. It passes by a name that no module has.
+            options["key_mapping"] = {
+                f"^{re.escape(names.sources[name][0].key)}$": f"of_another_size.{name}" for name in names.mismatched
+            }
         if quantization is not None:
             if is_quantized:
                 raise UserError(
