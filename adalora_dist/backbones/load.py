@@ -149,8 +149,8 @@ def _refuse_other_forms(name: str) -> None:
 def _refuse_other_weights(config: ModelConfig, model: PreTrainedModel, names: FileNames) -> None:
     """Raise if the files do not belong to the backbone that config.json describes. Heads are as the task wants them."""
     modules = dict(model.named_modules())
-    # Tensors of modules that the model does not have are another task's head; these are not.
-    if strange := sorted(key for key in names.unexpected if key.rpartition(".")[0] in modules):
+    # Tensors of modules that the model does not have, or of none (BART's final_logits_bias), are another task's head.
+    if strange := sorted(key for key in names.unexpected if (key.rpartition(".")[0] or None) in modules):
         raise UserError(
             f"model={config.name!r}: its files have {len(strange)} tensors that {type(model).__name__} has no place "
             f"for ({', '.join(strange[:3])}): its config.json belongs to other weights; use the right one"

@@ -163,7 +163,8 @@ class ExportConfig(Section):
     @model_validator(mode="after")
     def _pushed(self) -> ExportConfig:
         if self.lora_pad and "lora" not in self.export_formats:
-            raise ValueError("lora_pad true without lora in export_formats: there is nothing to pad; add lora")
+            forms = " ".join(self.export_formats) or "()"
+            raise ValueError(f"lora_pad true with export_formats {forms}: there is no LoRA to pad; add lora")
         check_branch(self.push_revision)
         if self.push_to_hub:
             check_repo_id(self.push_to_hub)

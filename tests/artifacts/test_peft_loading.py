@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from peft import PeftModel
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 
 from adalora_dist.artifacts import peft_check
@@ -75,6 +76,39 @@ def test_models_with_experts(kind: str, form: str, tmp_path: Path) -> None:
         assert config["rank_pattern"] == config["alpha_pattern"] == {} and config["r"] == config["lora_alpha"] == 4
         shapes = {t.shape[0 if "lora_A" in n else 1] for n, t in tensors(tmp_path / "out").items()}
         assert shapes == {4}
+
+
+def test_padded_adapters_combine_and_swap(tmp_path: Path) -> None:
+    """What PEFT refuses where matrices have ranks of their own."""
+    torch.manual_seed(0)
+    PLAIN["llama"][0]().save_pretrained(tmp_path / "base")
+    plain, expected = plain_model(tmp_path / "base", {}), {}
+    for name, ranks in (("a", (4, 2, 1, 3)), ("b", (1, 3, 4, 2))):
+        model = CAUSAL.from_pretrained(tmp_path / "base")
+        adapt(model, ranks=ranks)
+        expected[name] = outputs(model)
+        for form in ("lora", "padded"):
+            FORMS[form](weights_of(model), tmp_path / form / name, str(tmp_path / "base"), model=plain)
+
+    def both(form: str) -> Any:
+        (tmp_path / form).mkdir(exist_ok=True)
+        loaded = PeftModel.from_pretrained(CAUSAL.from_pretrained(tmp_path / "base"), tmp_path / form / "a", "a")
+        loaded.load_adapter(tmp_path / form / "b", "b")
+        return loaded
+
+    for kind in ("linear", "ties"):
+        with pytest.raises(RuntimeError, match="equal size"):
+            both("lora").add_weighted_adapter(["a", "b"], [1.0, 0.0], "of both", kind, density=1.0)
+        loaded = both("padded")
+        loaded.add_weighted_adapter(["a", "b"], [1.0, 0.0], "of both", kind, density=1.0)
+        loaded.set_adapter("of both")
+        if kind == "linear":
+            assert (outputs(loaded) - expected["a"]).abs().max() <= TOLERANCE
+    with pytest.raises(ValueError, match="alpha_pattern"):
+        hotswap_adapter(both("lora"), str(tmp_path / "lora" / "b"), "a")
+    swapped = both("padded")
+    hotswap_adapter(swapped, str(tmp_path / "padded" / "b"), "a")
+    assert (outputs(swapped) - expected["b"]).abs().max() <= TOLERANCE
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

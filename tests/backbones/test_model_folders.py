@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -220,6 +222,18 @@ def test_an_encoder_without_its_pooler(tmp_path: Path) -> None:
     names = [m.name for m in inject_adapters(adapted, AdapterConfig(train_modules=("task-head",)))]
     assert len(names) == 12 and not any("pooler" in name for name in names)
     assert all(p.requires_grad for p in adapted.bert.pooler.parameters())
+
+
+def test_another_head_may_be_in_the_files(tmp_path: Path) -> None:
+    """BART as it is published has final_logits_bias, which belongs to no module, and no classifier."""
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=64, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=24, decoder_ffn_dim=24,
+        encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=32,
+    )  # fmt: skip
+    folder = write(BartForConditionalGeneration(config), tmp_path / "model")
+    [line] = run(folder, AutoModelForSequenceClassification, 2, train_modules=("task-head",))
+    assert "classification_head.dense, classification_head.out_proj" in line
 
 
 def test_another_number_of_labels(tmp_path: Path) -> None:
