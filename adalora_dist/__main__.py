@@ -63,6 +63,7 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--max-rank", type=_at_least_1, metavar="N", help="refuse matrices of a higher rank")
     parser.add_argument("--fold", action="store_true", help="cut ranks above --max-rank instead, by truncated SVD")
+    parser.add_argument("--pad", action="store_true", help="lora: one rank and alpha for all matrices, by adding zeros")
     parser.set_defaults(run_command=_export)
 
 
@@ -103,10 +104,12 @@ def _export(arguments: argparse.Namespace) -> None:
         raise UserError("--fold without --max-rank: say to which rank, such as --max-rank 16")
     if given.merge_into and given.to in ADAPTER_FORMATS:
         raise UserError(f"--merge-into {given.merge_into} with --to {given.to}: only a merged model has a base in it")
+    if given.pad and given.to != "lora":
+        raise UserError(f"--pad with --to {given.to}: only plain LoRA has one rank for each matrix; use --to lora")
     from adalora_dist.artifacts.commands import export_run
 
     export_run(
-        given.run, given.to, given.out, given.base, given.dtype, given.merge_into, given.max_rank, given.fold
+        given.run, given.to, given.out, given.base, given.dtype, given.merge_into, given.max_rank, given.fold, given.pad
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from adalora_dist.artifacts.checkpoints.content import stored_adapters
 from adalora_dist.artifacts.checkpoints.files import step_of
 from adalora_dist.artifacts.checkpoints.writer import checkpoint_at
 from adalora_dist.artifacts.export import SavedAdapter, read_adapter
-from adalora_dist.artifacts.formats import FORMATS
+from adalora_dist.artifacts.formats import FORMATS, Options
 from adalora_dist.artifacts.hub.pictures import draw_history, draw_rank_map, read_history
 from adalora_dist.artifacts.peft_format import fold
 from adalora_dist.artifacts.tables import rank_table
@@ -114,6 +114,7 @@ def export_run(
     merge_into: Literal["original", "dequantized"] | None = None,
     max_rank: int | None = None,
     fold_ranks: bool = False,
+    pad: bool = False,
 ) -> None:
     """Write a run in one of the forms of ``formats.py``, and say how to use it.
 
@@ -125,6 +126,7 @@ def export_run(
         merge_into: weights that a quantised run's adapters are added to; default: as the run was configured.
         max_rank: refuse adapters with a higher rank.
         fold_ranks: cut ranks above ``max_rank`` by truncated SVD instead, and say what it costs.
+        pad: lora with one rank and one alpha for all matrices, see :func:`save_lora`.
 
     Raises:
         UserError: the run cannot be read, or not written in this form.
@@ -152,7 +154,8 @@ def export_run(
         if run.is_quantized and into == "original":
             print("warning: the adapters were trained over quantised weights and are merged into the original ones;")
             print("warning: --merge-into dequantized gives exactly what was trained (docs/quantization.md)")
-    form.write(saved, out, dtype_named(dtype), base_weights)
+    if said := form.write(saved, out, Options(dtype_named(dtype), base_weights, pad=pad)):
+        print(f"{out}: {said}")
     print(f"Wrote {out}. To use it:\n\n{run.usage(to, out, saved.base_model)}")
 
 

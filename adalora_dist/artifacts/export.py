@@ -21,8 +21,9 @@ from torch import nn
 
 from adalora_dist.artifacts.adapter_files import AdapterDescription, TaskSettings, checked_task, read_description
 from adalora_dist.backbones.files import base_folder_of as base_folder_of
-from adalora_dist.backbones.files import find_tensors, refuse_foreign_link, weight_files
+from adalora_dist.backbones.files import refuse_foreign_link, weight_files
 from adalora_dist.backbones.linears import linear_shape
+from adalora_dist.backbones.names import FileNames, names_in
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import read_object
 from adalora_dist.io.progress import progress_bar
@@ -148,6 +149,7 @@ def merge(
     base_weights: Mapping[str, BaseWeight] | None = None,
     task: Mapping[str, Any] | None = None,
     show_progress: bool = True,
+    names: FileNames | None = None,
 ) -> None:
     """Write the merged model: the base's files with W0 + s P diag(lambda) Q in place of W0.
 
@@ -158,31 +160,28 @@ def merge(
         base_folder: the backbone as transformers saved it, in safetensors.
         folder: must not exist.
         dtype: of all floating-point weights written.
-        trained: full tensors that training replaced (``train_modules``), by parameter name. Those that the files lack,
-            a new classifier's, are added to the last file.
+        trained: full tensors that training replaced (``train_modules``), by parameter name. Each takes the place of
+            the tensor that it was loaded from, whatever its name and, for a new head, its shape in the files. Those
+            that the files lack, a new classifier's, are added to the last file.
         base_weights: by parameter name, what takes the place of a tensor of the files before its update is added,
             for instance its quantised value. Default: W0 as the files have it.
         task: from :func:`task_settings`, what config.json says instead of the base's.
+        names: of the trained model in the base's files. Default: found out from the class that ``task`` or config.json
+            names, built on the meta device.
 
     Raises:
-        UserError: the base has no safetensors, lacks the weight of an adapted matrix in its shape, or has a link
-            out of its folder.
+        UserError: as :func:`check_base`, or the base lacks the weight of an adapted matrix in its shape.
     """
-    if (base_folder / "adapter_config.json").is_file():  # which transformers would put on top of what is merged
-        raise UserError(f"{base_folder} is an adapter (adapter_config.json): merge into the model that it belongs to")
+    check_base(base_folder)
     shards = weight_files(base_folder)
-    if not shards:
-        raise UserError(
-            f"{base_folder} has no .safetensors files to merge into: save the base model with save_pretrained"
-        )
     settings = read_object(base_folder / "config.json")
     replaced = {f"{a.name}.weight": a for a in adapters if a.rank}
     whole = dict(trained or {})
     bases = dict(base_weights or {})
-    shapes = {name: base.shape for name, base in bases.items()}
-    shapes |= {name: a.weight_shape for name, a in replaced.items()} | {n: tuple(t.shape) for n, t in whole.items()}
-    places = find_tensors(shapes, shards, base_folder, may_lack=whole)
-    added = {name: whole[name].contiguous() for name in sorted(whole.keys() - set(places.values()))}
+    names = names_in(base_folder, task or {}) if names is None else names
+    shapes = {name: base.shape for name, base in bases.items()} | {n: a.weight_shape for n, a in replaced.items()}
+    places, new = names.places(shapes, whole, base_folder)
+    added = {name: whole[name].contiguous() for name in sorted(new)}
     building = folder.with_name(folder.name + ".partial")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
@@ -206,8 +205,7 @@ def merge(
         weight_map |= dict.fromkeys(tensors, shard.name)
         total_size += sum(tensor.nbytes for tensor in tensors.values())
     for path in base_folder.iterdir():
-        if path.is_file() and not _NOT_COPIED.fullmatch(path.name):
-            refuse_foreign_link(path)
+        if _is_copied(path):
             shutil.copyfile(path, building / path.name)
     if shards[0].name != "model.safetensors":
         own = read_object(base_folder / "model.safetensors.index.json").get("metadata")
@@ -230,6 +228,32 @@ def with_task(settings: Mapping[str, Any], task: Mapping[str, Any]) -> dict[str,
             if isinstance(own := changed.get(part), dict):
                 changed[part] = own | {"pad_token_id": task["pad_token_id"]}
     return changed
+
+
+def check_base(base_folder: Path) -> None:
+    """Raise a ``UserError`` if nothing can be merged into a model folder.
+
+    That is: it has no safetensors, is an adapter, is quantised, or has a link out of itself.
+    """
+    if (base_folder / "adapter_config.json").is_file():  # which transformers would put on top of what is merged
+        raise UserError(f"{base_folder} is an adapter (adapter_config.json): merge into the model that it belongs to")
+    if not weight_files(base_folder):
+        raise UserError(
+            f"{base_folder} has no .safetensors files to merge into: save the base model with save_pretrained"
+        )
+    if quantized := read_object(base_folder / "config.json").get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else None
+        raise UserError(
+            f"{base_folder} is quantised ({method or 'quantization_config in its config.json'}), and nothing can be "
+            "added to such weights: merge into the original model, or leave merged out of export_formats"
+        )
+    for path in base_folder.iterdir():
+        if _is_copied(path):
+            refuse_foreign_link(path)
+
+
+def _is_copied(path: Path) -> bool:
+    return path.is_file() and not _NOT_COPIED.fullmatch(path.name)
 
 
 def task_settings(model: nn.Module) -> dict[str, Any]:

@@ -6,14 +6,37 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from adalora_dist.artifacts.export import BaseWeight, SavedAdapter, base_folder_of, merge
+from adalora_dist.artifacts.peft_check import not_verified
 from adalora_dist.artifacts.peft_format import save_adalora, save_lora, vllm_options
+from adalora_dist.backbones.names import FileNames, plain_model
 from adalora_dist.config.formats import ExportFormat
 
-Write = Callable[[SavedAdapter, Path, torch.dtype | None, Mapping[str, BaseWeight] | None], None]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an export is to be written; each form reads what is about it."""
+
+    dtype: torch.dtype | None = None
+    """None: as the base's files, or float32 for adapters."""
+    base_weights: Mapping[str, BaseWeight] | None = None
+    """As of :func:`adalora_dist.artifacts.export.merge`, for whole models alone."""
+    names: FileNames | None = None
+    """Of the trained model in the base's files, for whole models; None: found out."""
+    plain: PreTrainedModel | None = None
+    """The base without weights, which adapters are verified on; None: made from its config.json."""
+    pad: bool = False
+    """LoRA: one rank and one alpha for all matrices, by adding zeros."""
+
+
+Write = Callable[[SavedAdapter, Path, Options], str]
 
 
 @dataclass(frozen=True)
@@ -21,33 +44,48 @@ class Format:
     """One of them."""
 
     write: Write
-    """(what was trained, folder, dtype, base_weights). The folder must not exist. dtype None: as the base's files, or
-    float32 for adapters; base_weights as of :func:`adalora_dist.artifacts.export.merge`, for whole models alone."""
+    """(what was trained, folder, options) -> what to say of it; "": nothing. The folder must not exist."""
     is_adapter: bool
     """PEFT puts it on the base model; else it is a whole model, which transformers loads."""
     vllm_options: Callable[[Path], str] | None = None
     """Where vLLM serves it as an adapter of a causal model: the options for its folder, or why it does not."""
 
 
-def _write_merged(
-    saved: SavedAdapter, folder: Path, dtype: torch.dtype | None, base_weights: Mapping[str, BaseWeight] | None
-) -> None:
+def _write_merged(saved: SavedAdapter, folder: Path, options: Options) -> str:
     base = base_folder_of(saved.base_model, saved.base_revision)
-    merge(saved.adapters, base, folder, dtype, saved.trained, base_weights, saved.task)
+    merge(
+        saved.adapters, base, folder, options.dtype, saved.trained, options.base_weights, saved.task,
+        names=options.names,
+    )  # fmt: skip
+    return ""
 
 
-def _write_adapter(
-    save: Callable[..., None],
-    saved: SavedAdapter,
-    folder: Path,
-    dtype: torch.dtype | None,
-    base_weights: Mapping[str, BaseWeight] | None,
-) -> None:
-    save(saved.adapters, folder, saved.base_model, saved.base_revision, dtype or torch.float32, saved.trained)
+def _write_adapter(save: Callable[..., None], saved: SavedAdapter, folder: Path, options: Options) -> str:
+    plain = options.plain or _plain_base(saved)
+    dtype = options.dtype or torch.float32
+    save(saved.adapters, folder, saved.base_model, saved.base_revision, dtype, saved.trained, plain)
+    return not_verified(plain)
+
+
+def _write_lora(saved: SavedAdapter, folder: Path, options: Options) -> str:
+    return _write_adapter(partial(save_lora, pad=options.pad), saved, folder, options)
+
+
+def _plain_base(saved: SavedAdapter) -> PreTrainedModel | None:
+    """The base model without weights, from its config.json alone; None where that cannot be had."""
+    from transformers import AutoConfig
+
+    source: Any = Path(saved.base_model)
+    if not source.is_dir():
+        try:
+            source = AutoConfig.from_pretrained(saved.base_model, revision=saved.base_revision, trust_remote_code=False)
+        except (OSError, ValueError):  # not here and no network, or code from a repository
+            return None
+    return plain_model(source, saved.task)
 
 
 FORMATS: dict[ExportFormat, Format] = {
     "merged": Format(_write_merged, is_adapter=False),
-    "lora": Format(partial(_write_adapter, save_lora), is_adapter=True, vllm_options=vllm_options),
+    "lora": Format(_write_lora, is_adapter=True, vllm_options=vllm_options),
     "peft": Format(partial(_write_adapter, save_adalora), is_adapter=True),
 }

@@ -15,15 +15,20 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
+from torch.nn.functional import pad as pad_with_zeros
 
+from adalora_dist.artifacts.peft_check import taken_for_experts, verify
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import read_object
 from adalora_dist.methods.adalora.start import PREFIX, RANKNUM_OFFSET
 from adalora_dist.methods.update import AdapterWeights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 VLLM_MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM's --max-lora-rank takes."""
@@ -71,6 +76,8 @@ def save_lora(
     base_revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     trained: Mapping[str, torch.Tensor] | None = None,
+    model: PreTrainedModel | None = None,
+    pad: bool = False,
 ) -> None:
     """Write plain LoRA of the same function: active triplets only, matrices of rank 0 left out.
 
@@ -80,31 +87,42 @@ def save_lora(
         base_model: Hub id or folder of the backbone, for PEFT to find.
         dtype: of the factors; all but float32 round them.
         trained: full tensors that training replaced (``train_modules``), by parameter name.
+        model: from :func:`adalora_dist.backbones.names.plain_model`. Gives PEFT the task, finds what it would take for
+            experts, and is what the adapter is loaded into to verify it. Without one, names are all there is.
+        pad: bring all matrices to the largest rank with zeros, so that one rank and one alpha hold for all.
 
     Raises:
-        UserError: there is no active triplet.
+        UserError: there is no active triplet; as :func:`adalora_dist.artifacts.peft_check.verify`.
     """
     kept = [a for a in adapters if a.rank]
     if not kept:
         raise UserError("the run ended with rank 0 everywhere: there is no LoRA to write, the base model is the result")
-    ranks = {_anchored(a.name): a.rank for a in kept}
-    largest = max(ranks.values())
+    largest = max(a.rank for a in kept)
+    # Parameters, where PEFT would take the module for one of the experts that transformers has stacked.
+    taken = taken_for_experts([a.name for a in kept], model)
+    ranks = {_anchored(a.name) + (r"(|\.weight)" if a.name in taken else ""): a.rank for a in kept}
     config = {
-        **_common_config(adapters, kept, base_model, base_revision, trained),
+        **_common_config(adapters, [a for a in kept if a.name not in taken], base_model, base_revision, trained, model),
         "peft_type": "LORA",
         "r": largest,
         "lora_alpha": largest,
-        "rank_pattern": ranks,
-        "alpha_pattern": ranks,
+        "rank_pattern": {} if pad else ranks,
+        "alpha_pattern": {} if pad else ranks,
         "use_rslora": False,
         "use_dora": False,
     }
+    if taken:
+        config["target_parameters"] = [f"{name}.weight" for name in taken]
     tensors = {}
     for adapter in kept:
         name = PREFIX + adapter.name
-        tensors[f"{name}.lora_A.weight"] = adapter.Q.to(dtype)
-        tensors[f"{name}.lora_B.weight"] = (adapter.P * (adapter.scale * adapter.lam)).to(dtype)
-    _write(folder, config, tensors, trained)
+        factor_a, factor_b = adapter.Q, adapter.P * (adapter.scale * adapter.lam)
+        if pad:
+            zeros = largest - adapter.rank
+            factor_a, factor_b = pad_with_zeros(factor_a, (0, 0, 0, zeros)), pad_with_zeros(factor_b, (0, zeros))
+        tensors[f"{name}.lora_A.weight"] = factor_a.to(dtype)
+        tensors[f"{name}.lora_B.weight"] = factor_b.to(dtype)
+    _write(folder, config, tensors, trained, model)
 
 
 def vllm_options(folder: Path) -> str:
@@ -132,6 +150,7 @@ def save_adalora(
     base_revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     trained: Mapping[str, torch.Tensor] | None = None,
+    model: PreTrainedModel | None = None,
 ) -> None:
     """Write PEFT's AdaLoRA of the same function, matrices of rank 0 included. Arguments as of :func:`save_lora`.
 
@@ -140,7 +159,7 @@ def save_adalora(
     init_rank = max(1, *(a.rank for a in adapters))
     alpha = adapters[0].scale * init_rank
     config = {
-        **_common_config(adapters, adapters, base_model, base_revision, trained),
+        **_common_config(adapters, adapters, base_model, base_revision, trained, model),
         "peft_type": "ADALORA",
         "init_r": init_rank,
         "target_r": init_rank,
@@ -157,7 +176,7 @@ def save_adalora(
         tensors[f"{name}.lora_A"] = adapter.Q.to(dtype)
         tensors[f"{name}.lora_E"] = (adapter.lam * own_scale).unsqueeze(1).to(dtype)
         tensors[f"{name}.lora_B"] = adapter.P.to(dtype)
-    _write(folder, config, tensors, trained)
+    _write(folder, config, tensors, trained, model)
 
 
 def _common_config(
@@ -166,18 +185,55 @@ def _common_config(
     base_model: str,
     base_revision: str | None,
     trained: Mapping[str, torch.Tensor] | None,
+    model: PreTrainedModel | None,
 ) -> dict[str, Any]:
     return {
         "base_model_name_or_path": base_model,
         "revision": base_revision,
         "target_modules": _exactly([a.name for a in kept], [a.name for a in adapters]),
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in trained}) if trained else None,
+        "modules_to_save": _whole_modules(trained, model) if trained else None,
         "fan_in_fan_out": any(a.weight_is_transposed for a in kept),
         "bias": "none",
         "lora_dropout": 0.0,
         "inference_mode": True,
-        "task_type": None,
+        **_task_of(model),
     }
+
+
+def _task_of(model: PreTrainedModel | None) -> dict[str, Any]:
+    """By which ``AutoPeftModelFor*`` finds the base model's class, or ``AutoPeftModel`` where PEFT has no such task."""
+    from transformers.models.auto import modeling_auto
+
+    tasks = {
+        "CAUSAL_LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "SEQ_2_SEQ_LM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        "SEQ_CLS": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        "QUESTION_ANS": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+        "TOKEN_CLS": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    }
+    if model is None:
+        return {"task_type": None}
+    name = type(model).__name__
+    if task := next((task for task, names in tasks.items() if names.get(model.config.model_type) == name), None):
+        return {"task_type": task}
+    return {"task_type": None, "auto_mapping": {"base_model_class": name, "parent_library": "transformers"}}
+
+
+def _whole_modules(trained: Mapping[str, torch.Tensor], model: PreTrainedModel | None) -> list[str]:
+    """The modules whose tensors ``trained`` has: as large as they come where the whole model is known.
+
+    PEFT saves the modules that it takes for the head (classifier, score, qa_outputs) as a whole.
+    """
+    leaves = sorted({name.rpartition(".")[0] for name in trained})
+    if model is None:
+        return leaves
+    chosen: list[str] = []
+    for name, module in model.named_modules():  # from the top
+        parameters = {f"{name}.{leaf}" for leaf, _ in module.named_parameters()} if name else set()
+        if parameters and parameters <= trained.keys() and not f"{name}.".startswith(tuple(f"{c}." for c in chosen)):
+            chosen.append(name)
+    covered = tuple(f"{name}." for name in chosen)
+    return sorted([*chosen, *(leaf for leaf in leaves if not f"{leaf}.".startswith(covered))])
 
 
 def _anchored(name: str) -> str:
@@ -193,7 +249,11 @@ def _exactly(names: Sequence[str], others: Iterable[str]) -> list[str] | str:
 
 
 def _write(
-    folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], trained: Mapping[str, torch.Tensor] | None
+    folder: Path,
+    config: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    trained: Mapping[str, torch.Tensor] | None,
+    model: PreTrainedModel | None,
 ) -> None:
     tensors |= {PREFIX + name: tensor for name, tensor in (trained or {}).items()}
     building = folder.with_name(folder.name + ".partial")
@@ -201,4 +261,6 @@ def _write(
     building.mkdir(parents=True)
     save_file({k: t.contiguous() for k, t in tensors.items()}, building / "adapter_model.safetensors", {"format": "pt"})
     (building / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if model is not None:
+        verify(building, model, tensors, sorted(trained or ()))
     building.rename(folder)

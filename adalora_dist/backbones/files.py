@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -26,6 +27,30 @@ def weight_files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     return sorted(set(indexed_files(index).values())) if index.is_file() else []
+
+
+def locate_weights(name: str, revision: str | None) -> list[Path]:
+    """The safetensors files of a model folder or of a model on the Hub, fetched if need be; [] if it has none.
+
+    Raises:
+        UserError: the folder has weights in other forms alone, lacks a file of its index, or a link leads nowhere.
+        OSError: the Hub cannot be reached.
+    """
+    from transformers.utils import cached_file
+    from transformers.utils.hub import get_checkpoint_shard_files
+
+    if (folder := Path(name)).is_dir():
+        for path in folder.iterdir():
+            if path.suffix in (".safetensors", ".json") and path.is_symlink() and not path.exists():
+                raise UserError(f"{path} is a link to nothing: fetch the model again, or put the file itself there")
+        return weight_files(folder)
+    quiet = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    if single := cached_file(name, "model.safetensors", **quiet):
+        return [Path(single)]
+    if not (index := cached_file(name, "model.safetensors.index.json", **quiet)):
+        return []
+    indexed_files(Path(index))
+    return [Path(file) for file in get_checkpoint_shard_files(name, index, revision=revision)[0]]
 
 
 def indexed_files(index: Path) -> dict[str, Path]:
@@ -50,35 +75,28 @@ def indexed_files(index: Path) -> dict[str, Path]:
     return {key: index.with_name(name) for key, name in weight_map.items()}
 
 
-def find_tensors(
-    shapes: Mapping[str, tuple[int, ...]], shards: Sequence[Path], base_folder: Path, may_lack: Container[str]
-) -> dict[str, str]:
-    """Key in the files -> parameter name. A base saved without its head lacks the leading 'model.' or the like.
+class Stored(NamedTuple):
+    """A tensor of a safetensors file."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+
+
+def stored_tensors(shards: Sequence[Path]) -> dict[str, Stored]:
+    """Every tensor of some safetensors files by its name there, from their headers.
 
     Raises:
-        UserError: a file is missing or cut off, or there is no tensor of that name and shape.
+        UserError: a file is missing or cut off.
     """
-    found: dict[str, tuple[int, ...]] = {}
+    found: dict[str, Stored] = {}
     for shard in shards:
         try:
             with safe_open(shard, framework="pt") as file:
-                found |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+                found |= {k: Stored(shard, k, tuple(file.get_slice(k).get_shape())) for k in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise UserError(f"{shard} is not a whole safetensors file ({error}): fetch the model again") from error
-    places = {}
-    for name, shape in shapes.items():
-        key = next((key for key in (name, name.partition(".")[2]) if key in found), None)
-        if key is None and name in may_lack:
-            continue
-        if key is None:
-            raise UserError(f"{base_folder}: no tensor {name} in its .safetensors files: merge into the run's own base")
-        if found[key] != shape:
-            raise UserError(
-                f"{base_folder}: tensor {key} has shape {found[key]}, the run's has {shape}: merge into the run's own "
-                "base, not quantised"
-            )
-        places[key] = name
-    return places
+    return found
 
 
 def refuse_foreign_link(path: Path) -> None:

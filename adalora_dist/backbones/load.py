@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +13,9 @@ from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedType
 from torch import nn
 
+from adalora_dist.backbones.files import locate_weights, stored_tensors
 from adalora_dist.backbones.fit import fit_tokenizer
+from adalora_dist.backbones.names import FileNames, head_prefixes, on_meta
 from adalora_dist.backbones.quantization import settle_quantized
 from adalora_dist.backbones.sharded_load import load_on_meta
 from adalora_dist.config.sections import ModelConfig
@@ -34,16 +38,20 @@ def load_backbone(
     its own rows. Under ZeRO-3 they are partitioned already. A model that is being quantised, or may be pickled, is
     read whole by every process and sharded by ``prepare``.
 
+    Its attribute ``file_names``, of :class:`adalora_dist.backbones.names.FileNames`, says where its tensors lie in the
+    files, and which of them are new: a head in other sizes than the files have is new, too.
+
     Args:
         auto_class: ``AutoModelForCausalLM`` or a sibling.
         quantization: from :func:`adalora_dist.backbones.quantization.bitsandbytes_config`.
         changes: to the model's own configuration, ``{"num_labels": 3}`` for instance.
 
     Raises:
-        UserError: the model cannot be found or loaded, or quantised, it has no tokenizer, or another model's, or is
-            an adapter.
+        UserError: the model cannot be found or loaded, or quantised, it has no tokenizer, or another model's, is an
+            adapter, or its files belong to another model than its config.json.
     """
     from transformers import AutoConfig
+    from transformers.integrations import is_deepspeed_zero3_enabled
 
     if (Path(config.name) / "adapter_config.json").is_file():
         raise UserError(
@@ -64,23 +72,36 @@ def load_backbone(
                 setattr(own, key, value)
             extra["config"] = own
         options |= {"dtype": config.dtype, "use_safetensors": None if pickles else True, **extra}
+        names = _names_in_files(config, auto_class, own)
+        options["ignore_mismatched_sizes"] = True  # of heads alone: anything else is refused
+        if names is not None and names.mismatched and is_deepspeed_zero3_enabled():
+            # There transformers does not ignore a size. It passes by a name that no module has.
+            options["key_mapping"] = {
+                f"^{re.escape(names.sources[name][0].key)}$": f"of_another_size.{name}" for name in names.mismatched
+            }
         if quantization is not None:
             if is_quantized:
                 raise UserError(
                     f"model={config.name!r} is quantised already: give the original model, or leave out quantization"
                 )
             options["quantization_config"] = quantization
-        if _under_fsdp2() and not is_quantized and quantization is None and not pickles:
-            model = load_on_meta(auto_class, config.name, **options)
+        if names is not None and _under_fsdp2() and not is_quantized and quantization is None and not pickles:
+            model = load_on_meta(auto_class, config.name, names, **options)
         else:
-            model = auto_class.from_pretrained(config.name, **options)
+            model, report = auto_class.from_pretrained(config.name, output_loading_info=True, **options)
+            if names is None:
+                names = FileNames.without_headers(model, report)
+                _refuse_other_weights(config, model, names)
+            elif is_quantized:  # packed: only the one that loads it knows what its shapes mean
+                loaded = FileNames.without_headers(model, report)
+                names = replace(names, missing=loaded.missing, mismatched=loaded.mismatched)
     except UserError:
         raise
     except (OSError, ValueError, ImportError) as error:
         raise _cannot_be_loaded(config, error) from error
     except RuntimeError as error:
         if quantization is None:
-            raise
+            raise _cannot_be_loaded(config, error) from error
         reason = " ".join(str(error).split())[:150]
         raise UserError(
             f"model={config.name!r} cannot be quantised ({reason} ...): where a matrix does not fill whole elements of "
@@ -89,9 +110,62 @@ def load_backbone(
     if quantization is not None:
         settle_quantized(model)
     model.config.use_cache = False
+    model.file_names = names  # type: ignore[assignment]
     _name_blocks(model)
     fit_tokenizer(model, tokenizer)
     return model, tokenizer
+
+
+def _names_in_files(config: ModelConfig, auto_class: Any, own: Any) -> FileNames | None:
+    """Where the model's tensors lie in its files; None if those are not safetensors, and may be loaded.
+
+    Raises:
+        UserError: there are no weights that may be loaded, or they belong to another model than ``own``.
+    """
+    files = locate_weights(config.name, config.revision)
+    if not files:
+        if not config.allow_pickle_weights:
+            _refuse_other_forms(config.name)
+        return None
+    model = on_meta(auto_class, own, trust_remote_code=config.trust_remote_code)
+    names = FileNames.of(model, stored_tensors(files))
+    if not hasattr(own, "quantization_config"):
+        _refuse_other_weights(config, model, names)
+    return names
+
+
+def _refuse_other_forms(name: str) -> None:
+    """Raise for a local folder that has weights, in a form that is not loaded here."""
+    files = sorted(path.name for path in Path(name).iterdir()) if Path(name).is_dir() else []
+    remedies = {
+        r".*\.gguf": "give the model that it was made from, in safetensors",
+        r"(pytorch_model|model).*\.(bin|pt|pth)": "save it again with save_pretrained, or set allow_pickle_weights, if "
+        "you trust it",
+        r".*\.(h5|msgpack|ckpt.*)": "save it from PyTorch with save_pretrained",
+        r".*\.safetensors": "call it model.safetensors, or fetch the index that belongs to it",
+    }
+    for pattern, remedy in remedies.items():
+        if found := next((file for file in files if re.fullmatch(pattern, file)), None):
+            raise UserError(f"model={name!r} has no model.safetensors, but {found}: {remedy}")
+
+
+def _refuse_other_weights(config: ModelConfig, model: PreTrainedModel, names: FileNames) -> None:
+    """Raise if the files do not belong to the backbone that config.json describes. Heads are as the task wants them."""
+    modules = dict(model.named_modules())
+    # Tensors of modules that the model does not have, or of none (BART's final_logits_bias), are another task's head.
+    if strange := sorted(key for key in names.unexpected if (key.rpartition(".")[0] or None) in modules):
+        raise UserError(
+            f"model={config.name!r}: its files have {len(strange)} tensors that {type(model).__name__} has no place "
+            f"for ({', '.join(strange[:3])}): its config.json belongs to other weights; use the right one"
+        )
+    heads = head_prefixes(model)
+    if other := sorted(name for name in names.mismatched if not name.startswith(heads)):
+        name = other[0]
+        raise UserError(
+            f"model={config.name!r}: {name} has shape {names.mismatched[name]} in its files and "
+            f"{tuple(model.get_parameter(name).shape)} by its config.json, which belongs to other weights; use the "
+            "right one"
+        )
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

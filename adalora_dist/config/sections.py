@@ -142,6 +142,8 @@ class ExportConfig(Section):
     AdaLoRA. All can be had later from the run folder: adalora-dist export."""
     export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the merged weights; auto: as the backbone's files."""
+    lora_pad: bool = False
+    """Plain LoRA with one rank and one alpha for all matrices, by adding zeros: for loaders that know no other."""
     merge_into: Literal["original", "dequantized"] = "original"
     """Weights that the adapters of a quantised run are added to: the backbone's own, or their quantised values."""
     verify_export: bool = True
@@ -161,6 +163,9 @@ class ExportConfig(Section):
 
     @model_validator(mode="after")
     def _pushed(self) -> ExportConfig:
+        if self.lora_pad and "lora" not in self.export_formats:
+            forms = " ".join(self.export_formats) or "()"
+            raise ValueError(f"lora_pad true with export_formats {forms}: there is no LoRA to pad; add lora")
         check_branch(self.push_revision)
         if self.push_to_hub:
             check_repo_id(self.push_to_hub)

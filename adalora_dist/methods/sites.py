@@ -8,6 +8,7 @@ from torch import nn
 
 from adalora_dist.backbones.bypass import weights_read_directly
 from adalora_dist.backbones.linears import is_plain_linear, linear_shape
+from adalora_dist.backbones.names import new_backbone_modules
 from adalora_dist.backbones.parts import backbone_of, head_names, is_under, output_modules, router_names, tower_names
 from adalora_dist.config.methods import MethodConfig
 from adalora_dist.io.errors import UserError
@@ -15,7 +16,8 @@ from adalora_dist.methods.protocol import Adapter
 
 
 def trained_modules(model: nn.Module, config: MethodConfig) -> list[str]:
-    """Names of the modules that ``train_modules`` asks for; ``task-head`` stands for all modules outside the backbone.
+    """Names of the modules that ``train_modules`` asks for; ``task-head`` stands for all modules outside the backbone,
+    and for those at its end that its files lack, such as the pooler of a masked language model.
 
     Raises:
         UserError: a name that matches nothing; ``task-head`` where the model is a backbone alone, or where its head is
@@ -36,7 +38,7 @@ def trained_modules(model: nn.Module, config: MethodConfig) -> list[str]:
                 f"train_modules=task-head: {name} is tied to the backbone's embeddings, which would be trained, too: "
                 "leave task-head out of train_modules"
             )
-    return [*matched, *heads]
+    return [*matched, *heads, *new_backbone_modules(model)]
 
 
 def find_targets(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
@@ -107,10 +109,13 @@ def left_out(model: nn.Module) -> dict[str, str]:
     """
     names = _linear_maps(model)
     heads, towers, routers = output_modules(model), tower_names(model), router_names(model)
+    new = new_backbone_modules(model)  # random: trained in full, or refused
     found = {}
     for name in names:
         if is_under(name, heads):
             found[name] = "heads"
+        elif is_under(name, new):
+            found[name] = "not in the files"
         elif is_under(name, towers):
             found[name] = "vision and audio"
         elif is_under(name, routers):

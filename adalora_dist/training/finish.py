@@ -12,9 +12,10 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from adalora_dist.artifacts.export import SavedAdapter, save_adapter, save_trained, task_settings
-from adalora_dist.artifacts.formats import FORMATS
+from adalora_dist.artifacts.formats import FORMATS, Options
 from adalora_dist.backbones.dequantized import QuantizedWeight, quantization_record, quantized_weights
 from adalora_dist.backbones.load import dtype_named
+from adalora_dist.backbones.names import plain_model
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.methods.update import AdapterWeights
 from adalora_dist.training.prepared import Prepared
@@ -45,9 +46,13 @@ def export_trained(
         for name in config.export.export_formats:
             form, out = FORMATS[name], folder.path / name
             if form.is_adapter:
-                form.write(saved, out, None, None)
+                options = Options(plain=plain_model(model.config, saved.task), pad=config.export.lora_pad)
             else:
-                form.write(saved, out, dtype_named(config.export.export_dtype), base_weights)
+                dtype, names = dtype_named(config.export.export_dtype), getattr(model, "file_names", None)
+                options = Options(dtype, base_weights, names)
+            if said := form.write(saved, out, options):
+                accelerator.print(f"{name}: {said}")
+            if not form.is_adapter:
                 tokenizer.save_pretrained(out)
     return pattern
 

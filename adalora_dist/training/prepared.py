@@ -17,6 +17,7 @@ from adalora_dist.methods import method_for
 from adalora_dist.methods.hooks import MethodHooks, attach
 from adalora_dist.methods.protocol import adapters_of, trained_parameters
 from adalora_dist.tasks.batches import BatchPlan
+from adalora_dist.training.backbone_checks import check_backbone
 from adalora_dist.training.engine import tied_weights_in_one_group
 from adalora_dist.training.resume import compare_backbone, set_loss_scale
 
@@ -44,8 +45,10 @@ def prepare(
     """Optimizer over the trainable parameters, method attached, both handed to the engine; weights read last.
 
     Raises:
-        UserError: ``resumed`` does not fit the model.
+        UserError: ``resumed`` does not fit the model; as :func:`adalora_dist.training.backbone_checks.check_backbone`.
     """
+    for line in check_backbone(model, config):
+        accelerator.print(line)
     method = method_for(config.adapter)
     if resumed is not None:
         compare_backbone(resumed, config.model)

@@ -148,6 +148,17 @@ def test_ranks_above_a_limit_are_refused_or_folded(
     assert "Folded" not in succeed(capsys, "export", run, "--to", "lora", "--max-rank", 3, "--out", tmp_path / "same")
 
 
+def test_one_rank_for_all(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    succeed(capsys, "export", run, "--to", "lora", "--pad", "--out", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] > 1 and config["rank_pattern"] == config["alpha_pattern"] == {}
+    loaded = PeftModel.from_pretrained(build("llama"), tmp_path / "out")
+    adapted = build("llama")
+    load_adapter(adapted, run / "adapter")
+    assert (logits(loaded) - logits(adapted)).abs().max() <= TOLERANCE
+    assert "--pad" in failure(capsys, "export", run, "--to", "peft", "--pad", "--out", tmp_path / "other")
+
+
 def test_a_base_that_has_moved(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     moved = tmp_path / "elsewhere"
     build("llama").save_pretrained(moved)

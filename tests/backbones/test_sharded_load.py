@@ -18,6 +18,9 @@ from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -226,9 +229,37 @@ def test_a_new_classifier_starts_with_the_same_values(backbones):
     assert ranks[1]["logits"].abs().max() > 0
 
 
-def refusal(rank: int, world_size: int, folder: Path, auto_class: type) -> str:
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("kind", ["no pooler", "three labels"])
+def test_new_parts_of_an_encoder_are_new_on_every_engine(engine, kind, tmp_path):
+    """Files without the pooler, with old spellings; and a head for three classes where there are two."""
+    config = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=32, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = BertForMaskedLM(config) if kind == "no pooler" else BertForSequenceClassification(config)
+    config.num_labels = 2
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = {name.replace("LayerNorm.weight", "LayerNorm.gamma"): t for name, t in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    byte_tokenizer().save_pretrained(tmp_path)
+    changes = {"train_modules": ("task-head",)}
+    expected = control(tmp_path, AutoModelForSequenceClassification, **changes)
+    assert expected["logits"].shape == (1, 2)
+    ranks = run_ranks(2, run_with, engine, tmp_path, AutoModelForSequenceClassification, changes)
+    torch.testing.assert_close(ranks[0]["logits"], expected["logits"])
+    assert torch.equal(ranks[0]["logits"], ranks[1]["logits"])
+    for where in ("single", engine):
+        [message, *_] = run_ranks(1 + (where == engine), refusal, tmp_path, AutoModelForSequenceClassification, where)
+        new = "bert.pooler.dense" if kind == "no pooler" else "classifier.weight"
+        assert "frozen parameters" in message and new in message
+
+
+def refusal(rank: int, world_size: int, folder: Path, auto_class: type, engine: str = "fsdp2") -> str:
     with pytest.raises(UserError) as error:
-        run(rank, world_size, "fsdp2", folder, folder / "refused", auto_class)
+        run(rank, world_size, engine, folder, folder / "refused", auto_class)
     return str(error.value)
 
 

@@ -197,6 +197,7 @@ BAD_FLAGS = [
     ("--train-modules [", ["--train-modules [", "not a regular expression"]),
     ("--init-rank 4", ["target_rank 8", "init_rank 4", "must be <= init_rank"]),
     ("--target-rank 0", ["target_rank 0", "must be > 0"]),
+    ("--lora-pad", ["lora_pad true", "export_formats merged", "add lora"]),
     ("--method full --export-formats merged lora", ["export_formats lora", "method full", "leave export_formats out"]),
     ("--method full --init-from adapter", ["--init-from adapter: method full has no init_from", "leave it out"]),
     ("--target-budget 0", ["target_budget 0", "must be > 0"]),

@@ -30,9 +30,7 @@ No parameter and no gradient is gathered.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,6 +38,7 @@ import torch.distributed as dist
 from torch import nn
 
 from adalora_dist.config.methods import AdaLoraConfig
+from adalora_dist.methods.adalora.allocations import Allocation, records
 from adalora_dist.methods.adalora.bound import BoundTriplets
 from adalora_dist.methods.adalora.checks import PatternWatch, compare_lambdas
 from adalora_dist.methods.adalora.compaction import remove_triplets
@@ -50,18 +49,6 @@ from adalora_dist.methods.adalora.schedule import BudgetSchedule
 from adalora_dist.methods.protocol import Step, StepState
 from adalora_dist.sharding.base import ShardEngine, sum_over
 from adalora_dist.sharding.spans import FACTORS_OF_MATRIX, Factor, Span
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """One selection of triplets; tensors stay on the device until somebody reads them."""
-
-    step: int
-    budget: int
-    keep: torch.Tensor
-    """(num_triplets,) bool in canonical order."""
-    lowest_kept_score: torch.Tensor | None = None
-    """What a triplet needed to stay, float64; infinite where none stayed."""
 
 
 class RankAllocator(Step):
@@ -328,25 +315,7 @@ class RankAllocator(Step):
         return f"budget {self.budget}, ranks {min(ranks)}/{sum(ranks) / len(ranks):.1f}/{max(ranks)}, "
 
     def events(self, first: int) -> list[dict[str, Any]]:
-        """For every allocation: step, budget; lowest_kept_score (null: none stayed); pruned, returned: triplets that
-        left and that came back since the allocation before; ranks: of each matrix, in the order of rank_pattern.json.
-        """
-        records = []
-        for index in range(first, len(self.allocations)):
-            made, keep = self.allocations[index], self.allocations[index].keep.cpu()
-            before = self.allocations[index - 1].keep.cpu() if index else torch.ones_like(keep)
-            lowest = math.inf if made.lowest_kept_score is None else made.lowest_kept_score.item()
-            records.append(
-                {
-                    "step": made.step,
-                    "budget": made.budget,
-                    "lowest_kept_score": lowest if math.isfinite(lowest) else None,
-                    "pruned": int((before & ~keep).sum()),
-                    "returned": int((keep & ~before).sum()),
-                    "ranks": [int(part.sum()) for part in keep.split(self.ranks)],
-                }
-            )
-        return records
+        return records(self.allocations, self.ranks, first)
 
     def buffers(self) -> Iterable[torch.Tensor]:
         return () if self._bound is None else (self._bound.sensitivity, self._bound.uncertainty)

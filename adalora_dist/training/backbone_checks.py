@@ -1,0 +1,72 @@
+"""Before anything is trained: is every part of the model either in its files or trained, and can the result be written?
+
+An answer from names and shapes alone, the same on every engine and on every process.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import nn
+
+from adalora_dist.artifacts.export import check_base
+from adalora_dist.backbones.linears import is_conv1d, linear_shape
+from adalora_dist.backbones.names import FileNames
+from adalora_dist.config.sections import RunConfig
+from adalora_dist.io.errors import UserError
+from adalora_dist.methods.protocol import adapters_of, others_trained
+
+
+def check_backbone(model: nn.Module, config: RunConfig) -> list[str]:
+    """Refuse a run with a frozen part that is random, or one whose merged model could not be written.
+
+    Args:
+        model: with adapters, before the engine has it. Without ``file_names`` (not from ``load_backbone``) nothing is
+            known about its files, and nothing is checked.
+
+    Returns:
+        Lines for the console: what is new.
+
+    Raises:
+        UserError: see above.
+    """
+    names = cast("FileNames | None", getattr(model, "file_names", None))
+    if names is None:
+        return []
+    adapted, trained = _adapted(model), {name for name, _ in others_trained(model)}
+    if random := [name for name in names.missing if name not in trained]:
+        matrices = [name for name in random if name in adapted]
+        also = f", leave {matrices[0].rpartition('.')[0]} out of targets" if matrices else ""
+        raise UserError(
+            f"the backbone's files lack {len(random)} frozen parameters ({', '.join(random[:3])}), which would stay "
+            f"random: add their modules to train_modules{also}, or use files that have them"
+        )
+    if "merged" in config.export.export_formats:
+        _check_merge(names, adapted, trained, config)
+    if not names.missing:
+        return []
+    shapes = {n.rpartition(".")[0]: " x ".join(map(str, s)) for n, s in names.mismatched.items() if len(s) > 1}
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in names.missing)
+    listed = ", ".join(f"{m} (in the files {shapes[m]})" if m in shapes else m for m in modules)
+    return [f"Not in the model's files, so new and trained in full: {listed}"]
+
+
+def _check_merge(names: FileNames, adapted: dict[str, tuple[int, int]], trained: set[str], config: RunConfig) -> None:
+    files = {source.file for sources in names.sources.values() for source in sources}
+    if not files:
+        raise UserError(
+            f"model={config.model.name!r} has no .safetensors files to merge into: save it again with save_pretrained, "
+            "or leave merged out of export_formats"
+        )
+    folder = min(files).parent
+    check_base(folder)
+    names.places(adapted, trained, folder)
+
+
+def _adapted(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Shape of the weight of each adapted matrix in the files, by parameter name."""
+    found = {}
+    for adapter in adapters_of(model):
+        d_in, d_out = linear_shape(adapter.base) or (0, 0)
+        found[f"{adapter.name}.weight"] = (d_in, d_out) if is_conv1d(adapter.base) else (d_out, d_in)
+    return found
