@@ -152,7 +152,8 @@ def lengths_of(config: Any) -> list[Length]:
     settings = {**dict(config.data), **dict(config.evaluation)}
     two_sides = {"max_source_length": "source", "max_target_length": "target", "max_new_tokens": "target"}
     sides = two_sides if "max_source_length" in settings else {"max_length": "", "max_new_tokens": ""}
-    return [Length(name, settings[name], side) for name, side in sides.items() if name in settings]
+    # None, a reply's own length, stays within max_length.
+    return [Length(name, settings[name], side) for name, side in sides.items() if settings.get(name) is not None]
 
 
 def check_lengths(model: PreTrainedModel, lengths: Sequence[Length]) -> None:

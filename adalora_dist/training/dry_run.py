@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 
+from adalora_dist.backbones.fit import check_lengths, lengths_of
 from adalora_dist.backbones.load import refuse_code_from_elsewhere
 from adalora_dist.config.methods import LowRankConfig
 from adalora_dist.config.sections import RunConfig
@@ -95,6 +96,7 @@ def plan_run(
         setattr(settings, key, value)
     with torch.device("meta"):
         model = auto_class.from_config(settings)
+    check_lengths(model, lengths_of(config))
     num_parameters = sum(p.numel() for p in model.parameters())
     if config.adapter.trains_backbone:
         model.float()

@@ -159,6 +159,11 @@ def test_what_each_recipe_puts_through(config, expected):
     assert all(tokens > 0 for _, tokens, _ in lengths_of(config))
 
 
+def test_a_given_reply_length_counts():
+    config = CommonsenseConfig(evaluation={"max_new_tokens": 9})
+    assert Length("max_new_tokens", 9, "") in lengths_of(config)
+
+
 # ----------------------------------------------------------------------------------------------------------- tokenizer
 
 

@@ -188,6 +188,9 @@ def test_plan_is_what_the_run_then_does(tmp_path: Path) -> None:
         "2",
     ]
     flags += ["--export-formats", "none", "--no-evaluate-before"]
+    code, _, errors = run_recipe("summarize_bart", 1, [*flags, "--dry-run"])
+    assert code == 2 and "set --max-source-length 96, or less" in errors  # refused as the run would be
+    flags += ["--max-source-length", "96"]
     code, output, errors = run_recipe("summarize_bart", 1, [*flags, "--dry-run"])
     assert code == 0 and not (tmp_path / "run").exists(), errors
     code, _, errors = run_recipe("summarize_bart", 1, flags)
