@@ -167,7 +167,8 @@ class Shrink(NamedTuple):
 
     @property
     def parameter(self) -> nn.Parameter:
-        return getattr(self.module, self.name)
+        parameter: nn.Parameter = getattr(self.module, self.name)
+        return parameter
 
     def select(self) -> None:
         """Where no engine and no optimizer has taken the parameter over: put what stays of it in its place."""
@@ -255,7 +256,7 @@ def local_state(state: Mapping[str, Any], holder: torch.Tensor, cut: Callable[[A
 
 def ready_state(optimizer: torch.optim.Optimizer, holder: torch.Tensor) -> dict[str, Any]:
     """The optimizer's state of ``holder``; made as torch's Adam and AdamW make it at their first step if it is not."""
-    state = optimizer.state[holder]
+    state: dict[str, Any] = optimizer.state[holder]
     if not state:
         if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
             raise UserError(

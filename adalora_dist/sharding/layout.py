@@ -104,7 +104,7 @@ class SpanLayout:
 
     def views(
         self, locals_: Sequence[torch.Tensor | None], flat: FlatBuffer, orthogonal: bool = False
-    ) -> tuple[list, list]:
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Matching views of local spans and of ``flat``, leaving out parameters given as None.
 
         ``orthogonal``: of P and Q alone.

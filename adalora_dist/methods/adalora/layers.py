@@ -13,7 +13,7 @@ The two are one thing in two modules. What a :class:`Lambdas` has multiplied for
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -109,7 +109,7 @@ class SVDLinear(Adapter):
         # Two dimensions from here on, so that the add below is in place on the base's own output: no extra pass over
         # [tokens, d_out], and no view whose in-place backward would copy.
         tokens = x.reshape(-1, self.d_in)
-        y = self.base(tokens)
+        y: torch.Tensor = self.base(tokens)
         if self.rank:
             branch_in = tokens if self.dropout is None else self.dropout(tokens)
             # lam goes into P, not into the hidden values: backward then needs one (tokens, r) tensor, as LoRA's does.
@@ -189,7 +189,8 @@ class Lambdas(TrainedModule):
         if isinstance(self._scale, list):
             return self.lam * self.lam.new_tensor(self._scale)
         # A number written this way is not kept as a tensor, which the first of two backwards would free.
-        return torch.ops.aten.mul.Scalar(self.lam, self._scale)
+        scaled: torch.Tensor = torch.ops.aten.mul.Scalar(self.lam, self._scale)
+        return scaled
 
     def weight(self, layer: SVDLinear) -> torch.Tensor:
         """scale * P diag(lambda) of one layer, (d_out, r)."""
@@ -204,7 +205,8 @@ class Lambdas(TrainedModule):
         return made if self._is_whole else layer.P * made
 
     def _own(self, layer: SVDLinear) -> torch.Tensor:
-        return self()[layer.first : layer.first + layer.rank]
+        lams: torch.Tensor = self()
+        return lams[layer.first : layer.first + layer.rank]
 
     def _edits(self, layer: SVDLinear) -> int:
         return layer.P._version + self.lam._version
@@ -222,7 +224,8 @@ class Lambdas(TrainedModule):
         self._is_whole = all(type(x.P) is nn.Parameter and is_whole(x.P) for x in (first, *self._active))
         if self._is_whole:
             self._edits_then = [self._edits(layer) for layer in self._active]
-            self._made = list(_Multiply.apply(self, scaled, ranks, *(layer.P for layer in self._active)))
+            multiply: Callable[..., tuple[torch.Tensor, ...]] = _Multiply.apply
+            self._made = list(multiply(self, scaled, ranks, *(layer.P for layer in self._active)))
         else:
             self._made = list(scaled.split(ranks))
             if scaled.requires_grad:
@@ -242,7 +245,7 @@ class _Multiply(torch.autograd.Function):
         return tuple(torch._foreach_mul(ps, ctx.lams))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
         ctx.owner.release()
         if ctx.versions != [p._version for p in ctx.ps]:
             raise RuntimeError("an adapter's P was changed between a forward and its backward: go backward first")
