@@ -40,9 +40,14 @@ def from_peft(kind: str, config: LoraConfig, folder: Path) -> torch.Tensor:
 
 
 def start(folder: Path, kind: str = "llama", **changes: Any) -> Any:
-    values = {"targets": tuple(TARGETS.get(kind, ["all-linear"])), "init_rank": 6, "alpha": 9, "start": "paper"} | changes
+    values: dict[str, Any] = {
+        "targets": tuple(TARGETS.get(kind, ["all-linear"])),
+        "init_rank": 6,
+        "alpha": 9,
+        "start": "paper",
+    }
     model = build(kind)
-    inject_adapters(model, AdapterConfig(init_from=str(folder), **values))
+    inject_adapters(model, AdapterConfig(init_from=str(folder), **{**values, **changes}))
     return model.eval()
 
 
