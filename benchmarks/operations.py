@@ -36,7 +36,7 @@ class Counts(TorchDispatchMode):
         self.collectives: Counter[str] = Counter()
         self.host_reads: Counter[str] = Counter()
         self.late_reads = 0
-        """Of a host copy that was begun an allocation earlier (pattern_digest.py): nothing waits for it."""
+        """Of a host copy that was begun an allocation earlier (methods/adalora/digest.py): nothing waits for it."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

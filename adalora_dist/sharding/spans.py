@@ -21,7 +21,7 @@ class Span(NamedTuple):
 
 FactorKind = Literal["P", "lam", "Qt"]
 FACTORS_OF_MATRIX: tuple[FactorKind, ...] = ("P", "Qt")
-"""What every adapted matrix has of its own; lambda is one vector for all of them (lambdas.py)."""
+"""What every adapted matrix has of its own; lambda is one vector for all of them (methods/adalora/layers.py)."""
 
 
 @dataclass(frozen=True)
