@@ -1,8 +1,9 @@
 """``SVDLinear``, a frozen linear map plus the adapter P diag(lambda) Q, and ``Lambdas``, lambda of all of them.
 
-The two are one thing in two modules. What a :class:`Lambdas` has multiplied for its layers goes through these states:
+Every layer needs P diag(lambda) in a forward. :class:`Lambdas` multiplies for all of them, and keeps the products while
+they are good for. What it has at a time, when that begins and ends, and where a layer gets its product from:
 
-    state            begins with                                    ends with             a layer's P diag(lambda)
+    it has           from                                           until                 a layer's P diag(lambda) is
     nothing          ``release``, as weights change; a backward     a forward             -
     all, P whole     first layer of a forward (one process, DDP,    ``release``, or       its part of one product over
                      ZeRO-1, ZeRO-2)                                an edit of P, lambda  all matrices
@@ -46,9 +47,9 @@ class SVDLinear(Adapter):
 
     lambdas: Lambdas
     first: int
-    """Of this layer's triplets in ``lambdas.lam``."""
+    """Where this layer's triplets begin in ``lambdas.lam``."""
     position: int
-    """Among the layers that have any."""
+    """Which of the layers with triplets it is, counted from 0."""
 
     def __init__(
         self, base: nn.Module, d_in: int, d_out: int, rank: int, scale: float, dropout: float = 0.0, name: str = ""
@@ -123,18 +124,18 @@ class SVDLinear(Adapter):
 
 
 MODULE_NAME = "adalora"
-"""Of the :class:`Lambdas` among the adapted model's children."""
+"""Under which the adapted model has its :class:`Lambdas`."""
 LAMBDAS_NAME = f"{MODULE_NAME}.lam"
-"""Of its parameter, under every engine."""
+"""Under which files and reports have its parameter, whatever an engine does to paths."""
 
 
 class Lambdas(TrainedModule):
     """The paper's diagonals Lambda of all adapted matrices, one behind the other, in one parameter.
 
     One vector of a few thousand numbers instead of hundreds of vectors of a dozen: an engine communicates it, and an
-    optimizer steps it, at once. So is its gradient made: a matrix whose P is whole gets P diag(lambda) from one
-    operation over all matrices, at the first adapted layer of a forward, and backward returns from there last.
-    Engines that shard P within a model (FSDP2, ZeRO-3) never hold all of them; there each layer multiplies its own.
+    optimizer steps it, at once. Its gradient, too, is made at once. The first adapted layer of a forward multiplies P
+    and lambda of all matrices, in one operation; backward comes to that operation last, when it has the gradients of
+    all products. Engines that shard P (FSDP2, ZeRO-3) never hold all of them; there each layer multiplies its own.
 
     Parameter:
         lam: (num_triplets,) float32, 0 when made; a method sets it to 1 where P starts at 0. Either way the adapted
@@ -181,7 +182,7 @@ class Lambdas(TrainedModule):
         return {LAMBDAS_NAME: self.lam} if self.lam.requires_grad else {}
 
     def element_name(self, leaf: str, index: int) -> str:
-        """lambda of the matrix that an element belongs to."""
+        """Named after the matrix whose lambda it is."""
         return f"{next(layer.name for layer in self._active if index < layer.first + layer.rank)}.{leaf}"
 
     def forward(self) -> torch.Tensor:
