@@ -44,7 +44,7 @@ FLAGS = [
     *("--max-steps", str(STEPS), "--batch-size", "16", "--micro-batch-size", "8", "--learning-rate", "1e-2"),
     *("--log-every", "8", "--eval-batch-size", "4"),
 ]
-ADAPTER = {"init_rank": 3, "target_rank": 2, "init": "orthonormal"}
+ADAPTER = {"init_rank": 3, "target_rank": 2, "start": "paper", "init": "orthonormal"}
 
 
 class Project:

@@ -38,7 +38,7 @@ FLAGS = [
     *("--log-every", "8", "--eval-batch-size", "4"),
     *("--max-length", "18", "--doc-stride", "4", "--max-question-length", "8"),
 ]
-ADAPTER = {"init_rank": 3, "target_rank": 2, "init": "orthonormal"}
+ADAPTER = {"init_rank": 3, "target_rank": 2, "start": "paper", "init": "orthonormal"}
 
 
 def run_of(output: Path, words: list[str], engine: str | None = None) -> Run:

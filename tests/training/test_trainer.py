@@ -98,7 +98,7 @@ class Recorder(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= FROZEN_FROM:
-            self.adapters[state.global_step] = adapters_of(self.callback.hooks.method_step)
+            self.adapters[state.global_step] = adapters_of(self.callback.hooks)
 
     def on_log(self, args, state, control, logs, **kwargs):
         self.logs.append(dict(logs))
@@ -124,7 +124,7 @@ def best_model(rank: int, world_size: int, engine: str) -> dict[str, Any]:
         dist.barrier()
         return {
             "best_step": trainer.state.best_global_step,
-            "exported": adapters_of(callback.hooks.method_step),
+            "exported": adapters_of(callback.hooks),
             "recorded": recorder.adapters,
             "logs": recorder.logs,
             "difference": difference.abs().max().item(),
