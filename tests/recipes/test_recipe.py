@@ -187,6 +187,7 @@ def run_recipe(rank: int, world_size: int, arguments: list[str], environment: di
     return code, errors.getvalue()
 
 
+@pytest.mark.filterwarnings("default:.*continuing from step-00000012")
 def test_a_run_that_was_interrupted_continues(project: Project, tmp_path: Path) -> None:
     """Its last checkpoint is gone, as is what came after it; what an interrupted export left is in the way."""
     formats = ("--export-formats", "merged", "lora", "peft")
