@@ -75,7 +75,7 @@ def save_adapter(
         transposed=[a.name for a in adapters if a.weight_is_transposed],
     )
     weights = {"adapter.safetensors": tensors} | ({"trained.safetensors": dict(trained)} if trained else {})
-    with building(folder, replaces=_is_adapter) as scratch:
+    with building(folder, replaces=is_adapter) as scratch:
         for name, content in weights.items():
             save_file(content, scratch / name, metadata={"format": "pt"})
         _write_json(description.model_dump(), scratch / "adapter.json")
@@ -84,7 +84,8 @@ def save_adapter(
         check_whole(scratch, weights)
 
 
-def _is_adapter(folder: Path) -> bool:
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder is one that :func:`save_adapter` has written, or empty."""
     return (folder / "adapter.json").is_file() or not any(folder.iterdir())
 
 

@@ -84,6 +84,14 @@ def discard(folder: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def set_aside(folder: Path) -> Path:
+    """Rename what has a name that is needed, and is somebody's, to the first free NAME.0.old; its new path."""
+    count = 0
+    while os.path.lexists(aside := folder.with_name(f"{folder.name}.{count}.old")):
+        count += 1
+    return folder.rename(aside)
+
+
 def refuse_link(folder: Path) -> None:
     """Raise a ``UserError`` if a folder that is about to be written into is a link to some other place."""
     if folder.is_symlink():

@@ -11,13 +11,13 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from adalora_dist.artifacts.export import SavedAdapter, save_adapter, task_settings
+from adalora_dist.artifacts.export import SavedAdapter, is_adapter, save_adapter, task_settings
 from adalora_dist.artifacts.formats import FORMATS, Options
 from adalora_dist.backbones.dequantized import QuantizedWeight, quantization_record, quantized_weights
 from adalora_dist.backbones.load import dtype_named
 from adalora_dist.backbones.names import plain_model
 from adalora_dist.config.sections import RunConfig
-from adalora_dist.io.publish import write_whole, writing
+from adalora_dist.io.publish import set_aside, write_whole, writing
 from adalora_dist.methods.update import AdapterWeights
 from adalora_dist.training.prepared import Prepared
 from adalora_dist.training.run_folder import RunFolder
@@ -81,8 +81,10 @@ def write_adapters(
         ``base_weights`` for :func:`adalora_dist.artifacts.export.merge`.
     """
     if adapters:
-        revision = loaded_revision(config, model)
-        save_adapter(adapters, folder / "adapter", config.model.name, revision, trained, task_settings(model))
+        out, revision = folder / "adapter", loaded_revision(config, model)
+        if out.exists() and not (out.is_dir() and is_adapter(out)):
+            print(f"warning: {out} is not of this run: it is {set_aside(out).name} now")
+        save_adapter(adapters, out, config.model.name, revision, trained, task_settings(model))
     if config.quantization.quantization == "none":
         return None
     quantized = quantized_weights(model, config)

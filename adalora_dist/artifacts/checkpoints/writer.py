@@ -86,14 +86,10 @@ def checkpoint_at(folder: Path) -> Checkpoint:
 
 
 def set_newer_aside(checkpoint: Checkpoint) -> None:
-    """Rename the later checkpoints beside this one: a run that continues from it writes its own. Collective."""
-
-    def rename() -> None:
-        for other in files.checkpoints_in(checkpoint.path.parent):
-            if (files.step_of(other) or 0) > checkpoint.step:
-                files.set_aside(other)
-
-    agreed(rename if this_rank() == 0 else lambda: None)
+    """Rename the later checkpoints beside this one: a run that continues from it writes its own."""
+    for other in files.checkpoints_in(checkpoint.path.parent):
+        if (files.step_of(other) or 0) > checkpoint.step:
+            files.set_aside(other)
 
 
 def _opened(folder: Path) -> Checkpoint:
