@@ -82,7 +82,7 @@ class FinishedRun:
 
     @property
     def is_quantized(self) -> bool:
-        return self.settings.get("quantization", {}).get("quantization", "none") != "none"
+        return bool(self.settings.get("quantization", {}).get("quantization", "none") != "none")
 
     def usage(self, to: ExportFormat, out: Path, base: str) -> str:
         """Lines of Python that load an export, and for LoRA the options that vLLM needs."""

@@ -36,8 +36,7 @@ def locate_weights(name: str, revision: str | None) -> list[Path]:
         UserError: the folder has weights in other forms alone, lacks a file of its index, or a link leads nowhere.
         OSError: the Hub cannot be reached.
     """
-    from transformers.utils import cached_file
-    from transformers.utils.hub import get_checkpoint_shard_files
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
     if (folder := Path(name)).is_dir():
         for path in folder.iterdir():

@@ -52,7 +52,7 @@ def load_backbone(
             adapter, or its files belong to another model than its config.json.
     """
     from transformers import AutoConfig
-    from transformers.integrations import is_deepspeed_zero3_enabled
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     if (Path(config.name) / "adapter_config.json").is_file():
         raise UserError(
@@ -239,7 +239,7 @@ def _name_blocks(model: PreTrainedModel) -> None:
 
 
 def _under_fsdp2() -> bool:
-    return is_initialized() and AcceleratorState().distributed_type == DistributedType.FSDP
+    return is_initialized() and bool(AcceleratorState().distributed_type == DistributedType.FSDP)
 
 
 def dtype_named(name: str) -> torch.dtype | None:

@@ -146,7 +146,7 @@ def _text(content: bytes) -> str:
 def _parse_object(content: bytes) -> dict[str, Any]:
     text = _text(content)
     try:
-        parsed = json.loads(text)
+        parsed: dict[str, Any] = json.loads(text)
     except RecursionError:
         raise _NotReadable(f"it is nested deeper than {_MAX_DEPTH}") from None
     except ValueError:

@@ -29,7 +29,7 @@ def redacted(value: Any) -> Any:
 
 def redacted_command(words: Sequence[str]) -> list[str]:
     """A command line, also without the values of flags that are called token, password, secret and the like."""
-    shown = redacted(list(words))
+    shown: list[str] = redacted(list(words))
     for index, word in enumerate(words[:-1]):
         if _SECRET_FLAG.match(word) and not words[index + 1].startswith("--"):
             shown[index + 1] = HIDDEN

@@ -99,7 +99,7 @@ class MethodHooks:
     # ------------------------------------------------------------------------------------------ what loops ask
 
     def bind(self, optimizer: Any) -> Bound:
-        """See which spans of the parameters this rank holds, once the engine has taken them over. Collective.
+        """Find out which spans of the parameters this rank holds, once the engine has taken them over. Collective.
 
         The first step does so by itself; a second call changes nothing.
 
@@ -111,7 +111,7 @@ class MethodHooks:
         return self._bound
 
     def rebind(self, optimizer: Any) -> None:
-        """Parameters have been exchanged: go on with those that the model has now. Collective."""
+        """Go on with the parameters that the model has now, after they were exchanged. Collective."""
         self.engine.retire()
         self._bound = Bound(self.method_step, self.model, optimizer)
 
@@ -145,9 +145,9 @@ class MethodHooks:
         return self.method_step.replaces(self, model, optimizer)
 
     def catch_up(self, num_steps: int) -> None:
-        """The loop counts ``num_steps`` finished steps.
+        """Move the method's schedule on to ``num_steps`` finished steps, as the loop counts them.
 
-        Engines that skip a step with an overflow never call the optimizer, so the method's schedule would fall behind.
+        Engines that skip a step with an overflow never call the optimizer, so the schedule would fall behind.
 
         Raises:
             RuntimeError: no step at all has reached the hooks: they hang on another optimizer than is stepped.

@@ -113,16 +113,18 @@ def _compare_settings(checkpoint: Checkpoint, config: RunConfig) -> None:
 
 def _changes(checkpoint: Checkpoint, config: RunConfig, free: bool) -> Iterator[str]:
     """'adapter.init_rank 12 -> 8' for every setting that differs; those that may, or those that may not."""
-    stored = checkpoint.run["config"]
+    stored, resolved = checkpoint.run["config"], type(config.adapter).resolved
     for section, fields in redacted(config.model_dump(mode="json")).items():
         default, given = getattr(type(config)(), section), getattr(config, section)
         if type(given) is not type(default):  # another method's
             default = type(given)()
         # For settings newer than the checkpoint.
         defaults = default.model_dump(mode="json") | _BEFORE_IT_WAS_A_SETTING.get(section, {})
+        old = {field: stored.get(section, {}).get(field, defaults[field]) for field in fields}
+        if section == "adapter":
+            old, fields = resolved(old), resolved(fields)
         for field, now in fields.items():
-            name = f"{section}.{field}"
-            then = stored.get(section, {}).get(field, defaults[field])
+            name, then = f"{section}.{field}", old[field]
             if then != now and free == (section in _FREE_SECTIONS or name in _FREE_FIELDS):
                 yield f"{name} {then} -> {now}"
 

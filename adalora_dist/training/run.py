@@ -93,7 +93,8 @@ class Run(Generic[Config]):
 
     def main_process_first(self) -> AbstractContextManager[None]:
         """The main process does what is in it, then the others, who find its work in the cache."""
-        return self.accelerator.main_process_first()
+        first: AbstractContextManager[None] = self.accelerator.main_process_first()
+        return first
 
     # ------------------------------------------------------------------------------------------------ data and model
 

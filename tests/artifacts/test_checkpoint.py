@@ -19,6 +19,8 @@ from adalora_dist.artifacts.checkpoints.content import Checkpoint, load_checkpoi
 from adalora_dist.artifacts.checkpoints.files import Damaged, Written, checkpoints_in, publish, verify
 from adalora_dist.artifacts.checkpoints.writer import checkpoint_at, newest_checkpoint, set_newer_aside
 from adalora_dist.io.errors import UserError
+from adalora_dist.methods.hooks import attach
+from adalora_dist.methods.protocol import trained_parameters
 from adalora_dist.sharding.agreement import agreed
 from tests.support.checkpoint_faults import (
     DAMAGES,
@@ -31,6 +33,8 @@ from tests.support.checkpoint_faults import (
     materialise,
     record,
 )
+from tests.support.models import adapted_net, config
+from tests.support.paths import ROOT
 from tests.support.ranks import run_ranks
 from tests.support.refusals import refusal
 
@@ -253,6 +257,26 @@ def test_a_checkpoint_brings_back_what_it_was_given(root: Path) -> None:
     load_checkpoint(checkpoint, run.parameters, run.optimizer, run.hooks)
     assert run.hooks.step == 20
     for number, parameter in enumerate(run.parameters.values()):
+        assert torch.equal(parameter, torch.full_like(parameter, 20 + number / 100))
+
+
+BEFORE = ROOT / "tests" / "data" / "checkpoints_of_9b9f82c"
+"""Written by that commit, when methods without adapters kept nothing of their own."""
+
+
+@pytest.mark.parametrize("method", ["adalora", "head"])
+def test_checkpoints_from_before_the_methods_were_units_are_read(tmp_path: Path, method: str) -> None:
+    settings = config(method=method, train_modules=("head",) if method == "head" else ())
+    model = adapted_net(settings)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    hooks = attach(model, optimizer, settings, 60)
+    hooks.detach()
+    parameters = trained_parameters(model)
+    checkpoint = newest_checkpoint(shutil.copytree(BEFORE / method, tmp_path / "checkpoints"))
+    assert checkpoint is not None and parameters
+    load_checkpoint(checkpoint, parameters, optimizer, hooks)
+    assert hooks.step == 20 and hooks.num_skipped_steps == 0
+    for number, parameter in enumerate(parameters.values()):
         assert torch.equal(parameter, torch.full_like(parameter, 20 + number / 100))
 
 

@@ -192,9 +192,10 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         raise Damaged(f"{path} is of format {description['format']}; this version reads {FORMAT}")
     if description["step"] != step_of(folder):
         raise Damaged(f"{path} is that of step {description['step']}: the folder was renamed, or files were exchanged")
-    if not all(Path(name).name == name for name in description["files"]):
+    listed: dict[str, dict[str, Any]] = description["files"]
+    if not all(Path(name).name == name for name in listed):
         raise Damaged(f"{path} names files outside of its folder")
-    return description["files"]
+    return listed
 
 
 def _manifest_text(description: Mapping[str, Any]) -> bytes:

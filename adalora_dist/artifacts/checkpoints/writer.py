@@ -102,7 +102,8 @@ def _opened(folder: Path) -> Checkpoint:
             raise UserError(f"{folder / STATE} lacks {', '.join(missing)}: give another checkpoint")
         return Checkpoint(folder, state["step"], state, names)
 
-    return agreed(read, keep=False)
+    checkpoint: Checkpoint = agreed(read, keep=False)
+    return checkpoint
 
 
 # ------------------------------------------------------------------------------------------------------------- saving

@@ -46,7 +46,8 @@ class ExportFiles:
 
 def without_tokens(text: str, token: str | None = None) -> str:
     """``text`` with ``token``, and all else that looks like a secret, replaced by ``***``."""
-    return redacted(text.replace(token, HIDDEN) if token else text)
+    shown: str = redacted(text.replace(token, HIDDEN) if token else text)
+    return shown
 
 
 def check_export(export: Path, ranks: Mapping[str, int] | None, token: str | None = None) -> ExportFiles:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
@@ -52,6 +53,11 @@ class MethodConfig(Section):
     """Whether the backbone's own weights change, which must then be float32 and not quantised."""
     formats: ClassVar[frozenset[str]] = frozenset({"merged"})
     """What it can be exported as: merged, lora, peft."""
+
+    @classmethod
+    def resolved(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """``settings``, with what follows from others in the place of None: what two runs are compared by."""
+        return dict(settings)
 
     def check(self, run: Any) -> None:
         """Rules of this method over settings of its own, or over those of several sections.

@@ -140,7 +140,9 @@ def _lora_scale(config: Mapping[str, Any], name: str, rank: int, folder: Path) -
 
     def of(pattern: str, default: str) -> float:
         keys = config.get(pattern) or {}
-        return next((value for key, value in keys.items() if re.match(rf"(.*\.)?({key})$", name)), config[default])
+        chosen = (value for key, value in keys.items() if re.match(rf"(.*\.)?({key})$", name))
+        value: float = next(chosen, config[default])
+        return value
 
     r, alpha = of("rank_pattern", "r"), of("alpha_pattern", "lora_alpha")
     if r != rank:

@@ -224,13 +224,13 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def _batch_rows(batch: Any) -> list[Any]:
+    rows: list[Any] = []
     try:
-        return batch.to_pylist()
+        rows = batch.to_pylist()
     except UnicodeDecodeError:  # in one row or another
-        rows: list[Any] = []
         for index in range(len(batch)):
             try:
                 rows += batch.slice(index, 1).to_pylist()
             except UnicodeDecodeError as error:
                 rows.append(error)
-        return rows
+    return rows

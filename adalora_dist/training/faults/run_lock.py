@@ -64,9 +64,10 @@ class RunLock:
 
     def _owner(self) -> dict[str, str] | None:
         try:
-            return json.loads(self._owner_file.read_text(encoding="utf-8"))
+            owner: dict[str, str] | None = json.loads(self._owner_file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+        return owner
 
     def _seconds_since_touch(self) -> float:
         return time.time() - self._owner_file.lstat().st_mtime
