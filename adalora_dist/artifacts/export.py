@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,16 +20,22 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from adalora_dist.artifacts.adapter_files import AdapterDescription, TaskSettings, checked_task, read_description
+from adalora_dist.artifacts.whole import check_files, check_whole, is_model_file
 from adalora_dist.backbones.files import base_folder_of as base_folder_of
 from adalora_dist.backbones.files import refuse_foreign_link, weight_files
 from adalora_dist.backbones.linears import linear_shape
 from adalora_dist.backbones.names import FileNames, names_in
+from adalora_dist.backbones.tokenizer import save_tokenizer
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import read_object
 from adalora_dist.io.progress import progress_bar
+from adalora_dist.io.publish import building
 from adalora_dist.methods.adalora.method import place
 from adalora_dist.methods.protocol import Adapter
 from adalora_dist.methods.update import AdapterWeights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _NOT_COPIED = re.compile(
     r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|onnx_data)"
@@ -39,11 +45,27 @@ _NOT_COPIED = re.compile(
 """Names of what a merged model does not take over from its base."""
 
 
-def save_adapter(adapters: Sequence[AdapterWeights], folder: Path, base_model: str, base_revision: str | None) -> None:
-    """Write adapter.safetensors (NAME.P, NAME.lam, NAME.Q of the active triplets) and adapter.json."""
-    folder.mkdir(parents=True, exist_ok=True)
+def save_adapter(
+    adapters: Sequence[AdapterWeights],
+    folder: Path,
+    base_model: str,
+    base_revision: str | None,
+    trained: Mapping[str, torch.Tensor] | None = None,
+    task: Mapping[str, Any] | None = None,
+) -> None:
+    """Write adapter.safetensors (NAME.P, NAME.lam, NAME.Q of the active triplets), adapter.json, and the rest.
+
+    Args:
+        adapters: of every adapted matrix.
+        folder: of an earlier adapter, which is replaced as a whole, or one that does not exist.
+        trained: what was trained in full, by parameter name, as trained.safetensors:
+            ``model.load_state_dict(load_file(...), strict=False)`` puts it back.
+        task: from :func:`task_settings`, as task.json.
+
+    Raises:
+        UserError: the folder holds something else, or cannot be written.
+    """
     tensors = {f"{a.name}.{kind}": getattr(a, kind) for a in adapters for kind in ("P", "lam", "Q") if a.rank}
-    save_file(tensors, folder / "adapter.safetensors", metadata={"format": "pt"})
     description = AdapterDescription(
         base_model=base_model,
         base_revision=base_revision,
@@ -52,16 +74,19 @@ def save_adapter(adapters: Sequence[AdapterWeights], folder: Path, base_model: s
         shapes={a.name: (len(a.P), a.Q.shape[1]) for a in adapters},
         transposed=[a.name for a in adapters if a.weight_is_transposed],
     )
-    _write_json(description.model_dump(), folder / "adapter.json")
+    weights = {"adapter.safetensors": tensors} | ({"trained.safetensors": dict(trained)} if trained else {})
+    with building(folder, replaces=is_adapter) as scratch:
+        for name, content in weights.items():
+            save_file(content, scratch / name, metadata={"format": "pt"})
+        _write_json(description.model_dump(), scratch / "adapter.json")
+        if task is not None:
+            _write_json(task, scratch / "task.json")
+        check_whole(scratch, weights)
 
 
-def save_trained(trained: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Write trained.safetensors beside an adapter: what was trained in full, by parameter name; nothing if it is empty.
-
-    ``model.load_state_dict(load_file(...), strict=False)`` puts it back.
-    """
-    if trained:
-        save_file(dict(trained), folder / "trained.safetensors", metadata={"format": "pt"})
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder is one that :func:`save_adapter` has written, or empty."""
+    return (folder / "adapter.json").is_file() or not any(folder.iterdir())
 
 
 @dataclass(frozen=True)
@@ -150,10 +175,12 @@ def merge(
     task: Mapping[str, Any] | None = None,
     show_progress: bool = True,
     names: FileNames | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
     """Write the merged model: the base's files with W0 + s P diag(lambda) Q in place of W0.
 
-    Built beside ``folder`` and renamed when complete. Sums are float32; ``dtype`` None keeps each tensor's type.
+    Built beside ``folder``, read again, and renamed when it is whole. Sums are float32; ``dtype`` None keeps each
+    tensor's type.
 
     Args:
         adapters: of every adapted matrix.
@@ -168,9 +195,11 @@ def merge(
         task: from :func:`task_settings`, what config.json says instead of the base's.
         names: of the trained model in the base's files. Default: found out from the class that ``task`` or config.json
             names, built on the meta device.
+        tokenizer: takes the place of the base's.
 
     Raises:
-        UserError: as :func:`check_base`, or the base lacks the weight of an adapted matrix in its shape.
+        UserError: as :func:`check_base`; the base lacks the weight of an adapted matrix in its shape; as of
+            :func:`adalora_dist.io.publish.building`.
     """
     check_base(base_folder)
     shards = weight_files(base_folder)
@@ -182,42 +211,46 @@ def merge(
     shapes = {name: base.shape for name, base in bases.items()} | {n: a.weight_shape for n, a in replaced.items()}
     places, new = names.places(shapes, whole, base_folder)
     added = {name: whole[name].contiguous() for name in sorted(new)}
-    building = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    weight_map: dict[str, str] = {}
-    total_size = 0
-    for shard in progress_bar(shards, desc="merge", unit="file", show=show_progress):
-        tensors = {}
-        with safe_open(shard, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (not a dictionary)
-                tensor = file.get_tensor(key)
-                name = places.get(key)
-                if name in whole:
-                    tensor = whole[name].to(tensor.dtype)
-                elif name is not None:
-                    weight = bases[name](tensor) if name in bases else tensor.to(torch.float32, copy=True)
-                    tensor = (replaced[name].add_to(weight) if name in replaced else weight).to(dtype or tensor.dtype)
-                tensors[key] = (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).contiguous()
-            if shard == shards[-1]:
-                tensors |= {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in added.items()}
-            save_file(tensors, building / shard.name, metadata=file.metadata() or {"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, shard.name)
-        total_size += sum(tensor.nbytes for tensor in tensors.values())
-    for path in base_folder.iterdir():
-        if _is_copied(path):
-            shutil.copyfile(path, building / path.name)
-    if shards[0].name != "model.safetensors":
-        own = read_object(base_folder / "model.safetensors.index.json").get("metadata")
-        metadata = {**(own if isinstance(own, dict) else {}), "total_size": total_size}
-        index = {"metadata": metadata, "weight_map": weight_map}
-        _write_json(index, building / "model.safetensors.index.json")
     if dtype is not None:
         settings = {key: value for key, value in settings.items() if key != "torch_dtype"}
         settings["dtype"] = str(dtype).removeprefix("torch.")
-    if dtype is not None or task:
-        _write_json(with_task(settings, task or {}), building / "config.json")
-    building.rename(folder)
+
+    def merged(key: str, tensor: torch.Tensor) -> torch.Tensor:
+        name = places.get(key)
+        if name in whole:
+            tensor = whole[name].to(tensor.dtype)
+        elif name is not None:
+            weight = bases[name](tensor) if name in bases else tensor.to(torch.float32, copy=True)
+            tensor = (replaced[name].add_to(weight) if name in replaced else weight).to(dtype or tensor.dtype)
+        return (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).contiguous()
+
+    def write(shard: Path, target: Path) -> dict[str, int]:
+        """One file; the bytes of its tensors by name."""
+        with safe_open(shard, framework="pt") as file:
+            tensors = {key: merged(key, file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118 (not a dictionary)
+            if shard == shards[-1]:
+                tensors |= {n: t.to(dtype) if dtype and t.is_floating_point() else t for n, t in added.items()}
+            save_file(tensors, target, metadata=file.metadata() or {"format": "pt"})
+        return {key: tensor.nbytes for key, tensor in tensors.items()}
+
+    with building(folder) as scratch:
+        weights: dict[str, dict[str, int]] = {}
+        for shard in progress_bar(shards, desc="merge", unit="file", show=show_progress):
+            weights[shard.name] = write(shard, scratch / shard.name)
+        for path in base_folder.iterdir():
+            if _is_copied(path):
+                shutil.copyfile(path, scratch / path.name)
+        if shards[0].name != "model.safetensors":
+            own = read_object(base_folder / "model.safetensors.index.json").get("metadata")
+            total_size = sum(sum(sizes.values()) for sizes in weights.values())
+            metadata = {**(own if isinstance(own, dict) else {}), "total_size": total_size}
+            weight_map = {key: name for name, keys in weights.items() for key in keys}
+            _write_json({"metadata": metadata, "weight_map": weight_map}, scratch / "model.safetensors.index.json")
+        if dtype is not None or task:
+            _write_json(with_task(settings, task or {}), scratch / "config.json")
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, scratch)
+        check_whole(scratch, weights)
 
 
 def with_task(settings: Mapping[str, Any], task: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,7 +266,8 @@ def with_task(settings: Mapping[str, Any], task: Mapping[str, Any]) -> dict[str,
 def check_base(base_folder: Path) -> None:
     """Raise a ``UserError`` if nothing can be merged into a model folder.
 
-    That is: it has no safetensors, is an adapter, is quantised, or has a link out of itself.
+    That is: it has no safetensors, is an adapter, is quantised, has a link out of itself, or a file of words or
+    settings that cannot be read.
     """
     if (base_folder / "adapter_config.json").is_file():  # which transformers would put on top of what is merged
         raise UserError(f"{base_folder} is an adapter (adapter_config.json): merge into the model that it belongs to")
@@ -247,9 +281,10 @@ def check_base(base_folder: Path) -> None:
             f"{base_folder} is quantised ({method or 'quantization_config in its config.json'}), and nothing can be "
             "added to such weights: merge into the original model, or leave merged out of export_formats"
         )
-    for path in base_folder.iterdir():
-        if _is_copied(path):
-            refuse_foreign_link(path)
+    copied = [path for path in sorted(base_folder.iterdir()) if _is_copied(path)]
+    for path in copied:
+        refuse_foreign_link(path)
+    check_files(path for path in copied if is_model_file(path.name))
 
 
 def _is_copied(path: Path) -> bool:

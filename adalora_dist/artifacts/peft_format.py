@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +21,10 @@ from safetensors.torch import save_file
 from torch.nn.functional import pad as pad_with_zeros
 
 from adalora_dist.artifacts.peft_check import taken_for_experts, verify
+from adalora_dist.artifacts.whole import check_whole
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import read_object
+from adalora_dist.io.publish import building
 from adalora_dist.methods.adalora.start import PREFIX, RANKNUM_OFFSET
 from adalora_dist.methods.update import AdapterWeights
 
@@ -92,7 +93,8 @@ def save_lora(
         pad: bring all matrices to the largest rank with zeros, so that one rank and one alpha hold for all.
 
     Raises:
-        UserError: there is no active triplet; as :func:`adalora_dist.artifacts.peft_check.verify`.
+        UserError: there is no active triplet; as of :func:`adalora_dist.artifacts.peft_check.verify` and of
+            :func:`adalora_dist.io.publish.building`.
     """
     kept = [a for a in adapters if a.rank]
     if not kept:
@@ -256,11 +258,10 @@ def _write(
     model: PreTrainedModel | None,
 ) -> None:
     tensors |= {PREFIX + name: tensor for name, tensor in (trained or {}).items()}
-    building = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    save_file({k: t.contiguous() for k, t in tensors.items()}, building / "adapter_model.safetensors", {"format": "pt"})
-    (building / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if model is not None:
-        verify(building, model, tensors, sorted(trained or ()))
-    building.rename(folder)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with building(folder) as scratch:
+        save_file(tensors, scratch / "adapter_model.safetensors", {"format": "pt"})
+        (scratch / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        check_whole(scratch, {"adapter_model.safetensors": tensors})
+        if model is not None:
+            verify(scratch, model, tensors, sorted(trained or ()), target=folder)

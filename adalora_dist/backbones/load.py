@@ -18,6 +18,7 @@ from adalora_dist.backbones.fit import fit_tokenizer
 from adalora_dist.backbones.names import FileNames, head_prefixes, on_meta
 from adalora_dist.backbones.quantization import settle_quantized
 from adalora_dist.backbones.sharded_load import load_on_meta
+from adalora_dist.backbones.tokenizer import remember_rules
 from adalora_dist.config.sections import ModelConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.sharding.tensors import full_numel
@@ -179,13 +180,15 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     try:
         refuse_code_from_elsewhere(config)
         # Never left open: transformers would ask whoever sits at the terminal whether to run the repository's code.
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except UserError:
         raise
     except (OSError, ValueError, ImportError) as error:
         raise _cannot_be_loaded(config, error) from error
+    remember_rules(tokenizer)
+    return tokenizer
 
 
 def refuse_code_from_elsewhere(config: ModelConfig) -> None:

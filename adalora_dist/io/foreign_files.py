@@ -49,6 +49,21 @@ def read_object(path: Path) -> dict[str, Any]:
         raise _refusal(path, reason) from None
 
 
+def read_text(path: Path) -> str:
+    """A file of words, such as a vocabulary.
+
+    Raises:
+        UserError: it cannot be read, is no text or empty, or is larger than any that this project reads.
+    """
+    try:
+        content = _text(_read(path, MAX_BYTES))
+        if not content:
+            raise _NotReadable("it is empty")
+    except _NotReadable as reason:
+        raise _refusal(path, reason) from None
+    return content
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The objects in a file with one on each line; none without the file. A last line without its end does not count.
 

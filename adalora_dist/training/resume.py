@@ -44,7 +44,7 @@ _EDGE_BYTES = 1 << 16
 
 
 def find_checkpoint(config: RunConfig) -> Checkpoint | None:
-    """The checkpoint that ``resume`` asks for; None: the run starts at step 0. Collective.
+    """The checkpoint that ``resume`` asks for; None: the run starts at step 0. Changes nothing. Collective.
 
     Raises:
         UserError: ``resume`` is a path without a whole checkpoint; or auto, and the run in ``output_dir`` has made
@@ -69,9 +69,13 @@ def find_checkpoint(config: RunConfig) -> Checkpoint | None:
                 "or auto"
             )
     _compare_settings(found, config)
-    if found.path.parent.resolve() == root.resolve():
-        set_newer_aside(found)
     return found
+
+
+def set_later_aside(checkpoint: Checkpoint, train: TrainConfig) -> None:
+    """In a run that goes on from one of its own checkpoints, rename the later ones. For the main process."""
+    if checkpoint.path.parent.resolve() == (Path(train.output_dir) / CHECKPOINTS).resolve():
+        set_newer_aside(checkpoint)
 
 
 def continues_in_place(train: TrainConfig) -> bool:

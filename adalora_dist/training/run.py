@@ -44,7 +44,7 @@ from adalora_dist.training.finish import export_trained
 from adalora_dist.training.loop import generates_together, train
 from adalora_dist.training.prepared import Prepared, prepare, total_steps
 from adalora_dist.training.report import facts_line, rank_report, run_facts
-from adalora_dist.training.resume import find_checkpoint
+from adalora_dist.training.resume import compare_data, find_checkpoint
 from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
 from adalora_dist.training.verify import Probe, last_logits, load_plainly, logit_differences
 
@@ -163,9 +163,12 @@ class Run(Generic[Config]):
         """Adapters into the model, the model under its engine, the run folder and the trackers; one line of facts.
 
         Raises:
-            UserError: adapters, schedule or checkpoint do not fit the model, or the folder cannot be written.
+            UserError: adapters, schedule or checkpoint do not fit the model, the run that is continued had other
+                training rows, or the folder cannot be written.
         """
         accelerator, config = self.accelerator, self.config
+        if self.resumed is not None:  # before the folder is made, which changes what is in it
+            compare_data(self.resumed, plan, config)
         model, num_steps = self.model, total_steps(config.train, plan)
         adapt(model, config.adapter, config.train.seed)
         prepared = prepare(accelerator, model, config, num_steps, self.resumed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import sys
@@ -146,18 +147,48 @@ def test_newer_ones_are_set_aside_and_go_with_the_next(root: Path) -> None:
     assert names_in(root) == ["step-00000010", "step-00000015"]
 
 
-def test_a_disk_that_is_full_leaves_the_old_ones(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["shard-00000-of-00001.safetensors", "state.json", "manifest.json", "folder"])
+def test_a_disk_that_is_full_leaves_the_old_ones(root: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Whichever file it is that has no room any more."""
     before = {path.name: contents(path) for path in root.iterdir()}
+    real_open, real_mkdir, full_disk, found = os.open, os.mkdir, OSError(28, "No space left on device"), []
 
-    def full(descriptor: int, content: Any) -> int:
-        raise OSError(28, "No space left on device")
+    def full(path: Any, flags: int, mode: int = 0o777) -> int:
+        if Path(path).name == name and flags & os.O_CREAT:
+            found.append(path)
+            raise full_disk
+        return real_open(path, flags, mode)
+
+    def no_folder(path: Any) -> None:
+        if name == "folder":
+            found.append(path)
+            raise full_disk
+        real_mkdir(path)
 
     run = Run(root)
-    monkeypatch.setattr("adalora_dist.artifacts.checkpoints.files.os.write", full)
+    monkeypatch.setattr("adalora_dist.artifacts.checkpoints.files.os.open", full)
+    monkeypatch.setattr("adalora_dist.artifacts.checkpoints.files.os.mkdir", no_folder)
     with pytest.raises(UserError, match="a checkpoint needs .* bytes"):
         run.save(30)
     monkeypatch.undo()
-    assert {path.name: contents(path) for path in root.iterdir()} == before
+    assert found and {path.name: contents(path) for path in root.iterdir()} == before
+
+
+def test_a_folder_that_may_not_be_written_is_one_line(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Any) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    run = Run(root)
+    monkeypatch.setattr("adalora_dist.artifacts.checkpoints.files.os.mkdir", refused)
+    with pytest.raises(UserError, match="cannot be written .Permission denied"):
+        run.save(30)
+    shutil.rmtree(root)
+    (root.parent / "elsewhere").mkdir()
+    root.symlink_to("elsewhere")
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="is a link"):
+        run.save(30)
+    assert not any((root.parent / "elsewhere").iterdir())
 
 
 # ----------------------------------------------------------------------------------------------------------- content

@@ -234,8 +234,11 @@ def test_a_path_is_taken_at_its_word(copy: Path, tmp_path: Path) -> None:
         assert found is not None and found.step == step
     assert names_in(copy) == ["step-00000002", "step-00000003"], "another run's checkpoints were touched"
     assert "holds no checkpoint" in refusal(find_checkpoint, configuration(copy, resume=str(tmp_path), **elsewhere))
-    found = find_checkpoint(configuration(copy, resume=str(first)))
-    assert found is not None and names_in(copy) == ["step-00000002", "step-00000003.0.removed"]
+    config = configuration(copy, resume=str(first))
+    found = find_checkpoint(config)
+    assert found is not None and names_in(copy) == ["step-00000002", "step-00000003"], "what may yet be refused"
+    RunFolder(config, True, {}, found)
+    assert names_in(copy) == ["step-00000002", "step-00000003.0.removed"]
     (first / "state.json").write_text("")
     assert "state.json" in refusal(find_checkpoint, configuration(copy, resume=str(first)))
 

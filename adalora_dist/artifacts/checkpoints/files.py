@@ -78,7 +78,7 @@ def start(root: Path, step: int) -> Path:
 
 def write_file(path: Path, content: bytes) -> Written:
     """Write a new file and make sure that it is on the disk."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     try:
         view = memoryview(content)
         while view:

@@ -6,7 +6,6 @@ carries along what it does not know. Whatever the list lacks is left out and nam
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import os
 import re
@@ -14,23 +13,15 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
+from adalora_dist.artifacts.whole import check_files, is_model_file
 from adalora_dist.backbones.files import indexed_files, is_module_pattern
 from adalora_dist.config.hub_names import is_repo_id
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import read_object
 from adalora_dist.io.progress import progress_bar
+from adalora_dist.io.publish import PARTIAL
 from adalora_dist.io.redaction import HIDDEN, redacted
 
-MODEL_FILES = (
-    *("config.json", "generation_config.json", "adapter_config.json"),
-    *("*.safetensors", "*.safetensors.index.json"),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "spm.model", "sentencepiece.bpe.model"),
-    *("chat_template.jinja", "chat_template.json"),
-)
-"""Names and patterns that loading a model looks for: what a push adds, and what it removes of an earlier push."""
 LEGAL_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
 """The base's terms, which travel with what is derived from it."""
 
@@ -53,11 +44,6 @@ class ExportFiles:
         return sum(path.stat().st_size for path in self.paths.values())
 
 
-def is_model_file(name: str) -> bool:
-    """Whether loading a model could pick up a file of this name."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in MODEL_FILES)
-
-
 def without_tokens(text: str, token: str | None = None) -> str:
     """``text`` with ``token``, and all else that looks like a secret, replaced by ``***``."""
     shown: str = redacted(text.replace(token, HIDDEN) if token else text)
@@ -78,7 +64,7 @@ def check_export(export: Path, ranks: Mapping[str, int] | None, token: str | Non
     """
     if not export.is_dir():
         raise UserError(f"{export} is not a folder: give the folder of a run or of an export")
-    if export.name.endswith(".partial"):
+    if export.name.endswith(PARTIAL):
         raise UserError(f"{export} is an export that was interrupted: export again, then push")
     inside = export.resolve()
     paths, left_out = {}, []
@@ -92,9 +78,6 @@ def check_export(export: Path, ranks: Mapping[str, int] | None, token: str | Non
             paths[path.name] = path
         else:
             left_out.append(path.name)
-    for name in ("config.json", "adapter_config.json", "tokenizer_config.json", "generation_config.json"):
-        if name in paths:
-            read_object(paths[name])
     if "adapter_config.json" in paths:
         _check_adapter_config(paths["adapter_config.json"])
     if not paths.keys() & {"config.json", "adapter_config.json"}:
@@ -140,14 +123,7 @@ def _check_adapter_config(path: Path) -> None:
 
 
 def _check_weights(export: Path, paths: Mapping[str, Path], ranks: Mapping[str, int] | None) -> None:
-    stored: dict[str, set[str]] = {}
-    for name in (name for name in paths if name.endswith(".safetensors")):
-        try:
-            with safe_open(paths[name], framework="np") as file:
-                stored[name] = set(file.keys())
-        except (SafetensorError, OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{paths[name]} is not a whole safetensors file ({reason}): export again") from None
+    stored = check_files(path for name, path in paths.items() if is_model_file(name))
     for name in (name for name in paths if name.endswith(".safetensors.index.json")):
         _check_index(paths[name], stored)
     keys = set().union(*stored.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections import Counter
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import read_records
+from adalora_dist.io.publish import write_whole, writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +53,7 @@ def draw_rank_map(pattern: Mapping[str, int], path: Path) -> None:
         path: of the .svg or .png to write.
 
     Raises:
-        UserError: matplotlib is not installed.
+        UserError: matplotlib is not installed, or the file cannot be written.
     """
     lines, columns, cells = rank_grid(pattern)
     figure = _figure(2.6 + 0.75 * len(columns), 1.3 + 0.24 * len(lines))
@@ -95,7 +97,7 @@ def draw_history(allocations: Sequence[Mapping[str, Any]], path: Path) -> None:
         path: of the .svg or .png to write.
 
     Raises:
-        UserError: matplotlib is not installed.
+        UserError: matplotlib is not installed, or the file cannot be written.
     """
     steps = [record["step"] for record in allocations]
     figure = _figure(7, 6)
@@ -148,6 +150,8 @@ def _save(figure: Figure, path: Path) -> None:
     """SVG or PNG by the file's ending. The same bytes for the same numbers: no date, fixed names; text stays text."""
     import matplotlib
 
-    metadata = {"Date": None} if path.suffix == ".svg" else None
+    metadata, drawn = {"Date": None} if path.suffix == ".svg" else None, io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "adalora-dist", "svg.fonttype": "none"}):
-        figure.savefig(path, dpi=150, metadata=metadata)
+        figure.savefig(drawn, format=path.suffix[1:], dpi=150, metadata=metadata)
+    with writing(path):
+        write_whole(path, drawn.getvalue())

@@ -24,7 +24,8 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, parse_ratelimit_headers
 
 from adalora_dist.artifacts.hub.card import card_pictures, model_card
-from adalora_dist.artifacts.hub.files import ExportFiles, check_export, is_model_file, refuse_token, without_tokens
+from adalora_dist.artifacts.hub.files import ExportFiles, check_export, refuse_token, without_tokens
+from adalora_dist.artifacts.whole import is_model_file
 from adalora_dist.config.formats import ExportFormat
 from adalora_dist.config.hub_names import check_branch, check_repo_id
 from adalora_dist.config.sections import RunConfig

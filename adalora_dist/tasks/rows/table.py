@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from adalora_dist.io.cache import cache_folder
 from adalora_dist.io.digest import digest_of
+from adalora_dist.io.publish import write_whole
 from adalora_dist.tasks.rows.bad_rows import BadRows
 from adalora_dist.tasks.rows.files import LocalSplit
 from adalora_dist.tasks.rows.source import checked_rows, refuse_nothing
@@ -70,7 +71,7 @@ def checked_table(
             partial.unlink()
             refuse_nothing(split.where, new.total())
         left_out = {file: (count, bad.reasons[file]) for file, count in new.items()}
-        path.with_suffix(".json").write_text(json.dumps(left_out), encoding="utf-8")
+        write_whole(path.with_suffix(".json"), json.dumps(left_out))
         partial.rename(path)
         return Dataset.from_file(str(path))
     except OSError as error:

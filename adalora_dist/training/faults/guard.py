@@ -29,6 +29,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from adalora_dist.config.sections import RunConfig
+from adalora_dist.io.publish import write_whole
 from adalora_dist.training.faults.memory import memory_advice
 from adalora_dist.training.faults.peers import BEAT_SECONDS, Peers
 from adalora_dist.training.faults.run_lock import RunLock
@@ -184,8 +185,12 @@ def _launchers() -> list[int]:
 
 
 def _write_status(step: int | None) -> None:
+    """Where it cannot be written, a warning is all: the exit code says the same, and must not become another."""
     if path := os.environ.get(STATUS_FILE):
-        Path(path).write_text(json.dumps({"status": "preempted", "num_finished_steps": step}) + "\n", encoding="utf-8")
+        try:
+            write_whole(Path(path), json.dumps({"status": "preempted", "num_finished_steps": step}) + "\n")
+        except (OSError, ValueError) as error:  # ValueError: a name that is none
+            print(f"warning: {STATUS_FILE}={path!r} cannot be written ({error})", file=sys.stderr, flush=True)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

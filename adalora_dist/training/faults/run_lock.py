@@ -10,6 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from adalora_dist.io.errors import UserError
+from adalora_dist.io.publish import refuse_link, write_whole
 from adalora_dist.training.faults.verdict import Identity
 
 STALE_SECONDS = 120.0
@@ -32,6 +33,7 @@ class RunLock:
         self._touched = time.monotonic()
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            refuse_link(folder / ".lock")
             self._lock = FileLock(folder / ".lock", timeout=0)
             self._lock.acquire()
             me = Identity.of_this_process(0)
@@ -39,7 +41,7 @@ class RunLock:
                 self._lock.release()
                 raise Timeout(str(folder))
             since = time.strftime("%Y-%m-%d %H:%M:%S")
-            self._owner_file.write_text(json.dumps({"host": me.host, "pid": me.pid, "since": since}), encoding="utf-8")
+            write_whole(self._owner_file, json.dumps({"host": me.host, "pid": me.pid, "since": since}))
         except Timeout:
             raise UserError(f"output_dir={folder} {self._refusal()}") from None
         except OSError as error:
@@ -50,7 +52,7 @@ class RunLock:
         if time.monotonic() - self._touched > STALE_SECONDS / 10:
             self._touched = time.monotonic()
             try:
-                os.utime(self._owner_file)
+                os.utime(self._owner_file, follow_symlinks=False)
             except OSError:
                 return  # a full or absent disk: the run itself will say so
 
@@ -68,7 +70,7 @@ class RunLock:
         return owner
 
     def _seconds_since_touch(self) -> float:
-        return time.time() - self._owner_file.stat().st_mtime
+        return time.time() - self._owner_file.lstat().st_mtime
 
     def _refusal(self) -> str:
         owner = self._owner() or {"host": "?", "pid": "?", "since": "?"}
