@@ -194,7 +194,7 @@ class RunConfig(Section):
         compute = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(self.train.precision)
         if method in ("nf4", "fp4") and storage not in ("auto", "uint8") and compute is None:
             raise ValueError(
-                f"quant_storage {storage} with precision auto: both must be one type, which auto does not say here; set "
+                f"quant_storage {storage} with precision auto: both must be one type, and auto does not say which; set "
                 "precision, or leave quant_storage out"
             )
         if method in ("nf4", "fp4") and storage not in ("auto", "uint8", compute):

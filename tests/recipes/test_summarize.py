@@ -22,11 +22,11 @@ from adalora_dist.tasks.evaluation.rouge import METRICS, rouge_scores
 from adalora_dist.tasks.evaluation.texts import generate_texts
 from adalora_dist.tasks.losses import decoder_inputs, decoder_start_token, seq2seq_loss
 from adalora_dist.tasks.rows.bad_rows import BadRows
+from adalora_dist.tasks.rows.table import digest_of_tokens
 from adalora_dist.tasks.rows.tokens import IGNORED
 from adalora_dist.tasks.rows.towns import towns_of
 from adalora_dist.tasks.summarization.config import SummarizationDataConfig
 from adalora_dist.tasks.summarization.demo import demo_reports
-from adalora_dist.tasks.rows.table import digest_of_tokens
 from adalora_dist.tasks.summarization.rows import encode_summaries, load_summaries
 from tests.support.paths import SHARED
 from tests.support.ranks import import_deepspeed, import_package, run_ranks

@@ -172,7 +172,8 @@ def test_calls_of_tools_are_said_as_the_template_has_them() -> None:
     written = [turns[0], turns[1] | {"call_text": '{"name": "clock"}'}]
     assert marked(template, {"messages": written}).endswith('[[{"name": "clock"}<|im_end|>]]\n')
     knows = (
-        "{% if tools %}{{ tools | length }} tools\n{% endif %}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}"
+        "{% if tools %}{{ tools | length }} tools\n{% endif %}"
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}"
         "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}{{ '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )

@@ -131,7 +131,7 @@ class ChatTemplate:
         except Exception as error:  # whatever a template raises, or runs into: a missing key, None + text
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise RefusedRow(f"{origin}: the chat template refuses the conversation ({reason}); {REMEDY}") from error
-        length = len(result if isinstance(result, str) else result["input_ids"])
+        length = len(result) if isinstance(result, str) else len(cast(Any, result)["input_ids"])
         if length > longest:
             raise UserError(
                 f"{origin}: the chat template has made {length:,} characters of a row of {len(str(content)):,}: take "
@@ -141,7 +141,7 @@ class ChatTemplate:
 
     def _turns(self, content: Content, origin: str) -> list[Content]:
         """Messages as the template reads them: calls of tools where it has a place for them, else their text."""
-        turns = []
+        turns: list[Content] = []
         for index, message in enumerate(content["messages"]):
             turn = dict(message)
             text = turn.pop("call_text", None)
@@ -264,7 +264,7 @@ class ChatTemplate:
         else:
             tokens, offsets = self._tokens(text), []
             cuts = {cut: self._tokens(text[:cut]) for span in spans for cut in span}
-            for cut, prefix in cuts.items():
+            for prefix in cuts.values():
                 if tokens[: len(prefix)] != prefix:
                     raise RefusedRow(f"{origin}: the tokenizer joins a reply with what stands around it; {REMEDY}")
             spans = [(len(cuts[start]), len(cuts[end])) for start, end in spans]
@@ -279,7 +279,7 @@ class ChatTemplate:
                     own.append(index)
                 index += 1
             closed = [k for k in own if tokens[k] in self._closing]
-            if closed and not self.tokenizer.decode([tokens[k] for k in own if k > closed[-1]]).strip():
+            if closed and not str(self.tokenizer.decode([tokens[k] for k in own if k > closed[-1]])).strip():
                 own = [k for k in own if k <= closed[-1]]
             for k in own:
                 is_reply[k] = True
