@@ -36,7 +36,7 @@ def main(config: SftConfig) -> None:
     from adalora_dist.tasks.evaluation.texts import generate_texts
     from adalora_dist.tasks.losses import causal_loss
     from adalora_dist.tasks.rows.tokens import padding_token
-    from adalora_dist.tasks.sft.preview import preview
+    from adalora_dist.tasks.sft.preview import preview, show
     from adalora_dist.tasks.sft.rows import load_rows
     from adalora_dist.tasks.sft.samples import records_of, samples_text, share_exact
     from adalora_dist.training.dry_run import dry_run
@@ -44,10 +44,10 @@ def main(config: SftConfig) -> None:
     from adalora_dist.training.run import Run
 
     if config.train.dry_run:
-        return dry_run(
-            config, AutoModelForCausalLM, ARCHITECTURES, "SmolLM2-135M-Instruct", ["own"],
-            lambda: range(preview(config.data, config.model)),
-        )  # fmt: skip
+        num_rows, first_rows = preview(config.data, config.model)
+        demo = "SmolLM2-135M-Instruct"
+        dry_run(config, AutoModelForCausalLM, ARCHITECTURES, demo, ["own"], lambda: range(num_rows))
+        return show(first_rows)
     run = Run(config)
     run.begin()
 

@@ -343,17 +343,16 @@ def test_tools_without_a_place_are_counted(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- --dry-run
 
 
-def test_preview_marks_three_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_preview_marks_three_rows(tmp_path: Path) -> None:
     style = STYLES["zephyr"]
     tokenizer_of(style.plain).save_pretrained(tmp_path / "model")
     path = tmp_path / "a.jsonl"
     path.write_text((json.dumps(content(FIRST)) + "\n") * 3 + json.dumps(content(FIRST[:1] * 2 + FIRST[1:])) + "\n")
     data = SftDataConfig(source=(str(path),), eval_share=0.0)
-    assert preview(data, ModelConfig(name=str(tmp_path / "model"))) == 4
-    shown = capsys.readouterr().out
-    assert shown.count(style.expected(FIRST)) == 3 and "a.jsonl:4" not in shown
-    assert preview(data, ModelConfig(name=str(tmp_path / "none"))) == 4
-    assert "Rows       not shown: model=" in capsys.readouterr().out
+    num_rows, shown = preview(data, ModelConfig(name=str(tmp_path / "model")))
+    assert num_rows == 4 and shown.count(style.expected(FIRST)) == 3 and "a.jsonl:4" not in shown
+    num_rows, shown = preview(data, ModelConfig(name=str(tmp_path / "none")))
+    assert num_rows == 4 and "Rows       not shown: model=" in shown
 
 
 def test_the_recipe_is_short() -> None:

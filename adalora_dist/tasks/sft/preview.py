@@ -26,23 +26,17 @@ _LONGEST = 2000  # characters of one row
 _GREEN, _PLAIN = "\033[32m", "\033[0m"
 
 
-def preview(data: SftDataConfig, model: ModelConfig) -> int:
-    """Print the first rows on rank 0 alone, with trained tokens marked; returns the number of rows of an epoch.
+def preview(data: SftDataConfig, model: ModelConfig) -> tuple[int, str]:
+    """(rows of an epoch, what was recognised and the first rows with trained tokens marked).
 
-    It does not know of rows that the tokeniser will leave out.
-
-    A tokenizer that cannot be had here is named, and the rest of a dry run goes on.
+    The number does not know of rows that will be left out once they are tokens. A tokenizer that cannot be had here is
+    named, and no row is shown.
 
     Raises:
         UserError: the data, or the chat template, cannot be used.
     """
-    is_main = os.environ.get("RANK", "0") == "0"
-
-    def say(line: str) -> None:
-        if is_main:
-            print(line)
-
-    bad = BadRows(data.bad_rows)
+    lines: list[str] = []
+    say, bad = lines.append, BadRows(data.bad_rows)
     tables, eval_tables = load_tables(data, bad, say)
     if summary := bad.summary():
         say(summary)
@@ -50,12 +44,12 @@ def preview(data: SftDataConfig, model: ModelConfig) -> int:
     built = cache_folder() / FOLDER_NAME
     if not model.name and not is_complete(built):
         say("Rows       not shown: the demonstration model is fetched by the first run")
-        return num_rows
+        return num_rows, "\n".join(lines)
     try:
         tokenizer = load_tokenizer(model if model.name else ModelConfig(name=str(built)))
     except UserError as error:
         say(f"Rows       not shown: {error}")
-        return num_rows
+        return num_rows, "\n".join(lines)
     if any("messages" in table.content(0)[0] for table in tables):
         say(set_template(tokenizer, data.chat_template))
     template, colour = ChatTemplate(tokenizer), sys.stdout.isatty()
@@ -76,7 +70,13 @@ def preview(data: SftDataConfig, model: ModelConfig) -> int:
         say(f"--- {origin}: {len(row['input_ids'])} tokens, {num_targets} of them learnt")
         say(marked_text(row, tokenizer, colour))
     say("---")
-    return num_rows
+    return num_rows, "\n".join(lines)
+
+
+def show(text: str) -> None:
+    """Print it, on rank 0 alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
 
 
 def marked_text(row: EncodedRow, tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:
