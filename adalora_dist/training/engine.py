@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -22,12 +23,24 @@ from adalora_dist.config.sections import RunConfig, TrainConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.redaction import redacted
 
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
+
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 _TRACKER_INSTALLED = {
     "tensorboard": is_tensorboard_available,
     "wandb": is_wandb_available,
     "trackio": is_trackio_available,
 }
+
+
+def with_precision(config: ConfigT) -> ConfigT:
+    """``config`` with the compute type in place of ``precision`` auto: bf16 on a GPU that has it, else fp32."""
+    if config.train.precision != "auto":
+        return config
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) and not on_cpu
+    train = config.train.model_copy(update={"precision": "bf16" if has_bf16 else "fp32"})
+    return config.model_copy(update={"train": train})
 
 
 def build_accelerator(train: TrainConfig, environment: Mapping[str, str] = os.environ) -> Accelerator:

@@ -38,7 +38,7 @@ from adalora_dist.methods.inject import adapt
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.losses import LossSum
 from adalora_dist.tasks.rows.bad_rows import BadRows
-from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
+from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers, with_precision
 from adalora_dist.training.faults.guard import Guard
 from adalora_dist.training.finish import export_trained
 from adalora_dist.training.loop import generates_together, train
@@ -60,6 +60,7 @@ class Run(Generic[Config]):
     """
 
     def __init__(self, config: Config) -> None:
+        config = with_precision(config)
         refuse_used_folder(config)
         check_push_of_run(config)
         self.config = config

@@ -22,11 +22,12 @@ from adalora_dist.tasks.evaluation.rouge import METRICS, rouge_scores
 from adalora_dist.tasks.evaluation.texts import generate_texts
 from adalora_dist.tasks.losses import decoder_inputs, decoder_start_token, seq2seq_loss
 from adalora_dist.tasks.rows.bad_rows import BadRows
+from adalora_dist.tasks.rows.table import digest_of_tokens
 from adalora_dist.tasks.rows.tokens import IGNORED
 from adalora_dist.tasks.rows.towns import towns_of
 from adalora_dist.tasks.summarization.config import SummarizationDataConfig
 from adalora_dist.tasks.summarization.demo import demo_reports
-from adalora_dist.tasks.summarization.rows import digest_of_summaries, encode_summaries, load_summaries
+from adalora_dist.tasks.summarization.rows import encode_summaries, load_summaries
 from tests.support.paths import shared
 from tests.support.ranks import import_deepspeed, import_package, run_ranks
 from tests.support.recipe_runs import ENGINES, losses_of, read_json, run_recipe
@@ -157,11 +158,11 @@ def test_rows_are_known_by_their_tokens() -> None:
     columns = {"input_ids": [[k, k + 1, 5] for k in range(1500)], "labels": [[k % 7] for k in range(1500)]}
     rows = Dataset.from_dict(columns)
     cut = concatenate_datasets([rows.select(range(700)), rows.select(range(700, 1500))])
-    assert digest_of_summaries(cut) == digest_of_summaries(rows)
+    assert digest_of_tokens(cut) == digest_of_tokens(rows)
     for name, value in (("input_ids", [3, 4, 6]), ("labels", [8])):
         values = [*columns[name][:1200], value, *columns[name][1201:]]
-        assert digest_of_summaries(Dataset.from_dict(columns | {name: values})) != digest_of_summaries(rows)
-    assert digest_of_summaries(rows.select(range(1499, -1, -1))) != digest_of_summaries(rows)
+        assert digest_of_tokens(Dataset.from_dict(columns | {name: values})) != digest_of_tokens(rows)
+    assert digest_of_tokens(rows.select(range(1499, -1, -1))) != digest_of_tokens(rows)
 
 
 def test_no_training_summary_names_a_town_of_the_test() -> None:

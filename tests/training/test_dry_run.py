@@ -33,6 +33,7 @@ AUTO_CLASSES: dict[str, Any] = {
     "deberta_squad": AutoModelForQuestionAnswering,
     "summarize_bart": AutoModelForSeq2SeqLM,
     "gpt2_e2e": AutoModelForCausalLM,
+    "llama_sft": AutoModelForCausalLM,
 }
 FULL_SIZE = [
     path for path in sorted(CONFIGS.glob("*.yaml")) if not path.stem.endswith("_demo") and "70b" not in path.stem

@@ -72,13 +72,17 @@ def cached_columns(
     return columns
 
 
-def _digest(items: Sequence[Any], tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any]) -> str:
+def rules_of(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """All that decides which tokens a text has, as JSON; without what the last call of it asked for."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        rules = {"tokenizer": repr(tokenizer), "vocabulary": tokenizer.get_vocab()}
-    else:  # without what the last call asked for; ``settings`` say that
-        rules = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
-    parts = chain([[_FORMAT, type(tokenizer).__name__, rules], sorted(settings.items())], items)
+        return {"tokenizer": repr(tokenizer), "vocabulary": tokenizer.get_vocab()}
+    return json.loads(backend.to_str()) | {"truncation": None, "padding": None}
+
+
+def _digest(items: Sequence[Any], tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any]) -> str:
+    described = [_FORMAT, type(tokenizer).__name__, rules_of(tokenizer)]
+    parts = chain([described, sorted(settings.items())], items)
     return digest_of(json.dumps(part).encode() + b"\n" for part in parts)[:32]
 
 
