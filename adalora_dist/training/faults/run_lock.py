@@ -32,7 +32,7 @@ class RunLock:
         self._touched = time.monotonic()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(folder / ".lock", timeout=0)
+            self._lock = FileLock(folder / ".lock", timeout=0, thread_local=False)  # any thread may end the run
             self._lock.acquire()
             me = Identity.of_this_process(0)
             if (owner := self._owner()) and owner["host"] != me.host and self._seconds_since_touch() < STALE_SECONDS:
