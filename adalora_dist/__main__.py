@@ -27,6 +27,12 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one subcommand. Mistakes end with code 2 and one line on standard error."""
+    with user_errors(resumable=False):
+        arguments = _parser().parse_args(argv)
+        arguments.run_command(arguments)
+
+
+def _parser() -> _Parser:
     parser = _Parser(
         "adalora-dist", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -34,9 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _add_export(commands)
     _add_inspect(commands)
     _add_push(commands)
-    arguments = parser.parse_args(argv)
-    with user_errors():
-        arguments.run_command(arguments)
+    return parser
 
 
 def _add_export(commands: argparse._SubParsersAction[_Parser]) -> None:

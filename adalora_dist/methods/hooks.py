@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from adalora_dist.config.methods import MethodConfig
+from adalora_dist.io.ending import has_failed
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods import method_for
 from adalora_dist.methods.protocol import Adapter, Method, Step, StepState, adapters_of, trained_parameters
@@ -244,8 +245,8 @@ class MethodHooks:
         self._ended = True
 
     def complain(self) -> None:
-        """At exit, for plain loops that never ask :meth:`finish`."""
-        if not self._ended and (problem := self.problem()):
+        """At exit, for plain loops that never ask :meth:`finish`; not after an error, which is the cause."""
+        if not self._ended and not has_failed() and (problem := self.problem()):
             print(f"warning: adalora_dist: {problem}", file=sys.stderr)
 
 

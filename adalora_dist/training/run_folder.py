@@ -12,12 +12,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 
 from adalora_dist.artifacts.checkpoints.content import Checkpoint
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
+from adalora_dist.io.launchers import launchers
 from adalora_dist.io.publish import discard, open_to_append, refuse_link, write_whole, writing
 from adalora_dist.io.redaction import redacted, redacted_command
 from adalora_dist.methods.protocol import Step
@@ -31,7 +31,6 @@ from adalora_dist.training.resume import (
     set_later_aside,
 )
 
-_LAUNCHERS = ("accelerate", "deepspeed", "torchrun")
 _PACKAGES = ("adalora-dist", "torch", "transformers", "accelerate", "datasets", "deepspeed", "bitsandbytes")
 
 
@@ -142,15 +141,8 @@ def _empty(folder: Path) -> None:
 
 def _launcher_command() -> list[str] | None:
     """What was typed, where that was not the recipe's own command: a launcher hands on a part of it. None without."""
-    try:
-        for parent in reversed(psutil.Process().parents()):
-            words = parent.cmdline()
-            start = next((k for k, word in enumerate(words[:2]) if Path(word).name in _LAUNCHERS), None)
-            if start is not None:
-                return redacted_command([Path(words[start]).name, *words[start + 1 :]])
-    except psutil.Error:  # of another user, or gone
-        pass
-    return None
+    found = launchers()
+    return redacted_command(found[-1][1]) if found else None
 
 
 def _provenance() -> dict[str, Any]:

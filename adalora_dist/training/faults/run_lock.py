@@ -34,7 +34,7 @@ class RunLock:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             refuse_link(folder / ".lock")
-            self._lock = FileLock(folder / ".lock", timeout=0)
+            self._lock = FileLock(folder / ".lock", timeout=0, thread_local=False)  # any thread may end the run
             self._lock.acquire()
             me = Identity.of_this_process(0)
             if (owner := self._owner()) and owner["host"] != me.host and self._seconds_since_touch() < STALE_SECONDS:
