@@ -1,7 +1,8 @@
 """What a run leaves behind: the adapter alone, and a merged model that plain transformers loads.
 
-W = W0 + s P diag(lambda) Q. Merging goes through the backbone's own safetensors files, one file at a time, so it
-needs no model in memory, works the same after every engine, and leaves everything that was not adapted bit for bit.
+W = W0 + s P diag(lambda) Q, or what the method's update says. Merging goes through the backbone's own safetensors
+files, one file at a time, so it needs no model in memory, works the same after every engine, and leaves everything that
+was not adapted bit for bit.
 """
 
 from __future__ import annotations
@@ -19,7 +20,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from adalora_dist.artifacts.adapter_files import AdapterDescription, TaskSettings, checked_task, read_description
+from adalora_dist.artifacts.adapter_files import (
+    AdapterDescription,
+    MethodDescription,
+    TaskSettings,
+    checked_task,
+    read_description,
+)
 from adalora_dist.backbones.files import base_folder_of as base_folder_of
 from adalora_dist.backbones.files import refuse_foreign_link, weight_files
 from adalora_dist.backbones.linears import linear_shape
@@ -27,9 +34,9 @@ from adalora_dist.backbones.names import FileNames, names_in
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import read_object
 from adalora_dist.io.progress import progress_bar
-from adalora_dist.methods.adalora.method import place
+from adalora_dist.methods import METHODS
 from adalora_dist.methods.protocol import Adapter
-from adalora_dist.methods.update import AdapterWeights
+from adalora_dist.methods.update import Matrix, Update, weight_shape
 
 _NOT_COPIED = re.compile(
     r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|onnx_data)"
@@ -39,20 +46,27 @@ _NOT_COPIED = re.compile(
 """Names of what a merged model does not take over from its base."""
 
 
-def save_adapter(adapters: Sequence[AdapterWeights], folder: Path, base_model: str, base_revision: str | None) -> None:
-    """Write adapter.safetensors (NAME.P, NAME.lam, NAME.Q of the active triplets) and adapter.json."""
+def save_adapter(adapters: Sequence[Update], folder: Path, base_model: str, base_revision: str | None) -> None:
+    """Write adapter.safetensors (for triplets NAME.P, NAME.lam, NAME.Q of the active ones) and adapter.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{a.name}.{kind}": getattr(a, kind) for a in adapters for kind in ("P", "lam", "Q") if a.rank}
+    tensors = {f"{a.name}.{kind}": tensor for a in adapters for kind, tensor in a.tensors().items()}
     save_file(tensors, folder / "adapter.safetensors", metadata={"format": "pt"})
-    description = AdapterDescription(
-        base_model=base_model,
-        base_revision=base_revision,
-        scales={a.name: a.scale for a in adapters},
-        rank_pattern={a.name: a.rank for a in adapters},
-        shapes={a.name: (len(a.P), a.Q.shape[1]) for a in adapters},
-        transposed=[a.name for a in adapters if a.weight_is_transposed],
-    )
-    _write_json(description.model_dump(), folder / "adapter.json")
+    matrices = [a.matrix for a in adapters]
+    tables: dict[str, Any] = {
+        "base_model": base_model,
+        "base_revision": base_revision,
+        "scales": {m.name: m.scale for m in matrices},
+        "rank_pattern": {m.name: m.rank for m in matrices},
+        "shapes": {m.name: m.shape for m in matrices},
+        "transposed": [m.name for m in matrices if m.is_transposed],
+    }
+    if adapters and (method := adapters[0].method):
+        described: AdapterDescription = MethodDescription(
+            **tables, update=adapters[0].formula, method=method, settings=adapters[0].settings()
+        )
+    else:
+        described = AdapterDescription(**tables)
+    _write_json(described.model_dump(), folder / "adapter.json")
 
 
 def save_trained(trained: Mapping[str, torch.Tensor], folder: Path) -> None:
@@ -68,7 +82,7 @@ def save_trained(trained: Mapping[str, torch.Tensor], folder: Path) -> None:
 class SavedAdapter:
     """An adapter folder, read."""
 
-    adapters: list[AdapterWeights]
+    adapters: Sequence[Update]
     base_model: str
     base_revision: str | None
     trained: dict[str, torch.Tensor]
@@ -90,18 +104,24 @@ def read_adapter(folder: Path) -> SavedAdapter:
         task = checked_task(read_object(file), str(file)) if (file := folder / "task.json").is_file() else {}
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder} does not hold an adapter (adapter.json, adapter.safetensors): {error}") from error
-    adapters = []
+    method, settings = "adalora", {}
+    if isinstance(described, MethodDescription):
+        method, settings = described.method, described.settings
+    if method not in METHODS:
+        raise UserError(f"{folder}/adapter.json: there is no method {method!r:.50}: use the version that wrote it")
+    kind, matrices, parts = METHODS[method].update, [], {}
     for name, rank in described.rank_pattern.items():
-        d_out, d_in = described.shapes[name]
-        shapes = {"P": (d_out, rank), "lam": (rank,), "Q": (rank, d_in)}
-        for kind, shape in shapes.items() if rank else ():
-            if (key := f"{name}.{kind}") not in tensors or tensors[key].shape != shape:
+        matrix = Matrix(name, described.shapes[name], rank, described.scales[name], name in described.transposed)
+        shapes = kind.shapes(matrix)
+        for part, shape in shapes.items():
+            if (key := f"{name}.{part}") not in tensors or tensors[key].shape != shape:
                 raise UserError(
                     f"{folder}/adapter.safetensors has no tensor {key} of shape {shape}, which adapter.json "
                     "promises: copy both"
                 )
-        p, lam, q = (tensors[f"{name}.{k}"].float() if rank else torch.empty(shape) for k, shape in shapes.items())
-        adapters.append(AdapterWeights(name, p, lam, q, described.scales[name], name in described.transposed))
+        matrices.append(matrix)
+        parts[name] = {part: tensors[f"{name}.{part}"].float() for part in shapes}
+    adapters = kind.read(matrices, parts, settings)
     return SavedAdapter(adapters, described.base_model, described.base_revision, trained, task)
 
 
@@ -118,13 +138,13 @@ def load_adapter(model: nn.Module, folder: Path) -> list[Adapter]:
         shape = linear_shape(base) if base is not None else None
         if shape is None:
             raise UserError(f"{folder}: the adapter's matrix {adapter.name} is not in this model: load its base model")
-        d_in, d_out = shape
-        if (len(adapter.P), adapter.Q.shape[1]) != (d_out, d_in):
+        if shape[::-1] != adapter.matrix.shape:
+            (d_out, d_in), (rows, columns) = shape[::-1], adapter.matrix.shape
             raise UserError(
-                f"{folder}: {adapter.name} has P {tuple(adapter.P.shape)} and Q {tuple(adapter.Q.shape)}, but the "
-                f"model's matrix is {d_out} x {d_in}: load its base model"
+                f"{folder}: {adapter.name} is {rows} x {columns} there, but the model's matrix is {d_out} x {d_in}: "
+                "load its base model"
             )
-    return place(model, adapters)
+    return METHODS[adapters[0].method or "adalora"].place(model, adapters) if adapters else []
 
 
 class BaseWeight(Protocol):
@@ -141,7 +161,7 @@ class BaseWeight(Protocol):
 
 
 def merge(
-    adapters: Sequence[AdapterWeights],
+    adapters: Sequence[Update],
     base_folder: Path,
     folder: Path,
     dtype: torch.dtype | None = None,
@@ -151,7 +171,7 @@ def merge(
     show_progress: bool = True,
     names: FileNames | None = None,
 ) -> None:
-    """Write the merged model: the base's files with W0 + s P diag(lambda) Q in place of W0.
+    """Write the merged model: the base's files with each update of W0, such as W0 + s P diag(lambda) Q, in its place.
 
     Built beside ``folder`` and renamed when complete. Sums are float32; ``dtype`` None keeps each tensor's type.
 
@@ -179,7 +199,7 @@ def merge(
     whole = dict(trained or {})
     bases = dict(base_weights or {})
     names = names_in(base_folder, task or {}) if names is None else names
-    shapes = {name: base.shape for name, base in bases.items()} | {n: a.weight_shape for n, a in replaced.items()}
+    shapes = {name: base.shape for name, base in bases.items()} | {n: weight_shape(a) for n, a in replaced.items()}
     places, new = names.places(shapes, whole, base_folder)
     added = {name: whole[name].contiguous() for name in sorted(new)}
     building = folder.with_name(folder.name + ".partial")
@@ -197,7 +217,7 @@ def merge(
                     tensor = whole[name].to(tensor.dtype)
                 elif name is not None:
                     weight = bases[name](tensor) if name in bases else tensor.to(torch.float32, copy=True)
-                    tensor = (replaced[name].add_to(weight) if name in replaced else weight).to(dtype or tensor.dtype)
+                    tensor = (replaced[name].merged(weight) if name in replaced else weight).to(dtype or tensor.dtype)
                 tensors[key] = (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).contiguous()
             if shard == shards[-1]:
                 tensors |= {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in added.items()}

@@ -17,7 +17,7 @@ from adalora_dist.backbones.dequantized import QuantizedWeight, quantization_rec
 from adalora_dist.backbones.load import dtype_named
 from adalora_dist.backbones.names import plain_model
 from adalora_dist.config.sections import RunConfig
-from adalora_dist.methods.update import AdapterWeights
+from adalora_dist.methods.update import Update
 from adalora_dist.training.prepared import Prepared
 from adalora_dist.training.run_folder import RunFolder
 from adalora_dist.training.trained import gather_trained
@@ -38,7 +38,7 @@ def export_trained(
     model = accelerator.unwrap_model(prepared.model)
     adapters = prepared.hooks.updates()
     trained = gather_trained(accelerator, prepared.model)
-    pattern = {adapter.name: adapter.lam.numel() for adapter in adapters}
+    pattern = {adapter.name: adapter.rank for adapter in adapters}
     if accelerator.is_main_process:
         base_weights = write_adapters(config, model, adapters, trained, folder.path)
         folder.write_json("rank_pattern.json", pattern)
@@ -65,7 +65,7 @@ def loaded_revision(config: RunConfig, model: Any) -> str | None:
 def write_adapters(
     config: RunConfig,
     model: Any,
-    adapters: Sequence[AdapterWeights],
+    adapters: Sequence[Update],
     trained: Mapping[str, torch.Tensor],
     folder: Path,
 ) -> dict[str, QuantizedWeight] | None:

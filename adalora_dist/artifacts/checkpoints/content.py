@@ -24,7 +24,7 @@ from adalora_dist.io.foreign_files import parse_object
 from adalora_dist.methods import METHODS
 from adalora_dist.methods.hooks import MethodHooks
 from adalora_dist.methods.protocol import Adapter, StepState
-from adalora_dist.methods.update import AdapterWeights
+from adalora_dist.methods.update import Update
 from adalora_dist.sharding import select_engine
 from adalora_dist.sharding.agreement import agreed, this_rank
 from adalora_dist.sharding.base import ShardEngine, Span
@@ -148,7 +148,7 @@ def load_checkpoint(
     hooks.load_state(learnt)
 
 
-def stored_adapters(checkpoint: Checkpoint) -> tuple[list[AdapterWeights], dict[str, torch.Tensor]]:
+def stored_adapters(checkpoint: Checkpoint) -> tuple[Sequence[Update], dict[str, torch.Tensor]]:
     """What every adapted matrix has become, and what is trained besides, whole. Needs no model and no process.
 
     Raises:

@@ -14,6 +14,7 @@ from pydantic_core import InitErrorDetails
 
 from adalora_dist.config.methods.adalora import AdaLoraConfig
 from adalora_dist.config.methods.base import METHODS, LowRankConfig, MethodConfig, methods_with
+from adalora_dist.config.methods.bitfit import BitFitConfig
 from adalora_dist.config.methods.full import FullConfig
 from adalora_dist.config.methods.head import HeadConfig
 from adalora_dist.config.methods.lora import LoraConfig
@@ -21,6 +22,7 @@ from adalora_dist.config.methods.lora import LoraConfig
 METHODS.update(
     adalora=AdaLoraConfig,
     lora=LoraConfig,
+    bitfit=BitFitConfig,
     head=HeadConfig,
     full=FullConfig,
 )
@@ -68,6 +70,7 @@ __all__ = [
     "METHODS",
     "AdaLoraConfig",
     "AnyMethodConfig",
+    "BitFitConfig",
     "FullConfig",
     "HeadConfig",
     "LoraConfig",
