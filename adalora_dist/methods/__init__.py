@@ -8,11 +8,13 @@ from adalora_dist.methods.bitfit import BitFit
 from adalora_dist.methods.full import Full
 from adalora_dist.methods.head import Head
 from adalora_dist.methods.lora import Lora
+from adalora_dist.methods.lora_fa import LoraFa
 from adalora_dist.methods.protocol import Method
 
 METHODS: dict[str, type[Method]] = {
     "adalora": AdaLora,
     "lora": Lora,
+    "lora_fa": LoraFa,
     "bitfit": BitFit,
     "head": Head,
     "full": Full,

@@ -29,10 +29,10 @@ from adalora_dist.tasks.glue.config import GlueConfig
 from tests.config.test_presets import schema_of
 from tests.support.paths import ROOT
 
-ALL = ("adalora", "lora", "bitfit", "head", "full")
-WITH_TARGETS = ("adalora", "lora")
-WITH_ALPHA = ("adalora", "lora")
-WITH_MODULES = ("adalora", "lora", "bitfit", "head")
+ALL = ("adalora", "lora", "lora_fa", "bitfit", "head", "full")
+WITH_TARGETS = ("adalora", "lora", "lora_fa")
+WITH_ALPHA = ("adalora", "lora", "lora_fa")
+WITH_MODULES = ("adalora", "lora", "lora_fa", "bitfit", "head")
 DEMOS = sorted((ROOT / "recipes" / "configs").glob("*_demo.yaml"))
 
 
@@ -177,7 +177,7 @@ FLAGS = {
     "--method": f"--method has no value: give it one of {', '.join(ALL)}",
     "--method head --train-modules none": "method head with no train_modules",
     "--method full --export-formats peft": "export_formats peft with method full: it cannot be written so (adalora, "
-    "lora can be)",
+    "lora, lora_fa can be)",
 }
 
 

@@ -27,6 +27,7 @@ from tests.support.tiny_language_model import tiny_llama
 deepspeed = import_deepspeed()
 
 SETTINGS: dict[str, dict[str, Any]] = {
+    "lora_fa": {"init_rank": 3, "alpha": 6},
     "bitfit": {"train_norms": True},
 }
 """Of each method; those with adapters get ``targets`` besides."""

@@ -111,6 +111,13 @@ def held_parts(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> dict[str,
             f"{checkpoint.path} is of {len(held)} other adapted matrices ({', '.join(list(held)[:2])} ...): give the "
             "model and the targets of the run that it is of"
         )
+    for adapter in adapters:
+        stored, own = checkpoint.state["matrices"][adapter.name], adapter.description()
+        if other := [key for key in own if stored.get(key) != own[key]]:
+            raise UserError(
+                f"{checkpoint.path}: {adapter.name} has another {' and '.join(other)} there ({stored.get(other[0])}, "
+                f"here {own[other[0]]}): continue with the settings, and the version of torch, of the run that it is of"
+            )
     return held
 
 
