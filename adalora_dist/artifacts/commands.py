@@ -149,7 +149,9 @@ def export_run(
     if max_rank is not None:
         saved = replace(saved, adapters=_within(as_lora(saved.adapters), max_rank, fold_ranks))
     base_weights = None
-    if not form.is_adapter:
+    if form.is_adapter and run.is_quantized and any(a.as_lora() is None for a in saved.adapters):
+        base_weights = read_quantization_record(run.folder / "quantized.json")
+    elif not form.is_adapter:
         into = merge_into or run.settings.get("export", {}).get("merge_into", "original")
         base_weights = read_quantization_record(run.folder / "quantized.json") if into == "dequantized" else None
         if run.is_quantized and into == "original":

@@ -240,6 +240,25 @@ def merge(
     building.rename(folder)
 
 
+def row_norms(
+    adapters: Sequence[Update], base_folder: Path, names: FileNames, base_weights: Mapping[str, BaseWeight] | None
+) -> dict[str, torch.Tensor]:
+    """By the name of each adapted matrix the lengths (d_out,) of its base's rows, float32; arguments as of merge."""
+    bases = dict(base_weights or {})
+    matrices = {f"{a.name}.weight": a for a in adapters}
+    places, _ = names.places({name: weight_shape(a) for name, a in matrices.items()}, (), base_folder)
+    found = {}
+    for shard in weight_files(base_folder):
+        with safe_open(shard, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (not a dictionary)
+                if (name := places.get(key)) is not None:
+                    stored = file.get_tensor(key)
+                    weight = bases[name](stored) if name in bases else stored.float()
+                    matrix = matrices[name].matrix
+                    found[matrix.name] = torch.linalg.vector_norm(weight, dim=0 if matrix.is_transposed else 1)
+    return found
+
+
 def with_task(settings: Mapping[str, Any], task: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json with the settings of a task; the padding id also where a model of several parts has its text's."""
     changed = dict(settings) | dict(task)

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from adalora_dist.artifacts.export import BaseWeight, SavedAdapter, base_folder_of, merge
+from adalora_dist.artifacts.export import BaseWeight, SavedAdapter, base_folder_of, merge, row_norms
 from adalora_dist.artifacts.peft_check import not_verified
-from adalora_dist.artifacts.peft_format import save_adalora, save_lora, vllm_options
-from adalora_dist.backbones.names import FileNames, plain_model
+from adalora_dist.artifacts.peft_format import save_adalora, save_dora, save_lora, vllm_options
+from adalora_dist.backbones.names import FileNames, names_in, plain_model
 from adalora_dist.config.formats import ExportFormat
 from adalora_dist.io.errors import UserError
+from adalora_dist.methods.dora import DoraUpdate
 from adalora_dist.methods.update import AdapterWeights, Update
 
 if TYPE_CHECKING:
@@ -29,9 +30,9 @@ class Options:
     dtype: torch.dtype | None = None
     """None: as the base's files, or float32 for adapters."""
     base_weights: Mapping[str, BaseWeight] | None = None
-    """As of :func:`adalora_dist.artifacts.export.merge`, for whole models alone."""
+    """As of :func:`adalora_dist.artifacts.export.merge`: what a whole model, or a norm of rows, is made from."""
     names: FileNames | None = None
-    """Of the trained model in the base's files, for whole models; None: found out."""
+    """Of the trained model in the base's files; None: found out."""
     plain: PreTrainedModel | None = None
     """The base without weights, which adapters are verified on; None: made from its config.json."""
     pad: bool = False
@@ -87,6 +88,13 @@ def _write_adalora(saved: SavedAdapter, folder: Path, options: Options) -> str:
     return _write_adapter(save_adalora, saved.adapters, saved, folder, options)
 
 
+def _write_dora(saved: SavedAdapter, folder: Path, options: Options) -> str:
+    base = base_folder_of(saved.base_model, saved.base_revision)
+    names = options.names or names_in(base, saved.task)
+    lengths = row_norms(saved.adapters, base, names, options.base_weights)
+    return _write_adapter(partial(save_dora, lengths=lengths), saved.adapters, saved, folder, options)
+
+
 def as_lora(adapters: Sequence[Update]) -> list[AdapterWeights]:
     """What was trained as plain LoRA of the same function.
 
@@ -116,7 +124,7 @@ def _plain_base(saved: SavedAdapter) -> PreTrainedModel | None:
     return plain_model(source, saved.task)
 
 
-_PEFT_FORMS: dict[str, Write] = {AdapterWeights.method: _write_adalora}
+_PEFT_FORMS: dict[str, Write] = {AdapterWeights.method: _write_adalora, DoraUpdate.method: _write_dora}
 """By what the method's updates say."""
 FORMATS: dict[ExportFormat, Format] = {
     "merged": Format(_write_merged, is_adapter=False),

@@ -40,16 +40,18 @@ def export_trained(
     trained = gather_trained(accelerator, prepared.model)
     pattern = {adapter.name: adapter.rank for adapter in adapters}
     if accelerator.is_main_process:
-        base_weights = write_adapters(config, model, adapters, trained, folder.path)
+        quantized = write_adapters(config, model, adapters, trained, folder.path)
+        names = getattr(model, "file_names", None)
         folder.write_json("rank_pattern.json", pattern)
         saved = SavedAdapter(adapters, config.model.name, loaded_revision(config, model), trained, task_settings(model))
         for name in config.export.export_formats:
             form, out = FORMATS[name], folder.path / name
             if form.is_adapter:
-                options = Options(plain=plain_model(model.config, saved.task), pad=config.export.lora_pad)
+                plain = plain_model(model.config, saved.task)
+                options = Options(None, quantized, names, plain, config.export.lora_pad)
             else:
-                dtype, names = dtype_named(config.export.export_dtype), getattr(model, "file_names", None)
-                options = Options(dtype, base_weights, names)
+                into = quantized if config.export.merge_into == "dequantized" else None
+                options = Options(dtype_named(config.export.export_dtype), into, names)
             if said := form.write(saved, out, options):
                 accelerator.print(f"{name}: {said}")
             if not form.is_adapter:
@@ -79,7 +81,7 @@ def write_adapters(
         folder: of the run.
 
     Returns:
-        ``base_weights`` for :func:`adalora_dist.artifacts.export.merge`.
+        What the weights of a quantised backbone stand for, as ``base_weights`` of an export; None: it is not.
     """
     if adapters:
         save_adapter(adapters, folder / "adapter", config.model.name, loaded_revision(config, model))
@@ -91,4 +93,4 @@ def write_adapters(
     quantized = quantized_weights(model, config)
     record = json.dumps(quantization_record(quantized), indent=2) + "\n"
     (folder / "quantized.json").write_text(record, encoding="utf-8")
-    return quantized if config.export.merge_into == "dequantized" else None
+    return quantized

@@ -16,6 +16,7 @@ from adalora_dist.config.methods import (
     METHODS,
     AdaLoraConfig,
     BitFitConfig,
+    DoraConfig,
     FullConfig,
     HeadConfig,
     LoraConfig,
@@ -29,10 +30,10 @@ from adalora_dist.tasks.glue.config import GlueConfig
 from tests.config.test_presets import schema_of
 from tests.support.paths import ROOT
 
-ALL = ("adalora", "lora", "lora_fa", "bitfit", "head", "full")
-WITH_TARGETS = ("adalora", "lora", "lora_fa")
-WITH_ALPHA = ("adalora", "lora", "lora_fa")
-WITH_MODULES = ("adalora", "lora", "lora_fa", "bitfit", "head")
+ALL = ("adalora", "lora", "lora_fa", "dora", "bitfit", "head", "full")
+WITH_TARGETS = ("adalora", "lora", "lora_fa", "dora")
+WITH_ALPHA = ("adalora", "lora", "lora_fa", "dora")
+WITH_MODULES = ("adalora", "lora", "lora_fa", "dora", "bitfit", "head")
 DEMOS = sorted((ROOT / "recipes" / "configs").glob("*_demo.yaml"))
 
 
@@ -177,7 +178,7 @@ FLAGS = {
     "--method": f"--method has no value: give it one of {', '.join(ALL)}",
     "--method head --train-modules none": "method head with no train_modules",
     "--method full --export-formats peft": "export_formats peft with method full: it cannot be written so (adalora, "
-    "lora, lora_fa can be)",
+    "lora, lora_fa, dora can be)",
 }
 
 
@@ -227,7 +228,7 @@ FILES = [
     ("  lora: {init_rank: true}\n", "", ":2: adapter.lora.init_rank: true: must be an integer >= 1"),
     ("  lora:\n    alpha: 0\n", "--method lora", ":3: adapter.lora.alpha: 0: must be a number > 0"),
     ("  full: {zeta: 3}\n", "", ":2: zeta is not a setting of adapter.full: it has none"),
-    ("  dora: {alpha: 0}\n", "", ":2: dora is not a setting of adapter"),
+    ("  nora: {alpha: 0}\n", "", ":2: nora is not a setting of adapter"),
 ]
 
 
@@ -285,6 +286,12 @@ def test_python() -> None:
     assert RunConfig(adapter={"method": "lora", "alpha": 3}).adapter == LoraConfig(alpha=3)
 
 
+PICKLES_AS_PEFT = {
+    "model": ModelConfig(allow_pickle_weights=True),
+    "export": ExportConfig(export_formats=("peft",)),
+}
+
+
 @pytest.mark.parametrize(
     ("adapter", "others", "said"),
     [
@@ -293,6 +300,9 @@ def test_python() -> None:
         (AdaLoraConfig(final_steps=3), {"train": TrainConfig(max_steps=3)}, "no step is left in which to prune"),
         (HeadConfig(train_modules=()), {}, "method head with no train_modules"),
         (FullConfig(), {"model": ModelConfig(dtype="float16")}, "method full with dtype float16"),
+        (DoraConfig(), {"quantization": QuantizationConfig(quantization="int8")}, "int8 with method dora"),
+        (DoraConfig(), {"export": ExportConfig(export_formats=("lora",))}, "export_formats lora with method dora"),
+        (DoraConfig(), PICKLES_AS_PEFT, "allow_pickle_weights true with export_formats peft"),
         (BitFitConfig(), {"model": ModelConfig(dtype="bfloat16")}, "method bitfit with dtype bfloat16"),
         (BitFitConfig(), {"quantization": QuantizationConfig(quantization="nf4")}, "nf4 with method bitfit"),
         (BitFitConfig(), {"export": ExportConfig(export_formats=("peft",))}, "export_formats peft with method bitfit"),

@@ -28,6 +28,7 @@ deepspeed = import_deepspeed()
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora_fa": {"init_rank": 3, "alpha": 6},
+    "dora": {"init_rank": 3, "alpha": 6},
     "bitfit": {"train_norms": True},
 }
 """Of each method; those with adapters get ``targets`` besides."""

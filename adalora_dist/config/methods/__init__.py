@@ -15,6 +15,7 @@ from pydantic_core import InitErrorDetails
 from adalora_dist.config.methods.adalora import AdaLoraConfig
 from adalora_dist.config.methods.base import METHODS, LowRankConfig, MethodConfig, ScaledConfig, methods_with
 from adalora_dist.config.methods.bitfit import BitFitConfig
+from adalora_dist.config.methods.dora import DoraConfig
 from adalora_dist.config.methods.full import FullConfig
 from adalora_dist.config.methods.head import HeadConfig
 from adalora_dist.config.methods.lora import LoraConfig
@@ -24,6 +25,7 @@ METHODS.update(
     adalora=AdaLoraConfig,
     lora=LoraConfig,
     lora_fa=LoraFaConfig,
+    dora=DoraConfig,
     bitfit=BitFitConfig,
     head=HeadConfig,
     full=FullConfig,
@@ -73,6 +75,7 @@ __all__ = [
     "AdaLoraConfig",
     "AnyMethodConfig",
     "BitFitConfig",
+    "DoraConfig",
     "FullConfig",
     "HeadConfig",
     "LoraConfig",

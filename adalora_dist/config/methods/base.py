@@ -52,6 +52,8 @@ class MethodConfig(Section):
     """Whether the backbone's own weights change, which must then be float32 and not quantised."""
     formats: ClassVar[frozenset[str]] = frozenset({"merged"})
     """What it can be exported as: merged, lora, peft."""
+    formats_from_files: ClassVar[frozenset[str]] = frozenset({"merged"})
+    """Those that are written with the base's safetensors files at hand."""
 
     def check(self, run: Any) -> None:
         """Rules of this method over settings of its own, or over those of several sections.
