@@ -49,8 +49,8 @@ class Norms(Method):
         return []
 ''',
     "adalora_dist/methods/__init__.py": (
-        '"full": Full}',
-        '"full": Full, "norms": Norms}',
+        '"full": Full,\n',
+        '"full": Full,\n    "norms": Norms,\n',
         "from adalora_dist.methods.lora import Lora\n",
         "from adalora_dist.methods.lora import Lora\nfrom adalora_dist.methods.norms import Norms\n",
     ),

@@ -12,6 +12,9 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import read_object
 
 FORMAT = 2
+"""Of folders that hold triplets."""
+FORMAT_OF_METHODS = 3
+"""Of folders that hold what one method alone leaves, and so name it; older versions refuse them."""
 
 
 class AdapterDescription(BaseModel):
@@ -26,6 +29,15 @@ class AdapterDescription(BaseModel):
     shapes: dict[str, tuple[PositiveInt, PositiveInt]]
     """d_out, d_in."""
     transposed: list[str]
+
+
+class MethodDescription(AdapterDescription):
+    """adapter.json of a method that leaves something else than triplets."""
+
+    format: int = FORMAT_OF_METHODS
+    method: str
+    settings: dict[str, Any]
+    """What holds for all matrices together; the method's update checks it."""
 
 
 class TaskSettings(BaseModel):
@@ -48,10 +60,13 @@ def read_description(folder: Path) -> AdapterDescription:
     """
     path = folder / "adapter.json"
     content = read_object(path)
-    if content.get("format") != FORMAT:
-        raise UserError(f"{path}: format {content.get('format')!r:.50} is not {FORMAT}: export the run again")
+    kinds: dict[int, type[AdapterDescription]] = {FORMAT: AdapterDescription, FORMAT_OF_METHODS: MethodDescription}
+    kind = kinds.get(content["format"]) if isinstance(content.get("format"), int) else None
+    if kind is None:
+        formats = " or ".join(map(str, kinds))
+        raise UserError(f"{path}: format {content.get('format')!r:.50} is not {formats}: export the run again")
     try:
-        described = AdapterDescription.model_validate(content)
+        described = kind.model_validate(content)
     except ValidationError as error:
         raise UserError(f"{path}: {_first(error)}: copy it again") from None
     for name in described.rank_pattern:

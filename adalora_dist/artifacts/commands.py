@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from adalora_dist.artifacts.checkpoints.content import stored_adapters
 from adalora_dist.artifacts.checkpoints.files import step_of
 from adalora_dist.artifacts.checkpoints.writer import checkpoint_at
 from adalora_dist.artifacts.export import SavedAdapter, read_adapter
-from adalora_dist.artifacts.formats import FORMATS, Options
+from adalora_dist.artifacts.formats import FORMATS, Options, as_lora
 from adalora_dist.artifacts.hub.pictures import draw_history, draw_rank_map, read_history
 from adalora_dist.artifacts.peft_format import fold
 from adalora_dist.artifacts.tables import rank_table
@@ -146,9 +147,11 @@ def export_run(
     if base and base != saved.base_model:
         saved = replace(saved, base_model=base, base_revision=None)
     if max_rank is not None:
-        saved = replace(saved, adapters=_within(saved.adapters, max_rank, fold_ranks))
+        saved = replace(saved, adapters=_within(as_lora(saved.adapters), max_rank, fold_ranks))
     base_weights = None
-    if not form.is_adapter:
+    if form.is_adapter and run.is_quantized and any(a.as_lora() is None for a in saved.adapters):
+        base_weights = read_quantization_record(run.folder / "quantized.json")
+    elif not form.is_adapter:
         into = merge_into or run.settings.get("export", {}).get("merge_into", "original")
         base_weights = read_quantization_record(run.folder / "quantized.json") if into == "dequantized" else None
         if run.is_quantized and into == "original":
@@ -186,8 +189,8 @@ def inspect_run(path: Path, picture_format: Literal["svg", "png", "none"] = "svg
     run = FinishedRun.read(path)
     pattern = {a.name: a.rank for a in run.saved.adapters}
     print("Active ranks\n" + rank_table(pattern) + "\n")
-    active = sum(a.P.numel() + a.lam.numel() + a.Q.numel() for a in run.saved.adapters)
-    whole = sum(len(a.P) * a.Q.shape[1] for a in run.saved.adapters)
+    active = sum(tensor.numel() for a in run.saved.adapters for tensor in a.tensors().values())
+    whole = sum(math.prod(a.matrix.shape) for a in run.saved.adapters)
     print(f"Base model: {run.saved.base_model}" + (f" at {run.saved.base_revision}" if run.saved.base_revision else ""))
     if "num_trainable_parameters" in run.facts:
         print(f"Trained parameters at the start: {number(run.facts['num_trainable_parameters'])}")

@@ -1,7 +1,8 @@
 """What a run leaves behind: the adapter alone, and a merged model that plain transformers loads.
 
-W = W0 + s P diag(lambda) Q. Merging goes through the backbone's own safetensors files, one file at a time, so it
-needs no model in memory, works the same after every engine, and leaves everything that was not adapted bit for bit.
+W = W0 + s P diag(lambda) Q, or what the method's update says. Merging goes through the backbone's own safetensors
+files, one file at a time, so it needs no model in memory, works the same after every engine, and leaves everything that
+was not adapted bit for bit.
 """
 
 from __future__ import annotations
@@ -19,7 +20,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from adalora_dist.artifacts.adapter_files import AdapterDescription, TaskSettings, checked_task, read_description
+from adalora_dist.artifacts.adapter_files import (
+    AdapterDescription,
+    MethodDescription,
+    TaskSettings,
+    checked_task,
+    read_description,
+)
 from adalora_dist.artifacts.whole import check_files, check_whole, is_model_file
 from adalora_dist.backbones.files import base_folder_of as base_folder_of
 from adalora_dist.backbones.files import refuse_foreign_link, weight_files
@@ -30,9 +37,9 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import read_object
 from adalora_dist.io.progress import progress_bar
 from adalora_dist.io.publish import building
-from adalora_dist.methods.adalora.method import place
+from adalora_dist.methods import METHODS
 from adalora_dist.methods.protocol import Adapter
-from adalora_dist.methods.update import AdapterWeights
+from adalora_dist.methods.update import Matrix, Update, weight_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,14 +53,14 @@ _NOT_COPIED = re.compile(
 
 
 def save_adapter(
-    adapters: Sequence[AdapterWeights],
+    adapters: Sequence[Update],
     folder: Path,
     base_model: str,
     base_revision: str | None,
     trained: Mapping[str, torch.Tensor] | None = None,
     task: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write adapter.safetensors (NAME.P, NAME.lam, NAME.Q of the active triplets), adapter.json, and the rest.
+    """Write adapter.safetensors (for triplets NAME.P, NAME.lam, NAME.Q of the active ones), adapter.json, and the rest.
 
     Args:
         adapters: of every adapted matrix.
@@ -65,16 +72,9 @@ def save_adapter(
     Raises:
         UserError: the folder holds something else, or cannot be written.
     """
-    tensors = {f"{a.name}.{kind}": getattr(a, kind) for a in adapters for kind in ("P", "lam", "Q") if a.rank}
-    description = AdapterDescription(
-        base_model=base_model,
-        base_revision=base_revision,
-        scales={a.name: a.scale for a in adapters},
-        rank_pattern={a.name: a.rank for a in adapters},
-        shapes={a.name: (len(a.P), a.Q.shape[1]) for a in adapters},
-        transposed=[a.name for a in adapters if a.weight_is_transposed],
-    )
+    tensors = {f"{a.name}.{kind}": tensor for a in adapters for kind, tensor in a.tensors().items()}
     weights = {"adapter.safetensors": tensors} | ({"trained.safetensors": dict(trained)} if trained else {})
+    description = _described(adapters, base_model, base_revision)
     with building(folder, replaces=is_adapter) as scratch:
         for name, content in weights.items():
             save_file(content, scratch / name, metadata={"format": "pt"})
@@ -82,6 +82,21 @@ def save_adapter(
         if task is not None:
             _write_json(task, scratch / "task.json")
         check_whole(scratch, weights)
+
+
+def _described(adapters: Sequence[Update], base_model: str, base_revision: str | None) -> AdapterDescription:
+    matrices = [a.matrix for a in adapters]
+    tables: dict[str, Any] = {
+        "base_model": base_model,
+        "base_revision": base_revision,
+        "scales": {m.name: m.scale for m in matrices},
+        "rank_pattern": {m.name: m.rank for m in matrices},
+        "shapes": {m.name: m.shape for m in matrices},
+        "transposed": [m.name for m in matrices if m.is_transposed],
+    }
+    if adapters and (method := adapters[0].method):
+        return MethodDescription(**tables, update=adapters[0].formula, method=method, settings=adapters[0].settings())
+    return AdapterDescription(**tables)
 
 
 def is_adapter(folder: Path) -> bool:
@@ -93,7 +108,7 @@ def is_adapter(folder: Path) -> bool:
 class SavedAdapter:
     """An adapter folder, read."""
 
-    adapters: list[AdapterWeights]
+    adapters: Sequence[Update]
     base_model: str
     base_revision: str | None
     trained: dict[str, torch.Tensor]
@@ -115,18 +130,24 @@ def read_adapter(folder: Path) -> SavedAdapter:
         task = checked_task(read_object(file), str(file)) if (file := folder / "task.json").is_file() else {}
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder} does not hold an adapter (adapter.json, adapter.safetensors): {error}") from error
-    adapters = []
+    method, settings = "adalora", {}
+    if isinstance(described, MethodDescription):
+        method, settings = described.method, described.settings
+    if method not in METHODS:
+        raise UserError(f"{folder}/adapter.json: there is no method {method!r:.50}: use the version that wrote it")
+    kind, matrices, parts = METHODS[method].update, [], {}
     for name, rank in described.rank_pattern.items():
-        d_out, d_in = described.shapes[name]
-        shapes = {"P": (d_out, rank), "lam": (rank,), "Q": (rank, d_in)}
-        for kind, shape in shapes.items() if rank else ():
-            if (key := f"{name}.{kind}") not in tensors or tensors[key].shape != shape:
+        matrix = Matrix(name, described.shapes[name], rank, described.scales[name], name in described.transposed)
+        shapes = kind.shapes(matrix)
+        for part, shape in shapes.items():
+            if (key := f"{name}.{part}") not in tensors or tensors[key].shape != shape:
                 raise UserError(
                     f"{folder}/adapter.safetensors has no tensor {key} of shape {shape}, which adapter.json "
                     "promises: copy both"
                 )
-        p, lam, q = (tensors[f"{name}.{k}"].float() if rank else torch.empty(shape) for k, shape in shapes.items())
-        adapters.append(AdapterWeights(name, p, lam, q, described.scales[name], name in described.transposed))
+        matrices.append(matrix)
+        parts[name] = {part: tensors[f"{name}.{part}"].float() for part in shapes}
+    adapters = kind.read(matrices, parts, settings)
     return SavedAdapter(adapters, described.base_model, described.base_revision, trained, task)
 
 
@@ -143,13 +164,13 @@ def load_adapter(model: nn.Module, folder: Path) -> list[Adapter]:
         shape = linear_shape(base) if base is not None else None
         if shape is None:
             raise UserError(f"{folder}: the adapter's matrix {adapter.name} is not in this model: load its base model")
-        d_in, d_out = shape
-        if (len(adapter.P), adapter.Q.shape[1]) != (d_out, d_in):
+        if shape[::-1] != adapter.matrix.shape:
+            (d_out, d_in), (rows, columns) = shape[::-1], adapter.matrix.shape
             raise UserError(
-                f"{folder}: {adapter.name} has P {tuple(adapter.P.shape)} and Q {tuple(adapter.Q.shape)}, but the "
-                f"model's matrix is {d_out} x {d_in}: load its base model"
+                f"{folder}: {adapter.name} is {rows} x {columns} there, but the model's matrix is {d_out} x {d_in}: "
+                "load its base model"
             )
-    return place(model, adapters)
+    return METHODS[adapters[0].method or "adalora"].place(model, adapters) if adapters else []
 
 
 class BaseWeight(Protocol):
@@ -166,7 +187,7 @@ class BaseWeight(Protocol):
 
 
 def merge(
-    adapters: Sequence[AdapterWeights],
+    adapters: Sequence[Update],
     base_folder: Path,
     folder: Path,
     dtype: torch.dtype | None = None,
@@ -177,7 +198,7 @@ def merge(
     names: FileNames | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """Write the merged model: the base's files with W0 + s P diag(lambda) Q in place of W0.
+    """Write the merged model: the base's files with each update of W0, such as W0 + s P diag(lambda) Q, in its place.
 
     Built beside ``folder``, read again, and renamed when it is whole. Sums are float32; ``dtype`` None keeps each
     tensor's type.
@@ -208,7 +229,7 @@ def merge(
     whole = dict(trained or {})
     bases = dict(base_weights or {})
     names = names_in(base_folder, task or {}) if names is None else names
-    shapes = {name: base.shape for name, base in bases.items()} | {n: a.weight_shape for n, a in replaced.items()}
+    shapes = {name: base.shape for name, base in bases.items()} | {n: weight_shape(a) for n, a in replaced.items()}
     places, new = names.places(shapes, whole, base_folder)
     added = {name: whole[name].contiguous() for name in sorted(new)}
     if dtype is not None:
@@ -221,7 +242,7 @@ def merge(
             tensor = whole[name].to(tensor.dtype)
         elif name is not None:
             weight = bases[name](tensor) if name in bases else tensor.to(torch.float32, copy=True)
-            tensor = (replaced[name].add_to(weight) if name in replaced else weight).to(dtype or tensor.dtype)
+            tensor = (replaced[name].merged(weight) if name in replaced else weight).to(dtype or tensor.dtype)
         return (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).contiguous()
 
     def write(shard: Path, target: Path) -> dict[str, int]:
@@ -251,6 +272,25 @@ def merge(
         if tokenizer is not None:
             save_tokenizer(tokenizer, scratch)
         check_whole(scratch, weights)
+
+
+def row_norms(
+    adapters: Sequence[Update], base_folder: Path, names: FileNames, base_weights: Mapping[str, BaseWeight] | None
+) -> dict[str, torch.Tensor]:
+    """By the name of each adapted matrix the lengths (d_out,) of its base's rows, float32; arguments as of merge."""
+    bases = dict(base_weights or {})
+    matrices = {f"{a.name}.weight": a for a in adapters}
+    places, _ = names.places({name: weight_shape(a) for name, a in matrices.items()}, (), base_folder)
+    found = {}
+    for shard in weight_files(base_folder):
+        with safe_open(shard, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (not a dictionary)
+                if (name := places.get(key)) is not None:
+                    stored = file.get_tensor(key)
+                    weight = bases[name](stored) if name in bases else stored.float()
+                    matrix = matrices[name].matrix
+                    found[matrix.name] = torch.linalg.vector_norm(weight, dim=0 if matrix.is_transposed else 1)
+    return found
 
 
 def with_task(settings: Mapping[str, Any], task: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from adalora_dist.artifacts.export import BaseWeight, SavedAdapter, base_folder_of, merge
+from adalora_dist.artifacts.export import BaseWeight, SavedAdapter, base_folder_of, merge, row_norms
 from adalora_dist.artifacts.peft_check import not_verified
-from adalora_dist.artifacts.peft_format import save_adalora, save_lora, vllm_options
-from adalora_dist.backbones.names import FileNames, plain_model
+from adalora_dist.artifacts.peft_format import save_adalora, save_dora, save_lora, vllm_options
+from adalora_dist.backbones.names import FileNames, names_in, plain_model
 from adalora_dist.config.formats import ExportFormat
+from adalora_dist.io.errors import UserError
+from adalora_dist.methods.dora import DoraUpdate
+from adalora_dist.methods.update import AdapterWeights, Update
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,9 +30,9 @@ class Options:
     dtype: torch.dtype | None = None
     """None: as the base's files, or float32 for adapters."""
     base_weights: Mapping[str, BaseWeight] | None = None
-    """As of :func:`adalora_dist.artifacts.export.merge`, for whole models alone."""
+    """As of :func:`adalora_dist.artifacts.export.merge`: what a whole model, or a norm of rows, is made from."""
     names: FileNames | None = None
-    """Of the trained model in the base's files, for whole models; None: found out."""
+    """Of the trained model in the base's files; None: found out."""
     plain: PreTrainedModel | None = None
     """The base without weights, which adapters are verified on; None: made from its config.json."""
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -62,15 +65,52 @@ def _write_merged(saved: SavedAdapter, folder: Path, options: Options) -> str:
     return ""
 
 
-def _write_adapter(save: Callable[..., None], saved: SavedAdapter, folder: Path, options: Options) -> str:
+def _write_adapter(
+    save: Callable[..., None], adapters: Sequence[Update], saved: SavedAdapter, folder: Path, options: Options
+) -> str:
     plain = options.plain or _plain_base(saved)
     dtype = options.dtype or torch.float32
-    save(saved.adapters, folder, saved.base_model, saved.base_revision, dtype, saved.trained, plain)
+    save(adapters, folder, saved.base_model, saved.base_revision, dtype, saved.trained, plain)
     return not_verified(plain)
 
 
 def _write_lora(saved: SavedAdapter, folder: Path, options: Options) -> str:
-    return _write_adapter(partial(save_lora, pad=options.pad), saved, folder, options)
+    return _write_adapter(partial(save_lora, pad=options.pad), as_lora(saved.adapters), saved, folder, options)
+
+
+def _write_peft(saved: SavedAdapter, folder: Path, options: Options) -> str:
+    """Whichever form PEFT has of the method."""
+    method = saved.adapters[0].method
+    if method not in _PEFT_FORMS:
+        raise UserError(f"{folder}: PEFT has no form of method {method}: export the merged model")
+    return _PEFT_FORMS[method](saved, folder, options)
+
+
+def _write_adalora(saved: SavedAdapter, folder: Path, options: Options) -> str:
+    return _write_adapter(save_adalora, saved.adapters, saved, folder, options)
+
+
+def _write_dora(saved: SavedAdapter, folder: Path, options: Options) -> str:
+    base = base_folder_of(saved.base_model, saved.base_revision)
+    names = options.names or names_in(base, saved.task)
+    lengths = row_norms(saved.adapters, base, names, options.base_weights)
+    return _write_adapter(partial(save_dora, lengths=lengths), saved.adapters, saved, folder, options)
+
+
+def as_lora(adapters: Sequence[Update]) -> list[AdapterWeights]:
+    """What was trained as plain LoRA of the same function.
+
+    Raises:
+        UserError: the method's updates are no sums of low rank.
+    """
+    found = [adapter.as_lora() for adapter in adapters]
+    for adapter, lora in zip(adapters, found, strict=True):
+        if lora is None:
+            raise UserError(
+                f"the update of {adapter.name} ({adapter.formula}) is of full rank, no plain LoRA: export the merged "
+                "model, or PEFT's own form"
+            )
+    return [lora for lora in found if lora is not None]
 
 
 def _plain_base(saved: SavedAdapter) -> PreTrainedModel | None:
@@ -86,8 +126,10 @@ def _plain_base(saved: SavedAdapter) -> PreTrainedModel | None:
     return plain_model(source, saved.task)
 
 
+_PEFT_FORMS: dict[str, Write] = {AdapterWeights.method: _write_adalora, DoraUpdate.method: _write_dora}
+"""By what the method's updates say."""
 FORMATS: dict[ExportFormat, Format] = {
     "merged": Format(_write_merged, is_adapter=False),
     "lora": Format(_write_lora, is_adapter=True, vllm_options=vllm_options),
-    "peft": Format(partial(_write_adapter, save_adalora), is_adapter=True),
+    "peft": Format(_write_peft, is_adapter=True),
 }

@@ -1,10 +1,11 @@
-"""LoRA and AdaLoRA adapters in PEFT's file formats: ``adapter_config.json`` and ``adapter_model.safetensors``.
+"""LoRA, AdaLoRA and DoRA adapters in PEFT's file formats: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
 Plain LoRA is exact: A = the active rows of Q, B = s P diag(lambda), alpha = rank for every module, so that whoever
 loads it multiplies by exactly 1. vLLM reads the same files; up to 0.30 it knows one alpha / r for all modules, which
 is 1 here, too.
 
-PEFT's AdaLoRA has P, lambda and Q of their own (lora_B, lora_E, lora_A) and scales by alpha / (init_r + 1e-5).
+PEFT's AdaLoRA has P, lambda and Q of their own (lora_B, lora_E, lora_A) and scales by alpha / (init_r + 1e-5). Its DoRA
+is LoRA with the lengths of the merged rows beside (lora_magnitude_vector).
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import read_object
 from adalora_dist.io.publish import building
 from adalora_dist.methods.adalora.start import PREFIX, RANKNUM_OFFSET
-from adalora_dist.methods.update import AdapterWeights
+from adalora_dist.methods.dora import DoraUpdate
+from adalora_dist.methods.update import AdapterWeights, Update
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -181,9 +183,58 @@ def save_adalora(
     _write(folder, config, tensors, trained, model)
 
 
+def save_dora(
+    adapters: Sequence[DoraUpdate],
+    folder: Path,
+    base_model: str,
+    base_revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    trained: Mapping[str, torch.Tensor] | None = None,
+    model: PreTrainedModel | None = None,
+    *,
+    lengths: Mapping[str, torch.Tensor],
+) -> None:
+    """Write PEFT's DoRA of the same function: B carries the scale, alpha is the rank. Arguments as of save_lora.
+
+    Args:
+        lengths: of every row of each base weight, (d_out,), by the name of the matrix.
+
+    Raises:
+        UserError: PEFT would divide 0 by 0, or takes a matrix for one of stacked experts; as :func:`save_lora`.
+    """
+    names = [a.name for a in adapters]
+    if taken := taken_for_experts(names, model):
+        raise UserError(f"{folder}: PEFT takes {taken[0]} for a stack of experts, without DoRA: use the merged model")
+    largest = max(a.rank for a in adapters)
+    config = {
+        **_common_config(adapters, adapters, base_model, base_revision, trained, model),
+        "peft_type": "LORA",
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_rslora": False,
+        "use_dora": True,
+    }
+    tensors = {}
+    for adapter in adapters:
+        name, b = PREFIX + adapter.name, adapter.P * adapter.matrix.scale
+        own, added = lengths[adapter.name], torch.linalg.vector_norm(b @ adapter.Q, dim=1)
+        if ((own == 0) & (added == 0)).any():
+            raise UserError(
+                f"{folder}: {adapter.name} has rows that are 0 with and without the adapter, of which PEFT makes nan: "
+                "use the merged model"
+            )
+        tensors[f"{name}.lora_A.weight"] = adapter.Q.to(dtype)
+        tensors[f"{name}.lora_B.weight"] = b.to(dtype)
+        # Rows of 0 get what is added to them as it is.
+        tensors[f"{name}.lora_magnitude_vector"] = torch.where(own == 0, added, own + adapter.dm).to(dtype)
+    _write(folder, config, tensors, trained, model)
+
+
 def _common_config(
-    adapters: Sequence[AdapterWeights],
-    kept: Sequence[AdapterWeights],
+    adapters: Sequence[Update],
+    kept: Sequence[Update],
     base_model: str,
     base_revision: str | None,
     trained: Mapping[str, torch.Tensor] | None,
@@ -194,7 +245,7 @@ def _common_config(
         "revision": base_revision,
         "target_modules": _exactly([a.name for a in kept], [a.name for a in adapters]),
         "modules_to_save": _whole_modules(trained, model) if trained else None,
-        "fan_in_fan_out": any(a.weight_is_transposed for a in kept),
+        "fan_in_fan_out": any(a.matrix.is_transposed for a in kept),
         "bias": "none",
         "lora_dropout": 0.0,
         "inference_mode": True,

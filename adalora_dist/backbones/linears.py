@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from adalora_dist.backbones.files import base_folder_of as base_folder_of
+from adalora_dist.backbones.quantization import dequantized
 from adalora_dist.sharding.tensors import full_shape
 
 
@@ -23,6 +24,27 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 def is_conv1d(base: nn.Module) -> bool:
     """Whether the files have the weight as (d_in, d_out). A quantised linear remembers what it has replaced."""
     return hasattr(base, "nf") or getattr(base, "source_cls", type(base)).__name__ == "Conv1D"
+
+
+def has_readable_weight(module: nn.Module) -> bool:
+    """Whether :func:`weight_of` knows how a linear map holds its weight; no matter whether it is whole here now."""
+    weight = getattr(module, "weight", None)
+    if hasattr(module, "quant_state"):
+        return type(module).__module__.startswith("bitsandbytes")
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.element_size() == 1:
+        return False
+    return len(full_shape(weight)) == 2
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """The weight (d_out, d_in), detached, of a linear map that is whole on this process now, dequantised if need be.
+
+    Engines have it so while the map computes: ask from a forward pre-hook of it.
+    """
+    if hasattr(module, "quant_state"):
+        return dequantized(module)
+    weight = cast(torch.Tensor, module.weight).detach()
+    return weight.T if is_conv1d(module) else weight
 
 
 def is_plain_linear(module: nn.Module) -> bool:

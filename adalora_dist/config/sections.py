@@ -217,10 +217,12 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _mergeable_files(self) -> RunConfig:
-        if self.model.allow_pickle_weights and "merged" in self.export.export_formats:
+        made = [form for form in self.export.export_formats if form in self.adapter.formats_from_files]
+        if self.model.allow_pickle_weights and made:
             raise ValueError(
-                "allow_pickle_weights true with export_formats merged: merging goes through the backbone's safetensors "
-                "files; leave merged out of export_formats, or save the backbone again with save_pretrained"
+                f"allow_pickle_weights true with export_formats {made[0]}: merging goes through the backbone's "
+                f"safetensors files; leave {made[0]} out of export_formats, or save the backbone again with "
+                "save_pretrained"
             )
         return self
 

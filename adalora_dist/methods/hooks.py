@@ -17,6 +17,7 @@ from __future__ import annotations
 import atexit
 import sys
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from adalora_dist.io.ending import has_failed
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods import method_for
 from adalora_dist.methods.protocol import Adapter, Method, Step, StepState, adapters_of, trained_parameters
-from adalora_dist.methods.update import AdapterWeights
+from adalora_dist.methods.update import Update
 from adalora_dist.sharding import select_engine
 from adalora_dist.sharding.base import ShardEngine, sum_over
 
@@ -179,7 +180,7 @@ class MethodHooks:
         """Active rank of each adapted matrix, by name. Reads from the device."""
         return self.method_step.rank_pattern()
 
-    def updates(self) -> list[AdapterWeights]:
+    def updates(self) -> Sequence[Update]:
         """What each adapted matrix has become. Collective: every process calls it and gets all of them.
 
         Raises:

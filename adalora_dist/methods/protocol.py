@@ -17,7 +17,7 @@ from torch import nn
 from adalora_dist.config.methods import MethodConfig
 from adalora_dist.config.sections import TrainConfig
 from adalora_dist.methods.adalora.schedule import BudgetSchedule
-from adalora_dist.methods.update import AdapterWeights
+from adalora_dist.methods.update import AdapterWeights, Update
 from adalora_dist.sharding.base import ShardEngine
 
 
@@ -217,11 +217,8 @@ class Step:
 class Method:
     """One method with its settings: how it changes a model, what it does at a step, what it leaves."""
 
-    formats: ClassVar[frozenset[str]] = frozenset({"merged"})
-    """What it can be exported as; other formats are refused before training."""
-
-    trains_everything: ClassVar[bool] = False
-    """Whether all weights are trained, so that ``train_modules`` has nothing to add."""
+    update: ClassVar[type[Update]] = AdapterWeights
+    """What each matrix becomes, and so what an adapter folder holds."""
 
     def __init__(self, config: MethodConfig) -> None:
         self.config = config
@@ -238,10 +235,23 @@ class Method:
         """The trainable parameters of ``model``, by the factor on their learning rate."""
         return {1.0: [p for p in model.parameters() if p.requires_grad]}
 
+    def undecayed(self, model: nn.Module) -> list[torch.Tensor]:
+        """Of the trainable parameters those that weight decay would pull to something else than the plain model."""
+        return []
+
     def parameter_groups(self, model: nn.Module, learning_rate: float) -> list[dict[str, Any]]:
-        """:meth:`groups` as a torch optimizer takes them; each keeps its factor in ``lr_ratio``."""
-        groups = self.groups(model).items()
-        return [{"params": ps, "lr": ratio * learning_rate, "lr_ratio": ratio} for ratio, ps in groups if ps]
+        """:meth:`groups` as a torch optimizer takes them; each keeps its factor in ``lr_ratio``.
+
+        What is :meth:`undecayed` has groups of its own. None is empty: DeepSpeed would drop it.
+        """
+        made: list[dict[str, Any]] = []
+        kept = {id(p) for p in self.undecayed(model)}
+        for ratio, ps in self.groups(model).items():
+            options = {"lr": ratio * learning_rate, "lr_ratio": ratio}
+            decayed, others = [p for p in ps if id(p) not in kept], [p for p in ps if id(p) in kept]
+            made += [{"params": decayed, **options}] if decayed else []
+            made += [{"params": others, **options, "weight_decay": 0.0}] if others else []
+        return made
 
     def optimizer(self, model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
         """AdamW over all trainable parameters of ``model``."""
@@ -269,7 +279,7 @@ class Method:
         held: Mapping[str, Sequence[int]],
         keep: torch.Tensor | None,
         whole: Callable[[str], torch.Tensor | None],
-    ) -> list[AdapterWeights]:
+    ) -> Sequence[Update]:
         """What each matrix has become.
 
         Args:
@@ -279,6 +289,11 @@ class Method:
             whole: the parameter of that name, complete, float32, on the CPU; None where there is none.
         """
         return []
+
+    @classmethod
+    def place(cls, model: nn.Module, updates: Sequence[Update]) -> list[Adapter]:
+        """Put what :meth:`updates` gave into its plain backbone, in whose shapes it is."""
+        raise NotImplementedError(f"{cls.__name__}.place")
 
 
 def adapters_of(model: nn.Module) -> list[Adapter]:

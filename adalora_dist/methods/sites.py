@@ -25,7 +25,7 @@ def trained_modules(model: nn.Module, config: MethodConfig) -> list[str]:
     """
     matched = []
     if explicit := tuple(pattern for pattern in config.train_modules if pattern != "task-head"):
-        matched = _match(model, explicit, "train_modules")
+        matched = matching_modules(model, explicit, "train_modules")
     if "task-head" not in config.train_modules:
         return matched
     heads = head_names(model)
@@ -54,7 +54,7 @@ def find_targets(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
     if "all-linear" in targets:
         matched |= set(_all_linear(model))
     if explicit := tuple(t for t in targets if t != "all-linear"):
-        matched |= set(_match(model, explicit, "targets"))
+        matched |= set(matching_modules(model, explicit, "targets"))
     names = [name for name, _ in model.named_modules() if name in matched]
 
     owners: dict[int, str] = {}
@@ -136,7 +136,7 @@ def _linear_maps(model: nn.Module) -> list[str]:
     ]
 
 
-def _match(model: nn.Module, patterns: tuple[str, ...], field: str) -> list[str]:
+def matching_modules(model: nn.Module, patterns: tuple[str, ...], field: str) -> list[str]:
     """Module names that equal a pattern, end with '.pattern', or match it as a regular expression in full."""
     matched: list[str] = []
     all_names = [name for name, _ in model.named_modules() if name]

@@ -41,7 +41,7 @@ def check_backbone(model: nn.Module, config: RunConfig) -> list[str]:
             f"the backbone's files lack {len(random)} frozen parameters ({', '.join(random[:3])}), which would stay "
             f"random: add their modules to train_modules{also}, or use files that have them"
         )
-    if "merged" in config.export.export_formats:
+    if config.adapter.formats_from_files.intersection(config.export.export_formats):
         _check_merge(names, adapted, trained, config)
     if not names.missing:
         return []

@@ -18,7 +18,7 @@ from adalora_dist.backbones.load import dtype_named
 from adalora_dist.backbones.names import plain_model
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.publish import set_aside, write_whole, writing
-from adalora_dist.methods.update import AdapterWeights
+from adalora_dist.methods.update import Update
 from adalora_dist.training.prepared import Prepared
 from adalora_dist.training.run_folder import RunFolder
 from adalora_dist.training.trained import gather_trained
@@ -39,18 +39,20 @@ def export_trained(
     model = accelerator.unwrap_model(prepared.model)
     adapters = prepared.hooks.updates()
     trained = gather_trained(accelerator, prepared.model)
-    pattern = {adapter.name: adapter.lam.numel() for adapter in adapters}
+    pattern = {adapter.name: adapter.rank for adapter in adapters}
     if accelerator.is_main_process:
-        base_weights = write_adapters(config, model, adapters, trained, folder.path)
+        quantized = write_adapters(config, model, adapters, trained, folder.path)
+        names = getattr(model, "file_names", None)
         folder.write_json("rank_pattern.json", pattern)
         saved = SavedAdapter(adapters, config.model.name, loaded_revision(config, model), trained, task_settings(model))
         for name in config.export.export_formats:
             form, out = FORMATS[name], folder.path / name
             if form.is_adapter:
-                options = Options(plain=plain_model(model.config, saved.task), pad=config.export.lora_pad)
+                plain = plain_model(model.config, saved.task)
+                options = Options(None, quantized, names, plain=plain, pad=config.export.lora_pad)
             else:
-                dtype, names = dtype_named(config.export.export_dtype), getattr(model, "file_names", None)
-                options = Options(dtype, base_weights, names, tokenizer=tokenizer)
+                into = quantized if config.export.merge_into == "dequantized" else None
+                options = Options(dtype_named(config.export.export_dtype), into, names, tokenizer=tokenizer)
             if said := form.write(saved, out, options):
                 accelerator.print(f"{name}: {said}")
     return pattern
@@ -64,7 +66,7 @@ def loaded_revision(config: RunConfig, model: Any) -> str | None:
 def write_adapters(
     config: RunConfig,
     model: Any,
-    adapters: Sequence[AdapterWeights],
+    adapters: Sequence[Update],
     trained: Mapping[str, torch.Tensor],
     folder: Path,
 ) -> dict[str, QuantizedWeight] | None:
@@ -78,7 +80,7 @@ def write_adapters(
         folder: of the run.
 
     Returns:
-        ``base_weights`` for :func:`adalora_dist.artifacts.export.merge`.
+        What the weights of a quantised backbone stand for, as ``base_weights`` of an export; None: it is not.
     """
     if adapters:
         out, revision = folder / "adapter", loaded_revision(config, model)
@@ -91,4 +93,4 @@ def write_adapters(
     record = json.dumps(quantization_record(quantized), indent=2) + "\n"
     with writing(folder / "quantized.json"):
         write_whole(folder / "quantized.json", record)
-    return quantized if config.export.merge_into == "dequantized" else None
+    return quantized

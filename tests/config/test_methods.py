@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ import yaml
 from pydantic import ValidationError
 
 from adalora_dist.config.flags import parse_config
+from adalora_dist.config.formats import EXPORT_FORMATS
 from adalora_dist.config.methods import (
     METHODS,
     AdaLoraConfig,
+    BitFitConfig,
+    DoraConfig,
     FullConfig,
     HeadConfig,
     LoraConfig,
@@ -26,11 +30,21 @@ from adalora_dist.tasks.glue.config import GlueConfig
 from tests.support.paths import ROOT
 from tests.support.shipped import schema_of
 
+ALL = ("adalora", "lora", "lora_fa", "dora", "bitfit", "head", "full")
+WITH_TARGETS = ("adalora", "lora", "lora_fa", "dora")
+WITH_ALPHA = ("adalora", "lora", "lora_fa", "dora")
+WITH_MODULES = ("adalora", "lora", "lora_fa", "dora", "bitfit", "head")
 DEMOS = sorted((ROOT / "recipes" / "configs").glob("*_demo.yaml"))
 
 
 def glue(*words: str, table: Path | None = None) -> GlueConfig:
     return parse_config(GlueConfig, list(words), table=table)
+
+
+def have(names: tuple[str, ...]) -> str:
+    """As messages list the methods that have a setting."""
+    *others, last = names
+    return f"({', '.join(others)} and {last} have)"
 
 
 def line_of(capsys: pytest.CaptureFixture[str], *words: str, table: Path | None = None) -> str:
@@ -50,7 +64,7 @@ def line_of(capsys: pytest.CaptureFixture[str], *words: str, table: Path | None 
 def test_a_line_of_the_table_is_a_method(name: str) -> None:
     config = METHODS[name]
     assert method_config(name) == config() and config().method == name
-    assert config.__doc__ and config.formats <= {"merged", "lora", "peft"}
+    assert config.__doc__ and config.formats <= {*EXPORT_FORMATS}
     with pytest.raises(ValidationError, match="method"):
         config(method="another")
 
@@ -156,15 +170,15 @@ FLAGS = {
     "--method lora --target-rank 1 --importance magnitude": "target_rank (adalora has): leave it out, or set method to "
     "adalora (and 1 more)",
     "--method lora --no-compact": "--compact false: method lora has no compact (adalora has)",
-    "--method full --targets no_such_module": "--targets no_such_module: method full has no targets (adalora and lora "
-    "have): leave it out, or set method to one that has",
-    "--method full --train-modules a": "method full has no train_modules (adalora, lora and head have)",
-    "--method head --alpha 3": "--alpha 3: method head has no alpha (adalora and lora have)",
-    "--method lorra": "--method lorra: must be one of adalora, lora, head, full; did you mean lora?",
-    "--method": "--method has no value: give it one of adalora, lora, head, full",
+    "--method full --targets no_such_module": f"--targets no_such_module: method full has no targets "
+    f"{have(WITH_TARGETS)}: leave it out, or set method to one that has",
+    "--method full --train-modules a": f"method full has no train_modules {have(WITH_MODULES)}",
+    "--method head --alpha 3": f"--alpha 3: method head has no alpha {have(WITH_ALPHA)}",
+    "--method lorra": f"--method lorra: must be one of {', '.join(ALL)}; did you mean lora?",
+    "--method": f"--method has no value: give it one of {', '.join(ALL)}",
     "--method head --train-modules none": "method head with no train_modules",
     "--method full --export-formats peft": "export_formats peft with method full: it cannot be written so (adalora, "
-    "lora can be)",
+    "lora, lora_fa, dora can be)",
 }
 
 
@@ -188,12 +202,12 @@ FILES = [
     (
         "  method: full\n",
         "--alpha 3",
-        "--alpha 3: method full has no alpha (adalora and lora have): leave it out, or set",
+        f"--alpha 3: method full has no alpha {have(WITH_ALPHA)}: leave it out, or set",
     ),
     (
         "  method: lorra\n",
         "",
-        ":2: adapter.method: lorra: must be one of adalora, lora, head, full; did you mean lora?",
+        f":2: adapter.method: lorra: must be one of {', '.join(ALL)}; did you mean lora?",
     ),
     ("  method: [lora]\n", "", ":2: adapter.method: ['lora']: must be one of adalora"),
     ("  method: null\n", "", ":2: adapter.method: null: must be one of adalora"),
@@ -208,13 +222,13 @@ FILES = [
     (
         "  full: {alpha: 3}\n",
         "",
-        ":2: adapter.full.alpha: method full has no alpha (adalora and lora have): leave it out",
+        f":2: adapter.full.alpha: method full has no alpha {have(WITH_ALPHA)}: leave it out",
     ),
     ("  lora: 3\n", "", ":2: section adapter.lora must be a mapping, not 3"),
     ("  lora: {init_rank: true}\n", "", ":2: adapter.lora.init_rank: true: must be an integer >= 1"),
     ("  lora:\n    alpha: 0\n", "--method lora", ":3: adapter.lora.alpha: 0: must be a number > 0"),
     ("  full: {zeta: 3}\n", "", ":2: zeta is not a setting of adapter.full: it has none"),
-    ("  dora: {alpha: 0}\n", "", ":2: dora is not a setting of adapter"),
+    ("  nora: {alpha: 0}\n", "", ":2: nora is not a setting of adapter"),
 ]
 
 
@@ -261,15 +275,21 @@ def test_a_table_is_for_all_methods_and_what_a_user_adds_is_not(
 def test_python() -> None:
     with pytest.raises(ValidationError, match=r"target_rank\n +method lora has no target_rank \(adalora has\): leave"):
         LoraConfig(target_rank=3)
-    with pytest.raises(ValidationError, match=r"method full has no train_modules \(adalora, lora and head have\)"):
+    with pytest.raises(ValidationError, match=re.escape(f"method full has no train_modules {have(WITH_MODULES)}")):
         method_config("full", train_modules=("a",))
     with pytest.raises(ValidationError, match=r"adapter\.alpha\n +method head has no alpha"):
         RunConfig(adapter={"method": "head", "alpha": 1})
     with pytest.raises(ValidationError, match="alpa\n +Extra inputs are not permitted"):
         LoraConfig(alpa=3)
-    with pytest.raises(ValidationError, match="adalora, lora, head, full"):
+    with pytest.raises(ValidationError, match=", ".join(ALL)):
         method_config("lorra")
     assert RunConfig(adapter={"method": "lora", "alpha": 3}).adapter == LoraConfig(alpha=3)
+
+
+PICKLES_AS_PEFT = {
+    "model": ModelConfig(allow_pickle_weights=True),
+    "export": ExportConfig(export_formats=("peft",)),
+}
 
 
 @pytest.mark.parametrize(
@@ -280,6 +300,12 @@ def test_python() -> None:
         (AdaLoraConfig(final_steps=3), {"train": TrainConfig(max_steps=3)}, "no step is left in which to prune"),
         (HeadConfig(train_modules=()), {}, "method head with no train_modules"),
         (FullConfig(), {"model": ModelConfig(dtype="float16")}, "method full with dtype float16"),
+        (DoraConfig(), {"quantization": QuantizationConfig(quantization="int8")}, "int8 with method dora"),
+        (DoraConfig(), {"export": ExportConfig(export_formats=("lora",))}, "export_formats lora with method dora"),
+        (DoraConfig(), PICKLES_AS_PEFT, "allow_pickle_weights true with export_formats peft"),
+        (BitFitConfig(), {"model": ModelConfig(dtype="bfloat16")}, "method bitfit with dtype bfloat16"),
+        (BitFitConfig(), {"quantization": QuantizationConfig(quantization="nf4")}, "nf4 with method bitfit"),
+        (BitFitConfig(), {"export": ExportConfig(export_formats=("peft",))}, "export_formats peft with method bitfit"),
         (FullConfig(), {"quantization": QuantizationConfig(quantization="nf4")}, "quantization nf4 with method full"),
         (HeadConfig(), {"export": ExportConfig(export_formats=("lora",))}, "export_formats lora with method head"),
     ],
@@ -307,6 +333,6 @@ def test_help_is_about_the_method_that_is_chosen(tmp_path: Path, capsys: pytest.
     assert "--target-rank" in help_of(capsys) and "--target-rank" in help_of(capsys, "--method", "lorra")
     for words in (["--method", "lora"], ["--method=lora"], ["--config", str(file)], ["--alpa", "--method", "lora"]):
         shown = help_of(capsys, *words)
-        assert "--init-rank" in shown and "--target-rank" not in shown and "{adalora,lora,head,full}" in shown
+        assert "--init-rank" in shown and "--target-rank" not in shown and f"{{{','.join(ALL)}}}" in shown
     assert "--init-rank" not in help_of(capsys, "--method", "head", "--config", str(file))
     assert "--target-rank" in help_of(capsys, "--config", str(tmp_path / "none.yaml"))

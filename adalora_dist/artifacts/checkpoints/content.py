@@ -24,7 +24,7 @@ from adalora_dist.io.foreign_files import parse_object
 from adalora_dist.methods import METHODS
 from adalora_dist.methods.hooks import MethodHooks
 from adalora_dist.methods.protocol import Adapter, StepState
-from adalora_dist.methods.update import AdapterWeights
+from adalora_dist.methods.update import Update
 from adalora_dist.sharding import select_engine
 from adalora_dist.sharding.agreement import agreed, this_rank
 from adalora_dist.sharding.base import ShardEngine, Span
@@ -112,6 +112,13 @@ def held_parts(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> dict[str,
             f"{checkpoint.path} is of {len(held)} other adapted matrices ({', '.join(list(held)[:2])} ...): give the "
             "model and the targets of the run that it is of"
         )
+    for adapter in adapters:
+        stored, own = checkpoint.state["matrices"][adapter.name], adapter.description()
+        if other := [key for key in own if stored.get(key) != own[key]]:
+            raise UserError(
+                f"{checkpoint.path}: {adapter.name} has another {' and '.join(other)} there ({stored.get(other[0])}, "
+                f"here {own[other[0]]}): continue with the settings, and the version of torch, of the run that it is of"
+            )
     return held
 
 
@@ -149,7 +156,7 @@ def load_checkpoint(
     hooks.load_state(learnt)
 
 
-def stored_adapters(checkpoint: Checkpoint) -> tuple[list[AdapterWeights], dict[str, torch.Tensor]]:
+def stored_adapters(checkpoint: Checkpoint) -> tuple[Sequence[Update], dict[str, torch.Tensor]]:
     """What every adapted matrix has become, and what is trained besides, whole. Needs no model and no process.
 
     Raises:

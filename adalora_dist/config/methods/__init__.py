@@ -13,14 +13,20 @@ from pydantic import BeforeValidator, SerializeAsAny, ValidationError
 from pydantic_core import InitErrorDetails
 
 from adalora_dist.config.methods.adalora import AdaLoraConfig
-from adalora_dist.config.methods.base import METHODS, LowRankConfig, MethodConfig, methods_with
+from adalora_dist.config.methods.base import METHODS, LowRankConfig, MethodConfig, ScaledConfig, methods_with
+from adalora_dist.config.methods.bitfit import BitFitConfig
+from adalora_dist.config.methods.dora import DoraConfig
 from adalora_dist.config.methods.full import FullConfig
 from adalora_dist.config.methods.head import HeadConfig
 from adalora_dist.config.methods.lora import LoraConfig
+from adalora_dist.config.methods.lora_fa import LoraFaConfig
 
 METHODS.update(
     adalora=AdaLoraConfig,
     lora=LoraConfig,
+    lora_fa=LoraFaConfig,
+    dora=DoraConfig,
+    bitfit=BitFitConfig,
     head=HeadConfig,
     full=FullConfig,
 )
@@ -68,11 +74,15 @@ __all__ = [
     "METHODS",
     "AdaLoraConfig",
     "AnyMethodConfig",
+    "BitFitConfig",
+    "DoraConfig",
     "FullConfig",
     "HeadConfig",
     "LoraConfig",
+    "LoraFaConfig",
     "LowRankConfig",
     "MethodConfig",
+    "ScaledConfig",
     "is_method",
     "method_config",
     "settings_of",

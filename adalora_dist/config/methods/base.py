@@ -53,6 +53,8 @@ class MethodConfig(Section):
     """Whether the backbone's own weights change, which must then be float32 and not quantised."""
     formats: ClassVar[frozenset[str]] = frozenset({"merged"})
     """What it can be exported as: merged, lora, peft."""
+    formats_from_files: ClassVar[frozenset[str]] = frozenset({"merged"})
+    """Those that are written with the base's safetensors files at hand."""
 
     @classmethod
     def resolved(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,8 +87,19 @@ class MethodConfig(Section):
         return values
 
 
-class LowRankConfig(MethodConfig):
-    """A method that adds a product of two thin matrices to each of many matrices."""
+class TargetsConfig(MethodConfig):
+    """A method that puts an adapter around each of many matrices."""
+
+    targets: ModulePatterns = Field(("all-linear",), min_length=1)
+    """Matrices to adapt: module names (q_proj), dotted names, regular expressions, or all-linear."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the input of the adapter branch (the paper uses 0)."""
+
+    has_adapters: ClassVar[bool] = True
+
+
+class ScaledConfig(TargetsConfig):
+    """A method that adds a product of two thin matrices, times a scale, to each of many matrices."""
 
     init_rank: int = Field(12, ge=1)
     """Rank r of every adapted matrix; where ranks adapt, at the start."""
@@ -94,22 +107,22 @@ class LowRankConfig(MethodConfig):
     """The branch is scaled by alpha / init_rank for the whole run."""
     rslora: bool = False
     """Scale the branch by alpha / sqrt(init_rank) instead (rsLoRA), so that higher ranks learn no more slowly."""
-    lora_plus_ratio: float = Field(1.0, gt=0)
-    """Learning rate of P (LoRA's B) over that of everything else that is trained (LoRA+ takes 16)."""
-    targets: ModulePatterns = Field(("all-linear",), min_length=1)
-    """Matrices to adapt: module names (q_proj), dotted names, regular expressions, or all-linear."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout on the input of the adapter branch (the paper uses 0)."""
-    init_from: str | None = Field(None, min_length=1)
-    """Folder of a LoRA or AdaLoRA adapter of PEFT whose update the adapters start with, instead of 0."""
-
-    has_adapters: ClassVar[bool] = True
-    formats: ClassVar[frozenset[str]] = frozenset({"merged", "lora", "peft"})
 
     @property
     def scale(self) -> float:
         """s, by which the branch is multiplied for the whole run."""
         return self.alpha / (math.sqrt(self.init_rank) if self.rslora else self.init_rank)
+
+
+class LowRankConfig(ScaledConfig):
+    """One whose products are sums of triplets."""
+
+    lora_plus_ratio: float = Field(1.0, gt=0)
+    """Learning rate of P (LoRA's B) over that of everything else that is trained (LoRA+ takes 16)."""
+    init_from: str | None = Field(None, min_length=1)
+    """Folder of a LoRA or AdaLoRA adapter of PEFT whose update the adapters start with, instead of 0."""
+
+    formats: ClassVar[frozenset[str]] = frozenset({"merged", "lora", "peft"})
 
 
 def methods_with(setting: str) -> list[str]:

@@ -22,7 +22,7 @@ from adalora_dist.methods.adalora.schedule import BudgetSchedule
 from adalora_dist.methods.adalora.start import Triplets, read_peft, start_with, with_lambda_in_p
 from adalora_dist.methods.protocol import Adapter, Method, Step, adapters_of
 from adalora_dist.methods.sites import find_targets
-from adalora_dist.methods.update import AdapterWeights
+from adalora_dist.methods.update import AdapterWeights, Update
 
 
 class TripletMethod(Method):
@@ -106,6 +106,25 @@ class TripletMethod(Method):
             )
         return updates
 
+    @classmethod
+    @torch.no_grad()
+    def place(cls, model: nn.Module, updates: Sequence[Update]) -> list[Adapter]:
+        """Every matrix at its own rank (0: no branch)."""
+        triplets, layers = cast(Sequence[AdapterWeights], updates), []
+        for update in triplets:
+            base = model.get_submodule(update.name)
+            d_in, d_out = linear_shape(base) or (0, 0)
+            layer = SVDLinear(base, d_in, d_out, update.rank, update.scale, name=update.name)
+            if update.rank:
+                layer.P.copy_(update.P)
+                layer.Qt.copy_(update.Q.T)
+            parent, _, child = update.name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer)
+            layers.append(layer)
+        if layers:
+            add_lambdas(model, layers).lam.copy_(torch.cat([update.lam for update in triplets]))
+        return list(layers)
+
 
 class AdaLora(TripletMethod):
     """Ranks adapt to a budget that falls over the run."""
@@ -147,22 +166,3 @@ class AdaLora(TripletMethod):
             mask_interval_steps=config.mask_interval_steps,
             kind=config.budget_schedule,
         )
-
-
-@torch.no_grad()
-def place(model: nn.Module, updates: Sequence[AdapterWeights]) -> list[Adapter]:
-    """Put trained triplets into their plain backbone, every matrix at its own rank (0: no branch)."""
-    layers = []
-    for update in updates:
-        base = model.get_submodule(update.name)
-        d_in, d_out = linear_shape(base) or (0, 0)
-        layer = SVDLinear(base, d_in, d_out, update.rank, update.scale, name=update.name)
-        if update.rank:
-            layer.P.copy_(update.P)
-            layer.Qt.copy_(update.Q.T)
-        parent, _, child = update.name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
-        layers.append(layer)
-    if layers:
-        add_lambdas(model, layers).lam.copy_(torch.cat([update.lam for update in updates]))
-    return list(layers)

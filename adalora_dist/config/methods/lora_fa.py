@@ -1,0 +1,15 @@
+"""Settings of LoRA-FA (arXiv 2308.03303)."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from adalora_dist.config.methods.base import ScaledConfig
+
+
+class LoraFaConfig(ScaledConfig):
+    """LoRA whose A is drawn once and frozen, so that no input has to be kept for it"""
+
+    method: Literal["lora_fa"] = "lora_fa"
+
+    formats: ClassVar[frozenset[str]] = frozenset({"merged", "lora", "peft"})

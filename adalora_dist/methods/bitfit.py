@@ -1,0 +1,56 @@
+"""BitFit (arXiv 2106.10199): the biases of a model are trained, in place, and nothing of its matrices."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from adalora_dist.backbones.parts import backbone_of
+from adalora_dist.config.methods.bitfit import BitFitConfig
+from adalora_dist.io.errors import UserError
+from adalora_dist.methods.protocol import Adapter, Method
+from adalora_dist.methods.sites import matching_modules
+from adalora_dist.sharding.tensors import full_shape
+
+
+class BitFit(Method):
+    """No adapters. A head that ``train_modules`` names is trained in full; it is no part of the backbone."""
+
+    config: BitFitConfig
+
+    def adapt(self, model: nn.Module, generator: torch.Generator) -> list[Adapter]:
+        """Make the biases of the backbone trainable, and with ``train_norms`` the weights of its norms.
+
+        Raises:
+            UserError: there are none, or one of them is not float32.
+        """
+        patterns = self.config.bias_modules
+        named = None if "all" in patterns else matching_modules(model, patterns, "bias_modules")
+        inside = {id(module) for module in backbone_of(model).modules()}
+        leaves = ("bias", "weight") if self.config.train_norms else ("bias",)
+        chosen = []
+        for name, module in model.named_modules():
+            if id(module) in inside and (named is None or any(_is_in(name, other) for other in named)):
+                for leaf, parameter in module.named_parameters(recurse=False):
+                    if leaf.endswith(leaves) and len(full_shape(parameter)) == 1:
+                        chosen.append((f"{name}.{leaf}", parameter))
+        if not chosen:
+            where = "" if named is None else f" in {', '.join(patterns)}"
+            also = "" if self.config.train_norms else ", set train_norms to train the weights of its norms,"
+            raise UserError(f"method=bitfit: {type(model).__name__} has no biases{where}{also} or take another method")
+        for name, parameter in chosen:
+            if parameter.dtype != torch.float32:
+                raise UserError(
+                    f"method=bitfit: {name} is {parameter.dtype}, in which small updates are rounded away: set dtype "
+                    "to float32"
+                )
+            parameter.requires_grad_(True)
+        return []
+
+    def undecayed(self, model: nn.Module) -> list[torch.Tensor]:
+        """Vectors: a decay of them would be one of the pre-trained values, not of what was learnt."""
+        return [p for p in model.parameters() if p.requires_grad and len(full_shape(p)) == 1]
+
+
+def _is_in(name: str, module: str) -> bool:
+    return f"{name}.".startswith(f"{module}.")

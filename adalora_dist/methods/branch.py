@@ -1,0 +1,162 @@
+"""``BranchLinear``: a frozen linear map with a branch of two thin matrices, whatever a method makes them of.
+
+And ``Drawn``: random matrices that are not trained. They are no parameters and no buffers: nothing shards, casts or
+saves them; whoever knows the seed draws them again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from adalora_dist.backbones.linears import is_conv1d, linear_shape
+from adalora_dist.config.methods.base import TargetsConfig
+from adalora_dist.io.errors import UserError
+from adalora_dist.methods.protocol import Adapter, Step
+from adalora_dist.methods.sites import find_targets
+from adalora_dist.sharding.tensors import full_numel
+
+
+class BranchLinear(Adapter):
+    """``y = base(x) + W h(x)`` over any base that maps (..., d_in) to (..., d_out); h(x), W from :meth:`branch`.
+
+    The base is called, never opened: ``nn.Linear``, transformers' ``Conv1D`` and quantised linears are alike. The
+    branch computes in the type of the base's output.
+    """
+
+    def __init__(self, base: nn.Module, name: str, rank: int, scale: float = 1.0, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.base = base
+        self.name = name  # of the base in the plain model: engines and compilers change module paths
+        self.d_in, self.d_out = linear_shape(base) or (0, 0)
+        self.rank, self.scale = rank, scale
+        self.dropout = nn.Dropout(dropout) if dropout else None
+
+    def vector(self, *shape: int, value: float = 0.0) -> nn.Parameter:
+        """A trained float32 parameter on the base's device."""
+        # A base on meta is read later; adapters have their values from the start.
+        device = next((p.device for p in self.base.parameters() if not p.is_meta), torch.device("cpu"))
+        return nn.Parameter(torch.full(shape, value, dtype=torch.float32, device=device))
+
+    def branch(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            tokens: (tokens, d_in), in the type of the base's output.
+
+        Returns:
+            h (tokens, r) and W (d_out, r), the scale included.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.branch")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Two dimensions from here on, so that the add below is in place on the base's own output.
+        tokens = x.reshape(-1, self.d_in)
+        y: torch.Tensor = self.base(tokens)
+        hidden, weight = self.branch((tokens if self.dropout is None else self.dropout(tokens)).to(y.dtype))
+        y = y.addmm_(hidden.to(y.dtype), weight.to(y.dtype).T)  # under autocast a product has its type, whatever y has
+        return y.view(*x.shape[:-1], self.d_out)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {f"{self.name}.{kind}": p for kind, p in self.named_parameters(recurse=False)}
+
+    def element_name(self, leaf: str, index: int) -> str:
+        return f"{self.name}.{leaf}"
+
+    def description(self) -> dict[str, Any]:
+        sizes = {"d_out": self.d_out, "d_in": self.d_in, "init_rank": self.rank}
+        return sizes | {"scale": self.scale, "is_transposed": is_conv1d(self.base)}
+
+    def held(self) -> list[int]:
+        """It is one part."""
+        return [0]
+
+    @property
+    def part_size(self) -> int:
+        return sum(full_numel(p) for p in self.parameters(recurse=False))
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, scale={self.scale:g}"
+
+
+class BranchStep(Step):
+    """Ranks stay as they are."""
+
+    def __init__(self, layers: Sequence[BranchLinear]) -> None:
+        super().__init__(layers)
+        self.layers = list(layers)
+
+    def rank_pattern(self) -> dict[str, int]:
+        return {layer.name: layer.rank for layer in self.layers}
+
+
+def put_around(
+    model: nn.Module, config: TargetsConfig, make: Callable[[nn.Module, str], BranchLinear]
+) -> list[BranchLinear]:
+    """Put what ``make`` gives for (base, name) around every target, in canonical order."""
+    layers = []
+    for name in find_targets(model, config.targets):
+        base = model.get_submodule(name)
+        base.requires_grad_(False)  # it may lie in a module of train_modules
+        layers.append(put_in_place(model, make(base, name)))
+    return layers
+
+
+def put_in_place(model: nn.Module, layer: BranchLinear) -> BranchLinear:
+    """Replace the layer's base by the layer."""
+    layer.train(layer.base.training)
+    parent, _, child = layer.name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+    return layer
+
+
+class Drawn:
+    """Frozen random matrices that ``draw`` gives, float32 on the CPU, alike on every process; in use as copies.
+
+    Engines see no parameter and no buffer in it: nothing is sharded, gathered, cast for good or saved. A copy on a
+    device and in a type is made when it is first asked for.
+    """
+
+    def __init__(self, draw: Callable[[], tuple[torch.Tensor, ...]], what: str) -> None:
+        self._draw, self._what = draw, what
+        self._copies: dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, ...]] = {}
+
+    @property
+    def matrices(self) -> tuple[torch.Tensor, ...]:
+        """As drawn."""
+        return self.on(torch.device("cpu"), torch.float32)
+
+    def like(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """On the tensor's device, in its type."""
+        return self.on(tensor.device, tensor.dtype)
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        if (device, dtype) not in self._copies:
+            first = (torch.device("cpu"), torch.float32)
+            if first not in self._copies:
+                with torch.device("cpu"):  # also where a model is being built on meta
+                    self._copies[first] = self._draw()
+            self._copies[device, dtype] = tuple(m.to(device, dtype) for m in self._copies[first])
+        return self._copies[device, dtype]
+
+    def digest(self) -> str:
+        """SHA-256 of the numbers."""
+        sha256 = hashlib.sha256()
+        for matrix in self.matrices:
+            sha256.update(matrix.contiguous().numpy().tobytes())
+        return sha256.hexdigest()
+
+    def refuse_others(self, digest: str) -> None:
+        """Raise unless these are the numbers of ``digest``.
+
+        Raises:
+            UserError: this torch draws others from the same seed.
+        """
+        if self.digest() != digest:
+            raise UserError(
+                f"{self._what}: torch {torch.__version__} draws other numbers from this seed than those that were "
+                "trained with: use the version of torch that the run had (run.json)"
+            )

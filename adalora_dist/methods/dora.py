@@ -1,0 +1,111 @@
+"""DoRA (arXiv 2402.09353): LoRA for the directions of a weight's rows, and their lengths on their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import nn
+
+from adalora_dist.config.methods.dora import DoraConfig
+from adalora_dist.methods.branch import put_around, put_in_place
+from adalora_dist.methods.magnitude import MagnitudeLinear, MagnitudeStep, MagnitudeUpdate
+from adalora_dist.methods.protocol import Adapter, Method, Step, adapters_of
+from adalora_dist.methods.update import Matrix, Update
+
+
+class DoraLinear(MagnitudeLinear):
+    """Parameters beside dm: P (d_out, r), LoRA's B, 0 at the start; Qt (d_in, r), its A transposed."""
+
+    def __init__(self, base: nn.Module, name: str, rank: int, scale: float, dropout: float = 0.0) -> None:
+        super().__init__(base, name, rank, scale, dropout)
+        self.P, self.Qt = self.vector(self.d_out, rank), self.vector(self.d_in, rank)
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        """LoRA's start, drawn on the CPU: A ~ U(-a, a), a = 1/sqrt(d_in)."""
+        self.Qt.copy_((2 * torch.rand(self.Qt.shape, generator=generator) - 1) * self.d_in**-0.5)
+
+    def branch(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return tokens @ self.Qt.to(tokens.dtype), self.scale * self.P
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.scale * self.P, self.Qt.T
+
+
+@dataclass(frozen=True)
+class DoraUpdate(MagnitudeUpdate):
+    """P (d_out, r) and Q (r, d_in)."""
+
+    P: torch.Tensor
+    Q: torch.Tensor
+
+    method: ClassVar[str] = "dora"
+
+    def added(self) -> torch.Tensor:
+        return self.matrix.scale * (self.P @ self.Q)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"P": self.P, "Q": self.Q, "dm": self.dm}
+
+    @classmethod
+    def shapes(cls, matrix: Matrix) -> dict[str, tuple[int, ...]]:
+        (d_out, d_in), r = matrix.shape, matrix.rank
+        return {"P": (d_out, r), "Q": (r, d_in), "dm": (d_out,)}
+
+    @classmethod
+    def read(
+        cls, matrices: Sequence[Matrix], tensors: Mapping[str, Mapping[str, torch.Tensor]], settings: Mapping[str, Any]
+    ) -> list[Update]:
+        return [cls(matrix, **tensors[matrix.name]) for matrix in matrices]
+
+
+class Dora(Method):
+    """W = diag(m) V / |V|, V = W0 + s B A, s = alpha / init_rank (rsLoRA: alpha / sqrt(init_rank))."""
+
+    config: DoraConfig
+    update = DoraUpdate
+
+    def adapt(self, model: nn.Module, generator: torch.Generator) -> list[Adapter]:
+        config = self.config
+        make = partial(DoraLinear, rank=config.init_rank, scale=config.scale, dropout=config.dropout)
+        layers = put_around(model, config, make)
+        for layer in layers:
+            cast(DoraLinear, layer).reset(generator)
+        return list(layers)
+
+    def undecayed(self, model: nn.Module) -> list[torch.Tensor]:
+        return [cast(DoraLinear, layer).dm for layer in adapters_of(model)]
+
+    def step(self, adapters: Sequence[Adapter], total_steps: int) -> Step:
+        return MagnitudeStep(cast(Sequence[DoraLinear], adapters))
+
+    @classmethod
+    def updates(
+        cls,
+        described: Mapping[str, Mapping[str, Any]],
+        held: Mapping[str, Sequence[int]],
+        keep: torch.Tensor | None,
+        whole: Callable[[str], torch.Tensor | None],
+    ) -> Sequence[Update]:
+        updates = []
+        for name, d in described.items():
+            p, qt, dm = (cast(torch.Tensor, whole(f"{name}.{kind}")) for kind in ("P", "Qt", "dm"))
+            matrix = Matrix(name, (d["d_out"], d["d_in"]), d["init_rank"], d["scale"], d["is_transposed"])
+            updates.append(DoraUpdate(matrix, dm, p, qt.T.contiguous()))
+        return updates
+
+    @classmethod
+    @torch.no_grad()
+    def place(cls, model: nn.Module, updates: Sequence[Update]) -> list[Adapter]:
+        layers: list[Adapter] = []
+        for update in cast(Sequence[DoraUpdate], updates):
+            layer = DoraLinear(model.get_submodule(update.name), update.name, update.rank, update.matrix.scale)
+            layer.P.copy_(update.P)
+            layer.Qt.copy_(update.Q.T)
+            layer.dm.copy_(update.dm)
+            layers.append(put_in_place(model, layer))
+        return layers

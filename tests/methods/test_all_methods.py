@@ -1,0 +1,184 @@
+"""What every method promises, by one table: the same losses on every engine, exact resume on another, equal exports."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from adalora_dist.artifacts.checkpoints.content import load_checkpoint
+from adalora_dist.artifacts.checkpoints.writer import CheckpointWriter, checkpoint_at
+from adalora_dist.artifacts.export import load_adapter, merge, read_adapter, save_adapter
+from adalora_dist.config.methods import MethodConfig, method_config
+from adalora_dist.methods.hooks import attach
+from adalora_dist.methods.inject import adapt, parameter_groups
+from adalora_dist.methods.protocol import others_trained, trained_parameters
+from tests.support.models import Net, global_batch
+from tests.support.ranks import import_deepspeed, run_ranks
+from tests.support.tiny_language_model import tiny_llama
+
+deepspeed = import_deepspeed()
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "lora_fa": {"init_rank": 3, "alpha": 6},
+    "dora": {"init_rank": 3, "alpha": 6},
+    "bitfit": {"train_norms": True},
+}
+"""Of each method; those with adapters get ``targets`` besides."""
+ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
+MOVES = (("fsdp2", "zero3"), ("zero3", "ddp"), ("zero2", "fsdp2"))
+STEPS, STOP, GLOBAL_BATCH = 8, 4, 24
+
+
+def section(method: str, **changes: Any) -> MethodConfig:
+    return method_config(method, **{**SETTINGS[method], **changes})
+
+
+def run(
+    rank: int, world_size: int, method: str, engine: str, save: Path | None = None, resume: Path | None = None
+) -> list[float]:
+    """Losses of the steps made: all, or those after ``resume``; with ``save`` a checkpoint is written on the way."""
+    torch.manual_seed(0)
+    settings = section(method)
+    if settings.has_adapters:
+        settings = section(method, targets=("up", "down"))
+    model: Any = Net()
+    adapt(model, settings, seed=3)
+    if engine == "fsdp2":
+        for block in model.blocks:
+            fully_shard(block)
+        fully_shard(model)
+    optimizer = torch.optim.AdamW(parameter_groups(model, settings, 2e-2), lr=2e-2, weight_decay=0.1)
+    hooks = attach(model, optimizer, settings, STEPS)
+    plain, wrapped = model, optimizer
+    if engine == "ddp":
+        model = DistributedDataParallel(model)
+    elif engine.startswith("zero"):
+        stage = {"stage": int(engine[-1]), "stage3_param_persistence_threshold": 0}
+        size = GLOBAL_BATCH // world_size
+        zero = {
+            "train_micro_batch_size_per_gpu": size,
+            "zero_optimization": stage,
+            "zero_allow_untested_optimizer": True,
+        }
+        model, wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero)
+    parameters = trained_parameters(plain)
+    hooks.bind(wrapped)
+    first = 0
+    if resume is not None:
+        checkpoint = checkpoint_at(resume)
+        load_checkpoint(checkpoint, parameters, wrapped, hooks)
+        first = checkpoint.step
+    losses = []
+    for step in range(first, STEPS):
+        x, y = (t.chunk(world_size)[rank] for t in global_batch(step, GLOBAL_BATCH))
+        loss = (model(x) - y).square().mean()
+        if engine.startswith("zero"):
+            model.backward(loss)
+            model.step()
+        else:
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        mean = loss.detach() / world_size
+        dist.all_reduce(mean)
+        losses.append(mean.item())
+        if save is not None and step + 1 == STOP:
+            CheckpointWriter(save, 1).save(STOP, parameters, wrapped, hooks, {})
+    hooks.finish()
+    return losses
+
+
+@functools.cache
+def alone(method: str) -> list[float]:
+    """The unbroken run in one process."""
+    [losses] = run_ranks(1, run, method, "single")
+    return losses
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_losses_are_those_of_one_process(method: str) -> None:
+    assert alone(method)[-1] < alone(method)[0]
+    for engine in ENGINES:
+        for losses in run_ranks(2, run, method, engine):
+            assert losses == pytest.approx(alone(method), rel=1e-5), engine
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_a_run_goes_on_elsewhere_as_if_it_had_not_stopped(method: str, tmp_path: Path) -> None:
+    for start, then in MOVES:
+        folder = tmp_path / f"{start}-{then}"
+        run_ranks(2, run, method, start, folder)
+        [checkpoint] = folder.glob("step-*")
+        for losses in run_ranks(2, run, method, then, None, checkpoint):
+            assert losses == pytest.approx(alone(method)[STOP:], rel=1e-5), (start, then)
+
+
+# ------------------------------------------------------------------------------------------------------------- exports
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    """With Conv1D, biases and an odd width."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=40, n_positions=16, n_embd=18, n_layer=2, n_head=2, initializer_range=0.3)
+    model = GPT2LMHeadModel(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+MODELS = {"gpt2": tiny_gpt2, "llama": lambda: tiny_llama(40)}
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(3, 15)[None]).logits
+
+
+def exported(rank: int, world_size: int, method: str, kind: str, folder: Path) -> dict[str, torch.Tensor]:
+    """Three steps, then every way in which the model can be put together again, by its logits."""
+    model: Any = MODELS[kind]()
+    model.save_pretrained(folder / "base")
+    settings = section(method)
+    plain = logits(model)
+    adapt(model, settings, seed=1)
+    start = logits(model)
+    optimizer = torch.optim.AdamW(parameter_groups(model, settings, 5e-2), lr=5e-2)
+    hooks = attach(model, optimizer, settings, 3)
+    tokens = torch.arange(3, 15)[None]
+    for _ in range(3):
+        model(input_ids=tokens, labels=tokens.flip(1)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    hooks.finish()
+    updates = hooks.updates()
+    trained = {name: p.detach() for name, p in others_trained(model)}
+    found = {"plain": plain, "start": start, "trained": logits(model)}
+    merge(updates, folder / "base", folder / "merged", trained=trained, show_progress=False)
+    found["merged"] = logits(AutoModelForCausalLM.from_pretrained(folder / "merged"))
+    if updates:
+        save_adapter(updates, folder / "adapter", str(folder / "base"), None)
+        loaded: Any = MODELS[kind]()
+        load_adapter(loaded, folder / "adapter")
+        found["loaded"] = logits(loaded)
+        merge(read_adapter(folder / "adapter").adapters, folder / "base", folder / "again", show_progress=False)
+        found["merged from the folder"] = logits(AutoModelForCausalLM.from_pretrained(folder / "again"))
+    return found
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("method", SETTINGS)
+def test_what_is_exported_says_the_same(method: str, kind: str, tmp_path: Path) -> None:
+    [found] = run_ranks(1, exported, method, kind, tmp_path)
+    plain, start, trained = (found.pop(name) for name in ("plain", "start", "trained"))
+    assert (start - plain).abs().max() < 1e-5 and (trained - plain).abs().max() > 0.05
+    for name, again in found.items():
+        assert (again - trained).abs().max() < 2e-5, name
