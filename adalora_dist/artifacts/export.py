@@ -12,14 +12,16 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from adalora_dist.artifacts.adapter_files import AdapterDescription, TaskSettings, checked_task, read_description
+from adalora_dist.artifacts.adapted_model import save_as_adapter
+from adalora_dist.artifacts.adapter_files import AdapterDescription, checked_task, read_description
+from adalora_dist.artifacts.adapter_files import task_settings as task_settings
 from adalora_dist.backbones.files import base_folder_of as base_folder_of
 from adalora_dist.backbones.files import refuse_foreign_link, weight_files
 from adalora_dist.backbones.linears import linear_shape
@@ -27,7 +29,7 @@ from adalora_dist.backbones.names import FileNames, names_in
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import read_object
 from adalora_dist.io.progress import progress_bar
-from adalora_dist.methods.adalora.method import place
+from adalora_dist.methods.adalora.method import AdaLora, place
 from adalora_dist.methods.protocol import Adapter
 from adalora_dist.methods.update import AdapterWeights
 
@@ -108,6 +110,8 @@ def read_adapter(folder: Path) -> SavedAdapter:
 def load_adapter(model: nn.Module, folder: Path) -> list[Adapter]:
     """Put a saved adapter into its plain backbone, every matrix at its own rank (0: no branch).
 
+    From then on ``model.save_pretrained(folder)`` writes the adapter, for PEFT.
+
     Raises:
         UserError: the folder is not an adapter of this format, or does not fit the model.
     """
@@ -124,7 +128,9 @@ def load_adapter(model: nn.Module, folder: Path) -> list[Adapter]:
                 f"{folder}: {adapter.name} has P {tuple(adapter.P.shape)} and Q {tuple(adapter.Q.shape)}, but the "
                 f"model's matrix is {d_out} x {d_in}: load its base model"
             )
-    return place(model, adapters)
+    layers = place(model, adapters)
+    save_as_adapter(model, AdaLora)
+    return layers
 
 
 class BaseWeight(Protocol):
@@ -254,15 +260,6 @@ def check_base(base_folder: Path) -> None:
 
 def _is_copied(path: Path) -> bool:
     return path.is_file() and not _NOT_COPIED.fullmatch(path.name)
-
-
-def task_settings(model: nn.Module) -> dict[str, Any]:
-    """Of a model's config.json, what makes it one of its task: its class, its labels, what else its head asks for."""
-    own = cast(Any, model).config.to_dict()
-    name = type(model).__name__.removeprefix("FSDP")  # which fully_shard puts before it
-    return {"architectures": [name]} | {
-        key: own[key] for key in TaskSettings.model_fields if key != "architectures" and own.get(key) is not None
-    }
 
 
 def _write_json(content: Mapping[str, Any], path: Path) -> None:
