@@ -49,31 +49,24 @@ def adapt(model: nn.Module, config: MethodConfig, seed: int = 0) -> list[Adapter
     return adapters
 
 
-def save_as_adapter(model: nn.Module, method: type[Method]) -> None:
-    """Make ``model.save_pretrained`` write the adapter; nothing is done to models without one, or without the method.
+def save_as_adapter(model: nn.Module, method: type[Method]) -> SaveAdapter | None:
+    """Make ``model.save_pretrained`` write the adapter.
 
     Args:
-        model: not wrapped, as ``adapt`` left it.
+        model: not wrapped, as ``adapt`` left it; nothing is done to one that does so already.
         method: of its adapters.
+
+    Returns:
+        What does it; None where there is no adapter, or no ``save_pretrained``.
     """
-    if hasattr(model, "save_pretrained") and adapters_of(model):
-        model.save_pretrained = SaveAdapter(model, method)  # type: ignore[assignment]
-
-
-def trained_state(model: nn.Module, keep: bool = True) -> dict[str, torch.Tensor]:
-    """Everything that is trained in ``model``, whole, on the CPU, by path. Collective where an engine shards it.
-
-    Args:
-        model: see :func:`adalora_dist.sharding.tensors.release_gathered` for what has to be done to it before.
-        keep: false on processes that only take part; they get nothing, one tensor in memory at a time.
-    """
-    state = {}
-    for path, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.requires_grad:
-            whole = whole_tensor(parameter)
-            if keep:
-                state[path] = whole.cpu()
-    return state
+    present = getattr(model, "save_pretrained", None)
+    if isinstance(present, SaveAdapter):
+        return present
+    if present is None or not adapters_of(model):
+        return None
+    saver = SaveAdapter(model, method)
+    model.save_pretrained = saver  # type: ignore[assignment]
+    return saver
 
 
 class SaveAdapter:
@@ -81,11 +74,13 @@ class SaveAdapter:
 
     The folder gets adapter_model.safetensors and adapter_config.json: plain LoRA of the function that the model
     computes now. Triplets whose lambda is 0 have no part in that and are left out, so that a pattern that is frozen
-    gives the budget's triplets, and one that is not yet, all that are alive.
+    gives the budget's triplets, and one that is not yet, all that are alive. What is trained besides goes with it:
+    what was trainable when this was made, or is now.
     """
 
     def __init__(self, model: nn.Module, method: type[Method]) -> None:
         self._model, self._method = model, method
+        self._others = {name for name in self._trained_besides() if not self._is_base(name)}
 
     def __call__(
         self,
@@ -102,8 +97,8 @@ class SaveAdapter:
             options: of transformers' method; those about files of the whole model have no object here.
 
         Raises:
-            UserError: the adapter cannot be written rightly: parameters are sharded and ``state_dict`` lacks them or is
-                not given, adapters lie in a part that was adapted alone, or PEFT would load another function.
+            UserError: as :meth:`check`; parameters are sharded and ``state_dict`` is not given, or lacks some; PEFT
+                would load another function.
         """
         if not is_main_process:
             return
@@ -113,64 +108,97 @@ class SaveAdapter:
                     f"save_pretrained({option}={options[option]!r}) of a model with adapters is not supported: leave "
                     "it out; model.push_to_hub(repo_id) uploads the adapter"
                 )
-        model: Any = self._model
-        if getattr(model, "config", None) is None or not hasattr(model.config, "to_dict"):
-            raise UserError(
-                f"{type(model).__name__} is no model of transformers', so PEFT could not load its adapter: adapt the "
-                "transformers model inside of it"
-            )
-        self._refuse_other_places()
-        values = _Values(model, state_dict)
-        adapters = adapters_of(model)
+        self.check()
+        given = None if state_dict is None else {plain_path(path): value for path, value in state_dict.items()}
+        needed, of_adapters = self._needed(), self._of_adapters()
+        values = {path: _value(path, parameter, given) for path, parameter in needed.items()}
+        paths = {id(parameter): path for path, parameter in of_adapters.items()}
+        owners = (module for module in self._model.modules() if isinstance(module, TrainedModule))
+        named = {name: values[paths[id(p)]].float() for owner in owners for name, p in owner.trained().items()}
+        named = {path: values[path].float() for path in of_adapters} | named  # fixed ones, as LoRA's lambda, by path
+        adapters = adapters_of(self._model)
         updates = self._method.updates(
             {adapter.name: adapter.description() for adapter in adapters},
             {adapter.name: adapter.held() for adapter in adapters},
             None,
-            values.of_adapter,
+            named.get,
         )
-        trained = {plain_path(name): values.of(parameter) for name, parameter in others_trained(model)}
-        _write(model, alive(updates), trained, Path(save_directory))
+        trained = {path: value for path, value in values.items() if path not in of_adapters}
+        _write(self._model, alive(updates), trained, Path(save_directory))
 
-    def _refuse_other_places(self) -> None:
-        for path, module in self._model.named_modules():
-            if isinstance(module, Adapter):
-                if plain_path(path) != module.name:
-                    raise UserError(
-                        f"the adapter of {module.name} lies at {path} of {type(self._model).__name__}, of which a "
-                        "part was adapted: save that part"
-                    )
-                if any(not p.requires_grad for p in module.parameters(recurse=False)):
-                    raise UserError(
-                        f"adapter parameters of {module.name} have requires_grad=False, by which trained and fixed "
-                        "factors are told apart: save the model before freezing it"
-                    )
+    def check(self) -> None:
+        """Whether the adapter can be saved at all, as far as is known beforehand.
 
-
-class _Values:
-    """The values of a model's trained parameters: its own, or those of a state dictionary."""
-
-    def __init__(self, model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None) -> None:
-        self._given = None if state_dict is None else {plain_path(path): value for path, value in state_dict.items()}
-        self._paths = {id(p): plain_path(path) for path, p in model.named_parameters()}
-        owners = (module for module in model.modules() if isinstance(module, TrainedModule))
-        self._by_name = {name: p for owner in owners for name, p in owner.trained().items()}
-
-    def of_adapter(self, name: str) -> torch.Tensor | None:
-        """By the name that files have; None where there is no such parameter."""
-        return self.of(self._by_name[name]).float() if name in self._by_name else None
-
-    def of(self, parameter: torch.Tensor) -> torch.Tensor:
-        path = self._paths[id(parameter)]
-        if self._given is None:
-            if not is_whole(parameter):
+        Raises:
+            UserError: the model is none of transformers', a part of it was adapted alone, or the backbone is trained.
+        """
+        model: Any = self._model
+        if not hasattr(getattr(model, "config", None), "to_dict"):
+            raise UserError(
+                f"{type(model).__name__} is no model of transformers', so PEFT could not load its adapter: adapt the "
+                "transformers model inside of it"
+            )
+        for path, module in model.named_modules():
+            if isinstance(module, Adapter) and plain_path(path) != module.name:
                 raise UserError(
-                    f"{path} is sharded over processes: call trainer.save_model(folder) on every process instead of "
-                    "model.save_pretrained"
+                    f"the adapter of {module.name} lies at {path} of {type(model).__name__}, of which a part was "
+                    "adapted: save that part"
                 )
-            return parameter.detach().cpu()
-        if path not in self._given:
-            raise UserError(f"state_dict lacks {path}, which is trained: pass the whole state, or none")
-        return self._given[path].detach().cpu()
+        if unfrozen := [name for name in self._trained_besides() if self._is_base(name)]:
+            raise UserError(
+                f"{unfrozen[0]} has requires_grad=True, as if the backbone had been trained, which an adapter cannot "
+                "hold: call model.requires_grad_(False) first if it was not, or use merge"
+            )
+
+    def state(self, keep: bool = True) -> dict[str, torch.Tensor]:
+        """The ``state_dict`` that a call needs, whole, on the CPU. Collective where an engine shards parameters.
+
+        What is gathered for a forward has to be given up before
+        (:func:`adalora_dist.sharding.tensors.release_gathered`).
+
+        Args:
+            keep: false on processes that only take part; they get nothing, one tensor in memory at a time.
+        """
+        state = {}
+        for path, parameter in self._needed().items():
+            whole = whole_tensor(parameter)
+            if keep:
+                state[path] = whole.cpu()
+        return state
+
+    def _of_adapters(self) -> dict[str, nn.Parameter]:
+        return {
+            plain_path(f"{path}.{leaf}"): parameter
+            for path, module in self._model.named_modules()
+            if isinstance(module, TrainedModule)
+            for leaf, parameter in module.named_parameters(recurse=False)
+        }
+
+    def _needed(self) -> dict[str, nn.Parameter]:
+        """Parameters by path: of the adapters, and what is trained besides. A tied weight is there under each name."""
+        besides = {plain_path(path): p for path, p in self._model.named_parameters(remove_duplicate=False)}
+        others = sorted(self._others.union(self._trained_besides()))
+        return self._of_adapters() | {path: besides[path] for path in others}
+
+    def _trained_besides(self) -> list[str]:
+        return [plain_path(name) for name, _ in others_trained(self._model)]
+
+    def _is_base(self, path: str) -> bool:
+        """Whether a parameter is one of a matrix that an adapter lies around."""
+        return any(path.startswith(f"{adapter.name}.base.") for adapter in adapters_of(self._model))
+
+
+def _value(path: str, parameter: torch.Tensor, given: Mapping[str, torch.Tensor] | None) -> torch.Tensor:
+    if given is None:
+        if not is_whole(parameter):
+            raise UserError(
+                f"{path} is sharded over processes: call trainer.save_model(folder) on every process instead of "
+                "model.save_pretrained"
+            )
+        return parameter.detach().cpu()
+    if path not in given:
+        raise UserError(f"state_dict lacks {path}, which the adapter needs: pass the whole state, or none")
+    return given[path].detach().cpu()
 
 
 def alive(updates: Sequence[AdapterWeights]) -> list[AdapterWeights]:

@@ -16,7 +16,7 @@ from adalora_dist.methods.hooks import MethodHooks, attach
 from adalora_dist.sharding.base import innermost
 from adalora_dist.training.trainer_checkpoints import TrainerCheckpoints
 from adalora_dist.training.trainer_loss import multiplied_loss
-from adalora_dist.training.trainer_mixin import calling_trainer, take_over
+from adalora_dist.training.trainer_mixin import calling_trainer, saver_of, take_over
 
 
 class AdaLoraCallback(TrainerCallback):
@@ -144,6 +144,8 @@ class AdaLoraCallback(TrainerCallback):
         if problem := multiplied_loss(model, *settings):
             raise UserError(problem)
         take_over(trainer, self)  # the model may be a new one, of model_init
+        if SaveStrategy(args.save_strategy) != SaveStrategy.NO and (saver := saver_of(trainer)) is not None:
+            saver.check()
         # Kept even if the run is refused below: the optimizer has its hooks, so another train() must not add more.
         self._hooks = hooks = attach(model, optimizer, self.config, state.max_steps)
         try:

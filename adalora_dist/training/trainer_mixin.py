@@ -14,14 +14,17 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import SCHEDULER_NAME
 
-from adalora_dist.artifacts.adapted_model import save_as_adapter, trained_state
+from adalora_dist.artifacts.adapted_model import SaveAdapter, save_as_adapter
 from adalora_dist.config.methods import LowRankConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods import METHODS
 from adalora_dist.sharding.agreement import agreed
 from adalora_dist.sharding.tensors import release_gathered
 
-_Base = Trainer if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
 
 _REPLACED = (
     *("_prepare_for_training", "_load_from_checkpoint", "_save_optimizer_and_scheduler", "_load_best_model"),
@@ -51,13 +54,15 @@ class AdaLoraTrainerMixin(_Base):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter, gathered over all processes; no engine gathers the backbone. Collective."""
         own: Any = super().save_model
-        if own.__func__ is not Trainer.save_model:  # a subclass's: it asks the model's save_pretrained, or fails
+        saver = saver_of(self)
+        # A subclass's asks the model's save_pretrained; of a model without it only the state is saved, which nobody
+        # takes for a whole model.
+        if saver is None or own.__func__ is not Trainer.save_model:
             own(output_dir, _internal_call)
             return
         folder = self.args.output_dir if output_dir is None else output_dir
         release_gathered(self.model_wrapped)
-        model: Any = self.model
-        state = trained_state(model, keep=self.args.should_save)
+        state = saver.state(keep=self.args.should_save)
         agreed(lambda: self._save(folder, state_dict=state), keep=False)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -99,7 +104,13 @@ def take_over(trainer: Trainer, callback: Served) -> None:
     if not isinstance(trainer, AdaLoraTrainerMixin):
         trainer.__class__ = type(own.__name__, (AdaLoraTrainerMixin, own), {"__module__": own.__module__})
     trainer.adalora = callback  # type: ignore[attr-defined]
-    save_as_adapter(trainer.accelerator.unwrap_model(trainer.model), METHODS[callback.config.method])
+    saver_of(trainer)
+
+
+def saver_of(trainer: Any) -> SaveAdapter | None:
+    """What saves the model of ``trainer`` as an adapter; None where it has none, or is no model of transformers'."""
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    return save_as_adapter(model, METHODS[trainer.adalora.config.method])
 
 
 def calling_trainer(callback: TrainerCallback) -> Trainer | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from adalora_dist.artifacts.adapted_model import adapt
+from adalora_dist.artifacts.export import load_adapter, save_adapter
 from adalora_dist.training.trainer_callback import AdaLoraCallback
 from tests.support.ranks import run_ranks
 from tests.support.tiny_language_model import tiny_llama
@@ -29,7 +31,14 @@ from tests.support.trainer_runs import (
 TARGET = 21
 FROZEN_FROM = STEPS - SETTINGS.final_steps + 1  # steps done when the pattern is final
 SAVE_STEPS = 4
+MODEL_FILES = {"config.json", "model.safetensors", "pytorch_model.bin", "adapter_config.json", "adapter.json"}
+"""By which loaders take a folder for a model or an adapter."""
 IDS = torch.tensor([example_rows()[3]["input_ids"]])
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits.clone()
 
 
 class LogitsOfCheckpoints(TrainerCallback):
@@ -39,8 +48,7 @@ class LogitsOfCheckpoints(TrainerCallback):
         self.logits: dict[int, torch.Tensor] = {}
 
     def on_save(self, args, state, control, model, **kwargs):
-        with torch.no_grad():
-            self.logits[state.global_step] = model.eval()(IDS).logits.clone()
+        self.logits[state.global_step] = logits_of(model)
 
 
 def model_of(base: Path) -> Any:
@@ -133,3 +141,50 @@ def test_folders_are_the_trained_model_and_runs_go_on_exactly(engine, world_size
     kept = adapter | {"adalora", "scheduler.pt", "trainer_state.json"}  # no backbone, no optimizer of Trainer's
     kept |= {f"rng_state_{k}.pth" for k in range(world_size)} if world_size > 1 else {"rng_state.pth"}
     assert {path.name for path in (tmp_path / f"whole/checkpoint-{STEPS}").iterdir()} - {"README.md"} == kept
+
+
+# ------------------------------------------------------------------------------------------------ every kind of folder
+
+
+def every_kind_of_folder(rank: int, world_size: int, folder: str) -> dict[str, torch.Tensor]:
+    """Folders that runs on one process leave, by what wrote them, and the logits of the model of that moment."""
+    base, logits = shared_base(folder), {}
+
+    def trained(output: str, **changes: Any) -> Any:
+        args = arguments(f"{folder}/{output}", 1, **changes)
+        recorder = LogitsOfCheckpoints()
+        trainer = trainer_of(model_of(base), args, AdaLoraCallback(SETTINGS), recorder, eval_dataset=example_rows())
+        trainer.train()
+        logits.update({f"{output}/checkpoint-{step}": x for step, x in recorder.logits.items()})
+        return trainer, logits_of(trainer.model)
+
+    untrained = model_of(base)
+    untrained.save_pretrained(f"{folder}/before training")
+    logits["before training"] = logits_of(untrained)
+    trainer, after = trained("model only", save_strategy="steps", save_steps=6, save_only_model=True)
+    trainer.save_model()
+    trainer.model.save_pretrained(f"{folder}/by the model")
+    copy.deepcopy(trainer.model).save_pretrained(f"{folder}/by a copy")
+    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(
+        f"{folder}/by accelerate", state_dict=trainer.accelerator.get_state_dict(trainer.model)
+    )
+    logits |= dict.fromkeys(("model only", "by the model", "by a copy", "by accelerate"), after)
+    trained("the best", save_strategy="best", metric_for_best_model="loss", eval_strategy="steps", eval_steps=5)
+    trained("epochs", save_strategy="epoch", max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=2)
+    save_adapter(trainer.adalora.hooks.updates(), Path(folder, "own"), str(base), None)
+    loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    load_adapter(loaded, Path(folder, "own"))
+    loaded.requires_grad_(False).save_pretrained(f"{folder}/of a loaded adapter")
+    loaded.save_pretrained(f"{folder}/of a loaded adapter")  # in the place of the one that is there
+    logits["of a loaded adapter"] = after
+    return logits
+
+
+def test_every_kind_of_folder_is_the_model_of_its_moment(tmp_path):
+    [logits] = run_ranks(1, every_kind_of_folder, str(tmp_path), timeout=300)
+    folders = {path.parent for path in tmp_path.rglob("*") if path.name in MODEL_FILES and "base" not in path.parts}
+    assert {str(folder.relative_to(tmp_path)) for folder in folders} - {"own"} == logits.keys() and len(logits) > 10
+    [found] = run_ranks(1, differences, str(tmp_path), logits, timeout=300)
+    assert max(found.values()) < 1e-5
+    moved = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "base")) - logits["by the model"]
+    assert moved.abs().max() > 0.1  # what a folder without its adapter would be off by
