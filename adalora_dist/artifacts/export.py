@@ -13,20 +13,21 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from adalora_dist.artifacts.adapted_model import save_as_adapter
 from adalora_dist.artifacts.adapter_files import (
     AdapterDescription,
     MethodDescription,
-    TaskSettings,
     checked_task,
     read_description,
 )
+from adalora_dist.artifacts.adapter_files import task_settings as task_settings
 from adalora_dist.artifacts.whole import check_files, check_whole, is_model_file
 from adalora_dist.backbones.files import base_folder_of as base_folder_of
 from adalora_dist.backbones.files import refuse_foreign_link, weight_files
@@ -154,6 +155,8 @@ def read_adapter(folder: Path) -> SavedAdapter:
 def load_adapter(model: nn.Module, folder: Path) -> list[Adapter]:
     """Put a saved adapter into its plain backbone, every matrix at its own rank (0: no branch).
 
+    From then on ``model.save_pretrained(folder)`` writes the adapter, for PEFT.
+
     Raises:
         UserError: the folder is not an adapter of this format, or does not fit the model.
     """
@@ -170,7 +173,12 @@ def load_adapter(model: nn.Module, folder: Path) -> list[Adapter]:
                 f"{folder}: {adapter.name} is {rows} x {columns} there, but the model's matrix is {d_out} x {d_in}: "
                 "load its base model"
             )
-    return METHODS[adapters[0].method or "adalora"].place(model, adapters) if adapters else []
+    if not adapters:
+        return []
+    method = METHODS[adapters[0].method or "adalora"]
+    layers = method.place(model, adapters)
+    save_as_adapter(model, method)
+    return layers
 
 
 class BaseWeight(Protocol):
@@ -329,15 +337,6 @@ def check_base(base_folder: Path) -> None:
 
 def _is_copied(path: Path) -> bool:
     return path.is_file() and not _NOT_COPIED.fullmatch(path.name)
-
-
-def task_settings(model: nn.Module) -> dict[str, Any]:
-    """Of a model's config.json, what makes it one of its task: its class, its labels, what else its head asks for."""
-    own = cast(Any, model).config.to_dict()
-    name = type(model).__name__.removeprefix("FSDP")  # which fully_shard puts before it
-    return {"architectures": [name]} | {
-        key: own[key] for key in TaskSettings.model_fields if key != "architectures" and own.get(key) is not None
-    }
 
 
 def _write_json(content: Mapping[str, Any], path: Path) -> None:

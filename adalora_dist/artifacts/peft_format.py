@@ -75,7 +75,7 @@ def fold(adapters: Sequence[AdapterWeights], max_rank: int) -> tuple[list[Adapte
 def save_lora(
     adapters: Sequence[AdapterWeights],
     folder: Path,
-    base_model: str,
+    base_model: str | None,
     base_revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     trained: Mapping[str, torch.Tensor] | None = None,
@@ -87,7 +87,7 @@ def save_lora(
     Args:
         adapters: of every adapted matrix.
         folder: must not exist. Built beside it and renamed when complete.
-        base_model: Hub id or folder of the backbone, for PEFT to find.
+        base_model: Hub id or folder of the backbone, for PEFT to find; None: whoever loads it has to know.
         dtype: of the factors; all but float32 round them.
         trained: full tensors that training replaced (``train_modules``), by parameter name.
         model: from :func:`adalora_dist.backbones.names.plain_model`. Gives PEFT the task, finds what it would take for
@@ -150,7 +150,7 @@ def vllm_options(folder: Path) -> str:
 def save_adalora(
     adapters: Sequence[AdapterWeights],
     folder: Path,
-    base_model: str,
+    base_model: str | None,
     base_revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     trained: Mapping[str, torch.Tensor] | None = None,
@@ -235,7 +235,7 @@ def save_dora(
 def _common_config(
     adapters: Sequence[Update],
     kept: Sequence[Update],
-    base_model: str,
+    base_model: str | None,
     base_revision: str | None,
     trained: Mapping[str, torch.Tensor] | None,
     model: PreTrainedModel | None,

@@ -304,6 +304,14 @@ def adapters_of(model: nn.Module) -> list[Adapter]:
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
+def plain_path(path: str) -> str:
+    """The path of a module or parameter without what engines, compilers and checkpointing put into it."""
+    path = path.removeprefix("module.")
+    for wrapper in _WRAPPERS:
+        path = path.replace(wrapper, "")
+    return path
+
+
 def trained_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     """All trainable parameters as the model holds them now, by names that no engine changes."""
     own = {
@@ -317,9 +325,7 @@ def trained_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
         if parameter.requires_grad:
             name = own.get(id(parameter))
             if name is None:
-                name = path.removeprefix("module.")
-                for wrapper in _WRAPPERS:
-                    name = name.replace(wrapper, "")
+                name = plain_path(path)
             found[name] = parameter
     return found
 
