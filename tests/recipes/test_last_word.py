@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.recipes.test_launch import BIN, run_command
 from tests.support.paths import ROOT
 from tests.support.ranks import free_port
+from tests.support.recipe_runs import BIN, run_command
 
 pytest.importorskip("deepspeed")
 

@@ -49,17 +49,24 @@ def run_recipe(
     return results[0]
 
 
-def run_command(*command: Any, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run from the repository's root, as the README says, without what this test process has in its environment."""
-    launchers = ("ACCELERATE_", "FSDP_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "DS_ACCELERATOR")
+def run_command(*command: Any, timeout: float = 400, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run from the repository's root, as the README says, with this Python first on PATH, as in an activated virtual
+    environment, and without what launchers have put into this test process's environment."""
+    launchers = ("ACCELERATE_", "FSDP_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "DS_ACCELERATOR", "OMP_")
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(launchers)}
+    own = {
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     return subprocess.run(
         [str(word) for word in command],
         cwd=ROOT,
-        env={**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+        env={**inherited, **own, **environment},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=timeout,
     )
 
 
