@@ -27,6 +27,7 @@ from adalora_dist.backbones.names import FileNames, names_in
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import read_object
 from adalora_dist.io.progress import progress_bar
+from adalora_dist.io.redaction import redacted
 from adalora_dist.methods.adalora.method import place
 from adalora_dist.methods.protocol import Adapter
 from adalora_dist.methods.update import AdapterWeights
@@ -45,7 +46,7 @@ def save_adapter(adapters: Sequence[AdapterWeights], folder: Path, base_model: s
     tensors = {f"{a.name}.{kind}": getattr(a, kind) for a in adapters for kind in ("P", "lam", "Q") if a.rank}
     save_file(tensors, folder / "adapter.safetensors", metadata={"format": "pt"})
     description = AdapterDescription(
-        base_model=base_model,
+        base_model=redacted(base_model),
         base_revision=base_revision,
         scales={a.name: a.scale for a in adapters},
         rank_pattern={a.name: a.rank for a in adapters},

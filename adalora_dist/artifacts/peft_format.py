@@ -24,6 +24,7 @@ from torch.nn.functional import pad as pad_with_zeros
 from adalora_dist.artifacts.peft_check import taken_for_experts, verify
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import read_object
+from adalora_dist.io.redaction import redacted
 from adalora_dist.methods.adalora.start import PREFIX, RANKNUM_OFFSET
 from adalora_dist.methods.update import AdapterWeights
 
@@ -188,7 +189,7 @@ def _common_config(
     model: PreTrainedModel | None,
 ) -> dict[str, Any]:
     return {
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": redacted(base_model),
         "revision": base_revision,
         "target_modules": _exactly([a.name for a in kept], [a.name for a in adapters]),
         "modules_to_save": _whole_modules(trained, model) if trained else None,

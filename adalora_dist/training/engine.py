@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -20,7 +21,7 @@ from torch import nn
 
 from adalora_dist.config.sections import RunConfig, TrainConfig
 from adalora_dist.io.errors import UserError
-from adalora_dist.io.redaction import redacted
+from adalora_dist.io.redaction import redacted, redacted_command
 
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 _TRACKER_INSTALLED = {
@@ -85,7 +86,12 @@ def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
         flat = {
             f"{section}.{key}": redacted(str(value)) for section, values in sections for key, value in values.items()
         }
-        accelerator.init_trackers("adalora-dist", config=flat)
+        words = sys.argv
+        sys.argv = redacted_command(words)  # trackers keep the command line, too
+        try:
+            accelerator.init_trackers("adalora-dist", config=flat)
+        finally:
+            sys.argv = words
 
 
 def num_micro_steps(train: TrainConfig, world_size: int) -> int:

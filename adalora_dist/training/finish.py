@@ -17,6 +17,7 @@ from adalora_dist.backbones.dequantized import QuantizedWeight, quantization_rec
 from adalora_dist.backbones.load import dtype_named
 from adalora_dist.backbones.names import plain_model
 from adalora_dist.config.sections import RunConfig
+from adalora_dist.io.redaction import redacted
 from adalora_dist.methods.update import AdapterWeights
 from adalora_dist.training.prepared import Prepared
 from adalora_dist.training.run_folder import RunFolder
@@ -51,7 +52,7 @@ def export_trained(
                 dtype, names = dtype_named(config.export.export_dtype), getattr(model, "file_names", None)
                 options = Options(dtype, base_weights, names)
             if said := form.write(saved, out, options):
-                accelerator.print(f"{name}: {said}")
+                accelerator.print(redacted(f"{name}: {said}"))
             if not form.is_adapter:
                 tokenizer.save_pretrained(out)
     return pattern

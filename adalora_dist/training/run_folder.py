@@ -60,7 +60,7 @@ class RunFolder:
         (self.path / "config.yaml").write_text(text, encoding="utf-8")
         first_step = {} if resumed is None else {"resumed_from": str(resumed.path), "first_step": resumed.step}
         about = {**_provenance(), **facts, **first_step}
-        (self.path / "run.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        (self.path / "run.json").write_text(json.dumps(redacted(about), indent=2) + "\n", encoding="utf-8")
 
     def _restore_logs(self, resumed: Checkpoint) -> None:
         """Back to what was logged when the checkpoint was written, so that no step is there twice or missing."""
@@ -94,7 +94,7 @@ class RunFolder:
     def write_json(self, name: str, content: Any) -> None:
         """Write ``content`` as NAME in the folder."""
         if self._metrics is not None:
-            (self.path / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            (self.path / name).write_text(json.dumps(redacted(content), indent=2) + "\n", encoding="utf-8")
 
 
 def refuse_used_folder(config: RunConfig) -> None:
