@@ -38,6 +38,7 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import read_object
 from adalora_dist.io.progress import progress_bar
 from adalora_dist.io.publish import building
+from adalora_dist.io.redaction import redacted
 from adalora_dist.methods import METHODS
 from adalora_dist.methods.protocol import Adapter
 from adalora_dist.methods.update import Matrix, Update, weight_shape
@@ -88,7 +89,7 @@ def save_adapter(
 def _described(adapters: Sequence[Update], base_model: str, base_revision: str | None) -> AdapterDescription:
     matrices = [a.matrix for a in adapters]
     tables: dict[str, Any] = {
-        "base_model": base_model,
+        "base_model": redacted(base_model),
         "base_revision": base_revision,
         "scales": {m.name: m.scale for m in matrices},
         "rank_pattern": {m.name: m.rank for m in matrices},

@@ -26,6 +26,7 @@ from adalora_dist.artifacts.whole import check_whole
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import read_object
 from adalora_dist.io.publish import building
+from adalora_dist.io.redaction import redacted
 from adalora_dist.methods.adalora.start import PREFIX, RANKNUM_OFFSET
 from adalora_dist.methods.dora import DoraUpdate
 from adalora_dist.methods.update import AdapterWeights, Update
@@ -241,7 +242,7 @@ def _common_config(
     model: PreTrainedModel | None,
 ) -> dict[str, Any]:
     return {
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": redacted(base_model),
         "revision": base_revision,
         "target_modules": _exactly([a.name for a in kept], [a.name for a in adapters]),
         "modules_to_save": _whole_modules(trained, model) if trained else None,

@@ -9,6 +9,8 @@ import os
 import stat
 import sys
 
+from adalora_dist.io.redaction import redacted
+
 
 class _Terminal(io.TextIOWrapper):
     """A terminal that may be closed while the program goes on: then it takes what is written, and shows nothing."""
@@ -44,6 +46,11 @@ def keep_writing() -> None:
             stream.flush()
             # The stream itself lives on as sys.__stdout__, or else it would close the terminal when it is collected.
             setattr(sys, name, _Terminal(stream.buffer, stream.encoding, stream.errors, line_buffering=True))
+
+
+def say(text: str) -> None:
+    """Print ``text`` without the secrets in it."""
+    print(redacted(text))
 
 
 def let_go_of_terminal() -> None:

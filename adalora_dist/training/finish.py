@@ -18,6 +18,7 @@ from adalora_dist.backbones.load import dtype_named
 from adalora_dist.backbones.names import plain_model
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.publish import set_aside, write_whole, writing
+from adalora_dist.io.redaction import redacted
 from adalora_dist.methods.update import Update
 from adalora_dist.training.prepared import Prepared
 from adalora_dist.training.run_folder import RunFolder
@@ -54,7 +55,7 @@ def export_trained(
                 into = quantized if config.export.merge_into == "dequantized" else None
                 options = Options(dtype_named(config.export.export_dtype), into, names, tokenizer=tokenizer)
             if said := form.write(saved, out, options):
-                accelerator.print(f"{name}: {said}")
+                accelerator.print(redacted(f"{name}: {said}"))
     return pattern
 
 

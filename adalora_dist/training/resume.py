@@ -141,7 +141,7 @@ def compare_data(checkpoint: Checkpoint, plan: BatchPlan, config: RunConfig) -> 
 
 def compare_backbone(checkpoint: Checkpoint, model: ModelConfig) -> None:
     """Raise a ``UserError`` unless the backbone is the one that the adapters were trained on."""
-    then, now = checkpoint.run["backbone"], backbone_identity(model)
+    then, now = checkpoint.run["backbone"], redacted(backbone_identity(model))
     known = then["sha256"] is not None and now["sha256"] is not None
     if then["sha256"] != now["sha256"] if known else (then["name"], then["revision"]) != (now["name"], now["revision"]):
         raise UserError(
@@ -236,11 +236,11 @@ class RunCheckpoints:
         self._writer = CheckpointWriter(self._folder / CHECKPOINTS, train.keep_checkpoints, train.async_checkpoints)
         self._run = {
             "config": redacted(config.model_dump(mode="json")),
-            "backbone": backbone_identity(config.model),
+            "backbone": redacted(backbone_identity(config.model)),
             "data": plan.fingerprint(),
             "num_steps": num_steps,
             "num_processes": accelerator.num_processes,
-            "notes": dict(notes),
+            "notes": redacted(dict(notes)),
             "task": task_settings(accelerator.unwrap_model(prepared.model)),
         }
         prepared.hooks.bind(prepared.optimizer)

@@ -34,6 +34,7 @@ from adalora_dist.backbones.fit import check_lengths, lengths_of
 from adalora_dist.backbones.load import load_backbone
 from adalora_dist.backbones.quantization import bitsandbytes_config
 from adalora_dist.config.sections import RunConfig
+from adalora_dist.io.redaction import redacted
 from adalora_dist.methods.inject import adapt
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.losses import LossSum
@@ -70,8 +71,6 @@ class Run(Generic[Config]):
         self.engine = engine_name(accelerator)
         self.quantization = bitsandbytes_config(config, self.engine)
         self.bad_rows = BadRows(cast(Any, config).data.bad_rows)
-        self.say = accelerator.print
-        """Prints on the main process alone."""
         self.is_main, self.device = accelerator.is_main_process, accelerator.device
         self.ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
         """For evaluations, which are dealt out over processes."""
@@ -80,6 +79,10 @@ class Run(Generic[Config]):
         """At the end, for the mean over seeds."""
         self._loaded: PreTrainedModel | None = None
         self._prepared: Prepared | None = None
+
+    def say(self, line: str) -> None:
+        """Print on the main process alone, without secrets."""
+        self.accelerator.print(redacted(line))
 
     def begin(self) -> None:
         """Seed everything, and find the checkpoint that ``resume`` asks for.

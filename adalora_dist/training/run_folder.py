@@ -72,7 +72,7 @@ class RunFolder:
         with writing(self.path):
             text = yaml.safe_dump(redacted(config.model_dump(mode="json")), sort_keys=False)
             write_whole(self.path / "config.yaml", text)
-            write_whole(self.path / "run.json", json.dumps(about, indent=2) + "\n")
+            write_whole(self.path / "run.json", json.dumps(redacted(about), indent=2) + "\n")
 
     def _restore_logs(self, resumed: Checkpoint) -> None:
         """Back to what was logged when the checkpoint was written, so that no step is there twice or missing."""
@@ -106,7 +106,7 @@ class RunFolder:
         """Write ``content`` as NAME in the folder."""
         if self._metrics is not None:
             with writing(self.path / name):
-                write_whole(self.path / name, json.dumps(content, indent=2) + "\n")
+                write_whole(self.path / name, json.dumps(redacted(content), indent=2) + "\n")
 
 
 def refuse_used_folder(config: RunConfig) -> None:

@@ -20,13 +20,12 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import read_object
 from adalora_dist.io.progress import progress_bar
 from adalora_dist.io.publish import PARTIAL
-from adalora_dist.io.redaction import HIDDEN, redacted
+from adalora_dist.io.redaction import HIDDEN, redacted, secret_in
 
 LEGAL_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
 """The base's terms, which travel with what is derived from it."""
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}|\bhf_oauth_[\w.-]{20,}|\bapi_org_[A-Za-z0-9]{30,}")
 _READ_BYTES = 1 << 22
 
 
@@ -94,14 +93,15 @@ def refuse_token(path: Path, token: str | None) -> None:
     """Weights are numbers; of their files only the header can hold text.
 
     Raises:
-        UserError: ``token``, or what looks like one of the Hub's, is in the text.
+        UserError: ``token``, or what looks like a secret, is in the text; with the file and the kind.
     """
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else path.stat().st_size
         text = file.read(size) if path.suffix == ".safetensors" else path.read_bytes()
     decoded = text.decode("utf-8", errors="replace")
-    if (token and token in decoded) or _TOKEN.search(decoded):
-        raise UserError(f"{path} holds a token of the Hub: revoke the token, remove it from the file, and push again")
+    kind = "a token of the Hub" if token and token in decoded else secret_in(decoded)
+    if kind:
+        raise UserError(f"{path} holds {kind}: revoke it, remove it from the file, and push again")
 
 
 def _check_adapter_config(path: Path) -> None:
