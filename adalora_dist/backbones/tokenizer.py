@@ -20,7 +20,7 @@ Rules = tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]
 def remember_rules(tokenizer: PreTrainedTokenizerBase) -> None:
     """Keep in a tokenizer that was just loaded the rules which its files have."""
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
-        tokenizer.rules_in_files = (backend.truncation, backend.padding)  # type: ignore[attr-defined]
+        tokenizer.rules_in_files = (backend.truncation, backend.padding)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -28,10 +28,11 @@ from adalora_dist.config.presets import PresetTable
 from adalora_dist.config.run_file import Origins, RunFile
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.config.settings import Setting, legal, method_setting, near, remedy, settings_by_flag
-from adalora_dist.io.errors import UserError
+from adalora_dist.io.errors import UserError, printable
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
+_MAX_LINE_CHARACTERS = 4000
 RANK0_HEAD_START_SECONDS = 5.0
 """How long other ranks wait before they report: launchers end them once rank 0 has reported the same mistake."""
 
@@ -65,7 +66,7 @@ def fail(error: object) -> NoReturn:
     Of several ranks (``RANK``, or else ``LOCAL_RANK``, in the environment) rank 0 speaks first, and launchers then end
     the others. A rank that is still alive after ``RANK0_HEAD_START_SECONDS`` failed alone, and says so.
     """
-    line = " ".join(str(error).split())
+    line = printable(" ".join(str(error).split()), _MAX_LINE_CHARACTERS)
     rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
     if rank != "0":
         time.sleep(RANK0_HEAD_START_SECONDS)

@@ -1,7 +1,8 @@
 """Checked rows of texts on disk, for data that do not fit into memory. Never imports torch.
 
 A table is an Arrow file in the cache, named by the hash of the files' bytes and of what is asked of them. Beside it
-stands how many rows were left out, and why: whoever finds the table says so again.
+stands its own hash, without which it is made anew, and how many rows were left out, and why: whoever finds the table
+says so again.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ from typing import TYPE_CHECKING
 
 from adalora_dist.io.cache import cache_folder
 from adalora_dist.io.digest import digest_of
+from adalora_dist.io.foreign_files import opened, read_object
 from adalora_dist.io.publish import write_whole
 from adalora_dist.tasks.rows.bad_rows import BadRows
-from adalora_dist.tasks.rows.files import LocalSplit
+from adalora_dist.tasks.rows.files import LocalSplit, refuse_zeros
 from adalora_dist.tasks.rows.source import checked_rows, refuse_nothing
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_FORMAT = 1
+_FORMAT = 2
 _CHUNK_ROWS = 1000
 
 Texts = dict[str, str]
@@ -52,10 +54,14 @@ def checked_table(
 
     path = cache_folder() / "rows" / f"{_digest(split, columns, bad.policy, max_rows)}.arrow"
     try:
-        left_out = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        noted = read_object(path.with_suffix(".json"))
+        left_out = {str(file): (int(count), str(reason)) for file, (count, reason) in noted["left_out"].items()}
+        if _sha256(path) != noted["sha256"]:
+            raise ValueError("it is not what was written")
         table = Dataset.from_file(str(path))
-    except (OSError, ValueError):  # there is none, or a disk has lost a part of it
-        pass
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # none, or not what was written
+        if path.exists():
+            logger.warning("%s cannot be read (%s): made anew", path, error)
     else:
         for file, (count, reason) in left_out.items():
             bad.leave_out(file, count, reason)
@@ -71,8 +77,9 @@ def checked_table(
             partial.unlink()
             refuse_nothing(split.where, new.total())
         left_out = {file: (count, bad.reasons[file]) for file, count in new.items()}
-        write_whole(path.with_suffix(".json"), json.dumps(left_out))
+        noted = {"left_out": left_out, "sha256": _sha256(partial)}
         partial.rename(path)
+        write_whole(path.with_suffix(".json"), json.dumps(noted))
         return Dataset.from_file(str(path))
     except OSError as error:
         logger.warning("%s cannot be written (%s): rows are held in memory", path, error)
@@ -84,9 +91,14 @@ def _digest(split: LocalSplit, *asked: object) -> str:
     parts = [json.dumps([_FORMAT, *asked]).encode()]
     for path in split.files:
         parts.append(os.fsencode(path.absolute()) + b"\0")  # its rows are named by it
-        with path.open("rb") as file:
-            parts.append(hashlib.file_digest(file, "sha256").digest())
+        refuse_zeros(path)
+        parts.append(bytes.fromhex(_sha256(path)))
     return digest_of(parts)[:32]
+
+
+def _sha256(path: Path) -> str:
+    with opened(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write(path: Path, columns: tuple[str, ...], rows: Iterable[Texts]) -> int:
