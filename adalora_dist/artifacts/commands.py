@@ -20,7 +20,7 @@ from adalora_dist.artifacts.tables import rank_table
 from adalora_dist.backbones.dequantized import read_quantization_record
 from adalora_dist.backbones.load import dtype_named
 from adalora_dist.config.formats import EXPORT_FORMATS, ExportFormat
-from adalora_dist.io.errors import UserError
+from adalora_dist.io.errors import UserError, printable
 from adalora_dist.io.foreign_files import read_object, read_sections
 from adalora_dist.io.markdown import number
 from adalora_dist.io.terminal import say
@@ -192,7 +192,8 @@ def inspect_run(path: Path, picture_format: Literal["svg", "png", "none"] = "svg
     say("Active ranks\n" + rank_table(pattern) + "\n")
     active = sum(tensor.numel() for a in run.saved.adapters for tensor in a.tensors().values())
     whole = sum(math.prod(a.matrix.shape) for a in run.saved.adapters)
-    say(f"Base model: {run.saved.base_model}" + (f" at {run.saved.base_revision}" if run.saved.base_revision else ""))
+    revision = run.saved.base_revision
+    say(f"Base model: {printable(run.saved.base_model)}" + (f" at {printable(revision)}" if revision else ""))
     if "num_trainable_parameters" in run.facts:
         say(f"Trained parameters at the start: {number(run.facts['num_trainable_parameters'])}")
     say(

@@ -35,7 +35,7 @@ from adalora_dist.backbones.linears import linear_shape
 from adalora_dist.backbones.names import FileNames, names_in
 from adalora_dist.backbones.tokenizer import save_tokenizer
 from adalora_dist.io.errors import UserError
-from adalora_dist.io.foreign_files import read_object
+from adalora_dist.io.foreign_files import check_tensors, read_object
 from adalora_dist.io.progress import progress_bar
 from adalora_dist.io.publish import building
 from adalora_dist.io.redaction import redacted
@@ -127,6 +127,9 @@ def read_adapter(folder: Path) -> SavedAdapter:
     """
     try:
         described = read_description(folder)
+        for name in ("adapter.safetensors", "trained.safetensors"):
+            if (folder / name).exists():
+                check_tensors(folder / name)
         tensors = load_file(folder / "adapter.safetensors")
         trained = load_file(file) if (file := folder / "trained.safetensors").is_file() else {}
         task = checked_task(read_object(file), str(file)) if (file := folder / "task.json").is_file() else {}

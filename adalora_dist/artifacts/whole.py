@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from adalora_dist.io.errors import UserError
-from adalora_dist.io.foreign_files import read_object, read_text
+from adalora_dist.io.foreign_files import check_tensors, read_bytes, read_object, read_text
 
 MODEL_FILES = (
     *("config.json", "generation_config.json", "adapter_config.json"),
@@ -38,6 +38,7 @@ def check_files(paths: Iterable[Path]) -> dict[str, set[str]]:
     stored: dict[str, set[str]] = {}
     for path in paths:
         if path.suffix == ".safetensors":
+            check_tensors(path, "export again")
             try:
                 with safe_open(path, framework="np") as file:
                     stored[path.name] = set(file.keys())
@@ -52,7 +53,7 @@ def check_files(paths: Iterable[Path]) -> dict[str, set[str]]:
                 )
         elif path.suffix in (".txt", ".jinja"):
             read_text(path)
-        elif not path.stat().st_size:
+        elif not read_bytes(path):
             raise UserError(f"{path} is empty: bring it back from the base, or remove it")
     return stored
 

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedType
 from torch import nn
 
-from adalora_dist.backbones.files import locate_weights, stored_tensors
+from adalora_dist.backbones.files import locate_weights, refuse_odd_files, stored_tensors
 from adalora_dist.backbones.fit import fit_tokenizer
 from adalora_dist.backbones.names import FileNames, head_prefixes, on_meta
 from adalora_dist.backbones.quantization import settle_quantized
@@ -54,6 +54,8 @@ def load_backbone(
     from transformers import AutoConfig
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+    if Path(config.name).is_dir():
+        refuse_odd_files(Path(config.name))
     if (Path(config.name) / "adapter_config.json").is_file():
         raise UserError(
             f"model={config.name!r} is an adapter of PEFT: give the model that it belongs to, and the adapter as "

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 import psutil
 
+from adalora_dist.io.errors import printable
 from adalora_dist.io.launchers import launchers
 from adalora_dist.io.redaction import redacted
 
@@ -45,9 +46,12 @@ sys.stderr.buffer.write(line)
 _told = False
 
 
+_MAX_LINE_CHARACTERS = 4000
+
+
 def tell_error(text: object) -> None:
     """Print ``error: <one line>`` on standard error, as the last thing that is seen of this program."""
-    line = f"error: {redacted(' '.join(str(text).split()))}"
+    line = f"error: {printable(redacted(' '.join(str(text).split())), _MAX_LINE_CHARACTERS)}"
     print(line, file=sys.stderr, flush=True)
     repeat_last(line)
 

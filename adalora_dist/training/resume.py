@@ -20,6 +20,7 @@ from adalora_dist.artifacts.checkpoints.writer import (
 from adalora_dist.artifacts.export import task_settings
 from adalora_dist.config.sections import ModelConfig, RunConfig, TrainConfig
 from adalora_dist.io.errors import UserError
+from adalora_dist.io.foreign_files import read_bytes
 from adalora_dist.io.redaction import redacted
 from adalora_dist.sharding.agreement import agreed, this_rank
 from adalora_dist.tasks.batches import BatchPlan
@@ -161,8 +162,8 @@ def backbone_identity(model: ModelConfig) -> dict[str, str | None]:
         folder = _cached_folder(model)
     digest: str | None = None
     if folder is not None:
-        sha256 = hashlib.sha256((folder / "config.json").read_bytes() if (folder / "config.json").exists() else b"")
-        for path in sorted(folder.glob("*.safetensors")):
+        sha256 = hashlib.sha256(read_bytes(config) if (config := folder / "config.json").is_file() else b"")
+        for path in sorted(path for path in folder.glob("*.safetensors") if path.is_file()):
             size_bytes = path.stat().st_size
             sha256.update(f"{path.name} {size_bytes}".encode())
             with path.open("rb") as file:

@@ -159,7 +159,7 @@ def test_a_disk_that_is_full_leaves_the_old_ones(root: Path, monkeypatch: pytest
             raise full_disk
         return real_open(path, flags, mode)
 
-    def no_folder(path: Any) -> None:
+    def no_folder(path: Any, mode: int = 0o777) -> None:
         if name == "folder":
             found.append(path)
             raise full_disk
@@ -175,17 +175,17 @@ def test_a_disk_that_is_full_leaves_the_old_ones(root: Path, monkeypatch: pytest
 
 
 def test_a_folder_that_may_not_be_written_is_one_line(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(path: Any) -> None:
+    def refused(path: Any, mode: int = 0o777) -> None:
         raise PermissionError(13, "Permission denied", path)
 
     run = Run(root)
     monkeypatch.setattr("adalora_dist.artifacts.checkpoints.files.os.mkdir", refused)
     with pytest.raises(UserError, match="cannot be written .Permission denied"):
         run.save(30)
+    monkeypatch.undo()
     shutil.rmtree(root)
     (root.parent / "elsewhere").mkdir()
     root.symlink_to("elsewhere")
-    monkeypatch.undo()
     with pytest.raises(UserError, match="is a link"):
         run.save(30)
     assert not any((root.parent / "elsewhere").iterdir())

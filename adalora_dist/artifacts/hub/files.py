@@ -17,7 +17,7 @@ from adalora_dist.artifacts.whole import check_files, is_model_file
 from adalora_dist.backbones.files import indexed_files, is_module_pattern
 from adalora_dist.config.hub_names import is_repo_id
 from adalora_dist.io.errors import UserError
-from adalora_dist.io.foreign_files import read_object
+from adalora_dist.io.foreign_files import read_bytes, read_object
 from adalora_dist.io.progress import progress_bar
 from adalora_dist.io.publish import PARTIAL
 from adalora_dist.io.redaction import HIDDEN, redacted, secret_in
@@ -95,9 +95,11 @@ def refuse_token(path: Path, token: str | None) -> None:
     Raises:
         UserError: ``token``, or what looks like a secret, is in the text; with the file and the kind.
     """
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else path.stat().st_size
-        text = file.read(size) if path.suffix == ".safetensors" else path.read_bytes()
+    if path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            text = file.read(int.from_bytes(file.read(8), "little"))
+    else:
+        text = read_bytes(path)
     decoded = text.decode("utf-8", errors="replace")
     kind = "a token of the Hub" if token and token in decoded else secret_in(decoded)
     if kind:

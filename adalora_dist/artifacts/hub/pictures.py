@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adalora_dist.io.errors import UserError
+from adalora_dist.io.errors import UserError, printable
 from adalora_dist.io.foreign_files import read_records
 from adalora_dist.io.publish import write_whole, writing
 
@@ -66,8 +66,8 @@ def draw_rank_map(pattern: Mapping[str, int], path: Path) -> None:
             columns.index(column), lines.index(line), str(rank), ha="center", va="center", fontsize=7,
             color="white" if dark else "black",
         )  # fmt: skip
-    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", fontsize=8)
-    axes.set_yticks(range(len(lines)), lines, fontsize=8)
+    axes.set_xticks(range(len(columns)), [printable(name, 60) for name in columns], rotation=30, ha="right", fontsize=8)
+    axes.set_yticks(range(len(lines)), [printable(name, 60) for name in lines], fontsize=8)
     axes.set_title(f"Active ranks: {sum(pattern.values())} triplets in {len(pattern)} matrices", fontsize=10)
     figure.colorbar(image, ax=axes, label="rank").locator = _whole_numbers()
     _save(figure, path)
@@ -149,7 +149,10 @@ def _figure(width_inches: float, height_inches: float) -> Figure:
 def _save(figure: Figure, path: Path) -> None:
     """SVG or PNG by the file's ending. The same bytes for the same numbers: no date, fixed names; text stays text."""
     import matplotlib
+    from matplotlib.text import Text
 
+    for text in figure.findobj(Text):  # a name such as $\\frac{$ is no formula, and would end the drawing
+        text.set_parse_math(False)
     metadata, drawn = {"Date": None} if path.suffix == ".svg" else None, io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "adalora-dist", "svg.fonttype": "none"}):
         figure.savefig(drawn, format=path.suffix[1:], dpi=150, metadata=metadata)

@@ -30,7 +30,7 @@ from adalora_dist.config.formats import ExportFormat
 from adalora_dist.config.hub_names import check_branch, check_repo_id
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
-from adalora_dist.io.foreign_files import read_object
+from adalora_dist.io.foreign_files import read_bytes, read_object
 
 T = TypeVar("T")
 
@@ -155,7 +155,7 @@ def _written_here(
                 "write a README.md"
             )
         refuse_token(readme, get_token())
-        return {"README.md": readme.read_bytes()}
+        return {"README.md": read_bytes(readme)}
     try:
         pictures = card_pictures(run)
     except UserError as error:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from adalora_dist.backbones.files import is_module_pattern
 from adalora_dist.config.methods import LowRankConfig
 from adalora_dist.io.errors import UserError
-from adalora_dist.io.foreign_files import read_object
+from adalora_dist.io.foreign_files import check_tensors, read_object
 from adalora_dist.methods.adalora.layers import SVDLinear
 
 PREFIX = "base_model.model."
@@ -66,6 +66,7 @@ def read_peft(folder: Path, scale: float) -> dict[str, Triplets]:
     """
     try:
         config = read_object(folder / "adapter_config.json")
+        check_tensors(folder / "adapter_model.safetensors")
         tensors = load_file(folder / "adapter_model.safetensors")
         kind = str(config["peft_type"])
     except (OSError, ValueError, KeyError, SafetensorError) as error:

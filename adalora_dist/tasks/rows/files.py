@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from adalora_dist.io.errors import UserError
+from adalora_dist.io.foreign_files import MAX_BYTES, NotReadable, opened
 from adalora_dist.tasks.rows.bad_rows import Rows
 
 SUFFIXES = (".jsonl", ".parquet", ".json", ".jsonl.gz", ".json.gz")
@@ -33,6 +34,8 @@ held out as well."""
 _SHARD = re.compile(r"-(\d+)-of-(\d+)")
 _PARQUET_ROWS = 1000
 _LONGEST_CELL = 2**31 - 1  # Python's own limit of 128 KiB is less than a document
+_MAX_ARRAY_BYTES = 1 << 29
+"""Of a file that is one JSON array, which is parsed as a whole."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,9 @@ class LocalSplit:
     def identity(self) -> Iterator[bytes]:
         """What the rows and their origins depend on: the names of the files, and the SHA-256 of each."""
         for path in self.files:
+            refuse_zeros(path)
             yield os.fsencode(path.absolute()) + b"\0"
-            with path.open("rb") as file:
+            with opened(path) as file:
                 yield hashlib.file_digest(file, "sha256").digest()
 
 
@@ -137,9 +141,12 @@ def file_rows(path: Path) -> Rows:
     """
     try:
         if path.name.endswith(".parquet"):
+            refuse_zeros(path)
             yield from _parquet_rows(path)
             return
-        with cast(BinaryIO, gzip.open(path) if path.name.endswith(".gz") else path.open("rb")) as file:
+        refuse_zeros(path)
+        with opened(path) as raw:
+            file = cast(BinaryIO, gzip.open(raw)) if path.name.endswith(".gz") else raw
             if path.name.endswith(TEXT_TABLES):
                 yield from _table_rows(path, file)
                 return
@@ -147,9 +154,28 @@ def file_rows(path: Path) -> Rows:
             is_array = path.name.removesuffix(".gz").endswith(".json") and start.startswith(b"[")
             file.seek(0)
             yield from _array_rows(path, file) if is_array else _line_rows(path, file)
-    except (OSError, EOFError, zlib.error) as error:
+    except (NotReadable, OSError, EOFError, zlib.error) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
         raise UserError(f"{path} cannot be read ({reason}): bring it back from a copy, or write it again") from error
+
+
+def refuse_zeros(path: Path) -> None:
+    """Raise for what is no file of rows, before all of it is read: no plain file, or one that is not filled.
+
+    Raises:
+        UserError: a file that was made in its length and never written, 100 GB of it on no disk, or a device.
+    """
+    try:
+        with opened(path) as file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            if size_bytes and os.lseek(file.fileno(), 0, os.SEEK_HOLE) < size_bytes:
+                raise NotReadable("it has holes")
+            os.lseek(file.fileno(), 0, os.SEEK_SET)
+            start = file.read(4096)
+            if start and not start.strip(b"\0"):
+                raise NotReadable("it begins with zeros")
+    except NotReadable as error:
+        raise UserError(f"{path} cannot be read ({error}): bring it back from a copy, or write it again") from None
 
 
 def _listed(folder: Path) -> list[Path]:
@@ -200,8 +226,10 @@ def _shards(name: str, suffix: str, listed: Sequence[Path]) -> list[Path]:
 
 
 def _line_rows(path: Path, lines: BinaryIO) -> Iterator[tuple[str, object]]:
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(iter(lambda: lines.readline(MAX_BYTES + 1), b""), start=1):
         origin = f"{path}:{number}"
+        if len(line) > MAX_BYTES:
+            raise NotReadable(f"row {number} has more than {MAX_BYTES:,} bytes")
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             if text.strip():
@@ -221,8 +249,13 @@ def _line_rows(path: Path, lines: BinaryIO) -> Iterator[tuple[str, object]]:
 
 
 def _array_rows(path: Path, file: BinaryIO) -> Iterator[tuple[str, object]]:
+    content = bytearray()
+    while len(content) <= _MAX_ARRAY_BYTES and (block := file.read(1 << 20)):
+        content += block
+    if len(content) > _MAX_ARRAY_BYTES:
+        raise UserError(f"{path} has more than {_MAX_ARRAY_BYTES:,} bytes in one array; write one JSON object per line")
     try:
-        rows = json.loads(file.read().decode("utf-8-sig"))
+        rows = json.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
     except json.JSONDecodeError as error:

@@ -1,11 +1,13 @@
 """Checked rows of texts on disk, for data that do not fit into memory. Never imports torch.
 
 A table is an Arrow file in the cache, named by the hash of the files' bytes and of what is asked of them. Beside it
-stands how many rows were left out, and why: whoever finds the table says so again.
+stands its own hash, without which it is made anew, and how many rows were left out, and why: whoever finds the table
+says so again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from adalora_dist.io.cache import cache_folder
 from adalora_dist.io.digest import digest_of
+from adalora_dist.io.foreign_files import opened, read_object
 from adalora_dist.io.publish import write_whole
 from adalora_dist.tasks.rows.bad_rows import BadRows, Rows
 from adalora_dist.tasks.rows.source import checked_rows, refuse_nothing
@@ -23,7 +26,7 @@ from adalora_dist.tasks.rows.source import checked_rows, refuse_nothing
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_FORMAT = 1
+_FORMAT = 2
 _CHUNK_ROWS = 1000
 
 Texts = dict[str, str]
@@ -65,10 +68,14 @@ def checked_table(
 
     path = cache_folder() / "rows" / f"{_digest(split, columns, bad.policy, max_rows, *filter(None, [how]))}.arrow"
     try:
-        left_out = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        noted = read_object(path.with_suffix(".json"))
+        left_out = {str(file): (int(count), str(reason)) for file, (count, reason) in noted["left_out"].items()}
+        if _sha256(path) != noted["sha256"]:
+            raise ValueError("it is not what was written")
         table = Dataset.from_file(str(path))
-    except (OSError, ValueError):  # there is none, or a disk has lost a part of it
-        pass
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # none, or not what was written
+        if path.exists():
+            logger.warning("%s cannot be read (%s): made anew", path, error)
     else:
         for file, (count, reason) in left_out.items():
             bad.leave_out(file, count, reason)
@@ -84,8 +91,9 @@ def checked_table(
             partial.unlink()
             refuse_nothing(split.where, new.total())
         left_out = {file: (count, bad.reasons[file]) for file, count in new.items()}
-        write_whole(path.with_suffix(".json"), json.dumps(left_out))
+        noted = {"left_out": left_out, "sha256": _sha256(partial)}
         partial.rename(path)
+        write_whole(path.with_suffix(".json"), json.dumps(noted))
         return Dataset.from_file(str(path))
     except OSError as error:
         logger.warning("%s cannot be written (%s): rows are held in memory", path, error)
@@ -108,6 +116,11 @@ def digest_of_tokens(rows: Dataset) -> str:
 
 def _digest(split: Split, *asked: object) -> str:
     return digest_of([json.dumps([_FORMAT, *asked]).encode(), *split.identity()])[:32]
+
+
+def _sha256(path: Path) -> str:
+    with opened(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write(path: Path, columns: tuple[str, ...], rows: Iterable[Texts]) -> int:

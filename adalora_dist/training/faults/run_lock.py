@@ -9,7 +9,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from adalora_dist.io.errors import UserError
+from adalora_dist.io.errors import UserError, printable
+from adalora_dist.io.foreign_files import read_object
 from adalora_dist.io.publish import refuse_link, write_whole
 from adalora_dist.training.faults.verdict import Identity
 
@@ -64,10 +65,10 @@ class RunLock:
 
     def _owner(self) -> dict[str, str] | None:
         try:
-            owner: dict[str, str] | None = json.loads(self._owner_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            content = read_object(self._owner_file)
+            return {key: printable(content[key], 100) for key in ("host", "pid", "since")}
+        except (UserError, LookupError):
             return None
-        return owner
 
     def _seconds_since_touch(self) -> float:
         return time.time() - self._owner_file.lstat().st_mtime
