@@ -47,6 +47,7 @@ class Dvora(SharedMethod):
     config: DvoraConfig
     layer = DvoraLinear
     update = DvoraUpdate
+    said = "Vectors around shared random projections, with lengths (DVoRA, [arXiv 2402.09353](https://arxiv.org/abs/2402.09353))"
 
     def step(self, adapters: Sequence[Adapter], total_steps: int) -> Step:
         return MagnitudeStep(cast(Sequence[DvoraLinear], adapters))

@@ -50,6 +50,7 @@ class LoraFa(Method):
     """What it leaves is LoRA, and so are its adapter folders."""
 
     config: LoraFaConfig
+    said = "Low-rank adapters (LoRA-FA, [arXiv 2308.03303](https://arxiv.org/abs/2308.03303))"
 
     def adapt(self, model: nn.Module, generator: torch.Generator) -> list[Adapter]:
         return list(put_around(model, self.config, partial(LoraFaLinear, config=self.config, generator=generator)))

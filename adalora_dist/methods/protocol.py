@@ -220,6 +220,9 @@ class Method:
     formats: ClassVar[frozenset[str]] = frozenset({"merged"})
     """What can be written of it; others are refused before training."""
 
+    said: ClassVar[str] = "Weights trained in place"
+    """What model cards call its result, before "for" or "merged into" the name of the base."""
+
     trains_everything: ClassVar[bool] = False
     """Whether ``train_modules`` has nothing to add."""
 

@@ -218,6 +218,7 @@ class Vera(SharedMethod):
     """W = W0 + diag(b) B diag(d) A."""
 
     config: VeraConfig
+    said = "Vectors around shared random projections (VeRA, [arXiv 2310.11454](https://arxiv.org/abs/2310.11454))"
 
     def step(self, adapters: Sequence[Adapter], total_steps: int) -> Step:
         return BranchStep(cast(Sequence[VeraLinear], adapters))

@@ -17,6 +17,7 @@ from adalora_dist.artifacts.checkpoints.content import load_checkpoint
 from adalora_dist.artifacts.checkpoints.writer import CheckpointWriter, checkpoint_at
 from adalora_dist.artifacts.export import load_adapter, merge, read_adapter, save_adapter
 from adalora_dist.config.methods import MethodConfig, method_config
+from adalora_dist.methods import METHODS
 from adalora_dist.methods.hooks import attach
 from adalora_dist.methods.inject import adapt, parameter_groups
 from adalora_dist.methods.protocol import others_trained, trained_parameters
@@ -98,6 +99,12 @@ def run(
             CheckpointWriter(save, 1).save(STOP, parameters, wrapped, hooks, {})
     hooks.finish()
     return losses
+
+
+def test_the_table_has_every_method_beside_those_that_have_tests_of_their_own() -> None:
+    assert {*SETTINGS} == {*METHODS} - {"adalora", "lora", "head", "full"}
+    said = [METHODS[name].said for name in SETTINGS]
+    assert len({*said}) == len(said) and all("arxiv.org" in text for text in said)
 
 
 @functools.cache
