@@ -12,12 +12,13 @@ import torch
 
 from adalora_dist.artifacts.export import BaseWeight, SavedAdapter, base_folder_of, merge, row_norms
 from adalora_dist.artifacts.peft_check import not_verified
-from adalora_dist.artifacts.peft_format import save_adalora, save_dora, save_lora, vllm_options
+from adalora_dist.artifacts.peft_format import save_adalora, save_dora, save_lora, save_vera, vllm_options
 from adalora_dist.backbones.names import FileNames, names_in, plain_model
 from adalora_dist.config.formats import ExportFormat
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.dora import DoraUpdate
 from adalora_dist.methods.update import AdapterWeights, Update
+from adalora_dist.methods.vera import VeraUpdate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -90,6 +91,10 @@ def _write_adalora(saved: SavedAdapter, folder: Path, options: Options) -> str:
     return _write_adapter(save_adalora, saved.adapters, saved, folder, options)
 
 
+def _write_vera(saved: SavedAdapter, folder: Path, options: Options) -> str:
+    return _write_adapter(save_vera, saved.adapters, saved, folder, options)
+
+
 def _write_dora(saved: SavedAdapter, folder: Path, options: Options) -> str:
     base = base_folder_of(saved.base_model, saved.base_revision)
     names = options.names or names_in(base, saved.task)
@@ -126,7 +131,11 @@ def _plain_base(saved: SavedAdapter) -> PreTrainedModel | None:
     return plain_model(source, saved.task)
 
 
-_PEFT_FORMS: dict[str, Write] = {AdapterWeights.method: _write_adalora, DoraUpdate.method: _write_dora}
+_PEFT_FORMS: dict[str, Write] = {
+    AdapterWeights.method: _write_adalora,
+    DoraUpdate.method: _write_dora,
+    VeraUpdate.method: _write_vera,
+}
 """By what the method's updates say."""
 FORMATS: dict[ExportFormat, Format] = {
     "merged": Format(_write_merged, is_adapter=False),

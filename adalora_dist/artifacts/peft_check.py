@@ -101,13 +101,14 @@ def verify(
     expected: dict[str, dict[str, torch.Tensor]] = {}
     whole = {PREFIX + name for name in trained}
     for key, tensor in tensors.items():
-        if key not in whole:
+        if key not in whole and key.startswith(PREFIX):  # what all matrices share is compared at each of them
             name, _, kind = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
             expected.setdefault(name, {})[kind] = tensor
     if other := sorted(layers.keys() ^ expected.keys()):
         raise _refusal(folder, f"{other[0]} has an adapter in one of the two alone")
+    shared = {key.rpartition(".")[2]: t for key, t in tensors.items() if not key.startswith(PREFIX)}
     for name, factors in expected.items():
-        _compare(folder, name, layers[name], factors)
+        _compare(folder, name, layers[name], factors | shared)
     found: dict[str, torch.Tensor] = dict(loaded.named_parameters())
     for name in trained:
         owner, _, leaf = name.rpartition(".")
@@ -135,8 +136,8 @@ def _compare(folder: Path, name: str, layer: Any, factors: Mapping[str, torch.Te
         value = getattr(holder, "weight", holder)  # a linear map's, or AdaLoRA's parameter itself
         if value is None or not _is_same(value, tensor):
             raise _refusal(folder, f"{kind} of {name} does not arrive")
-    scaling, is_lora = layer.scaling["default"], "lora_E" not in factors
-    if is_lora and scaling != 1:
+    is_lora = "lora_A" in factors and "lora_E" not in factors
+    if is_lora and (scaling := layer.scaling["default"]) != 1:
         raise _refusal(folder, f"{name} is scaled by {scaling:g}, not by 1")
 
 

@@ -1,11 +1,12 @@
-"""LoRA, AdaLoRA and DoRA adapters in PEFT's file formats: ``adapter_config.json`` and ``adapter_model.safetensors``.
+"""Adapters in PEFT's formats (``adapter_config.json``, ``adapter_model.safetensors``): LoRA, AdaLoRA, DoRA and VeRA.
 
 Plain LoRA is exact: A = the active rows of Q, B = s P diag(lambda), alpha = rank for every module, so that whoever
 loads it multiplies by exactly 1. vLLM reads the same files; up to 0.30 it knows one alpha / r for all modules, which
 is 1 here, too.
 
 PEFT's AdaLoRA has P, lambda and Q of their own (lora_B, lora_E, lora_A) and scales by alpha / (init_r + 1e-5). Its DoRA
-is LoRA with the lengths of the merged rows beside (lora_magnitude_vector).
+is LoRA with the lengths of the merged rows beside (lora_magnitude_vector); its VeRA has the vectors of each matrix and
+the projections that all share.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from adalora_dist.io.redaction import redacted
 from adalora_dist.methods.adalora.start import PREFIX, RANKNUM_OFFSET
 from adalora_dist.methods.dora import DoraUpdate
 from adalora_dist.methods.update import AdapterWeights, Update
+from adalora_dist.methods.vera import VeraUpdate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -230,6 +232,39 @@ def save_dora(
         tensors[f"{name}.lora_B.weight"] = b.to(dtype)
         # Rows of 0 get what is added to them as it is.
         tensors[f"{name}.lora_magnitude_vector"] = torch.where(own == 0, added, own + adapter.dm).to(dtype)
+    _write(folder, config, tensors, trained, model)
+
+
+def save_vera(
+    adapters: Sequence[VeraUpdate],
+    folder: Path,
+    base_model: str,
+    base_revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    trained: Mapping[str, torch.Tensor] | None = None,
+    model: PreTrainedModel | None = None,
+) -> None:
+    """Write PEFT's VeRA of the same function, the projections included. Arguments as of :func:`save_lora`.
+
+    Raises:
+        UserError: PEFT takes a matrix for one of stacked experts; as :func:`save_lora`.
+    """
+    if taken := taken_for_experts([a.name for a in adapters], model):
+        raise UserError(f"{folder}: PEFT takes {taken[0]} for a stack of experts, without VeRA: use the merged model")
+    config = {
+        **_common_config(adapters, adapters, base_model, base_revision, trained, model),
+        "peft_type": "VERA",
+        "r": adapters[0].rank,
+        "projection_prng_key": adapters[0].seed,
+        "save_projection": True,
+        "vera_dropout": 0.0,
+    }
+    del config["lora_dropout"]
+    a, b = adapters[0].shared.matrices
+    tensors = {"base_model.vera_A": a.to(dtype), "base_model.vera_B": b.to(dtype)}
+    for adapter in adapters:
+        tensors[f"{PREFIX}{adapter.name}.vera_lambda_b"] = adapter.b.to(dtype)
+        tensors[f"{PREFIX}{adapter.name}.vera_lambda_d"] = adapter.d.to(dtype)
     _write(folder, config, tensors, trained, model)
 
 

@@ -6,17 +6,21 @@ from adalora_dist.config.methods import MethodConfig
 from adalora_dist.methods.adalora.method import AdaLora
 from adalora_dist.methods.bitfit import BitFit
 from adalora_dist.methods.dora import Dora
+from adalora_dist.methods.dvora import Dvora
 from adalora_dist.methods.full import Full
 from adalora_dist.methods.head import Head
 from adalora_dist.methods.lora import Lora
 from adalora_dist.methods.lora_fa import LoraFa
 from adalora_dist.methods.protocol import Method
+from adalora_dist.methods.vera import Vera
 
 METHODS: dict[str, type[Method]] = {
     "adalora": AdaLora,
     "lora": Lora,
     "lora_fa": LoraFa,
     "dora": Dora,
+    "vera": Vera,
+    "dvora": Dvora,
     "bitfit": BitFit,
     "head": Head,
     "full": Full,

@@ -17,6 +17,7 @@ class BitFit(Method):
     """No adapters. A head that ``train_modules`` names is trained in full; it is no part of the backbone."""
 
     config: BitFitConfig
+    said = "Biases trained in place (BitFit, [arXiv 2106.10199](https://arxiv.org/abs/2106.10199))"
 
     def adapt(self, model: nn.Module, generator: torch.Generator) -> list[Adapter]:
         """Make the biases of the backbone trainable, and with ``train_norms`` the weights of its norms.

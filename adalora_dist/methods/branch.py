@@ -120,43 +120,56 @@ class Drawn:
     device and in a type is made when it is first asked for.
     """
 
-    def __init__(self, draw: Callable[[], tuple[torch.Tensor, ...]], what: str) -> None:
-        self._draw, self._what = draw, what
+    def __init__(self, draw: Callable[[], tuple[torch.Tensor, ...]], what: str, digest: str | None = None) -> None:
+        """
+        Args:
+            draw: gives the same whenever it is called; a ``functools.partial``, so that models can be pickled.
+            what: for messages.
+            digest: :meth:`digest` of those that were trained with.
+        """
+        self._draw, self._what, self._expected = draw, what, digest
+        self._found: str | None = None
         self._copies: dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, ...]] = {}
 
     @property
     def matrices(self) -> tuple[torch.Tensor, ...]:
-        """As drawn."""
+        """As drawn.
+
+        Raises:
+            UserError: this torch draws others from the same seed than those that were trained with.
+        """
         return self.on(torch.device("cpu"), torch.float32)
 
     def like(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """On the tensor's device, in its type."""
+        """On the tensor's device, in its type; raises as :attr:`matrices`."""
         return self.on(tensor.device, tensor.dtype)
 
     def on(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """On a device, in a type; raises as :attr:`matrices`."""
+        if not self._copies:
+            self._copies[torch.device("cpu"), torch.float32] = drawn = self._first()
+            if self._expected is not None and self._digest_of(drawn) != self._expected:
+                self._copies.clear()
+                raise UserError(
+                    f"{self._what}: torch {torch.__version__} draws other numbers from this seed than those that were "
+                    "trained with: use the version of torch that the run had (run.json)"
+                )
         if (device, dtype) not in self._copies:
-            first = (torch.device("cpu"), torch.float32)
-            if first not in self._copies:
-                with torch.device("cpu"):  # also where a model is being built on meta
-                    self._copies[first] = self._draw()
-            self._copies[device, dtype] = tuple(m.to(device, dtype) for m in self._copies[first])
+            self._copies[device, dtype] = tuple(m.to(device, dtype) for m in self.matrices)
         return self._copies[device, dtype]
 
     def digest(self) -> str:
         """SHA-256 of the numbers."""
-        sha256 = hashlib.sha256()
-        for matrix in self.matrices:
-            sha256.update(matrix.contiguous().numpy().tobytes())
-        return sha256.hexdigest()
+        return self._digest_of(self.matrices)
 
-    def refuse_others(self, digest: str) -> None:
-        """Raise unless these are the numbers of ``digest``.
+    def _first(self) -> tuple[torch.Tensor, ...]:
+        with torch.device("cpu"):  # also where a model is being built on meta
+            return self._draw()
 
-        Raises:
-            UserError: this torch draws others from the same seed.
-        """
-        if self.digest() != digest:
-            raise UserError(
-                f"{self._what}: torch {torch.__version__} draws other numbers from this seed than those that were "
-                "trained with: use the version of torch that the run had (run.json)"
-            )
+    def _digest_of(self, matrices: tuple[torch.Tensor, ...]) -> str:
+        if self._found is None:
+            sha256 = hashlib.sha256()
+            for matrix in matrices:
+                sha256.update(matrix.contiguous().numpy().tobytes())
+            self._found = sha256.hexdigest()
+        return self._found

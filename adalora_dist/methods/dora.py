@@ -68,6 +68,7 @@ class Dora(Method):
 
     config: DoraConfig
     update = DoraUpdate
+    said = "Adapters of directions and lengths (DoRA, [arXiv 2402.09353](https://arxiv.org/abs/2402.09353))"
 
     def adapt(self, model: nn.Module, generator: torch.Generator) -> list[Adapter]:
         config = self.config

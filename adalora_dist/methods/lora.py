@@ -35,6 +35,8 @@ class LoraStep(Step):
 class Lora(TripletMethod):
     """W = W0 + s B A, s = alpha / init_rank (rsLoRA: alpha / sqrt(init_rank))."""
 
+    said = "Low-rank adapters (LoRA, [arXiv 2106.09685](https://arxiv.org/abs/2106.09685))"
+
     def reset(self, layer: SVDLinear, generator: torch.Generator) -> None:
         layer.reset_as_lora(generator)
 

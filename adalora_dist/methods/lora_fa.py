@@ -19,9 +19,9 @@ from adalora_dist.methods.protocol import Adapter, Method, Step
 from adalora_dist.methods.update import AdapterWeights, Update
 
 
-def frozen_a(seed: int, rank: int, d_in: int) -> Drawn:
+def frozen_a(seed: int, rank: int, d_in: int, digest: str | None = None) -> Drawn:
     """A (r, d_in) ~ U(-a, a), a = 1/sqrt(d_in), as LoRA starts."""
-    return Drawn(partial(_draw_a, seed, rank, d_in), f"A of LoRA-FA, {rank} x {d_in}")
+    return Drawn(partial(_draw_a, seed, rank, d_in), f"A of LoRA-FA, {rank} x {d_in}", digest)
 
 
 def _draw_a(seed: int, rank: int, d_in: int) -> tuple[torch.Tensor, ...]:
@@ -50,6 +50,7 @@ class LoraFa(Method):
     """What it leaves is LoRA, and so are its adapter folders."""
 
     config: LoraFaConfig
+    said = "Low-rank adapters (LoRA-FA, [arXiv 2308.03303](https://arxiv.org/abs/2308.03303))"
 
     def adapt(self, model: nn.Module, generator: torch.Generator) -> list[Adapter]:
         return list(put_around(model, self.config, partial(LoraFaLinear, config=self.config, generator=generator)))
@@ -73,8 +74,7 @@ class LoraFa(Method):
         updates = []
         for name, matrix in described.items():
             b = cast(torch.Tensor, whole(f"{name}.P"))
-            drawn = frozen_a(matrix["seed"], matrix["init_rank"], matrix["d_in"])
-            drawn.refuse_others(matrix["sha256"])
+            drawn = frozen_a(matrix["seed"], matrix["init_rank"], matrix["d_in"], matrix["sha256"])
             lam, [a] = torch.ones(matrix["init_rank"]), drawn.matrices
             updates.append(AdapterWeights(name, b, lam, a, matrix["scale"], matrix["is_transposed"]))
         return updates

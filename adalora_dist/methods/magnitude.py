@@ -78,7 +78,8 @@ class MagnitudeLinear(BranchLinear):
         rows = [tokens] if dropped is tokens else [tokens, dropped]
         measures = not self._has_norms()
         if measures:
-            rows.append(self.factors()[1].detach().to(tokens.dtype))
+            with torch.no_grad():  # a checkpoint's second forward must not find that the first has kept more
+                rows.append(self.factors()[1].to(tokens.dtype))
         y, *others = self._call_base(rows)
         if measures:
             self._measure(others.pop().detach())

@@ -217,6 +217,9 @@ class Step:
 class Method:
     """One method with its settings: how it changes a model, what it does at a step, what it leaves."""
 
+    said: ClassVar[str] = "Weights trained in place"
+    """What model cards call its result, before "for" or "merged into" the name of the base."""
+
     update: ClassVar[type[Update]] = AdapterWeights
     """What each matrix becomes, and so what an adapter folder holds."""
 

@@ -16,7 +16,7 @@ import torch
 
 from adalora_dist.backbones.fit import check_lengths, lengths_of
 from adalora_dist.backbones.load import refuse_code_from_elsewhere
-from adalora_dist.config.methods import ScaledConfig
+from adalora_dist.config.methods import TargetsConfig
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods import method_for
@@ -148,11 +148,11 @@ def plan_text(run: DryRun, config: RunConfig) -> str:
         f"Method     {adapter.method}, {run.num_matrices} matrices",
     ]
     lines.append(f"Weights    {shares_line(run.shares, run.num_matrices)}")
-    if isinstance(adapter, ScaledConfig):
+    if isinstance(adapter, TargetsConfig):
         lines.append(f"Adapters   {share(run.num_adapter_parameters)} at rank {adapter.init_rank}")
     if run.num_other_trained:
         lines.append(f"Besides    {share(run.num_other_trained)} trained in full")
-    if isinstance(adapter, ScaledConfig) and (schedule := run.schedule) is not None:
+    if isinstance(adapter, TargetsConfig) and (schedule := run.schedule) is not None:
         fewest, most = run.final_range(adapter.init_rank)
         lines.append(f"           {share(run.num_final)} in the end, if the budget is spread evenly")
         lines.append(f"           {fewest:,} to {most:,}, wherever ranks end up")

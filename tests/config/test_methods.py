@@ -30,10 +30,10 @@ from adalora_dist.tasks.glue.config import GlueConfig
 from tests.support.paths import ROOT
 from tests.support.shipped import schema_of
 
-ALL = ("adalora", "lora", "lora_fa", "dora", "bitfit", "head", "full")
-WITH_TARGETS = ("adalora", "lora", "lora_fa", "dora")
+ALL = ("adalora", "lora", "lora_fa", "dora", "vera", "dvora", "bitfit", "head", "full")
+WITH_TARGETS = ("adalora", "lora", "lora_fa", "dora", "vera", "dvora")
 WITH_ALPHA = ("adalora", "lora", "lora_fa", "dora")
-WITH_MODULES = ("adalora", "lora", "lora_fa", "dora", "bitfit", "head")
+WITH_MODULES = ("adalora", "lora", "lora_fa", "dora", "vera", "dvora", "bitfit", "head")
 DEMOS = sorted((ROOT / "recipes" / "configs").glob("*_demo.yaml"))
 
 
@@ -178,7 +178,7 @@ FLAGS = {
     "--method": f"--method has no value: give it one of {', '.join(ALL)}",
     "--method head --train-modules none": "method head with no train_modules",
     "--method full --export-formats peft": "export_formats peft with method full: it cannot be written so (adalora, "
-    "lora, lora_fa, dora can be)",
+    "lora, lora_fa, dora, vera can be)",
 }
 
 

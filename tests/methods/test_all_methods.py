@@ -17,10 +17,13 @@ from adalora_dist.artifacts.checkpoints.content import load_checkpoint
 from adalora_dist.artifacts.checkpoints.writer import CheckpointWriter, checkpoint_at
 from adalora_dist.artifacts.export import load_adapter, merge, read_adapter, save_adapter
 from adalora_dist.config.methods import MethodConfig, method_config
+from adalora_dist.methods import METHODS
 from adalora_dist.methods.hooks import attach
 from adalora_dist.methods.inject import adapt, parameter_groups
 from adalora_dist.methods.protocol import others_trained, trained_parameters
+from tests.support import quantized_runs
 from tests.support.models import Net, global_batch
+from tests.support.quantized_runs import Case, write_llama
 from tests.support.ranks import import_deepspeed, run_ranks
 from tests.support.tiny_language_model import logits, tiny_gpt2, tiny_llama
 
@@ -29,6 +32,8 @@ deepspeed = import_deepspeed()
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora_fa": {"init_rank": 3, "alpha": 6},
     "dora": {"init_rank": 3, "alpha": 6},
+    "vera": {"init_rank": 5},
+    "dvora": {"init_rank": 5},
     "bitfit": {"train_norms": True},
 }
 """Of each method; those with adapters get ``targets`` besides."""
@@ -96,6 +101,12 @@ def run(
     return losses
 
 
+def test_the_table_has_every_method_beside_those_that_have_tests_of_their_own() -> None:
+    assert {*SETTINGS} == {*METHODS} - {"adalora", "lora", "head", "full"}
+    said = [METHODS[name].said for name in SETTINGS]
+    assert len({*said}) == len(said) and all("arxiv.org" in text for text in said)
+
+
 @functools.cache
 def alone(method: str) -> list[float]:
     """The unbroken run in one process."""
@@ -119,6 +130,32 @@ def test_a_run_goes_on_elsewhere_as_if_it_had_not_stopped(method: str, tmp_path:
         [checkpoint] = folder.glob("step-*")
         for losses in run_ranks(2, run, method, then, None, checkpoint):
             assert losses == pytest.approx(alone(method)[STOP:], rel=1e-5), (start, then)
+
+
+# ------------------------------------------------------------------------------- as recipes load, prepare and train it
+
+VARIANTS: dict[str, dict[str, bool]] = {
+    "ddp": {"evaluate_first": True},
+    "fsdp2": {"gradient_checkpointing": True, "evaluate_first": True},
+    "zero2": {"gradient_checkpointing": True},
+    "zero3": {"evaluate_first": True},
+}
+"""Of recipes' settings each engine gets some."""
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("method", [name for name in SETTINGS if name != "bitfit"])
+def test_over_a_backbone_from_files(method: str, quantization: str, tmp_path: Path) -> None:
+    if quantization != "none":
+        pytest.importorskip("bitsandbytes")
+    adapter, folder = section(method), write_llama(tmp_path)
+    [expected] = run_ranks(1, quantized_runs.run, Case(method=quantization, adapter=adapter), folder)
+    assert expected.losses[-1] < expected.losses[0]
+    for engine in ENGINES:
+        case = Case(engine, quantization, adapter=adapter, **VARIANTS[engine])
+        for found in run_ranks(2, quantized_runs.run, case, folder):
+            assert found.losses == pytest.approx(expected.losses, rel=2e-5), engine
+            torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=2e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------- exports

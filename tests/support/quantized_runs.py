@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from adalora_dist.backbones.dequantized import QuantizedWeight, quantized_weights
 from adalora_dist.backbones.load import load_backbone
 from adalora_dist.backbones.quantization import bitsandbytes_config, quantized_linears
-from adalora_dist.config.methods import AdaLoraConfig
+from adalora_dist.config.methods import AdaLoraConfig, MethodConfig
 from adalora_dist.config.sections import ModelConfig, QuantizationConfig, RunConfig, TrainConfig
 from adalora_dist.methods.inject import adapt
 from adalora_dist.methods.update import AdapterWeights
@@ -51,6 +51,7 @@ class Case:
     keep_small: bool = False
     """ZeRO-3 with its default of keeping small parameters whole, which would hide whether anything is sharded."""
     compact: bool = True
+    adapter: MethodConfig = ADAPTER
 
     @property
     def world_size(self) -> int:
@@ -94,7 +95,7 @@ def example_rows() -> list[dict[str, list[int]]]:
 def configuration(case: Case, model: Path, output: str) -> RunConfig:
     return RunConfig(
         model=ModelConfig(name=str(model)),
-        adapter=ADAPTER.model_copy(update={"compact": case.compact}),
+        adapter=case.adapter.model_copy(update={"compact": case.compact} if case.adapter.adapts_ranks else {}),
         quantization=QuantizationConfig(quantization=case.method, quant_storage=case.storage),
         train=TrainConfig(
             output_dir=output, max_steps=STEPS, batch_size=GLOBAL_BATCH, micro_batch_size=GLOBAL_BATCH,
@@ -152,8 +153,9 @@ def run(rank: int, world_size: int, case: Case, folder: Path) -> Trained:
             logits = unwrapped(input_ids=torch.tensor([PROBE])).logits[0].float()
         prepared.model.train()
         kept = kept_bytes(prepared.model(input_ids=batch["input_ids"]).logits)
+        allocations = getattr(prepared.hooks.method_step, "allocations", ())
         return Trained(
-            losses, {a.step: a.keep.tolist() for a in prepared.hooks.method_step.allocations}, held, adapters,
+            losses, {a.step: a.keep.tolist() for a in allocations}, held, adapters,
             quantized_weights(model, config) if quantization else {}, logits, engine_name(accelerator), kept,
             sum(1 for _ in quantized_linears(model)),
         )  # fmt: skip

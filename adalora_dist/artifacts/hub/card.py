@@ -19,8 +19,10 @@ from adalora_dist.artifacts.auto_classes import auto_class
 from adalora_dist.artifacts.hub.files import without_tokens
 from adalora_dist.artifacts.hub.pictures import draw_history, draw_rank_map, read_history
 from adalora_dist.config.hub_names import is_repo_id
+from adalora_dist.config.methods import DEFAULT_METHOD
 from adalora_dist.io.foreign_files import read_object, read_records, read_sections
 from adalora_dist.io.markdown import code, fenced, line, number, setting, table, text
+from adalora_dist.methods import METHODS
 
 _LICENSES = frozenset(
     "apache-2.0 mit bsd-2-clause bsd-3-clause cc0-1.0 cc-by-4.0 cc-by-sa-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 gpl-3.0 "
@@ -61,8 +63,7 @@ def model_card(
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {text(repo_id.rpartition('/')[2] or run.resolve().name)}",
-        f"Adaptive-rank adapters (AdaLoRA, [arXiv 2303.10512](https://arxiv.org/abs/2303.10512)) "
-        f"{'for' if _is_adapter(export) else 'merged into'} {code(base)}, trained with adalora-dist.",
+        f"{_said(config)} {'for' if _is_adapter(export) else 'merged into'} {code(base)}, trained with adalora-dist.",
         "## Use\n\n" + fenced(_usage(run, export, facts, base, commit, repo_id or str(export), revision), "python"),
         "## Base\n\n" + "\n".join(f"- {item}" for item in _base_items(run, export, config, base, commit, data)),
         _results(run),
@@ -71,6 +72,12 @@ def model_card(
         _origin(facts),
     ]
     return without_tokens("\n\n".join(part for part in parts if part) + "\n")
+
+
+def _said(config: Mapping[str, Any]) -> str:
+    """What the method leaves; a run from before methods were settings is AdaLoRA's."""
+    method = config.get("adapter", {}).get("method", DEFAULT_METHOD)
+    return METHODS[method].said if isinstance(method, str) and method in METHODS else "Adapters"
 
 
 def card_pictures(run: Path) -> dict[str, bytes]:

@@ -132,12 +132,14 @@ def _check_weights(export: Path, paths: Mapping[str, Path], ranks: Mapping[str, 
     if not keys:
         raise UserError(f"{export} holds no weights (*.safetensors): export again")
     is_adapter = "adapter_config.json" in paths
+    is_vera = is_adapter and read_object(paths["adapter_config.json"]).get("peft_type") == "VERA"
+    factors = ("vera_lambda_b", "vera_lambda_d") if is_vera else ("lora_A", "lora_B")
     for matrix, rank in (ranks or {}).items():
         if not is_adapter:
             wanted = [f"{matrix}.weight"]
             found = {f"{matrix}.weight", f"{matrix.partition('.')[2]}.weight"} & keys
         else:
-            wanted = [f"{matrix}.lora_{factor}" for factor in "AB"] if rank else []
+            wanted = [f"{matrix}.{factor}" for factor in factors] if rank else []
             found = {w for w in wanted if any(f".{w}" in f".{key}" for key in keys)}
         if len(found) < len(wanted):
             missing = next(w for w in wanted if w not in found)

@@ -13,19 +13,22 @@ from pydantic import BeforeValidator, SerializeAsAny, ValidationError
 from pydantic_core import InitErrorDetails
 
 from adalora_dist.config.methods.adalora import AdaLoraConfig
-from adalora_dist.config.methods.base import METHODS, LowRankConfig, MethodConfig, ScaledConfig, methods_with
+from adalora_dist.config.methods.base import METHODS, LowRankConfig, MethodConfig, TargetsConfig, methods_with
 from adalora_dist.config.methods.bitfit import BitFitConfig
 from adalora_dist.config.methods.dora import DoraConfig
 from adalora_dist.config.methods.full import FullConfig
 from adalora_dist.config.methods.head import HeadConfig
 from adalora_dist.config.methods.lora import LoraConfig
 from adalora_dist.config.methods.lora_fa import LoraFaConfig
+from adalora_dist.config.methods.vera import DvoraConfig, VeraConfig
 
 METHODS.update(
     adalora=AdaLoraConfig,
     lora=LoraConfig,
     lora_fa=LoraFaConfig,
     dora=DoraConfig,
+    vera=VeraConfig,
+    dvora=DvoraConfig,
     bitfit=BitFitConfig,
     head=HeadConfig,
     full=FullConfig,
@@ -76,13 +79,15 @@ __all__ = [
     "AnyMethodConfig",
     "BitFitConfig",
     "DoraConfig",
+    "DvoraConfig",
     "FullConfig",
     "HeadConfig",
     "LoraConfig",
     "LoraFaConfig",
     "LowRankConfig",
     "MethodConfig",
-    "ScaledConfig",
+    "TargetsConfig",
+    "VeraConfig",
     "is_method",
     "method_config",
     "settings_of",

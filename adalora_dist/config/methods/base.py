@@ -90,6 +90,8 @@ class MethodConfig(Section):
 class TargetsConfig(MethodConfig):
     """A method that puts an adapter around each of many matrices."""
 
+    init_rank: int = Field(12, ge=1)
+    """Rank r of every adapted matrix; where ranks adapt, at the start."""
     targets: ModulePatterns = Field(("all-linear",), min_length=1)
     """Matrices to adapt: module names (q_proj), dotted names, regular expressions, or all-linear."""
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -101,8 +103,6 @@ class TargetsConfig(MethodConfig):
 class ScaledConfig(TargetsConfig):
     """A method that adds a product of two thin matrices, times a scale, to each of many matrices."""
 
-    init_rank: int = Field(12, ge=1)
-    """Rank r of every adapted matrix; where ranks adapt, at the start."""
     alpha: float = Field(16.0, gt=0)
     """The branch is scaled by alpha / init_rank for the whole run."""
     rslora: bool = False

@@ -130,6 +130,7 @@ class AdaLora(TripletMethod):
     """Ranks adapt to a budget that falls over the run."""
 
     config: AdaLoraConfig
+    said = "Adaptive-rank adapters (AdaLoRA, [arXiv 2303.10512](https://arxiv.org/abs/2303.10512))"
 
     def reset(self, layer: SVDLinear, generator: torch.Generator) -> None:
         if self.config.start == "matched":

@@ -1,0 +1,224 @@
+"""VeRA (arXiv 2310.11454): W = W0 + diag(b) B diag(d) A, with one random pair A, B for all matrices, and b, d trained.
+
+A (r, largest d_in) and B (largest d_out, r) are drawn as PEFT draws them, number for number; a smaller matrix uses
+their first columns and rows. Nothing stores them: they come from the seed, and a digest says whether they are the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import nn
+
+from adalora_dist.backbones.linears import linear_shape
+from adalora_dist.config.methods.vera import SharedConfig, VeraConfig
+from adalora_dist.io.errors import UserError
+from adalora_dist.methods.branch import BranchLinear, BranchStep, Drawn, put_around, put_in_place
+from adalora_dist.methods.protocol import Adapter, Method, Step, adapters_of
+from adalora_dist.methods.sites import find_targets
+from adalora_dist.methods.update import AdapterWeights, Matrix, Update
+
+
+def projections(seed: int, rank: int, shapes: Iterable[tuple[int, int]], digest: str | None = None) -> Drawn:
+    """A (r, largest d_in), then B (largest d_out, r), from one generator.
+
+    Args:
+        shapes: (d_out, d_in) of every adapted matrix.
+        digest: of those that were trained with.
+    """
+    rows, columns = zip(*shapes, strict=True)
+    return Drawn(partial(_draw, seed, rank, max(columns), max(rows)), "the random projections of VeRA", digest)
+
+
+def _draw(seed: int, rank: int, d_in: int, d_out: int) -> tuple[torch.Tensor, ...]:
+    """U(-a, a) with a = sqrt(6 / columns), computed in PEFT's order so that every bit is PEFT's."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = []
+    for rows, columns in ((rank, d_in), (d_out, rank)):
+        bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(columns))
+        drawn.append(torch.empty(rows, columns).uniform_(-bound, bound, generator=generator))
+    return tuple(drawn)
+
+
+class VeraLinear(BranchLinear):
+    """VeRA's adapter, and with the lengths of a :class:`MagnitudeLinear` DVoRA's.
+
+    Parameters:
+        d: (r,), ``d_initial`` at the start.
+        b: (d_out,), 0 at the start.
+
+    Args:
+        shared: :func:`projections`, drawn from ``seed``.
+    """
+
+    def __init__(
+        self, base: nn.Module, name: str, shared: Drawn, rank: int, seed: int, d_initial: float, dropout: float = 0.0
+    ) -> None:
+        super().__init__(base, name, rank, dropout=dropout)
+        self.shared, self.seed = shared, seed
+        self.d, self.b = self.vector(rank, value=d_initial), self.vector(self.d_out)
+
+    def part(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (r, d_in) and B (d_out, r) of this matrix."""
+        a, b = self.shared.like(like)
+        return a[:, : self.d_in], b[: self.d_out]
+
+    def branch(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        a, b = self.part(tokens)
+        return (tokens @ a.T) * self.d.to(tokens.dtype), self.b.unsqueeze(1) * b
+
+    def description(self) -> dict[str, Any]:
+        return super().description() | {"seed": self.seed, "sha256": self.shared.digest()}
+
+
+class SharedUpdate:
+    """What the updates of VeRA and DVoRA have in common: the projections, and vectors of each matrix."""
+
+    matrix: Matrix
+    shared: Drawn
+    seed: int
+
+    vectors: ClassVar[tuple[str, ...]]
+    """Kinds of trained vectors: d has r numbers, the others d_out."""
+
+    @property
+    def name(self) -> str:
+        return self.matrix.name
+
+    @property
+    def rank(self) -> int:
+        return self.matrix.rank
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {kind: getattr(self, kind) for kind in self.vectors}
+
+    def settings(self) -> dict[str, Any]:
+        return {"seed": self.seed, "sha256": self.shared.digest(), "torch": torch.__version__}
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """diag(b) B (d_out, r) and A (r, d_in) of this matrix."""
+        vector, (d_out, d_in) = self.tensors()["b"], self.matrix.shape
+        a, b = self.shared.like(vector)
+        return vector.unsqueeze(1) * b[:d_out], a[:, :d_in]
+
+    @classmethod
+    def shapes(cls, matrix: Matrix) -> dict[str, tuple[int, ...]]:
+        return {kind: (matrix.rank if kind == "d" else matrix.shape[0],) for kind in cls.vectors}
+
+    @classmethod
+    def read(
+        cls, matrices: Sequence[Matrix], tensors: Mapping[str, Mapping[str, torch.Tensor]], settings: Mapping[str, Any]
+    ) -> list[Update]:
+        """
+        Raises:
+            UserError: the settings name no seed and digest, or ranks differ.
+        """
+        seed, digest = settings.get("seed"), settings.get("sha256")
+        if type(seed) is not int or not 0 <= seed < 2**63 or not isinstance(digest, str):
+            raise UserError("adapter.json: settings must hold seed, an integer >= 0, and sha256, text: copy it again")
+        if len(ranks := {matrix.rank for matrix in matrices}) > 1:
+            raise UserError(f"adapter.json: matrices that share projections have ranks {sorted(ranks)}: copy it again")
+        return cls.of(matrices, seed, digest, tensors)
+
+    @classmethod
+    def of(
+        cls, matrices: Sequence[Matrix], seed: int, digest: str, tensors: Mapping[str, Mapping[str, torch.Tensor]]
+    ) -> list[Update]:
+        """Of all matrices of a run, which share one pair of projections."""
+        if not matrices:
+            return []
+        shared = projections(seed, matrices[0].rank, [matrix.shape for matrix in matrices], digest)
+        make = cast(Callable[..., Update], cls)
+        return [make(matrix=matrix, shared=shared, seed=seed, **tensors[matrix.name]) for matrix in matrices]
+
+
+@dataclass(frozen=True)
+class VeraUpdate(SharedUpdate):
+    """d (r,) and b (d_out,)."""
+
+    matrix: Matrix
+    shared: Drawn
+    seed: int
+    d: torch.Tensor
+    b: torch.Tensor
+
+    method: ClassVar[str] = "vera"
+    formula: ClassVar[str] = "W = W0 + diag(b) B diag(d) A, A and B drawn as PEFT's VeRA draws them"
+    vectors = ("d", "b")
+
+    def merged(self, weight: torch.Tensor) -> torch.Tensor:
+        return self.as_lora().add_to(weight)
+
+    def as_lora(self) -> AdapterWeights:
+        """Exact, of rank r."""
+        p, a = self.factors()
+        return AdapterWeights(self.name, p, self.d, a.clone(), 1.0, self.matrix.is_transposed)
+
+
+class SharedMethod(Method):
+    """VeRA, and DVoRA. All that is trained are vectors, so nothing of it is decayed."""
+
+    config: SharedConfig
+    layer: ClassVar[type[VeraLinear]] = VeraLinear
+    update: ClassVar[Any] = VeraUpdate
+
+    def adapt(self, model: nn.Module, generator: torch.Generator) -> list[Adapter]:
+        config = self.config
+        shapes = [linear_shape(model.get_submodule(name)) or (0, 0) for name in find_targets(model, config.targets)]
+        shared = projections(config.projection_seed, config.init_rank, [shape[::-1] for shape in shapes])
+
+        def make(base: nn.Module, name: str) -> VeraLinear:
+            sizes = (config.init_rank, config.projection_seed, config.d_initial, config.dropout)
+            return self.layer(base, name, shared, *sizes)
+
+        return list(put_around(model, config, make))
+
+    def undecayed(self, model: nn.Module) -> list[torch.Tensor]:
+        return [p for layer in adapters_of(model) for p in layer.parameters(recurse=False)]
+
+    @classmethod
+    def updates(
+        cls,
+        described: Mapping[str, Mapping[str, Any]],
+        held: Mapping[str, Sequence[int]],
+        keep: torch.Tensor | None,
+        whole: Callable[[str], torch.Tensor | None],
+    ) -> Sequence[Update]:
+        """The projections are drawn again, when they are first asked for."""
+        first = next(iter(described.values()))
+        matrices = [
+            Matrix(name, (m["d_out"], m["d_in"]), m["init_rank"], m["scale"], m["is_transposed"])
+            for name, m in described.items()
+        ]
+        vectors = {
+            name: {kind: cast(torch.Tensor, whole(f"{name}.{kind}")) for kind in cls.update.vectors}
+            for name in described
+        }
+        return cls.update.of(matrices, first["seed"], first["sha256"], vectors)
+
+    @classmethod
+    @torch.no_grad()
+    def place(cls, model: nn.Module, updates: Sequence[Update]) -> list[Adapter]:
+        layers: list[Adapter] = []
+        for update in cast(Sequence[VeraUpdate], updates):
+            base = model.get_submodule(update.name)
+            layer = cls.layer(base, update.name, update.shared, update.rank, update.seed, 0.0)
+            for kind, vector in update.tensors().items():
+                layer.get_parameter(kind).copy_(vector)
+            layers.append(put_in_place(model, layer))
+        return layers
+
+
+class Vera(SharedMethod):
+    """W = W0 + diag(b) B diag(d) A."""
+
+    config: VeraConfig
+    said = "Vectors around shared random projections (VeRA, [arXiv 2310.11454](https://arxiv.org/abs/2310.11454))"
+
+    def step(self, adapters: Sequence[Adapter], total_steps: int) -> Step:
+        return BranchStep(cast(Sequence[VeraLinear], adapters))
