@@ -212,6 +212,6 @@ def test_demonstration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, output, errors = run_recipe("llama_sft", 1, ["--output-dir", str(tmp_path / "run")])
     assert code == 0, errors
     results = read_json(tmp_path / "run", "results.json")
-    assert results["after"]["loss"] < results["before"]["loss"] / 4
-    assert results["before"]["exact_replies"] == 0 and results["after"]["exact_replies"] >= 0.5
+    assert results["after"]["loss"] < results["before"]["loss"] / 10
+    assert results["before"]["exact_replies"] <= 0.25 and results["after"]["exact_replies"] >= 0.75
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged") is not None
