@@ -70,9 +70,13 @@ def main(config: SftConfig) -> None:
     held_out, prompts = rows.held_out, [prompt for prompt, _ in rows.samples]
     held_out_loss = causal_loss(held_out, padding, run.device)
 
+    counts = held_out["num_tokens"][:], held_out["num_targets"][:]
+
+    def loss_now() -> dict[str, float]:
+        return validation_loss(run.model, held_out_loss, *counts, settings.eval_batch_size, **run.ranks)
+
     def evaluate() -> dict[str, Any]:
-        counts = held_out["num_tokens"][:], held_out["num_targets"][:]
-        scores = validation_loss(run.model, held_out_loss, *counts, settings.eval_batch_size, **run.ranks)
+        scores = loss_now()
         replies = generate_texts(
             run.model, tokenizer, prompts, [len(prompt) for prompt in prompts], settings, **run.ranks,
             synced_gpus=synced, closing=rows.closing,
@@ -84,7 +88,7 @@ def main(config: SftConfig) -> None:
         found["before"] = evaluate()
 
     # ------------------------------------------------------------------------------------------------------------ train
-    run.train(causal_loss(rows.train, padding, run.device), found)
+    run.train(causal_loss(rows.train, padding, run.device), found, loss_now, settings.eval_every)
     found["after"] = evaluate()
 
     # ----------------------------------------------------------------------------------------------------------- export

@@ -201,15 +201,23 @@ class Run(Generic[Config]):
         """Whether to evaluate before training; a run that is continued has that in its notes."""
         return self.resumed is None and self.config.evaluation.evaluate_before
 
-    def train(self, loss_sum: LossSum, notes: Mapping[str, Any]) -> None:
+    def train(
+        self,
+        loss_sum: LossSum,
+        notes: Mapping[str, Any],
+        evaluate: Callable[[], Mapping[str, float]] | None = None,
+        eval_every: int = 0,
+    ) -> None:
         """All steps that are left. Errors as of :func:`adalora_dist.training.loop.train`.
 
         Args:
             notes: JSON that checkpoints shall keep, for :attr:`notes` of a run that continues from one.
+            evaluate: called on all processes every ``eval_every`` steps but the last (0: never); its scores are logged.
         """
         train(
-            self.accelerator, self.prepared, self._plan, loss_sum, self.config, self.folder, self.say, self.guard, notes
-        )
+            self.accelerator, self.prepared, self._plan, loss_sum, self.config, self.folder, self.say, self.guard,
+            notes, evaluate, eval_every,
+        )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------- what is left
 

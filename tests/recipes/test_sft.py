@@ -103,6 +103,19 @@ def test_two_processes_do_what_one_does(project: Path, single: Path, engine: str
     ]
 
 
+@pytest.mark.parametrize("engine", [None, pytest.param("zero3"), pytest.param("fsdp2")])
+def test_evaluation_while_training_changes_nothing(project: Path, single: Path, tmp_path: Path, engine: str) -> None:
+    words = ["--eval-every", "5", "--show-samples", "0", "--no-evaluate-before", "--export-formats", "none"]
+    environment, num_processes = (ENGINES[engine], 2) if engine else ({}, 1)
+    code, output, errors = run_recipe("llama_sft", num_processes, arguments(project, tmp_path, *words), environment)
+    assert code == 0, errors
+    assert losses_of(tmp_path) == pytest.approx(losses_of(single), abs=1e-4 if engine else 0)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "eval_loss" in record] == [4, 9]
+    assert "eval_loss" in output and records[9]["eval_loss"] < records[4]["eval_loss"]
+    assert read_json(tmp_path, "results.json")["after"]["loss"] < records[9]["eval_loss"] + 0.5
+
+
 def test_a_run_that_was_interrupted_has_the_evaluation_before(project: Path, single: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     code, _, errors = run_recipe("llama_sft", 1, arguments(project, folder, "--checkpoint-every", "6"))
@@ -199,6 +212,6 @@ def test_demonstration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, output, errors = run_recipe("llama_sft", 1, ["--output-dir", str(tmp_path / "run")])
     assert code == 0, errors
     results = read_json(tmp_path / "run", "results.json")
-    assert results["after"]["loss"] < results["before"]["loss"] / 4
-    assert results["before"]["exact_replies"] == 0 and results["after"]["exact_replies"] >= 0.5
+    assert results["after"]["loss"] < results["before"]["loss"] / 10
+    assert results["before"]["exact_replies"] <= 0.25 and results["after"]["exact_replies"] >= 0.75
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged") is not None

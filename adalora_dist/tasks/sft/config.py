@@ -79,6 +79,8 @@ class SftEvaluationConfig(GenerationConfig):
     """Longest sample reply in tokens."""
     eval_batch_size: int = Field(4, ge=1)
     """Sequences per process in one evaluation forward."""
+    eval_every: int = Field(0, ge=0)
+    """Optimizer steps between measurements of the validation loss while training; 0: before and after alone."""
     show_samples: int = Field(3, ge=0)
     """Reply to the prompts of so many validation rows before and after the training, and show the replies."""
 

@@ -134,13 +134,13 @@ def load_rows(
             for number, (table, (tokens, _), rows) in enumerate(zip(tables, parts, kept, strict=True))
         ]
     )
-    if not len(train):
-        raise UserError("data: no row is left to train on; give more rows, or --eval-share 0, or a larger --max-length")
     if counts[_CUT] or counts[_EMPTIED]:
         say(
             f"Cut: {counts[_CUT] + counts[_EMPTIED]:,} rows are longer than max_length={data.max_length}; "
             f"{counts[_EMPTIED]:,} of them are left out, because no part of a reply is left"
         )
+    if not len(train):
+        raise UserError("data: no row is left to train on; give more rows, or --eval-share 0, or a larger --max-length")
     held_out = _joined(held)
     say(f"{len(train):,} training rows, {len(held_out):,} validation rows")
     longest = max(1, data.max_length - evaluation.max_new_tokens)
