@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from adalora_dist.config.methods.base import LowRankConfig
+from adalora_dist.config.methods.peft_fields import settings_from_peft
 
 
 class AdaLoraConfig(LowRankConfig):
@@ -44,9 +45,7 @@ class AdaLoraConfig(LowRankConfig):
     """How the averages advance: in six operations, or in one kernel, equal up to rounding, which torch.compile builds
     at the first step, in seconds, with a C++ compiler on a CPU and Triton on a GPU."""
     compact: bool = True
-    """Remove pruned triplets from memory once the pattern is frozen; false: keep them, at 0, to the end.
-
-    For the recipes' loop; HF Trainer keeps them (AdaLoraCallback)."""
+    """Remove pruned triplets from memory once the pattern is frozen; false: keep them, at 0, to the end."""
     orthogonality: float = Field(0.1, ge=0)
     """gamma: coefficient of the orthogonality regulariser; 0 turns it off."""
     orthogonality_form: Literal["directions", "norm", "squared"] | None = None
@@ -54,6 +53,20 @@ class AdaLoraConfig(LowRankConfig):
     authors' code and published gammas (default with start paper); squared: eq. 4 as printed."""
 
     adapts_ranks: ClassVar[bool] = True
+
+    @classmethod
+    def from_peft(cls, peft_config: Any, **settings: Any) -> AdaLoraConfig:
+        """What a ``peft.AdaLoraConfig`` asks for, in one line; docs/trainer.md has the table of its fields.
+
+        It is PEFT's method: the published start and regulariser, importance of the weights after the step.
+
+        Args:
+            settings: of this class, which count instead of those that follow: ``start="matched"``, ``targets=...``.
+
+        Raises:
+            UserError: another configuration, or fields that are not honoured and change what is learnt.
+        """
+        return cls(**settings_from_peft(peft_config, settings))
 
     @property
     def regulariser(self) -> Literal["directions", "norm", "squared"]:
