@@ -51,7 +51,7 @@ def settings_from_peft(peft_config: Any, given: dict[str, Any]) -> dict[str, Any
             them in one line.
     """
     kind = getattr(peft_config, "peft_type", None)
-    if not dataclasses.is_dataclass(peft_config) or str(getattr(kind, "value", kind)) != "ADALORA":
+    if not _is_dataclass(peft_config) or str(getattr(kind, "value", kind)) != "ADALORA":
         raise UserError(
             f"from_peft needs a peft.AdaLoraConfig, not a {type(peft_config).__name__}: for LoRA write "
             "AdaLoraConfig(init_rank=..., target_rank=..., targets=...) with a budget"
@@ -78,6 +78,10 @@ def settings_from_peft(peft_config: Any, given: dict[str, Any]) -> dict[str, Any
     if given.get("start") == "matched":  # its own regulariser
         del settings["orthogonality_form"]
     return settings | given
+
+
+def _is_dataclass(config: Any) -> bool:
+    return dataclasses.is_dataclass(config)  # said apart, because type checkers would believe that it is nothing else
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
