@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from peft import AutoPeftModelForCausalLM, PeftModel
-from transformers import AutoModelForCausalLM, TrainerCallback
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+)
 
 from adalora_dist.artifacts.adapted_model import adapt
 from adalora_dist.artifacts.export import load_adapter, save_adapter
+from adalora_dist.config.methods import AdaLoraConfig
 from adalora_dist.training.trainer_callback import AdaLoraCallback
 from tests.support.ranks import run_ranks
 from tests.support.tiny_language_model import tiny_llama
@@ -29,6 +39,7 @@ from tests.support.trainer_runs import (
 )
 
 TARGET = 21
+WITH_HEAD = SETTINGS.model_copy(update={"train_modules": ("task-head",)})
 FROZEN_FROM = STEPS - SETTINGS.final_steps + 1  # steps done when the pattern is final
 SAVE_STEPS = 4
 MODEL_FILES = {"config.json", "model.safetensors", "pytorch_model.bin", "adapter_config.json", "adapter.json"}
@@ -188,3 +199,136 @@ def test_every_kind_of_folder_is_the_model_of_its_moment(tmp_path):
     assert max(found.values()) < 1e-5
     moved = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "base")) - logits["by the model"]
     assert moved.abs().max() > 0.1  # what a folder without its adapter would be off by
+
+
+# ---------------------------------------------------------------------------------- heads, TRL, and what is refused
+
+
+def classifier_of(base: Path) -> Any:
+    model = AutoModelForSequenceClassification.from_pretrained(base, dtype=torch.float32, num_labels=3)
+    adapt(model, WITH_HEAD, seed=1)
+    model.config.pad_token_id, model.accepts_loss_kwargs = 0, False
+    return model
+
+
+def trained_classifier(rank: int, world_size: int, folder: str, engine: str) -> torch.Tensor:
+    """With a head that is trained in full, and early stopping that counts from the freeze on."""
+    args = arguments(
+        f"{folder}/run", world_size, engine, learning_rate=1e-3, save_strategy="steps", save_steps=1,
+        save_total_limit=1, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
+        metric_for_best_model="flat",
+    )  # fmt: skip
+    rows = [{"input_ids": row["input_ids"][:5], "labels": k % 3} for k, row in enumerate(example_rows())]
+    callback = AdaLoraCallback(WITH_HEAD)
+    trainer = Trainer(
+        model=classifier_of(shared_base(folder)), args=args, train_dataset=rows * 5, eval_dataset=rows,
+        callbacks=[callback, EarlyStoppingCallback(early_stopping_patience=2)], compute_metrics=lambda _: {"flat": 1.0},
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_global_step == FROZEN_FROM and trainer.state.global_step == FROZEN_FROM + 2
+    assert sum(callback.hooks.rank_pattern().values()) == TARGET
+    trainer.save_model(f"{folder}/saved")
+    trainer.model_wrapped.eval()
+    with torch.no_grad():
+        return trainer.model_wrapped(IDS).logits
+
+
+def loaded_classifier(rank: int, world_size: int, folder: str) -> list[torch.Tensor]:
+    saved = Path(folder, "saved")
+    plain = AutoModelForSequenceClassification.from_pretrained(Path(folder, "base"), dtype=torch.float32, num_labels=3)
+    loaded = PeftModel.from_pretrained(plain, saved)
+    loaded.config.pad_token_id = 0
+    again = AutoPeftModelForSequenceClassification.from_pretrained(saved, num_labels=3)
+    again.config.pad_token_id = 0
+    best = PeftModel.from_pretrained(copy.deepcopy(plain), next(Path(folder, "run").glob(f"checkpoint-{FROZEN_FROM}")))
+    best.config.pad_token_id = 0
+    return [logits_of(model) for model in (loaded, again, best)]
+
+
+@pytest.mark.parametrize(("engine", "world_size"), [("single", 1), ("zero3", 2)])
+def test_a_head_is_saved_and_early_stopping_counts_from_the_freeze_on(engine, world_size, tmp_path):
+    logits = run_ranks(world_size, trained_classifier, str(tmp_path), engine)[0]
+    for loaded in run_ranks(1, loaded_classifier, str(tmp_path))[0]:
+        torch.testing.assert_close(loaded, logits, rtol=0, atol=1e-5)
+
+
+def error_of(action: Callable[[], Any]) -> str:
+    try:
+        action()
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def refused_resumes(rank: int, world_size: int, folder: str) -> dict[str, str]:
+    base = shared_base(folder)
+
+    def trainer(settings: AdaLoraConfig = SETTINGS, model: Any = None, **changes: Any) -> Any:
+        args = arguments(f"{folder}/run", 1, **{"save_strategy": "steps", "save_steps": 10, **changes})
+        return trainer_of(model_of(base) if model is None else model, args, AdaLoraCallback(settings))
+
+    def resumed(number: int, damage: Callable[[Path], Any], **changes: Any) -> str:
+        checkpoint = Path(folder, f"copy {number}", f"checkpoint-{STEPS // 2}")
+        shutil.copytree(f"{folder}/run/checkpoint-{STEPS // 2}", checkpoint)
+        damage(checkpoint)
+        return error_of(lambda: trainer(**changes).train(resume_from_checkpoint=str(checkpoint)))
+
+    def flip(checkpoint: Path) -> None:
+        [file] = checkpoint.glob("adalora/*/shard-*")
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+
+    def of_another_step(checkpoint: Path) -> None:
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        (checkpoint / "trainer_state.json").write_text(json.dumps(state | {"global_step": 3}))
+
+    def other_base() -> Any:
+        with torch.no_grad():
+            model = tiny_llama(VOCABULARY, hidden_size=16)
+            model.lm_head.weight.add_(1.0)
+        model.save_pretrained(f"{folder}/other base")
+        return model_of(Path(folder, "other base"))
+
+    trainer().train()
+    others = SETTINGS.model_copy(update={"beta1": 0.5})
+    late = trainer()
+    late.callback_handler.pop_callback(AdaLoraCallback)
+    late = Trainer(model=late.model, args=late.args, train_dataset=late.train_dataset)
+    late.add_callback(AdaLoraCallback(SETTINGS))
+    part = tiny_llama(VOCABULARY, hidden_size=16)
+    adapt(part.model, SETTINGS, seed=1)
+    return {
+        "damaged": resumed(1, flip),
+        "missing": resumed(2, lambda checkpoint: shutil.rmtree(checkpoint / "adalora")),
+        "unfinished": resumed(3, lambda checkpoint: next(checkpoint.glob("adalora/*/manifest.json")).unlink()),
+        "of another step": resumed(4, of_another_step),
+        "without scheduler": resumed(5, lambda checkpoint: (checkpoint / "scheduler.pt").unlink()),
+        "other settings": resumed(6, lambda _: None, settings=others),
+        "other length": resumed(7, lambda _: None, max_steps=STEPS + 1),
+        "other base": resumed(8, lambda _: None, model=other_base()),
+        "added late": error_of(lambda: late.train(resume_from_checkpoint=f"{folder}/run/checkpoint-{STEPS}")),
+        "a part of the model": error_of(trainer(model=part).train),
+        "no option": error_of(lambda: model_of(base).save_pretrained(f"{folder}/x", push_to_hub=True)),
+        "not whole": error_of(lambda: model_of(base).save_pretrained(f"{folder}/x", state_dict={})),
+    }
+
+
+def test_what_cannot_be_resumed_or_saved_is_refused_by_name(tmp_path):
+    [errors] = run_ranks(1, refused_resumes, str(tmp_path), timeout=200)
+    expected = {
+        "damaged": "is not what was written: its SHA-256 differs",
+        "missing": "has no adalora/ with the adapters' state",
+        "unfinished": "manifest.json cannot be read",
+        "of another step": f"is of step {STEPS // 2}, and trainer_state.json beside it of step 3",
+        "without scheduler": "scheduler.pt is missing",
+        "other settings": "beta1 0.85 -> 0.5",
+        "other length": f"optimizer steps {STEPS} -> {STEPS + 1}",
+        "other base": "is not the backbone of",
+        "a part of the model": "a part was adapted: save that part",
+        "no option": "push_to_hub=True",
+        "not whole": "state_dict lacks",
+    }
+    for case, words in expected.items():
+        assert errors[case].startswith("UserError: ") and words in errors[case], (case, errors[case])
+    assert "no error" not in errors["added late"]

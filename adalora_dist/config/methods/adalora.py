@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from adalora_dist.config.methods.base import LowRankConfig
+from adalora_dist.config.methods.peft_fields import settings_from_peft
 
 Start = Literal["matched", "paper"]
 Form = Literal["directions", "norm", "squared"]
@@ -51,9 +52,7 @@ class AdaLoraConfig(LowRankConfig):
     """How the averages advance: in six operations, or in one kernel, equal up to rounding, which torch.compile builds
     at the first step, in seconds, with a C++ compiler on a CPU and Triton on a GPU."""
     compact: bool = True
-    """Remove pruned triplets from memory once the pattern is frozen; false: keep them, at 0, to the end.
-
-    For the recipes' loop; HF Trainer keeps them (AdaLoraCallback)."""
+    """Remove pruned triplets from memory once the pattern is frozen; false: keep them, at 0, to the end."""
     orthogonality: float = Field(0.1, ge=0)
     """gamma: coefficient of the orthogonality regulariser; 0 turns it off."""
     orthogonality_form: Form | None = None
@@ -68,6 +67,20 @@ class AdaLoraConfig(LowRankConfig):
         if settings["start"] == "paper":
             follows["init"] = "gaussian"
         return {name: follows.get(name) if value is None else value for name, value in settings.items()}
+
+    @classmethod
+    def from_peft(cls, peft_config: Any, **settings: Any) -> AdaLoraConfig:
+        """What a ``peft.AdaLoraConfig`` asks for, in one line; docs/trainer.md has the table of its fields.
+
+        It is PEFT's method: the published start and regulariser, importance of the weights after the step.
+
+        Args:
+            settings: of this class, which count instead of those that follow: ``start="matched"``, ``targets=...``.
+
+        Raises:
+            UserError: another configuration, or fields that are not honoured and change what is learnt.
+        """
+        return cls(**settings_from_peft(peft_config, settings))
 
     @property
     def regulariser(self) -> Form:
