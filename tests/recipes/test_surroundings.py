@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.recipes.test_launch import BIN, run_command
 from tests.support.paths import ROOT
 from tests.support.ranks import free_port
+from tests.support.recipe_runs import BIN, run_command
 from tests.support.signal_runs import Project
 
 RECIPE = ROOT / "recipes" / "llama_commonsense.py"
