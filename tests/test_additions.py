@@ -89,9 +89,10 @@ FORMAT = {
     ),
     "adalora_dist/artifacts/formats.py": (
         "FORMATS: dict",
-        "def _write_names(saved, folder, dtype, base_weights):\n"
+        "def _write_names(saved, folder, options):\n"
         "    folder.mkdir()\n"
-        '    (folder / "names.txt").write_text("\\n".join(update.name for update in saved.adapters))\n\n\n'
+        '    (folder / "names.txt").write_text("\\n".join(update.name for update in saved.adapters))\n'
+        '    return ""\n\n\n'
         "FORMATS: dict",
         '    "merged": Format(',
         '    "names": Format(_write_names, is_adapter=True),\n    "merged": Format(',
