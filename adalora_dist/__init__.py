@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from adalora_dist.artifacts.adapted_model import adapt as adapt
     from adalora_dist.artifacts.export import load_adapter as load_adapter
     from adalora_dist.artifacts.export import merge as merge
     from adalora_dist.artifacts.export import save_adapter as save_adapter
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from adalora_dist.io.errors import UserError as UserError
     from adalora_dist.methods.hooks import MethodHooks as MethodHooks
     from adalora_dist.methods.hooks import attach as attach
-    from adalora_dist.methods.inject import adapt as adapt
     from adalora_dist.methods.inject import parameter_groups as parameter_groups
     from adalora_dist.training.trainer_callback import AdaLoraCallback as AdaLoraCallback
 
@@ -34,7 +34,7 @@ _HOMES = {
     "FullConfig": "config.methods",
     "method_config": "config.methods",
     "UserError": "io.errors",
-    "adapt": "methods.inject",
+    "adapt": "artifacts.adapted_model",
     "parameter_groups": "methods.inject",
     "attach": "methods.hooks",
     "MethodHooks": "methods.hooks",

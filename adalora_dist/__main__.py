@@ -27,6 +27,12 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one subcommand. Mistakes end with code 2 and one line on standard error."""
+    with user_errors(resumable=False):
+        arguments = _parser().parse_args(argv)
+        arguments.run_command(arguments)
+
+
+def _parser() -> _Parser:
     parser = _Parser(
         "adalora-dist", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -34,12 +40,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     _add_export(commands)
     _add_inspect(commands)
     _add_push(commands)
-    arguments = parser.parse_args(argv)
-    with user_errors():
-        arguments.run_command(arguments)
+    return parser
 
 
-def _add_export(commands: argparse._SubParsersAction) -> None:
+def _add_export(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser("export", help="write a run in a form that others load", allow_abbrev=False)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run, or a checkpoint in one")
     parser.add_argument(
@@ -67,7 +71,7 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run_command=_export)
 
 
-def _add_inspect(commands: argparse._SubParsersAction) -> None:
+def _add_inspect(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser("inspect", help="ranks, history and sizes of a run", allow_abbrev=False)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
     parser.add_argument(
@@ -79,7 +83,7 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run_command=_inspect)
 
 
-def _add_push(commands: argparse._SubParsersAction) -> None:
+def _add_push(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser("push", help="upload an export and its model card to the Hub", allow_abbrev=False)
     parser.add_argument("folder", type=Path, metavar="RUN_OR_EXPORT", help="folder of a run, or of one of its exports")
     parser.add_argument("repo_id", metavar="NAMESPACE/NAME", help="repository; created, private, if there is none")

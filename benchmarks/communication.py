@@ -5,7 +5,7 @@ python benchmarks/communication.py        prints the tables of docs/sharding.md
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from adalora_dist.sharding.spans import FACTORS_OF_MATRIX, Factor, Span, cut_rows
 
@@ -43,7 +43,7 @@ def spans_by_chunk(factor: Factor, world_size: int) -> Iterator[Span]:
         yield Span(min(rank * chunk, factor.numel), min((rank + 1) * chunk, factor.numel))
 
 
-def num_split_rows(all_factors: list[Factor], spans, world_size: int) -> int:
+def num_split_rows(all_factors: list[Factor], spans: Callable[[Factor, int], Iterator[Span]], world_size: int) -> int:
     """Rows of P and Q that are cut between ranks."""
     counted: dict[tuple[int, int], int] = {}
     total = 0

@@ -31,14 +31,16 @@ class Counts(TorchDispatchMode):
     """What happens while this is entered: ATen operations by name, collectives, and reads by the host."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it
         self.aten: Counter[str] = Counter()
         self.collectives: Counter[str] = Counter()
         self.host_reads: Counter[str] = Counter()
         self.late_reads = 0
-        """Of a host copy that was begun an allocation earlier (pattern_digest.py): nothing waits for it."""
+        """Of a host copy that was begun an allocation earlier (methods/adalora/digest.py): nothing waits for it."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         name = func.__name__.partition(".")[0]
         if func.namespace == "aten":
             self.aten[name] += 1

@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
+from torch.multiprocessing.spawn import spawn
 from variants import NAMES, TARGETS, Variant, llama
 
 MNLI_STEPS, MNLI_INITIAL, MNLI_FINAL = 85_970, 8_000, 50_000  # 7 epochs of 393,000 rows in batches of 32; t_i; t_f
@@ -76,7 +76,7 @@ def ops() -> None:
         for engine, world_size, prefix, name in rows:
             runs = []
             for method in ("adalora", "lora"):
-                mp.spawn(_count_rank, (world_size, engine, prefix + method, folder), nprocs=world_size)
+                spawn(_count_rank, (world_size, engine, prefix + method, folder), nprocs=world_size)
                 runs.append(json.loads(Path(folder, f"{engine}-{prefix}{method}.json").read_text()))
             ours, lora = runs
             forward, step = (extra(ours, lora, part, "ops") for part in ("forward", "step"))

@@ -77,7 +77,8 @@ class Timer:
         action()
         stop.record()
         stop.synchronize()
-        return start.elapsed_time(stop) / 1000
+        milliseconds: float = start.elapsed_time(stop)
+        return milliseconds / 1000
 
     def median(self, action: Callable[[], Any], rounds: int = 10, warmup: int = 3) -> float:
         return statistics.median([self(action) for _ in range(warmup + rounds)][warmup:])
@@ -94,18 +95,19 @@ def backbone(case: Case, device: torch.device, tiny: bool) -> nn.Module:
     kind: Any = {"bart": AutoModelForSeq2SeqLM, "deberta-v2": AutoModelForSequenceClassification}
     torch.manual_seed(0)
     with device:
-        model = kind.get(config.model_type, AutoModelForCausalLM).from_config(config, dtype=torch.bfloat16)
+        model: Any = kind.get(config.model_type, AutoModelForCausalLM).from_config(config, dtype=torch.bfloat16)
     if case.quantization == "nf4":
-        import bitsandbytes as bnb
+        from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
         for name, module in list(model.model.named_modules()):
             if isinstance(module, nn.Linear):
-                packed = bnb.nn.Linear4bit(
+                packed = Linear4bit(
                     module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
                 )
-                packed.weight = bnb.nn.Params4bit(module.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+                packed.weight = Params4bit(module.weight.data.cpu(), requires_grad=False, quant_type="nf4")
                 model.model.set_submodule(name, packed.to(device))
-    return model.requires_grad_(False)
+    frozen: nn.Module = model.requires_grad_(False)
+    return frozen
 
 
 def batch_of(case: Case, model: Any, device: torch.device) -> dict[str, torch.Tensor]:

@@ -53,9 +53,10 @@ echo "slurm.sh: $SLURM_JOB_NUM_NODES nodes x $per_node processes, main process a
 # The rank of a machine is known on that machine only: each task fills it in. "standard" keeps DeepSpeed from logging in
 # to the other nodes by itself, where srun is already.
 # Launchers would die of SIGUSR1, so they ignore it; the run has its own handler, and says in this file that it saved,
-# because launchers end with their own exit code.
-export ADALORA_DIST_STATUS_FILE=${TMPDIR:-/tmp}/adalora-dist-$SLURM_JOB_ID.json
-rm -f "$ADALORA_DIST_STATUS_FILE"
+# because launchers end with their own exit code. The folder is ours alone: others write in /tmp, too.
+private=$(mktemp -d "${TMPDIR:-/tmp}/adalora-dist-XXXXXXXXXX") || fail "no folder for the status: set TMPDIR"
+trap 'rm -rf "$private"' EXIT
+export ADALORA_DIST_STATUS_FILE=$private/status.json
 trap : TERM USR1 # outlive a signal to this script until the run has ended
 code=0
 # shellcheck disable=SC2016
@@ -67,7 +68,6 @@ srun --ntasks-per-node=1 --kill-on-bad-exit=1 \
     "$@" || code=$?
 if [[ -f $ADALORA_DIST_STATUS_FILE ]]; then
     echo "slurm.sh: the run was stopped by a signal and has saved: queueing the job again"
-    rm -f "$ADALORA_DIST_STATUS_FILE"
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -37,7 +37,7 @@ def main(config: GlueConfig) -> None:
     from adalora_dist.backbones.load import load_tokenizer
     from adalora_dist.tasks.batches import BatchPlan
     from adalora_dist.tasks.demo_models.minilm import demo_encoder_folder
-    from adalora_dist.tasks.evaluation.predict import largest_difference, predict
+    from adalora_dist.tasks.evaluation.predict import Outputs, largest_difference, predict
     from adalora_dist.tasks.glue.demo import TASK, demo_sentences, demo_sentences_folder
     from adalora_dist.tasks.glue.metrics import require_metrics
     from adalora_dist.tasks.glue.rows import TASKS, encode_texts, load_glue
@@ -81,9 +81,9 @@ def main(config: GlueConfig) -> None:
     majority = {"majority": majority_scores(task, eval_labels)}
 
     # --------------------------------------------------------------------------------------------------------- evaluate
-    def evaluate(run: Run[GlueConfig]) -> tuple[dict[str, float], dict[str, list]]:
+    def evaluate(run: Run[GlueConfig]) -> tuple[dict[str, float], dict[str, Outputs]]:
         scores: dict[str, float] = {}
-        logits: dict[str, list] = {}
+        logits: dict[str, Outputs] = {}
         for name, rows in eval_inputs.items():
             size = run.config.evaluation.eval_batch_size
             logits[name] = predict(run.model, rows, padding, size, **run.ranks, description=name)

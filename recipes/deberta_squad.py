@@ -35,7 +35,7 @@ def main(config: SquadConfig) -> None:
     from adalora_dist.backbones.load import load_tokenizer
     from adalora_dist.tasks.batches import BatchPlan
     from adalora_dist.tasks.demo_models.minilm import demo_encoder_folder
-    from adalora_dist.tasks.evaluation.predict import largest_difference, predict
+    from adalora_dist.tasks.evaluation.predict import Outputs, largest_difference, predict
     from adalora_dist.tasks.losses import span_loss
     from adalora_dist.tasks.rows.tokens import padding_token
     from adalora_dist.tasks.squad.answers import Answer, find_answers
@@ -81,11 +81,11 @@ def main(config: SquadConfig) -> None:
     common = (eval_inputs, padding, config.evaluation.eval_batch_size)
     outputs = ("start_logits", "end_logits")
 
-    def scored(logits: list) -> tuple[dict[str, float], list[Answer]]:
+    def scored(logits: Outputs) -> tuple[dict[str, float], list[Answer]]:
         answers = find_answers(eval_questions, eval_windows, logits, data.num_best, data.max_answer_length)
         return score(data, eval_questions, answers), answers
 
-    def evaluate(run: Run[SquadConfig]) -> list:
+    def evaluate(run: Run[SquadConfig]) -> Outputs:
         return predict(run.model, *common, **run.ranks, description="validation", outputs=outputs)
 
     for run in each_seed(whole, {}):

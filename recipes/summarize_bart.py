@@ -36,8 +36,9 @@ def main(config: SummarizationConfig) -> None:
     from adalora_dist.tasks.evaluation.rouge import rouge_scorer, rouge_scores
     from adalora_dist.tasks.evaluation.texts import generate_texts
     from adalora_dist.tasks.losses import decoder_start_token, seq2seq_loss
+    from adalora_dist.tasks.rows.table import digest_of_tokens
     from adalora_dist.tasks.rows.tokens import padding_token
-    from adalora_dist.tasks.summarization.rows import digest_of_summaries, encode_summaries, load_summaries
+    from adalora_dist.tasks.summarization.rows import encode_summaries, load_summaries
     from adalora_dist.training.dry_run import dry_run
     from adalora_dist.training.report import metrics_table
     from adalora_dist.training.run import Run
@@ -65,7 +66,7 @@ def main(config: SummarizationConfig) -> None:
     run.say(f"{len(train_rows):,} training rows, {len(eval_rows):,} evaluation rows")
     num_source, num_targets = train_rows["num_source"][:], train_rows["num_targets"][:]
     lengths = [sum(pair) for pair in zip(num_source, num_targets, strict=True)]
-    plan = BatchPlan(lengths, num_targets, *run.batching, digest_of_summaries(train_rows))
+    plan = BatchPlan(lengths, num_targets, *run.batching, digest_of_tokens(train_rows))
 
     # ---------------------------------------------------------------------------------------------- adapters and engine
     run.prepare(plan)

@@ -85,6 +85,13 @@ def test_there_is_something_to_check():
     assert circle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"] and not circle_in({"a": {"b"}, "b": set()})
 
 
+def test_what_tests_share_lies_in_support():
+    """Not in a test module, which brings its own fixtures, engines and skips along."""
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        shared = {name for name in imported(path) if name.startswith("tests.")}
+        assert all(name.startswith("tests.support.") for name in shared), f"{path} imports {sorted(shared)}"
+
+
 def test_the_root_is_small():
     shown = [path.name for path in PACKAGE.iterdir() if not path.name.startswith("__pycache__")]
     assert len(shown) <= 11  # the rooms, __init__.py, __main__.py, py.typed

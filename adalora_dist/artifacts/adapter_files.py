@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError
+from torch import nn
 
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import read_object
@@ -75,6 +76,15 @@ def read_description(folder: Path) -> AdapterDescription:
         if name not in described.scales or name not in described.shapes:
             raise UserError(f"{path} is incomplete (scale or shape of {name}): copy it again")
     return described
+
+
+def task_settings(model: nn.Module) -> dict[str, Any]:
+    """Of a model's config.json, what makes it one of its task: its class, its labels, what else its head asks for."""
+    own = cast(Any, model).config.to_dict()
+    name = type(model).__name__.removeprefix("FSDP")  # which fully_shard puts before it
+    return {"architectures": [name]} | {
+        key: own[key] for key in TaskSettings.model_fields if key != "architectures" and own.get(key) is not None
+    }
 
 
 def checked_task(content: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -20,9 +20,10 @@ from adalora_dist.artifacts.tables import rank_table
 from adalora_dist.backbones.dequantized import read_quantization_record
 from adalora_dist.backbones.load import dtype_named
 from adalora_dist.config.formats import EXPORT_FORMATS, ExportFormat
-from adalora_dist.io.errors import UserError
+from adalora_dist.io.errors import UserError, printable
 from adalora_dist.io.foreign_files import read_object, read_sections
 from adalora_dist.io.markdown import number
+from adalora_dist.io.terminal import say
 from adalora_dist.methods.update import AdapterWeights
 
 
@@ -83,7 +84,7 @@ class FinishedRun:
 
     @property
     def is_quantized(self) -> bool:
-        return self.settings.get("quantization", {}).get("quantization", "none") != "none"
+        return bool(self.settings.get("quantization", {}).get("quantization", "none") != "none")
 
     def usage(self, to: ExportFormat, out: Path, base: str) -> str:
         """Lines of Python that load an export, and for LoRA the options that vLLM needs."""
@@ -155,11 +156,11 @@ def export_run(
         into = merge_into or run.settings.get("export", {}).get("merge_into", "original")
         base_weights = read_quantization_record(run.folder / "quantized.json") if into == "dequantized" else None
         if run.is_quantized and into == "original":
-            print("warning: the adapters were trained over quantised weights and are merged into the original ones;")
-            print("warning: --merge-into dequantized gives exactly what was trained (docs/quantization.md)")
+            say("warning: the adapters were trained over quantised weights and are merged into the original ones;")
+            say("warning: --merge-into dequantized gives exactly what was trained (docs/quantization.md)")
     if said := form.write(saved, out, Options(dtype_named(dtype), base_weights, pad=pad)):
-        print(f"{out}: {said}")
-    print(f"Wrote {out}. To use it:\n\n{run.usage(to, out, saved.base_model)}")
+        say(f"{out}: {said}")
+    say(f"Wrote {out}. To use it:\n\n{run.usage(to, out, saved.base_model)}")
 
 
 def _within(adapters: list[AdapterWeights], max_rank: int, fold_ranks: bool) -> list[AdapterWeights]:
@@ -171,7 +172,7 @@ def _within(adapters: list[AdapterWeights], max_rank: int, fold_ranks: bool) -> 
         )
     folded, cost = fold(adapters, max_rank)
     if above:
-        print(
+        say(
             f"Folded {cost.num_matrices} of {len(adapters)} matrices to rank {max_rank}. Relative error of the update: "
             f"{cost.largest_error:.1e} at most, {cost.total_error:.1e} over all matrices"
         )
@@ -188,33 +189,34 @@ def inspect_run(path: Path, picture_format: Literal["svg", "png", "none"] = "svg
         raise UserError(f"{path} is a checkpoint: give the run's folder, {path.absolute().parents[1]}")
     run = FinishedRun.read(path)
     pattern = {a.name: a.rank for a in run.saved.adapters}
-    print("Active ranks\n" + rank_table(pattern) + "\n")
+    say("Active ranks\n" + rank_table(pattern) + "\n")
     active = sum(tensor.numel() for a in run.saved.adapters for tensor in a.tensors().values())
     whole = sum(math.prod(a.matrix.shape) for a in run.saved.adapters)
-    print(f"Base model: {run.saved.base_model}" + (f" at {run.saved.base_revision}" if run.saved.base_revision else ""))
+    revision = run.saved.base_revision
+    say(f"Base model: {printable(run.saved.base_model)}" + (f" at {printable(revision)}" if revision else ""))
     if "num_trainable_parameters" in run.facts:
-        print(f"Trained parameters at the start: {number(run.facts['num_trainable_parameters'])}")
-    print(
+        say(f"Trained parameters at the start: {number(run.facts['num_trainable_parameters'])}")
+    say(
         f"Active adapter parameters: {active:,} in {sum(rank > 0 for rank in pattern.values())} of {len(pattern)} "
         f"matrices, {active / whole:.2%} of the matrices' own {whole:,}"
     )
     history = read_history(path / "allocations.jsonl")
     if history:
         returned = sum(record["returned"] for record in history)
-        print(
+        say(
             f"Allocations: {len(history)}, at steps {history[0]['step']} to {history[-1]['step']}; budget "
             f"{history[0]['budget']} -> {history[-1]['budget']}; triplets that came back after pruning: {returned}"
         )
     found = [name for name in EXPORT_FORMATS if (path / name).is_dir()]
     for name in found:
-        print(f"\nTo use {path / name}:\n\n{run.usage(name, path / name, run.saved.base_model)}")
+        say(f"\nTo use {path / name}:\n\n{run.usage(name, path / name, run.saved.base_model)}")
     if not found:
         *others, last = EXPORT_FORMATS
-        print(f"\nNot exported yet: adalora-dist export {path} --to {', '.join(others)} or {last}")
+        say(f"\nNot exported yet: adalora-dist export {path} --to {', '.join(others)} or {last}")
     if picture_format != "none":
         drawn = [path / f"ranks.{picture_format}"]
         draw_rank_map(pattern, drawn[0])
         if history:
             drawn.append(path / f"history.{picture_format}")
             draw_history(history, drawn[1])
-        print(f"\nPictures: {', '.join(map(str, drawn))}")
+        say(f"\nPictures: {', '.join(map(str, drawn))}")

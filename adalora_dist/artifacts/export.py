@@ -13,30 +13,38 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from adalora_dist.artifacts.adapted_model import save_as_adapter
 from adalora_dist.artifacts.adapter_files import (
     AdapterDescription,
     MethodDescription,
-    TaskSettings,
     checked_task,
     read_description,
 )
+from adalora_dist.artifacts.adapter_files import task_settings as task_settings
+from adalora_dist.artifacts.whole import check_files, check_whole, is_model_file
 from adalora_dist.backbones.files import base_folder_of as base_folder_of
 from adalora_dist.backbones.files import refuse_foreign_link, weight_files
 from adalora_dist.backbones.linears import linear_shape
 from adalora_dist.backbones.names import FileNames, names_in
+from adalora_dist.backbones.tokenizer import save_tokenizer
 from adalora_dist.io.errors import UserError
-from adalora_dist.io.foreign_files import read_object
+from adalora_dist.io.foreign_files import check_tensors, read_object
 from adalora_dist.io.progress import progress_bar
+from adalora_dist.io.publish import building
+from adalora_dist.io.redaction import redacted
 from adalora_dist.methods import METHODS
 from adalora_dist.methods.protocol import Adapter
 from adalora_dist.methods.update import Matrix, Update, weight_shape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _NOT_COPIED = re.compile(
     r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|onnx_data)"
@@ -46,14 +54,42 @@ _NOT_COPIED = re.compile(
 """Names of what a merged model does not take over from its base."""
 
 
-def save_adapter(adapters: Sequence[Update], folder: Path, base_model: str, base_revision: str | None) -> None:
-    """Write adapter.safetensors (for triplets NAME.P, NAME.lam, NAME.Q of the active ones) and adapter.json."""
-    folder.mkdir(parents=True, exist_ok=True)
+def save_adapter(
+    adapters: Sequence[Update],
+    folder: Path,
+    base_model: str,
+    base_revision: str | None,
+    trained: Mapping[str, torch.Tensor] | None = None,
+    task: Mapping[str, Any] | None = None,
+) -> None:
+    """Write adapter.safetensors (for triplets NAME.P, NAME.lam, NAME.Q of the active ones), adapter.json, and the rest.
+
+    Args:
+        adapters: of every adapted matrix.
+        folder: of an earlier adapter, which is replaced as a whole, or one that does not exist.
+        trained: what was trained in full, by parameter name, as trained.safetensors:
+            ``model.load_state_dict(load_file(...), strict=False)`` puts it back.
+        task: from :func:`task_settings`, as task.json.
+
+    Raises:
+        UserError: the folder holds something else, or cannot be written.
+    """
     tensors = {f"{a.name}.{kind}": tensor for a in adapters for kind, tensor in a.tensors().items()}
-    save_file(tensors, folder / "adapter.safetensors", metadata={"format": "pt"})
+    weights = {"adapter.safetensors": tensors} | ({"trained.safetensors": dict(trained)} if trained else {})
+    description = _described(adapters, base_model, base_revision)
+    with building(folder, replaces=is_adapter) as scratch:
+        for name, content in weights.items():
+            save_file(content, scratch / name, metadata={"format": "pt"})
+        _write_json(description.model_dump(), scratch / "adapter.json")
+        if task is not None:
+            _write_json(task, scratch / "task.json")
+        check_whole(scratch, weights)
+
+
+def _described(adapters: Sequence[Update], base_model: str, base_revision: str | None) -> AdapterDescription:
     matrices = [a.matrix for a in adapters]
     tables: dict[str, Any] = {
-        "base_model": base_model,
+        "base_model": redacted(base_model),
         "base_revision": base_revision,
         "scales": {m.name: m.scale for m in matrices},
         "rank_pattern": {m.name: m.rank for m in matrices},
@@ -61,21 +97,13 @@ def save_adapter(adapters: Sequence[Update], folder: Path, base_model: str, base
         "transposed": [m.name for m in matrices if m.is_transposed],
     }
     if adapters and (method := adapters[0].method):
-        described: AdapterDescription = MethodDescription(
-            **tables, update=adapters[0].formula, method=method, settings=adapters[0].settings()
-        )
-    else:
-        described = AdapterDescription(**tables)
-    _write_json(described.model_dump(), folder / "adapter.json")
+        return MethodDescription(**tables, update=adapters[0].formula, method=method, settings=adapters[0].settings())
+    return AdapterDescription(**tables)
 
 
-def save_trained(trained: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Write trained.safetensors beside an adapter: what was trained in full, by parameter name; nothing if it is empty.
-
-    ``model.load_state_dict(load_file(...), strict=False)`` puts it back.
-    """
-    if trained:
-        save_file(dict(trained), folder / "trained.safetensors", metadata={"format": "pt"})
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder is one that :func:`save_adapter` has written, or empty."""
+    return (folder / "adapter.json").is_file() or not any(folder.iterdir())
 
 
 @dataclass(frozen=True)
@@ -99,6 +127,9 @@ def read_adapter(folder: Path) -> SavedAdapter:
     """
     try:
         described = read_description(folder)
+        for name in ("adapter.safetensors", "trained.safetensors"):
+            if (folder / name).exists():
+                check_tensors(folder / name)
         tensors = load_file(folder / "adapter.safetensors")
         trained = load_file(file) if (file := folder / "trained.safetensors").is_file() else {}
         task = checked_task(read_object(file), str(file)) if (file := folder / "task.json").is_file() else {}
@@ -128,6 +159,8 @@ def read_adapter(folder: Path) -> SavedAdapter:
 def load_adapter(model: nn.Module, folder: Path) -> list[Adapter]:
     """Put a saved adapter into its plain backbone, every matrix at its own rank (0: no branch).
 
+    From then on ``model.save_pretrained(folder)`` writes the adapter, for PEFT.
+
     Raises:
         UserError: the folder is not an adapter of this format, or does not fit the model.
     """
@@ -144,7 +177,12 @@ def load_adapter(model: nn.Module, folder: Path) -> list[Adapter]:
                 f"{folder}: {adapter.name} is {rows} x {columns} there, but the model's matrix is {d_out} x {d_in}: "
                 "load its base model"
             )
-    return METHODS[adapters[0].method or "adalora"].place(model, adapters) if adapters else []
+    if not adapters:
+        return []
+    method = METHODS[adapters[0].method or "adalora"]
+    layers = method.place(model, adapters)
+    save_as_adapter(model, method)
+    return layers
 
 
 class BaseWeight(Protocol):
@@ -170,10 +208,12 @@ def merge(
     task: Mapping[str, Any] | None = None,
     show_progress: bool = True,
     names: FileNames | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
     """Write the merged model: the base's files with each update of W0, such as W0 + s P diag(lambda) Q, in its place.
 
-    Built beside ``folder`` and renamed when complete. Sums are float32; ``dtype`` None keeps each tensor's type.
+    Built beside ``folder``, read again, and renamed when it is whole. Sums are float32; ``dtype`` None keeps each
+    tensor's type.
 
     Args:
         adapters: of every adapted matrix.
@@ -188,9 +228,11 @@ def merge(
         task: from :func:`task_settings`, what config.json says instead of the base's.
         names: of the trained model in the base's files. Default: found out from the class that ``task`` or config.json
             names, built on the meta device.
+        tokenizer: takes the place of the base's.
 
     Raises:
-        UserError: as :func:`check_base`, or the base lacks the weight of an adapted matrix in its shape.
+        UserError: as :func:`check_base`; the base lacks the weight of an adapted matrix in its shape; as of
+            :func:`adalora_dist.io.publish.building`.
     """
     check_base(base_folder)
     shards = weight_files(base_folder)
@@ -202,42 +244,46 @@ def merge(
     shapes = {name: base.shape for name, base in bases.items()} | {n: weight_shape(a) for n, a in replaced.items()}
     places, new = names.places(shapes, whole, base_folder)
     added = {name: whole[name].contiguous() for name in sorted(new)}
-    building = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    weight_map: dict[str, str] = {}
-    total_size = 0
-    for shard in progress_bar(shards, desc="merge", unit="file", show=show_progress):
-        tensors = {}
-        with safe_open(shard, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (not a dictionary)
-                tensor = file.get_tensor(key)
-                name = places.get(key)
-                if name in whole:
-                    tensor = whole[name].to(tensor.dtype)
-                elif name is not None:
-                    weight = bases[name](tensor) if name in bases else tensor.to(torch.float32, copy=True)
-                    tensor = (replaced[name].merged(weight) if name in replaced else weight).to(dtype or tensor.dtype)
-                tensors[key] = (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).contiguous()
-            if shard == shards[-1]:
-                tensors |= {name: t.to(dtype) if dtype and t.is_floating_point() else t for name, t in added.items()}
-            save_file(tensors, building / shard.name, metadata=file.metadata() or {"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, shard.name)
-        total_size += sum(tensor.nbytes for tensor in tensors.values())
-    for path in base_folder.iterdir():
-        if _is_copied(path):
-            shutil.copyfile(path, building / path.name)
-    if shards[0].name != "model.safetensors":
-        own = read_object(base_folder / "model.safetensors.index.json").get("metadata")
-        metadata = {**(own if isinstance(own, dict) else {}), "total_size": total_size}
-        index = {"metadata": metadata, "weight_map": weight_map}
-        _write_json(index, building / "model.safetensors.index.json")
     if dtype is not None:
         settings = {key: value for key, value in settings.items() if key != "torch_dtype"}
         settings["dtype"] = str(dtype).removeprefix("torch.")
-    if dtype is not None or task:
-        _write_json(with_task(settings, task or {}), building / "config.json")
-    building.rename(folder)
+
+    def merged(key: str, tensor: torch.Tensor) -> torch.Tensor:
+        name = places.get(key)
+        if name in whole:
+            tensor = whole[name].to(tensor.dtype)
+        elif name is not None:
+            weight = bases[name](tensor) if name in bases else tensor.to(torch.float32, copy=True)
+            tensor = (replaced[name].merged(weight) if name in replaced else weight).to(dtype or tensor.dtype)
+        return (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).contiguous()
+
+    def write(shard: Path, target: Path) -> dict[str, int]:
+        """One file; the bytes of its tensors by name."""
+        with safe_open(shard, framework="pt") as file:
+            tensors = {key: merged(key, file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118 (not a dictionary)
+            if shard == shards[-1]:
+                tensors |= {n: t.to(dtype) if dtype and t.is_floating_point() else t for n, t in added.items()}
+            save_file(tensors, target, metadata=file.metadata() or {"format": "pt"})
+        return {key: tensor.nbytes for key, tensor in tensors.items()}
+
+    with building(folder) as scratch:
+        weights: dict[str, dict[str, int]] = {}
+        for shard in progress_bar(shards, desc="merge", unit="file", show=show_progress):
+            weights[shard.name] = write(shard, scratch / shard.name)
+        for path in base_folder.iterdir():
+            if _is_copied(path):
+                shutil.copyfile(path, scratch / path.name)
+        if shards[0].name != "model.safetensors":
+            own = read_object(base_folder / "model.safetensors.index.json").get("metadata")
+            total_size = sum(sum(sizes.values()) for sizes in weights.values())
+            metadata = {**(own if isinstance(own, dict) else {}), "total_size": total_size}
+            weight_map = {key: name for name, keys in weights.items() for key in keys}
+            _write_json({"metadata": metadata, "weight_map": weight_map}, scratch / "model.safetensors.index.json")
+        if dtype is not None or task:
+            _write_json(with_task(settings, task or {}), scratch / "config.json")
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, scratch)
+        check_whole(scratch, weights)
 
 
 def row_norms(
@@ -272,7 +318,8 @@ def with_task(settings: Mapping[str, Any], task: Mapping[str, Any]) -> dict[str,
 def check_base(base_folder: Path) -> None:
     """Raise a ``UserError`` if nothing can be merged into a model folder.
 
-    That is: it has no safetensors, is an adapter, is quantised, or has a link out of itself.
+    That is: it has no safetensors, is an adapter, is quantised, has a link out of itself, or a file of words or
+    settings that cannot be read.
     """
     if (base_folder / "adapter_config.json").is_file():  # which transformers would put on top of what is merged
         raise UserError(f"{base_folder} is an adapter (adapter_config.json): merge into the model that it belongs to")
@@ -286,22 +333,14 @@ def check_base(base_folder: Path) -> None:
             f"{base_folder} is quantised ({method or 'quantization_config in its config.json'}), and nothing can be "
             "added to such weights: merge into the original model, or leave merged out of export_formats"
         )
-    for path in base_folder.iterdir():
-        if _is_copied(path):
-            refuse_foreign_link(path)
+    copied = [path for path in sorted(base_folder.iterdir()) if _is_copied(path)]
+    for path in copied:
+        refuse_foreign_link(path)
+    check_files(path for path in copied if is_model_file(path.name))
 
 
 def _is_copied(path: Path) -> bool:
     return path.is_file() and not _NOT_COPIED.fullmatch(path.name)
-
-
-def task_settings(model: nn.Module) -> dict[str, Any]:
-    """Of a model's config.json, what makes it one of its task: its class, its labels, what else its head asks for."""
-    own = cast(Any, model).config.to_dict()
-    name = type(model).__name__.removeprefix("FSDP")  # which fully_shard puts before it
-    return {"architectures": [name]} | {
-        key: own[key] for key in TaskSettings.model_fields if key != "architectures" and own.get(key) is not None
-    }
 
 
 def _write_json(content: Mapping[str, Any], path: Path) -> None:

@@ -21,7 +21,7 @@ from adalora_dist.methods.update import AdapterWeights, Update
 from adalora_dist.methods.vera import VeraUpdate
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Options:
     """Of the trained model in the base's files; None: found out."""
     plain: PreTrainedModel | None = None
     """The base without weights, which adapters are verified on; None: made from its config.json."""
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """For whole models; None: the base's files."""
     pad: bool = False
     """LoRA: one rank and one alpha for all matrices, by adding zeros."""
 
@@ -59,7 +61,7 @@ def _write_merged(saved: SavedAdapter, folder: Path, options: Options) -> str:
     base = base_folder_of(saved.base_model, saved.base_revision)
     merge(
         saved.adapters, base, folder, options.dtype, saved.trained, options.base_weights, saved.task,
-        names=options.names,
+        names=options.names, tokenizer=options.tokenizer,
     )  # fmt: skip
     return ""
 

@@ -63,7 +63,11 @@ def taken_for_experts(names: Sequence[str], model: PreTrainedModel | None) -> li
 
 
 def verify(
-    folder: Path, model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], trained: Sequence[str] = ()
+    folder: Path,
+    model: PreTrainedModel,
+    tensors: Mapping[str, torch.Tensor],
+    trained: Sequence[str] = (),
+    target: Path | None = None,
 ) -> None:
     """Load an adapter with PEFT and compare what it has at every matrix with what was written.
 
@@ -74,6 +78,7 @@ def verify(
         model: its plain base on the meta device; a copy gets the adapter.
         tensors: all that was written, by its name in the file.
         trained: parameters that were written whole.
+        target: the folder's name in errors, where it has another while it is built.
 
     Raises:
         UserError: PEFT does not load it, drops a tensor, puts one elsewhere, or scales it differently.
@@ -90,7 +95,8 @@ def verify(
             loaded = PeftModel.from_pretrained(model, folder)
     except Exception as error:  # any of PEFT's
         reason = " ".join(str(error).split())[:200]
-        raise _refusal(folder, f"it stops with {type(error).__name__}: {reason}") from error
+        raise _refusal(target or folder, f"it stops with {type(error).__name__}: {reason}") from error
+    folder = target or folder
     layers = {n.removeprefix(PREFIX): m for n, m in loaded.named_modules() if isinstance(m, BaseTunerLayer)}
     expected: dict[str, dict[str, torch.Tensor]] = {}
     whole = {PREFIX + name for name in trained}
@@ -140,7 +146,4 @@ def _is_same(value: torch.Tensor, tensor: torch.Tensor) -> bool:
 
 
 def _refusal(folder: Path, reason: str) -> UserError:
-    form = folder.name.removesuffix(".partial")
-    return UserError(
-        f"{folder.with_name(form)}: PEFT would load this adapter as another function ({reason}): use the merged model"
-    )
+    return UserError(f"{folder}: PEFT would load this adapter as another function ({reason}): use the merged model")

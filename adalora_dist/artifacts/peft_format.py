@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +23,11 @@ from safetensors.torch import save_file
 from torch.nn.functional import pad as pad_with_zeros
 
 from adalora_dist.artifacts.peft_check import taken_for_experts, verify
+from adalora_dist.artifacts.whole import check_whole
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import read_object
+from adalora_dist.io.publish import building
+from adalora_dist.io.redaction import redacted
 from adalora_dist.methods.adalora.start import PREFIX, RANKNUM_OFFSET
 from adalora_dist.methods.dora import DoraUpdate
 from adalora_dist.methods.update import AdapterWeights, Update
@@ -76,7 +78,7 @@ def fold(adapters: Sequence[AdapterWeights], max_rank: int) -> tuple[list[Adapte
 def save_lora(
     adapters: Sequence[AdapterWeights],
     folder: Path,
-    base_model: str,
+    base_model: str | None,
     base_revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     trained: Mapping[str, torch.Tensor] | None = None,
@@ -88,7 +90,7 @@ def save_lora(
     Args:
         adapters: of every adapted matrix.
         folder: must not exist. Built beside it and renamed when complete.
-        base_model: Hub id or folder of the backbone, for PEFT to find.
+        base_model: Hub id or folder of the backbone, for PEFT to find; None: whoever loads it has to know.
         dtype: of the factors; all but float32 round them.
         trained: full tensors that training replaced (``train_modules``), by parameter name.
         model: from :func:`adalora_dist.backbones.names.plain_model`. Gives PEFT the task, finds what it would take for
@@ -96,7 +98,8 @@ def save_lora(
         pad: bring all matrices to the largest rank with zeros, so that one rank and one alpha hold for all.
 
     Raises:
-        UserError: there is no active triplet; as :func:`adalora_dist.artifacts.peft_check.verify`.
+        UserError: there is no active triplet; as of :func:`adalora_dist.artifacts.peft_check.verify` and of
+            :func:`adalora_dist.io.publish.building`.
     """
     kept = [a for a in adapters if a.rank]
     if not kept:
@@ -150,7 +153,7 @@ def vllm_options(folder: Path) -> str:
 def save_adalora(
     adapters: Sequence[AdapterWeights],
     folder: Path,
-    base_model: str,
+    base_model: str | None,
     base_revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     trained: Mapping[str, torch.Tensor] | None = None,
@@ -268,13 +271,13 @@ def save_vera(
 def _common_config(
     adapters: Sequence[Update],
     kept: Sequence[Update],
-    base_model: str,
+    base_model: str | None,
     base_revision: str | None,
     trained: Mapping[str, torch.Tensor] | None,
     model: PreTrainedModel | None,
 ) -> dict[str, Any]:
     return {
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": redacted(base_model),
         "revision": base_revision,
         "target_modules": _exactly([a.name for a in kept], [a.name for a in adapters]),
         "modules_to_save": _whole_modules(trained, model) if trained else None,
@@ -342,11 +345,10 @@ def _write(
     model: PreTrainedModel | None,
 ) -> None:
     tensors |= {PREFIX + name: tensor for name, tensor in (trained or {}).items()}
-    building = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    save_file({k: t.contiguous() for k, t in tensors.items()}, building / "adapter_model.safetensors", {"format": "pt"})
-    (building / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if model is not None:
-        verify(building, model, tensors, sorted(trained or ()))
-    building.rename(folder)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with building(folder) as scratch:
+        save_file(tensors, scratch / "adapter_model.safetensors", {"format": "pt"})
+        (scratch / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        check_whole(scratch, {"adapter_model.safetensors": tensors})
+        if model is not None:
+            verify(scratch, model, tensors, sorted(trained or ()), target=folder)

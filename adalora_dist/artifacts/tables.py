@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from adalora_dist.artifacts.hub.pictures import rank_grid
+from adalora_dist.io.errors import printable
 
 
 def rank_table(pattern: Mapping[str, int]) -> str:
     """Active ranks, layers down and matrices across; names without a layer number get a line of their own."""
     lines, columns, cells = rank_grid(pattern)
-    rows = [("layer", *columns, "total")]
+    rows = [("layer", *(printable(column, 100) for column in columns), "total")]
     for layer in lines:
         ranks = [cells.get((layer, c)) for c in columns]
-        rows.append((layer, *("" if r is None else str(r) for r in ranks), str(sum(r for r in ranks if r is not None))))
+        name = printable(layer, 100)
+        rows.append((name, *("" if r is None else str(r) for r in ranks), str(sum(r for r in ranks if r is not None))))
     rows.append(("total", *(str(sum(r for (_, c), r in cells.items() if c == column)) for column in columns),
                  str(sum(pattern.values()))))  # fmt: skip
     return aligned(rows)

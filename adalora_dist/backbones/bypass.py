@@ -16,7 +16,7 @@ import ast
 import inspect
 import re
 import textwrap
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import cache
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -271,7 +271,7 @@ class _NotASetting(Exception):
     """An expression that something other than the module's settings decides."""
 
 
-_COMPARED = {
+_COMPARED: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Gt: lambda a, b: a > b, ast.GtE: lambda a, b: a >= b, ast.Lt: lambda a, b: a < b,
     ast.LtE: lambda a, b: a <= b, ast.Eq: lambda a, b: a == b, ast.NotEq: lambda a, b: a != b,
     ast.Is: lambda a, b: a is b, ast.IsNot: lambda a, b: a is not b,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from adalora_dist.io.errors import UserError
-from adalora_dist.io.foreign_files import read_object
+from adalora_dist.io.foreign_files import MAX_BYTES, check_plain, check_tensors, read_object
 
 _BASE_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]  # weights, configurations, tokenizers
 
@@ -36,8 +36,7 @@ def locate_weights(name: str, revision: str | None) -> list[Path]:
         UserError: the folder has weights in other forms alone, lacks a file of its index, or a link leads nowhere.
         OSError: the Hub cannot be reached.
     """
-    from transformers.utils import cached_file
-    from transformers.utils.hub import get_checkpoint_shard_files
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
     if (folder := Path(name)).is_dir():
         for path in folder.iterdir():
@@ -91,6 +90,7 @@ def stored_tensors(shards: Sequence[Path]) -> dict[str, Stored]:
     """
     found: dict[str, Stored] = {}
     for shard in shards:
+        check_tensors(shard, "fetch the model again")
         try:
             with safe_open(shard, framework="pt") as file:
                 found |= {k: Stored(shard, k, tuple(file.get_slice(k).get_shape())) for k in file.keys()}  # noqa: SIM118
@@ -110,6 +110,17 @@ def refuse_foreign_link(path: Path) -> None:
         raise UserError(
             f"{path} is a link to {target}, out of the model's folder: remove it, or put the file itself there"
         )
+
+
+def refuse_odd_files(folder: Path) -> None:
+    """Raise if a file that transformers would read from a model's folder is none, or without end.
+
+    Raises:
+        UserError: a pipe, a device, a folder of a file's name, or words and settings of more than any model has.
+    """
+    for path in sorted(folder.iterdir()):
+        if any(path.match(pattern) for pattern in _BASE_FILES) and path.exists():
+            check_plain(path, None if path.suffix == ".safetensors" else MAX_BYTES)
 
 
 def is_module_pattern(key: object) -> bool:

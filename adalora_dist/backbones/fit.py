@@ -26,10 +26,8 @@ _TABLE_BUFFERS = ("embed_positions", "pos_encoding")
 
 def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id to pad with: PAD, else EOS, else 0. Any id is right: padding is masked in attention and labels."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return token
-    return 0
+    tokens: tuple[int | None, ...] = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in tokens if token is not None), 0)
 
 
 def fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

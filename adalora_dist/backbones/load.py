@@ -13,11 +13,12 @@ from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedType
 from torch import nn
 
-from adalora_dist.backbones.files import locate_weights, stored_tensors
+from adalora_dist.backbones.files import locate_weights, refuse_odd_files, stored_tensors
 from adalora_dist.backbones.fit import fit_tokenizer
 from adalora_dist.backbones.names import FileNames, head_prefixes, on_meta
 from adalora_dist.backbones.quantization import settle_quantized
 from adalora_dist.backbones.sharded_load import load_on_meta
+from adalora_dist.backbones.tokenizer import remember_rules
 from adalora_dist.config.sections import ModelConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.sharding.tensors import full_numel
@@ -51,8 +52,10 @@ def load_backbone(
             adapter, or its files belong to another model than its config.json.
     """
     from transformers import AutoConfig
-    from transformers.integrations import is_deepspeed_zero3_enabled
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+    if Path(config.name).is_dir():
+        refuse_odd_files(Path(config.name))
     if (Path(config.name) / "adapter_config.json").is_file():
         raise UserError(
             f"model={config.name!r} is an adapter of PEFT: give the model that it belongs to, and the adapter as "
@@ -179,13 +182,15 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     try:
         refuse_code_from_elsewhere(config)
         # Never left open: transformers would ask whoever sits at the terminal whether to run the repository's code.
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except UserError:
         raise
     except (OSError, ValueError, ImportError) as error:
         raise _cannot_be_loaded(config, error) from error
+    remember_rules(tokenizer)
+    return tokenizer
 
 
 def refuse_code_from_elsewhere(config: ModelConfig) -> None:
@@ -236,7 +241,7 @@ def _name_blocks(model: PreTrainedModel) -> None:
 
 
 def _under_fsdp2() -> bool:
-    return is_initialized() and AcceleratorState().distributed_type == DistributedType.FSDP
+    return is_initialized() and bool(AcceleratorState().distributed_type == DistributedType.FSDP)
 
 
 def dtype_named(name: str) -> torch.dtype | None:

@@ -270,8 +270,10 @@ def on_meta(model_class: Any, config: Any, **options: Any) -> PreTrainedModel:
     """
     with _without_zero3(), torch.device("meta"):
         if hasattr(model_class, "from_config"):
-            return model_class.from_config(deepcopy(config), **options)
-        return model_class(deepcopy(config))
+            model: PreTrainedModel = model_class.from_config(deepcopy(config), **options)
+        else:
+            model = model_class(deepcopy(config))
+    return model
 
 
 @contextmanager

@@ -6,7 +6,7 @@ stay as they are, and so does every module that is trained in full. The adapters
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -91,7 +91,8 @@ def settle_quantized(model: nn.Module) -> None:
 
 
 def _forward(module: Any, x: torch.Tensor) -> torch.Tensor:
-    return _FrozenLinear.apply(x, module)
+    apply: Callable[..., torch.Tensor] = _FrozenLinear.apply
+    return apply(x, module)
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -100,7 +101,8 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, module: Any) -> torch.Tensor:
         ctx.module = module
-        return type(module).forward(module, x)
+        y: torch.Tensor = type(module).forward(module, x)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -111,11 +113,10 @@ class _FrozenLinear(torch.autograd.Function):
 
 def quantized_linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Every quantised linear map, under the name that it has in the plain backbone."""
-    import bitsandbytes
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
-    kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
     for name, module in model.named_modules():
-        if isinstance(module, kinds):
+        if isinstance(module, Linear4bit | Linear8bitLt):
             yield getattr(module, "plain_name", name), module
 
 
@@ -124,9 +125,11 @@ def dequantized(module: Any) -> torch.Tensor:
     from bitsandbytes import functional
 
     if hasattr(module, "quant_state"):
-        return functional.dequantize_4bit(module.weight.data, module.quant_state)
-    state = module.state if module.state.CB is not None else module.weight
-    return functional.int8_vectorwise_dequant(state.CB, state.SCB)
+        weight: torch.Tensor = functional.dequantize_4bit(module.weight.data, module.quant_state)
+    else:
+        state = module.state if module.state.CB is not None else module.weight
+        weight = functional.int8_vectorwise_dequant(state.CB, state.SCB)
+    return weight
 
 
 def support_table() -> str:

@@ -44,7 +44,7 @@ def load_on_meta(auto_class: Any, name: str, names: FileNames, **options: Any) -
             f"model={name!r}: {min(names.computed)} is computed from several tensors of its files, which is not "
             "possible row by row under FSDP2: use ZeRO-3 (launch/accelerate/zero3.yaml)"
         )
-    model = auto_class.from_pretrained(name, device_map="meta", **options)
+    model: PreTrainedModel = auto_class.from_pretrained(name, device_map="meta", **options)
     to_read = []
     new = set(names.missing)
     for path, module in model.named_modules():

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +29,11 @@ from adalora_dist.config.presets import PresetTable
 from adalora_dist.config.run_file import Origins, RunFile
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.config.settings import Setting, legal, method_setting, near, remedy, settings_by_flag
+from adalora_dist.io.ending import EXIT_PREEMPTED, leave, repeat_last, tell_error
 from adalora_dist.io.errors import UserError
+from adalora_dist.io.launchers import follow, unfollow
+from adalora_dist.io.signals import SignalListener
+from adalora_dist.io.terminal import keep_writing, let_go_of_terminal
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
@@ -65,22 +70,51 @@ def fail(error: object) -> NoReturn:
     Of several ranks (``RANK``, or else ``LOCAL_RANK``, in the environment) rank 0 speaks first, and launchers then end
     the others. A rank that is still alive after ``RANK0_HEAD_START_SECONDS`` failed alone, and says so.
     """
-    line = " ".join(str(error).split())
-    rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
+    rank = _rank()
     if rank != "0":
         time.sleep(RANK0_HEAD_START_SECONDS)
-        line = f"rank {rank}: {line}"
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    tell_error(error if rank == "0" else f"rank {rank}: {error}")
     raise SystemExit(2)
 
 
 @contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn a ``UserError`` into :func:`fail`; let everything else propagate. A context manager and a decorator."""
+def user_errors(resumable: bool = True) -> Iterator[None]:
+    """Around a whole program: it ends with one line, whatever it was given. A context manager and a decorator.
+
+    A ``UserError`` turns into :func:`fail`; every other exception propagates. A signal, Ctrl-C and a closed terminal
+    among them, ends the program at once, as does the end of its launcher, until the run's ``Guard`` takes over. What
+    the terminal cannot show is escaped.
+
+    Args:
+        resumable: a run, whose exit code after a signal is ``EXIT_PREEMPTED``; else 128 + the signal's number.
+    """
+
+    def end(number: int) -> None:
+        if number == signal.SIGHUP:
+            let_go_of_terminal()
+        if _rank() == "0":
+            line = f"ended by a signal ({signal.Signals(number).name})"
+            print(f"\n{line}", file=sys.stderr, flush=True)
+            repeat_last(line)
+        leave(EXIT_PREEMPTED if resumable else 128 + number)
+
+    def end_orphaned() -> None:
+        end(signal.SIGTERM)
+
+    keep_writing()
+    signals = SignalListener(lambda number, again: end(number))
+    follow(end_orphaned)
     try:
         yield
     except UserError as error:
         fail(error)
+    finally:
+        unfollow(end_orphaned)
+        signals.close()
+
+
+def _rank() -> str:
+    return os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
 
 
 def _print_help(schema: type[RunConfig], arguments: Sequence[str], description: str, path: Path | None) -> NoReturn:

@@ -74,8 +74,9 @@ class TrainConfig(Section):
     """The same as a number of steps; overrides lr_warmup_ratio."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Clip the task gradient to this global norm (0: off). The orthogonality gradient is added after it."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Compute type of forward and backward (autocast, or the engine's own mixed precision)."""
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    """Compute type of forward and backward (autocast, or the engine's own mixed precision); auto: bf16 on a GPU that
+    computes in it, fp32 elsewhere."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     group_by_length: bool = True
@@ -190,7 +191,12 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _quantized(self) -> RunConfig:
         method, storage = self.quantization.quantization, self.quantization.quant_storage
-        compute = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[self.train.precision]
+        compute = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(self.train.precision)
+        if method in ("nf4", "fp4") and storage not in ("auto", "uint8") and compute is None:
+            raise ValueError(
+                f"quant_storage {storage} with precision auto: both must be one type, and auto does not say which; set "
+                "precision, or leave quant_storage out"
+            )
         if method in ("nf4", "fp4") and storage not in ("auto", "uint8", compute):
             # FSDP2 and DeepSpeed cast all floating-point tensors to the type that they compute in.
             raise ValueError(

@@ -3,6 +3,16 @@
 from __future__ import annotations
 
 
+def printable(value: object, max_characters: int = 200) -> str:
+    """A value of a stranger's as text for a terminal: on one line, without what terminals act on, and not endless.
+
+    Control characters, escape sequences, marks that turn the direction of writing and the like are shown as Python
+    would write them.
+    """
+    text = "".join(c if c.isprintable() else " " if c in "\t\n\r" else ascii(c)[1:-1] for c in str(value))
+    return text if len(text) <= max_characters else text[: max_characters - 3] + "..."
+
+
 class UserError(ValueError):
     """Something the user set, named or provided cannot be honoured.
 

@@ -1,17 +1,21 @@
-"""JSON and YAML that anybody may have written: read within limits, or refused in one line that names the file.
+"""Files that anybody may have written: read within limits, or refused in one line that names the file.
 
-Runs, adapters and base models travel, so what lies in their folders is not what this project has put there. A parser
-runs out of stack on deep nesting, a list answers to no key, and text that is no Unicode breaks the first print.
+Runs, adapters and base models travel, so what lies in their folders is not what this project has put there. A pipe in
+place of a file is waited for for ever, a device or a file of holes fills the memory, a parser runs out of stack on deep
+nesting, a list answers to no key, and text that is no Unicode breaks the first print.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
+import stat
 from collections.abc import Iterator
+from io import BufferedReader
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import yaml
 
@@ -19,12 +23,16 @@ from adalora_dist.io.errors import UserError
 
 MAX_BYTES = 1 << 26
 """Of a JSON file, or of one line of a file of records; the index of 90,000 tensors has a seventh of it."""
+_MAX_RECORDS_BYTES = 1 << 30
+"""Of a file of records: what is read of it is held in memory."""
 _MAX_YAML_BYTES = 1 << 20
+_MAX_YAML_SIGNS = 1 << 14
+"""Commas, colons, brackets, dashes and lines: a run's file has some hundred, and a parser in Python is slow."""
 _MAX_DEPTH = 32
 """Of objects and lists within each other. Whatever is read can be written again, which takes stack as well."""
 
 
-class _NotReadable(ValueError):
+class NotReadable(ValueError):
     """The reason, in a few words."""
 
 
@@ -33,7 +41,7 @@ class _PlainLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise _NotReadable("it has aliases")
+            raise NotReadable("it has aliases")
         return super().compose_node(parent, index)
 
 
@@ -44,9 +52,24 @@ def read_object(path: Path) -> dict[str, Any]:
         UserError: it cannot be read, is no JSON object, or is larger or deeper than any that this project reads.
     """
     try:
-        return _parse_object(_read(path, MAX_BYTES))
-    except _NotReadable as reason:
+        return _parse_object(read_plain(path))
+    except NotReadable as reason:
         raise _refusal(path, reason) from None
+
+
+def read_text(path: Path) -> str:
+    """A file of words, such as a vocabulary.
+
+    Raises:
+        UserError: it cannot be read, is no text or empty, or is larger than any that this project reads.
+    """
+    try:
+        content = _text(read_plain(path))
+        if not content:
+            raise NotReadable("it is empty")
+    except NotReadable as reason:
+        raise _refusal(path, reason) from None
+    return content
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -59,10 +82,10 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         return []
     records: list[dict[str, Any]] = []
     try:
-        with _opened(path) as file:
+        with opened(path, _MAX_RECORDS_BYTES) as file:
             while (line := _limited(file.readline(MAX_BYTES + 1), MAX_BYTES)).endswith(b"\n"):
                 records.append(_parse_object(line))
-    except _NotReadable as reason:
+    except NotReadable as reason:
         raise _refusal(f"{path}:{len(records) + 1}", reason) from None
     return records
 
@@ -74,13 +97,25 @@ def read_sections(path: Path) -> dict[str, dict[str, Any]]:
         UserError: it cannot be read, or is no mapping.
     """
     try:
-        content = yaml.load(_text(_read(path, _MAX_YAML_BYTES)), _PlainLoader)
+        content = yaml.load(text_of_yaml(path), _PlainLoader)
         _check(content)
-    except _NotReadable as reason:
+    except NotReadable as reason:
         raise _refusal(path, reason) from None
     except (yaml.YAMLError, ValueError, RecursionError):
         raise _refusal(path, "it is not YAML") from None
     return {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, dict)}
+
+
+def text_of_yaml(path: Path) -> str:
+    """A YAML file that is not too large to be parsed.
+
+    Raises:
+        NotReadable: it is, or it cannot be read.
+    """
+    text = _text(read_plain(path, _MAX_YAML_BYTES))
+    if sum(text.count(sign) for sign in ",:[{-?\n") > _MAX_YAML_SIGNS:
+        raise NotReadable("it has more entries than any configuration")
+    return text
 
 
 def parse_object(text: bytes, where: str) -> dict[str, Any]:
@@ -91,7 +126,7 @@ def parse_object(text: bytes, where: str) -> dict[str, Any]:
     """
     try:
         return _parse_object(text)
-    except _NotReadable as reason:
+    except NotReadable as reason:
         raise _refusal(where, reason) from None
 
 
@@ -99,25 +134,91 @@ def _refusal(where: Path | str, reason: object) -> UserError:
     return UserError(f"{where} cannot be read ({reason}): bring it back from a copy, or do without it")
 
 
-def _read(path: Path, max_bytes: int) -> bytes:
-    with _opened(path) as file:
+def check_plain(path: Path, max_bytes: int | None = None) -> None:
+    """Raise a ``UserError`` unless a library that is given this path will find a plain file, of that size at most."""
+    try:
+        with opened(path, max_bytes):
+            pass
+    except NotReadable as reason:
+        raise _refusal(path, reason) from None
+
+
+def check_tensors(path: Path, remedy: str = "bring it back from a copy") -> None:
+    """Raise unless a safetensors file is as long as its header says, which is before a library maps it into memory.
+
+    Raises:
+        UserError: it is no plain file, or not whole.
+    """
+    try:
+        with opened(path) as file:
+            num_bytes, size_bytes = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
+            if not 2 <= num_bytes <= min(MAX_BYTES, size_bytes):
+                raise NotReadable("it has no header")
+            header = _parse_object(file.read(num_bytes))
+            tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+            ends = [entry["data_offsets"][1] for entry in tensors]
+            if 8 + num_bytes + max(ends, default=0) != size_bytes:
+                raise NotReadable("it is longer or shorter than its header says")
+    except (NotReadable, LookupError, TypeError) as error:
+        reason = error if isinstance(error, NotReadable) else "its header is none"
+        raise UserError(f"{path} is not a whole safetensors file ({reason}): {remedy}") from None
+
+
+def read_bytes(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
+    """The content of a plain file.
+
+    Raises:
+        UserError: it cannot be read, or is larger.
+    """
+    try:
+        return read_plain(path, max_bytes)
+    except NotReadable as reason:
+        raise _refusal(path, reason) from None
+
+
+def read_plain(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
+    """As :func:`read_bytes`, for callers who say themselves what is to be done.
+
+    Raises:
+        NotReadable: it cannot be read, or is larger.
+    """
+    with opened(path, max_bytes) as file:
         return _limited(file.read(max_bytes + 1), max_bytes)
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    if path.exists() and not path.is_file():
-        raise _NotReadable("it is no plain file")  # opening a pipe would wait for ever
+def opened(path: Path, max_bytes: int | None = None) -> Iterator[BufferedReader]:
+    """A plain file, or a link to one. Neither looking at it nor opening it waits for anybody.
+
+    Raises:
+        NotReadable: it is something else, is larger, or an operation in the block fails.
+    """
     try:
-        with path.open("rb") as file:
+        _refuse_odd(os.stat(path), max_bytes)
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), "rb") as file:
+            _refuse_odd(os.fstat(file.fileno()), max_bytes)  # another may stand there by now
             yield file
     except OSError as error:
-        raise _NotReadable(error.strerror) from None
+        raise NotReadable(error.strerror or str(error)) from None
+    except NotReadable:
+        raise
+    except ValueError as error:
+        if "null" not in str(error):  # a name with a zero in it
+            raise
+        raise NotReadable("its name is none") from None
+
+
+def _refuse_odd(about: os.stat_result, max_bytes: int | None) -> None:
+    if not stat.S_ISREG(about.st_mode):
+        is_folder = stat.S_ISDIR(about.st_mode)
+        raise NotReadable("Is a directory, no plain file" if is_folder else "it is no plain file")
+    if max_bytes is not None and about.st_size > max_bytes:
+        raise NotReadable(f"it has more than {max_bytes:,} bytes")
 
 
 def _limited(content: bytes, max_bytes: int) -> bytes:
     if len(content) > max_bytes:
-        raise _NotReadable(f"it has more than {max_bytes:,} bytes")
+        raise NotReadable(f"it has more than {max_bytes:,} bytes")
     return content
 
 
@@ -125,32 +226,32 @@ def _text(content: bytes) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError:
-        raise _NotReadable("it is not UTF-8 text") from None
+        raise NotReadable("it is not UTF-8 text") from None
 
 
 def _parse_object(content: bytes) -> dict[str, Any]:
     text = _text(content)
     try:
-        parsed = json.loads(text)
+        parsed: dict[str, Any] = json.loads(text)
     except RecursionError:
-        raise _NotReadable(f"it is nested deeper than {_MAX_DEPTH}") from None
+        raise NotReadable(f"it is nested deeper than {_MAX_DEPTH}") from None
     except ValueError:
-        raise _NotReadable("it is not JSON") from None
+        raise NotReadable("it is not JSON") from None
     _check(parsed)
     return parsed
 
 
 def _check(parsed: Any) -> None:
     if not isinstance(parsed, dict):
-        raise _NotReadable(f"it holds a {type(parsed).__name__}, not an object")
+        raise NotReadable(f"it holds a {type(parsed).__name__}, not an object")
     level: list[Any] = [parsed]
     for _ in range(_MAX_DEPTH):
         inner = [child for node in level for child in (chain(*node.items()) if isinstance(node, dict) else node)]
         try:
             "".join(child for child in inner if isinstance(child, str)).encode()
         except UnicodeEncodeError:  # an escape that stands for half a character
-            raise _NotReadable("it is not Unicode text") from None
+            raise NotReadable("it is not Unicode text") from None
         level = [child for child in inner if isinstance(child, dict | list)]
         if not level:
             return
-    raise _NotReadable(f"it is nested deeper than {_MAX_DEPTH}")
+    raise NotReadable(f"it is nested deeper than {_MAX_DEPTH}")

@@ -1,4 +1,8 @@
-"""Access tokens and passwords stay out of everything that a run writes down."""
+"""Access tokens and passwords stay out of everything that a run writes down or says.
+
+One table of what secrets look like, for two uses: :func:`redacted` puts ``***`` in their place, and :func:`secret_in`
+names the kind, where a file that holds one must not leave the machine.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +11,62 @@ from collections.abc import Sequence
 from typing import Any
 
 HIDDEN = "***"
-_TOKENS = re.compile(
-    r"hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|sk-[\w-]{16,}|AKIA[A-Z0-9]{16}"
-    r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"  # JSON web tokens
+
+_KINDS: dict[str, str] = {
+    "a token of the Hub": r"hf_[A-Za-z0-9]{16,}|hf_oauth_[\w.-]{16,}|api_org_[A-Za-z0-9]{16,}",
+    "a token of GitHub": r"gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}",
+    "a token of GitLab": r"gl(?:pat|dt|rt|cbt|ptt|ft|soat|agent)-[\w-]{16,}",
+    "a key of OpenAI or Anthropic": r"sk-(?:proj|ant|or|svcacct|admin|None)-[\w-]{16,}|sk-[A-Za-z0-9]{16,}",
+    "a key of a model service": r"(?:gsk_|xai-|r8_|tgp_v1_|pplx-)[A-Za-z0-9]{20,}|nvapi-[\w-]{20,}",
+    "a key of AWS": r"(?:AKIA|ASIA)[A-Z0-9]{16}",
+    "a key of Google": r"AIza[\w-]{30,}|ya29\.[\w-]{20,}|GOCSPX-[\w-]{20,}",
+    "a token of Slack": r"xox[abeoprs]-[\w-]{10,}|xapp-[\w-]{10,}|hooks\.slack\.com/services/[\w/]{16,}",
+    "a token of a bot": r"\d{8,10}:[\w-]{35}|discord(?:app)?\.com/api/webhooks/[\w/-]{16,}",
+    "a token of npm": r"npm_[A-Za-z0-9]{20,}",
+    "a token of PyPI": r"pypi-(?=[\w-]*[A-Z])(?=[\w-]*\d)[\w-]{16,}",
+    "a token of Docker": r"dckr_(?:pat|oat)_[\w-]{16,}",
+    "a key of Stripe": r"(?:sk|rk|pk)_(?:live|test)_\w{16,}",
+    "a key of SendGrid": r"SG\.[\w-]{16,}\.[\w-]{16,}",
+    "a token of Databricks": r"dapi[a-f0-9]{32}",
+    "a token of DigitalOcean": r"do[opr]_v1_[a-f0-9]{40,}",
+    "a token of Atlassian": r"ATATT3[\w=-]{20,}",
+    "a JSON web token": r"eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*",
+}
+"""What such secrets look like wherever they stand, by what they are."""
+_TOKENS = {kind: re.compile(rf"(?<![A-Za-z0-9])(?:{shape})") for kind, shape in _KINDS.items()}
+_TOKENS["a private key"] = re.compile(
+    r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----[\s\S]*?(?:-----END [A-Z0-9 ]+-----|\Z)"
+    r"|AGE-SECRET-KEY-1[A-Z0-9]{20,}"
 )
-_IN_ADDRESS = re.compile(r"(?<=://)[^/\s@]+(?=@)")  # scheme://name:password@host
-_IN_QUERY = re.compile(r"(?i)(?<![a-z])((?:token|key|secret|password|signature|sig)=)[^&\s]+")
-_SECRET_FLAG = re.compile(r"(?i)--?[\w-]*(?:token|password|secret|api[-_]key|credential)$")
+
+_NAMES = (
+    r"token|passwd|password|passphrase|pwd|secret|credentials?|signature|sig"
+    r"|(?:api|access|account|secret|private|shared|signing|wandb)[-_]?key|sharedaccess\w*"
+)
+_IN_ADDRESS = re.compile(
+    r"(?<=://)(?:[^/\s:@]*:(?!\d+(?:/|$))(?:[^\s/]+|[^\s@]+)(?=@)|[^/\s]+(?=@))"  # scheme://name:password@host, scheme://token@host
+    r"|(?<![\w/@.:-])[\w.-]+:[^\s:@/]{6,}(?=@[\w-]+\.\w)"  # name:password@host.org
+)
+_WITH_PASSWORD = re.compile(r"://[^/\s:@\"']*:(?!\d+(?:/|$))[^/\s@\"']+@")
+_IN_QUERY = re.compile(rf"(?i)(?<![a-z])((?:{_NAMES}|key)=)[^&;\s]+")
+_IN_JSON = re.compile(rf"(?i)([\"'](?:\w+[-_])?(?:{_NAMES.replace('token|', '')})[\"']\s*:\s*[\"'])[^\"']+")
+_IN_HEADER = re.compile(
+    r"(?i)(\bbearer\s+|\bauthorization:\s*(?:\w+\s+)?|\bbasic\s+(?=[\w+/]*[\d=])|\bx-api-key:\s*)[\w.~+/=-]{8,}"
+)
+_SECRET_FLAG = re.compile(rf"(?i)--?[\w-]*(?:{_NAMES})$")
 
 
 def redacted(value: Any) -> Any:
     """``value`` (text, or lists and mappings of it) with everything that looks like a secret replaced by ``***``."""
     if isinstance(value, str):
-        return _IN_QUERY.sub(rf"\1{HIDDEN}", _IN_ADDRESS.sub(HIDDEN, _TOKENS.sub(HIDDEN, value)))
+        for shape in _TOKENS.values():
+            value = shape.sub(HIDDEN, value)
+        value = _IN_ADDRESS.sub(HIDDEN, value)
+        for shape in (_IN_QUERY, _IN_JSON, _IN_HEADER):
+            value = shape.sub(rf"\1{HIDDEN}", value)
+        return value
     if isinstance(value, dict):
-        return {key: redacted(item) for key, item in value.items()}
+        return {redacted(key): redacted(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [redacted(item) for item in value]
     return value
@@ -29,8 +74,19 @@ def redacted(value: Any) -> Any:
 
 def redacted_command(words: Sequence[str]) -> list[str]:
     """A command line, also without the values of flags that are called token, password, secret and the like."""
-    shown = redacted(list(words))
+    shown: list[str] = redacted(list(words))
     for index, word in enumerate(words[:-1]):
         if _SECRET_FLAG.match(word) and not words[index + 1].startswith("--"):
             shown[index + 1] = HIDDEN
     return shown
+
+
+def secret_in(text: str) -> str | None:
+    """What kind of secret is in ``text``, in words such as "a token of GitHub"; None without.
+
+    Only what can hardly be anything else: a vocabulary or a chat template may well hold ``key=``.
+    """
+    for kind, shape in _TOKENS.items():
+        if shape.search(text):
+            return kind
+    return "an address with a password" if _WITH_PASSWORD.search(text) else None

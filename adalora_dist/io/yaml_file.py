@@ -8,6 +8,9 @@ from typing import Any
 import yaml
 
 from adalora_dist.io.errors import UserError
+from adalora_dist.io.foreign_files import NotReadable, text_of_yaml
+
+_MAX_NODES = 1 << 14
 
 
 class _Loader(yaml.SafeLoader):
@@ -31,13 +34,13 @@ def read_yaml(path: Path) -> tuple[dict[Any, Any], dict[tuple[Any, ...], int]]:
         UserError: a file that cannot be read, is not YAML or not a mapping, or repeats a key.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"--config {path}: cannot be read ({reason}): give the path of a YAML file") from None
+        text = text_of_yaml(path)
+    except NotReadable as error:
+        raise UserError(f"--config {path}: cannot be read ({error}): give the path of a YAML file") from None
     try:
         loader = _Loader(text)
         root = loader.get_single_node()
+        _refuse_expansion(root)
         content: Any = loader.construct_document(root) if isinstance(root, yaml.MappingNode) else None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
@@ -48,6 +51,26 @@ def read_yaml(path: Path) -> tuple[dict[Any, Any], dict[tuple[Any, ...], int]]:
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"--config {path}: must be a mapping of sections, such as 'adapter: {{target_rank: 8}}'")
     return content, _lines(root, loader)
+
+
+def _refuse_expansion(root: yaml.Node | None) -> None:
+    """Raise a ``ValueError`` where aliases make much of little: some lines of them stand for gigabytes, or for ever."""
+    sizes: dict[int, int] = {}
+    above: set[int] = set()
+
+    def size(node: yaml.Node) -> int:
+        if id(node) in above:
+            raise ValueError("an alias of what it is in")
+        if id(node) not in sizes:
+            above.add(id(node))
+            parts = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
+            is_leaf = isinstance(node, yaml.ScalarNode)
+            sizes[id(node)] = 1 + (0 if is_leaf else sum(size(part) for part in parts))
+            above.discard(id(node))
+        return sizes[id(node)]
+
+    if root is not None and size(root) > _MAX_NODES:
+        raise ValueError(f"aliases that stand for more than {_MAX_NODES:,} values")
 
 
 def _lines(node: yaml.MappingNode, loader: _Loader, above: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], int]:

@@ -55,7 +55,7 @@ class BranchLinear(Adapter):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Two dimensions from here on, so that the add below is in place on the base's own output.
         tokens = x.reshape(-1, self.d_in)
-        y = self.base(tokens)
+        y: torch.Tensor = self.base(tokens)
         hidden, weight = self.branch((tokens if self.dropout is None else self.dropout(tokens)).to(y.dtype))
         y = y.addmm_(hidden.to(y.dtype), weight.to(y.dtype).T)  # under autocast a product has its type, whatever y has
         return y.view(*x.shape[:-1], self.d_out)

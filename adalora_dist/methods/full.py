@@ -12,8 +12,6 @@ from adalora_dist.methods.protocol import Adapter, Method
 class Full(Method):
     """No adapters, nothing frozen."""
 
-    trains_everything = True
-
     def adapt(self, model: nn.Module, generator: torch.Generator) -> list[Adapter]:
         """Make every parameter trainable.
 

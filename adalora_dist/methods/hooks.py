@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from adalora_dist.config.methods import MethodConfig
+from adalora_dist.io.ending import has_failed
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods import method_for
 from adalora_dist.methods.protocol import Adapter, Method, Step, StepState, adapters_of, trained_parameters
@@ -100,7 +101,7 @@ class MethodHooks:
     # ------------------------------------------------------------------------------------------ what loops ask
 
     def bind(self, optimizer: Any) -> Bound:
-        """See which spans of the parameters this rank holds, once the engine has taken them over. Collective.
+        """Find out which spans of the parameters this rank holds, once the engine has taken them over. Collective.
 
         The first step does so by itself; a second call changes nothing.
 
@@ -112,7 +113,7 @@ class MethodHooks:
         return self._bound
 
     def rebind(self, optimizer: Any) -> None:
-        """Parameters have been exchanged: go on with those that the model has now. Collective."""
+        """Go on with the parameters that the model has now, after they were exchanged. Collective."""
         self.engine.retire()
         self._bound = Bound(self.method_step, self.model, optimizer)
 
@@ -146,9 +147,9 @@ class MethodHooks:
         return self.method_step.replaces(self, model, optimizer)
 
     def catch_up(self, num_steps: int) -> None:
-        """The loop counts ``num_steps`` finished steps.
+        """Move the method's schedule on to ``num_steps`` finished steps, as the loop counts them.
 
-        Engines that skip a step with an overflow never call the optimizer, so the method's schedule would fall behind.
+        Engines that skip a step with an overflow never call the optimizer, so the schedule would fall behind.
 
         Raises:
             RuntimeError: no step at all has reached the hooks: they hang on another optimizer than is stepped.
@@ -245,8 +246,8 @@ class MethodHooks:
         self._ended = True
 
     def complain(self) -> None:
-        """At exit, for plain loops that never ask :meth:`finish`."""
-        if not self._ended and (problem := self.problem()):
+        """At exit, for plain loops that never ask :meth:`finish`; not after an error, which is the cause."""
+        if not self._ended and not has_failed() and (problem := self.problem()):
             print(f"warning: adalora_dist: {problem}", file=sys.stderr)
 
 

@@ -15,7 +15,7 @@ from adalora_dist.methods.protocol import Adapter, Step
 
 
 class LoraStep(Step):
-    """Ranks stay; between two steps nothing of the last forward may be left."""
+    """Ranks stay. After a step, layers give up the products that they made of the old P."""
 
     def __init__(self, layers: Sequence[SVDLinear]) -> None:
         super().__init__(layers)

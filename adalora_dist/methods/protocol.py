@@ -48,11 +48,11 @@ class Adapter(TrainedModule):
     """
 
     name: str
-    """Of what it adapts, in the plain model; engines and compilers change module paths."""
+    """The name that the adapted module has in the plain model. (Engines and compilers change module paths.)"""
     base: nn.Module
 
     def __getattr__(self, name: str) -> Any:
-        """What only the base has: its data, but neither what engines mark modules with nor its methods.
+        """Look up in the base what the adapter lacks: data alone, neither methods nor the marks of engines.
 
         A method of the base would compute without the adapter, and an engine must not take its mark on the base for
         one on the adapter.
@@ -73,12 +73,12 @@ class Adapter(TrainedModule):
         raise NotImplementedError(f"{type(self).__name__}.description")
 
     def held(self) -> list[int]:
-        """Which of its parts (triplets) from the start of the run it still holds, ascending."""
+        """Which of its parts (triplets) are left, as ascending indices into those at the start of the run."""
         raise NotImplementedError(f"{type(self).__name__}.held")
 
     @property
     def part_size(self) -> int:
-        """Trained numbers of one of its parts."""
+        """How many trained numbers one of its parts has."""
         raise NotImplementedError(f"{type(self).__name__}.part_size")
 
 
@@ -101,19 +101,19 @@ class Step:
     """
 
     schedule: BudgetSchedule | None = None
-    """Of the budget; None where none falls."""
+    """How the budget falls over the run; None for methods without a budget."""
     keep: torch.Tensor | None = None
-    """(parts of all adapters at the start,) bool: those of the last selection; None: all."""
+    """(number of parts of all adapters at the start,) bool: what the last selection kept; None: there was none."""
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
         self.adapters = list(adapters)
 
     def parameters(self) -> dict[str, torch.Tensor]:
-        """What it acts on, by name, as the model has it now, in an order that is the same on every rank."""
+        """The parameters that it acts on, by name, as the model has them now, in the same order on every rank."""
         return {name: p for adapter in self.adapters for name, p in adapter.trained().items()}
 
     def bind(self, engine: ShardEngine) -> torch.Tensor:
-        """The engine has taken over :meth:`parameters`; collective.
+        """Called once the engine has taken over :meth:`parameters`, and again after they were exchanged. Collective.
 
         Returns:
             A float32 vector, summed over the shard group once in every step, between :meth:`sums` and
@@ -124,23 +124,23 @@ class Step:
         return torch.zeros(1, dtype=torch.float32, device=device)
 
     def sums(self, step: int) -> None:
-        """First thing in a step: write this rank's part of the vector of :meth:`bind`, all but its last element."""
+        """Called first in a step: write this rank's part of the vector of :meth:`bind`, all but its last element."""
 
     def summed(self) -> None:
-        """The vector is complete."""
+        """Called when that vector has been summed over the shard group."""
 
     def before(self, is_last: bool) -> None:
-        """Gradients are there, weights not stepped yet; may change both. No host read.
+        """Called when gradients are there and weights not stepped yet; may change both. Must not read from the device.
 
         Args:
-            is_last: of the firings of this step.
+            is_last: whether this is the last firing of the step.
         """
 
     def after(self, step: int) -> None:
-        """Weights are stepped, on all firings."""
+        """Called when weights are stepped, in all firings."""
 
     def missed(self, step: int) -> None:
-        """The engine has left this step out by itself, without calling the optimizer."""
+        """Called in place of all others for a step that the engine left out, without calling the optimizer."""
 
     def notice(self, step: int, learning_rate: Callable[[int], float]) -> str:
         """A line for the console after ``step``, "" for none. Collective; may read from the device.
@@ -217,14 +217,8 @@ class Step:
 class Method:
     """One method with its settings: how it changes a model, what it does at a step, what it leaves."""
 
-    formats: ClassVar[frozenset[str]] = frozenset({"merged"})
-    """What can be written of it; others are refused before training."""
-
     said: ClassVar[str] = "Weights trained in place"
     """What model cards call its result, before "for" or "merged into" the name of the base."""
-
-    trains_everything: ClassVar[bool] = False
-    """Whether ``train_modules`` has nothing to add."""
 
     update: ClassVar[type[Update]] = AdapterWeights
     """What each matrix becomes, and so what an adapter folder holds."""
@@ -233,7 +227,7 @@ class Method:
         self.config = config
 
     def adapt(self, model: nn.Module, generator: torch.Generator) -> list[Adapter]:
-        """Put adapters into a model whose parameters are all frozen, ``train_modules`` aside, in canonical order.
+        """Put adapters into a model of which all but ``train_modules`` is frozen; return them in canonical order.
 
         Raises:
             UserError: a target without a match, or one that cannot be adapted.
@@ -241,7 +235,7 @@ class Method:
         return []
 
     def groups(self, model: nn.Module) -> dict[float, list[torch.Tensor]]:
-        """The trainable parameters of ``model``, by what the learning rate is multiplied with for them."""
+        """The trainable parameters of ``model``, by the factor on their learning rate."""
         return {1.0: [p for p in model.parameters() if p.requires_grad]}
 
     def undecayed(self, model: nn.Module) -> list[torch.Tensor]:
@@ -249,7 +243,7 @@ class Method:
         return []
 
     def parameter_groups(self, model: nn.Module, learning_rate: float) -> list[dict[str, Any]]:
-        """:meth:`groups` for a torch optimizer; each says in ``lr_ratio`` what its rate is multiplied by.
+        """:meth:`groups` as a torch optimizer takes them; each keeps its factor in ``lr_ratio``.
 
         What is :meth:`undecayed` has groups of its own. None is empty: DeepSpeed would drop it.
         """
@@ -271,7 +265,7 @@ class Method:
         )
 
     def step(self, adapters: Sequence[Adapter], total_steps: int) -> Step:
-        """What acts at each of ``total_steps`` optimizer steps.
+        """Make what acts at each of ``total_steps`` optimizer steps.
 
         Raises:
             UserError: settings that do not fit the number of steps.
@@ -279,7 +273,7 @@ class Method:
         return Step(adapters)
 
     def shrink(self, adapters: Sequence[Adapter], held: Mapping[str, Sequence[int]]) -> None:
-        """Before an engine takes over: reduce adapters to the parts that a checkpoint has of them."""
+        """Reduce adapters to the parts that a checkpoint has of them, before an engine takes the parameters over."""
 
     @classmethod
     def updates(
@@ -313,6 +307,14 @@ def adapters_of(model: nn.Module) -> list[Adapter]:
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
+def plain_path(path: str) -> str:
+    """The path of a module or parameter without what engines, compilers and checkpointing put into it."""
+    path = path.removeprefix("module.")
+    for wrapper in _WRAPPERS:
+        path = path.replace(wrapper, "")
+    return path
+
+
 def trained_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     """All trainable parameters as the model holds them now, by names that no engine changes."""
     own = {
@@ -326,9 +328,7 @@ def trained_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
         if parameter.requires_grad:
             name = own.get(id(parameter))
             if name is None:
-                name = path.removeprefix("module.")
-                for wrapper in _WRAPPERS:
-                    name = name.replace(wrapper, "")
+                name = plain_path(path)
             found[name] = parameter
     return found
 

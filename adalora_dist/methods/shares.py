@@ -17,7 +17,7 @@ ADAPTED, TRAINED = "adapted", "trained in full"
 
 
 def weight_shares(model: nn.Module) -> dict[str, int]:
-    """Numbers of the model itself, without adapters, by what becomes of them: kind -> count, largest first.
+    """Count the model's own weights, by what the run does with them: {kind: count}, the largest first.
 
     Kinds are ``adapted``, ``trained in full``, and of what stays as it is: experts, embeddings, heads, routers, vision
     and audio, norms and biases, and linear maps that are not targets. A tied weight counts once, where it is named
@@ -93,7 +93,7 @@ def _holds_experts(name: str, module: nn.Module) -> bool:
 
 
 def _count(module: nn.Module, leaf: str, parameter: torch.Tensor) -> int:
-    """As FSDP2's DTensors say, ZeRO-3's partitions remember, and packed weights stand for."""
+    """How many numbers a parameter stands for: all, if it is sharded; those of the linear map, if it is packed."""
     shape = linear_shape(module)
     if leaf == "weight" and shape is not None and len(full_shape(parameter)) <= 2:
         return shape[0] * shape[1]

@@ -199,7 +199,8 @@ class SharedMethod(Method):
             name: {kind: cast(torch.Tensor, whole(f"{name}.{kind}")) for kind in cls.update.vectors}
             for name in described
         }
-        return cls.update.of(matrices, first["seed"], first["sha256"], vectors)
+        made: Sequence[Update] = cls.update.of(matrices, first["seed"], first["sha256"], vectors)
+        return made
 
     @classmethod
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What one process cannot do, all processes learn of, before any of them waits for the others in vain."""
+"""An error of one process is raised by all of them, before any waits for the others in vain."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ class ShardEngine(Protocol):
         ...
 
     def neighbours(self) -> list[torch.Tensor]:
-        """Trained parameters besides these whose buffers :meth:`shrink` makes anew together with theirs."""
+        """Other trained parameters that lie in the same buffers, and so lose their values, too, in :meth:`shrink`."""
         ...
 
     def shrink(self, model: nn.Module, optimizer: Any, shrinks: Sequence[Shrink]) -> None:
@@ -135,7 +135,7 @@ class ShardEngine(Protocol):
         ...
 
     def retire(self) -> None:
-        """Another engine takes over: leave the optimizer's hooks."""
+        """Take this engine's hooks off the optimizer, because another engine takes over."""
         ...
 
     def full(self, index: int) -> torch.Tensor:
@@ -158,19 +158,20 @@ def num_missing(params: Sequence[torch.Tensor], optimizer: Any) -> int:
 
 
 class Shrink(NamedTuple):
-    """A parameter that keeps some of its columns, its last dimension; with none left it goes."""
+    """A parameter that is to lose some of its columns (the last dimension); with none left it is removed."""
 
     module: nn.Module
     name: str
     columns: torch.Tensor
-    """Indices of those that stay."""
+    """Indices of the columns that stay."""
 
     @property
     def parameter(self) -> nn.Parameter:
-        return getattr(self.module, self.name)
+        parameter: nn.Parameter = getattr(self.module, self.name)
+        return parameter
 
     def select(self) -> None:
-        """Where no engine and no optimizer has taken the parameter over: put what stays of it in its place."""
+        """Put what stays of the parameter in its place. For one that no engine and no optimizer has taken over."""
         old = self.parameter
         if len(self.columns):
             chosen = old.detach().index_select(-1, self.columns.to(old.device))
@@ -238,7 +239,15 @@ def skip_step_if(optimizer: torch.optim.Optimizer, flag: torch.Tensor) -> None:
 
 
 def local_state(state: Mapping[str, Any], holder: torch.Tensor, cut: Callable[[Any], torch.Tensor]) -> State:
-    """The part of ``state`` that ``cut`` takes out of a tensor shaped as ``holder``, which the optimizer steps."""
+    """What ``cut`` takes out of each tensor of ``state``.
+
+    Args:
+        state: the optimizer's, of ``holder``, the tensor that it steps.
+        cut: the span of a parameter, as a view, out of a tensor of ``holder``'s shape.
+
+    Raises:
+        UserError: a tensor of another shape.
+    """
     found = {}
     for name, value in state.items():
         if name == "step":
@@ -255,7 +264,7 @@ def local_state(state: Mapping[str, Any], holder: torch.Tensor, cut: Callable[[A
 
 def ready_state(optimizer: torch.optim.Optimizer, holder: torch.Tensor) -> dict[str, Any]:
     """The optimizer's state of ``holder``; made as torch's Adam and AdamW make it at their first step if it is not."""
-    state = optimizer.state[holder]
+    state: dict[str, Any] = optimizer.state[holder]
     if not state:
         if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
             raise UserError(

@@ -16,14 +16,14 @@ from adalora_dist.sharding.spans import Factor, Span, cut, cut_rows
 
 
 class Piece(NamedTuple):
-    """A run of elements: where it is in a parameter's local span, and where in the flat buffer."""
+    """Elements that lie together: where they are in a parameter's local span, and where in the flat buffer."""
 
     factor: int
     local_start: int
     length: int
     flat_start: int
     is_whole: bool
-    """It is all that the rank holds of the parameter."""
+    """Whether it is all that the rank holds of the parameter."""
 
 
 class Group(NamedTuple):
@@ -39,8 +39,9 @@ class Group(NamedTuple):
 class FlatBuffer:
     """A vector over all elements of a rank, zero at first, and the views of it that the sums need, made once.
 
-    ``pieces``: one view per piece of the layout, in the shape of the local tensor that it is all of, else 1-D;
-    ``bodies``: per group (number of factors, rows, rank), and ``transposed``; ``fragments``: 1-D, the rest.
+    ``pieces``: a view for each piece of the layout, 1-D, or in the local tensor's shape if the piece is all of it;
+    ``bodies``: a view for each group, (number of factors, rows, rank); ``transposed``: the same, (.., rank, rows);
+    ``fragments``: a view of the rest, 1-D.
     """
 
     def __init__(
@@ -104,10 +105,12 @@ class SpanLayout:
 
     def views(
         self, locals_: Sequence[torch.Tensor | None], flat: FlatBuffer, orthogonal: bool = False
-    ) -> tuple[list, list]:
-        """Matching views of local spans and of ``flat``, leaving out parameters given as None.
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Views of local spans, and of the same elements in ``flat``.
 
-        ``orthogonal``: of P and Q alone.
+        Args:
+            locals_: the local span of each parameter; None: leave it out.
+            orthogonal: leave out lambda.
         """
         chosen = [
             (local if p.is_whole else local.view(-1).narrow(0, p.local_start, p.length), view)

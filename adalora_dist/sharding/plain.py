@@ -105,6 +105,8 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
 
 def _rebuild_reducer(ddp: Any) -> None:
     """Sort the gradients into buckets anew, as the constructor did. The wrapper stays the same object."""
+    from torch._C._distributed_c10d import _register_comm_hook  # a torch without torch.distributed lacks it
+
     ddp._remove_autograd_hooks()
     ddp._module_parameters = [p for name, p in ddp.module.named_parameters() if name not in ddp.parameters_to_ignore]
     parameters, expect_sparse_gradient = ddp._build_params_for_reducer()
@@ -115,4 +117,4 @@ def _rebuild_reducer(ddp: Any) -> None:
         ddp.reducer._set_static_graph()
         ddp.logger._set_static_graph()
     for hook, state in ddp._comm_hooks:
-        dist._register_comm_hook(ddp.reducer, state, hook)
+        _register_comm_hook(ddp.reducer, state, hook)

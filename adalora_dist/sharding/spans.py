@@ -21,7 +21,7 @@ class Span(NamedTuple):
 
 FactorKind = Literal["P", "lam", "Qt"]
 FACTORS_OF_MATRIX: tuple[FactorKind, ...] = ("P", "Qt")
-"""What every adapted matrix has of its own; lambda is one vector for all of them (lambdas.py)."""
+"""What every adapted matrix has of its own; lambda is one vector for all of them (methods/adalora/layers.py)."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,10 @@ class Fragment(NamedTuple):
 
 
 def cut(factor: Factor, span: Span) -> tuple[Fragment | None, tuple[int, int], Fragment | None]:
-    """Head fragment, whole rows [first, last), tail fragment of a span; indices filled in by the caller."""
+    """A span as its partial first row, whole rows [first, last), and partial last row; None: no partial row there.
+
+    The fragments do not know which factor this is, and say -1; the caller replaces it.
+    """
     if span.start >= span.stop:
         return None, (0, 0), None
     r = factor.rank

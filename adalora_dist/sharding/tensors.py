@@ -43,7 +43,7 @@ def first_row(tensor: torch.Tensor) -> int:
 
 
 def held_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """All that is in this process's memory of a tensor now; for its bytes."""
+    """Everything that this process has of a tensor in memory now; for counting bytes."""
     if isinstance(tensor, DTensor):
         return [tensor.to_local()]
     # ZeRO-3: this process's partition, and the whole where a small parameter stays gathered.

@@ -140,7 +140,8 @@ class ZeroEngine:
     @property
     def _masters(self) -> list[Any]:
         """This rank's flat partition of each group, as the torch optimizer steps it."""
-        return getattr(self._zero, self._kind[0])
+        masters: list[Any] = getattr(self._zero, self._kind[0])
+        return masters
 
     def _firing_masters(self) -> list[Any]:
         return [master for group in self._optimizer.param_groups for master in group["params"]]
@@ -206,8 +207,10 @@ class ZeroEngine:
     def _working_copy(self, index: int) -> torch.Tensor:
         p, fragment = self._params[index], self._fragments[index]
         if self._kind == _STAGE_3:
-            return p.ds_tensor.detach().narrow(0, 0, fragment.length)
-        return p.detach().view(-1)[fragment.span.start : fragment.span.stop]
+            held: torch.Tensor = p.ds_tensor.detach().narrow(0, 0, fragment.length)
+        else:
+            held = p.detach().view(-1)[fragment.span.start : fragment.span.stop]
+        return held
 
     def shapes(self) -> list[torch.Size]:
         return [p.ds_shape if self._kind == _STAGE_3 else p.shape for p in self._params]

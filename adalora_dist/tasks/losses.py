@@ -63,7 +63,7 @@ def classification_loss(
     """
 
     def loss_sum(model: nn.Module, indices: list[int]) -> torch.Tensor:
-        logits = _output(model, inputs, indices, padding_token, device).logits.float()
+        logits: torch.Tensor = _output(model, inputs, indices, padding_token, device).logits.float()
         targets = torch.tensor([labels[i] for i in indices], device=device)
         if not indices:
             return logits.sum() * 0
@@ -84,7 +84,8 @@ def span_loss(
 
     def loss_sum(model: nn.Module, indices: list[int]) -> torch.Tensor:
         output = _output(model, inputs, indices, padding_token, device)
-        starts, ends = output.start_logits.float(), output.end_logits.float()
+        starts: torch.Tensor = output.start_logits.float()
+        ends: torch.Tensor = output.end_logits.float()
         if not indices:
             return (starts.sum() + ends.sum()) * 0
         lengths = torch.tensor([[len(inputs[i]["input_ids"])] for i in indices], device=device)
@@ -138,7 +139,7 @@ def decoder_start_token(model: nn.Module) -> int:
     Raises:
         UserError: its configuration does not say.
     """
-    token = cast(Any, model).config.decoder_start_token_id
+    token: int | None = cast(Any, model).config.decoder_start_token_id
     if token is None:
         raise UserError(
             f"model: config.json of this {type(model).__name__} has no decoder_start_token_id; give the one it was "

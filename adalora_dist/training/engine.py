@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -20,7 +23,9 @@ from torch import nn
 
 from adalora_dist.config.sections import RunConfig, TrainConfig
 from adalora_dist.io.errors import UserError
-from adalora_dist.io.redaction import redacted
+from adalora_dist.io.redaction import redacted, redacted_command
+
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 _TRACKER_INSTALLED = {
@@ -28,6 +33,16 @@ _TRACKER_INSTALLED = {
     "wandb": is_wandb_available,
     "trackio": is_trackio_available,
 }
+
+
+def with_precision(config: ConfigT) -> ConfigT:
+    """``config`` with the compute type in place of ``precision`` auto: bf16 on a GPU that has it, else fp32."""
+    if config.train.precision != "auto":
+        return config
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) and not on_cpu
+    train = config.train.model_copy(update={"precision": "bf16" if has_bf16 else "fp32"})
+    return config.model_copy(update={"train": train})
 
 
 def build_accelerator(train: TrainConfig, environment: Mapping[str, str] = os.environ) -> Accelerator:
@@ -50,6 +65,20 @@ def build_accelerator(train: TrainConfig, environment: Mapping[str, str] = os.en
     if train.precision == "fp16" and on_cpu:
         raise UserError("precision=fp16 needs a GPU: use fp32 or bf16 on CPU")
 
+    if use_deepspeed:
+        _find_deepspeed_config(environment)
+    with _port_in_use_named(environment):
+        accelerator = _started(train, on_cpu, use_fsdp and world_size > 1, use_deepspeed, environment)
+    _check(accelerator, world_size, use_fsdp, use_deepspeed)
+    if use_deepspeed:
+        _fill_deepspeed(accelerator, train)
+    return accelerator
+
+
+def _started(
+    train: TrainConfig, on_cpu: bool, use_fsdp: bool, use_deepspeed: bool, environment: Mapping[str, str]
+) -> Accelerator:
+    """The process group, and the accelerator over it."""
     if on_cpu:
         _use_all_cores(environment)
         if use_deepspeed:
@@ -58,10 +87,10 @@ def build_accelerator(train: TrainConfig, environment: Mapping[str, str] = os.en
         else:
             os.environ["ACCELERATE_USE_CPU"] = "true"
             PartialState(cpu=True)
-        if use_fsdp and world_size > 1:
+        if use_fsdp:
             # accelerate promotes to FSDP from the accelerator types only.
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    accelerator = Accelerator(
+    return Accelerator(
         cpu=on_cpu and not use_deepspeed,
         mixed_precision=_PRECISION[train.precision],
         log_with=_installed_trackers(train.trackers),
@@ -69,13 +98,43 @@ def build_accelerator(train: TrainConfig, environment: Mapping[str, str] = os.en
         # The loop cuts batches itself and takes every scale into its own loss; accelerate only has to hold back the
         # gradient reduction until the last micro-step.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=num_micro_steps(train, world_size), adjust_scheduler=False, sync_with_dataloader=False
+            num_steps=num_micro_steps(train, int(environment.get("WORLD_SIZE", 1))),
+            adjust_scheduler=False,
+            sync_with_dataloader=False,
         ),
     )
-    _check(accelerator, world_size, use_fsdp, use_deepspeed)
-    if use_deepspeed:
-        _fill_deepspeed(accelerator, train)
-    return accelerator
+
+
+@contextmanager
+def _port_in_use_named(environment: Mapping[str, str]) -> Iterator[None]:
+    """Two launches on one machine meet at the same port by default: say which flag gives the second its own."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        flag = "--main_process_port" if _from_accelerate(environment) else "--master_port"
+        raise UserError(
+            f"port {environment.get('MASTER_PORT')} is in use on this machine, most likely by another run: give the "
+            f"launcher {flag} N, a free port from 1024 to 65535"
+        ) from error
+
+
+def _find_deepspeed_config(environment: Mapping[str, str]) -> None:
+    """Paths in launch/accelerate/*.yaml are relative to the repository's root, which need not be the working folder.
+
+    Raises:
+        UserError: the file is in neither.
+    """
+    name = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if name is None or Path(name).is_file():
+        return
+    at_root = Path(sys.argv[0]).resolve().parents[1] / name
+    if not at_root.is_file():
+        raise UserError(
+            f"deepspeed_config_file {name}: no such file, here or in {at_root.parents[1]}: give a full path"
+        )
+    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(at_root)
 
 
 def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
@@ -85,7 +144,12 @@ def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
         flat = {
             f"{section}.{key}": redacted(str(value)) for section, values in sections for key, value in values.items()
         }
-        accelerator.init_trackers("adalora-dist", config=flat)
+        words = sys.argv
+        sys.argv = redacted_command(words)  # trackers keep the command line, too
+        try:
+            accelerator.init_trackers("adalora-dist", config=flat)
+        finally:
+            sys.argv = words
 
 
 def num_micro_steps(train: TrainConfig, world_size: int) -> int:

@@ -11,12 +11,14 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from adalora_dist.artifacts.export import SavedAdapter, save_adapter, save_trained, task_settings
+from adalora_dist.artifacts.export import SavedAdapter, is_adapter, save_adapter, task_settings
 from adalora_dist.artifacts.formats import FORMATS, Options
 from adalora_dist.backbones.dequantized import QuantizedWeight, quantization_record, quantized_weights
 from adalora_dist.backbones.load import dtype_named
 from adalora_dist.backbones.names import plain_model
 from adalora_dist.config.sections import RunConfig
+from adalora_dist.io.publish import set_aside, write_whole, writing
+from adalora_dist.io.redaction import redacted
 from adalora_dist.methods.update import Update
 from adalora_dist.training.prepared import Prepared
 from adalora_dist.training.run_folder import RunFolder
@@ -48,14 +50,12 @@ def export_trained(
             form, out = FORMATS[name], folder.path / name
             if form.is_adapter:
                 plain = plain_model(model.config, saved.task)
-                options = Options(None, quantized, names, plain, config.export.lora_pad)
+                options = Options(None, quantized, names, plain=plain, pad=config.export.lora_pad)
             else:
                 into = quantized if config.export.merge_into == "dequantized" else None
-                options = Options(dtype_named(config.export.export_dtype), into, names)
+                options = Options(dtype_named(config.export.export_dtype), into, names, tokenizer=tokenizer)
             if said := form.write(saved, out, options):
-                accelerator.print(f"{name}: {said}")
-            if not form.is_adapter:
-                tokenizer.save_pretrained(out)
+                accelerator.print(redacted(f"{name}: {said}"))
     return pattern
 
 
@@ -84,13 +84,14 @@ def write_adapters(
         What the weights of a quantised backbone stand for, as ``base_weights`` of an export; None: it is not.
     """
     if adapters:
-        save_adapter(adapters, folder / "adapter", config.model.name, loaded_revision(config, model))
-        save_trained(trained, folder / "adapter")
-        task = json.dumps(task_settings(model), indent=2) + "\n"
-        (folder / "adapter" / "task.json").write_text(task, encoding="utf-8")
+        out, revision = folder / "adapter", loaded_revision(config, model)
+        if out.exists() and not (out.is_dir() and is_adapter(out)):
+            print(f"warning: {out} is not of this run: it is {set_aside(out).name} now")
+        save_adapter(adapters, out, config.model.name, revision, trained, task_settings(model))
     if config.quantization.quantization == "none":
         return None
     quantized = quantized_weights(model, config)
     record = json.dumps(quantization_record(quantized), indent=2) + "\n"
-    (folder / "quantized.json").write_text(record, encoding="utf-8")
+    with writing(folder / "quantized.json"):
+        write_whole(folder / "quantized.json", record)
     return quantized

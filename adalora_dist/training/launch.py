@@ -63,7 +63,8 @@ def _take_config(arguments: list[str], default: Path) -> tuple[Path, list[str]]:
 
 def _zero_stage(path: Path) -> int:
     try:
-        return read_object(path).get("zero_optimization", {}).get("stage", 0)
+        stage: int = read_object(path).get("zero_optimization", {}).get("stage", 0)
+        return stage
     except (UserError, AttributeError) as error:
         raise UserError(
             f"{CONFIG_FLAG} {path}: no DeepSpeed configuration ({error}); give a JSON file, such as "

@@ -40,11 +40,16 @@ def train(
     report: Callable[[str], None],
     guard: Guard | None = None,
     notes: Mapping[str, Any] | None = None,
+    evaluate: Callable[[], Mapping[str, float]] | None = None,
+    eval_every: int = 0,
 ) -> list[float]:
     """Run all steps that are left; returns the loss of each of the run (mean over the targets of the global batch).
 
     Args:
         notes: what checkpoints shall keep for the recipe.
+        evaluate: scores of the model as it is, called on all processes together; they are logged with the step's loss,
+            as ``eval_NAME``.
+        eval_every: steps between its calls; none after the last step, when the recipe evaluates. 0: never.
 
     Raises:
         UserError: too many steps in a row with a loss or gradients that are not finite; the run that is continued had
@@ -100,10 +105,23 @@ def train(
         num_tokens += sum(plan.lengths[row] for row in plan.batch(step))
         bar.update()
         stops = guard is not None and guard.stops_after(step + 1)
-        if (step + 1) % settings.log_every == 0 or step + 1 == num_steps or checkpoints.due(step + 1) or stops:
+        scores: dict[str, float] = {}
+        if evaluate is not None and eval_every and (step + 1) % eval_every == 0 and step + 1 < num_steps:
+            paused = time.monotonic()
+            scores = {f"eval_{name}": score for name, score in evaluate().items()}
+            put_back_shards(model)
+            started += time.monotonic() - paused
+        if (
+            scores
+            or (step + 1) % settings.log_every == 0
+            or step + 1 == num_steps
+            or checkpoints.due(step + 1)
+            or stops
+        ):
             read = accelerator.reduce(torch.stack(unread), reduction="sum").tolist()
             seconds = time.monotonic() - started
             for record in _records(prepared, config, len(losses), read, num_steps, num_tokens / seconds):
+                record |= scores if record["step"] == step else {}
                 folder.log(record)
                 accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
             folder.log_events(hooks.method_step)
@@ -115,7 +133,8 @@ def train(
                     f"max_nonfinite_steps={settings.max_nonfinite_steps}: no finite loss and gradients in "
                     f"{bad_steps.in_a_row} steps in a row; {find_origin(accelerator, model, loss_sum, micro_batches)}"
                 )
-            status = f"loss {read[-1]:.4f}, {hooks.method_step.progress()}{num_tokens / seconds:.0f} tokens/s"
+            found = "".join(f"{name} {score:.4f}, " for name, score in scores.items())
+            status = f"loss {read[-1]:.4f}, {found}{hooks.method_step.progress()}{num_tokens / seconds:.0f} tokens/s"
             bar.set_postfix_str(status)
             if not sys.stderr.isatty():
                 left = bar.format_interval(seconds / (step + 1 - first_step) * (num_steps - step - 1))

@@ -20,6 +20,7 @@ from adalora_dist.artifacts.checkpoints.writer import (
 from adalora_dist.artifacts.export import task_settings
 from adalora_dist.config.sections import ModelConfig, RunConfig, TrainConfig
 from adalora_dist.io.errors import UserError
+from adalora_dist.io.foreign_files import read_bytes
 from adalora_dist.io.redaction import redacted
 from adalora_dist.sharding.agreement import agreed, this_rank
 from adalora_dist.tasks.batches import BatchPlan
@@ -44,7 +45,7 @@ _EDGE_BYTES = 1 << 16
 
 
 def find_checkpoint(config: RunConfig) -> Checkpoint | None:
-    """The checkpoint that ``resume`` asks for; None: the run starts at step 0. Collective.
+    """The checkpoint that ``resume`` asks for; None: the run starts at step 0. Changes nothing. Collective.
 
     Raises:
         UserError: ``resume`` is a path without a whole checkpoint; or auto, and the run in ``output_dir`` has made
@@ -69,9 +70,13 @@ def find_checkpoint(config: RunConfig) -> Checkpoint | None:
                 "or auto"
             )
     _compare_settings(found, config)
-    if found.path.parent.resolve() == root.resolve():
-        set_newer_aside(found)
     return found
+
+
+def set_later_aside(checkpoint: Checkpoint, train: TrainConfig) -> None:
+    """In a run that goes on from one of its own checkpoints, rename the later ones. For the main process."""
+    if checkpoint.path.parent.resolve() == (Path(train.output_dir) / CHECKPOINTS).resolve():
+        set_newer_aside(checkpoint)
 
 
 def continues_in_place(train: TrainConfig) -> bool:
@@ -109,16 +114,18 @@ def _compare_settings(checkpoint: Checkpoint, config: RunConfig) -> None:
 
 def _changes(checkpoint: Checkpoint, config: RunConfig, free: bool) -> Iterator[str]:
     """'adapter.init_rank 12 -> 8' for every setting that differs; those that may, or those that may not."""
-    stored = checkpoint.run["config"]
+    stored, resolved = checkpoint.run["config"], type(config.adapter).resolved
     for section, fields in redacted(config.model_dump(mode="json")).items():
         default, given = getattr(type(config)(), section), getattr(config, section)
         if type(given) is not type(default):  # another method's
             default = type(given)()
         # For settings newer than the checkpoint.
         defaults = default.model_dump(mode="json") | _BEFORE_IT_WAS_A_SETTING.get(section, {})
+        old = {field: stored.get(section, {}).get(field, defaults[field]) for field in fields}
+        if section == "adapter":
+            old, fields = resolved(old), resolved(fields)
         for field, now in fields.items():
-            name = f"{section}.{field}"
-            then = stored.get(section, {}).get(field, defaults[field])
+            name, then = f"{section}.{field}", old[field]
             if then != now and free == (section in _FREE_SECTIONS or name in _FREE_FIELDS):
                 yield f"{name} {then} -> {now}"
 
@@ -135,7 +142,7 @@ def compare_data(checkpoint: Checkpoint, plan: BatchPlan, config: RunConfig) -> 
 
 def compare_backbone(checkpoint: Checkpoint, model: ModelConfig) -> None:
     """Raise a ``UserError`` unless the backbone is the one that the adapters were trained on."""
-    then, now = checkpoint.run["backbone"], backbone_identity(model)
+    then, now = checkpoint.run["backbone"], redacted(backbone_identity(model))
     known = then["sha256"] is not None and now["sha256"] is not None
     if then["sha256"] != now["sha256"] if known else (then["name"], then["revision"]) != (now["name"], now["revision"]):
         raise UserError(
@@ -155,8 +162,8 @@ def backbone_identity(model: ModelConfig) -> dict[str, str | None]:
         folder = _cached_folder(model)
     digest: str | None = None
     if folder is not None:
-        sha256 = hashlib.sha256((folder / "config.json").read_bytes() if (folder / "config.json").exists() else b"")
-        for path in sorted(folder.glob("*.safetensors")):
+        sha256 = hashlib.sha256(read_bytes(config) if (config := folder / "config.json").is_file() else b"")
+        for path in sorted(path for path in folder.glob("*.safetensors") if path.is_file()):
             size_bytes = path.stat().st_size
             sha256.update(f"{path.name} {size_bytes}".encode())
             with path.open("rb") as file:
@@ -230,11 +237,11 @@ class RunCheckpoints:
         self._writer = CheckpointWriter(self._folder / CHECKPOINTS, train.keep_checkpoints, train.async_checkpoints)
         self._run = {
             "config": redacted(config.model_dump(mode="json")),
-            "backbone": backbone_identity(config.model),
+            "backbone": redacted(backbone_identity(config.model)),
             "data": plan.fingerprint(),
             "num_steps": num_steps,
             "num_processes": accelerator.num_processes,
-            "notes": dict(notes),
+            "notes": redacted(dict(notes)),
             "task": task_settings(accelerator.unwrap_model(prepared.model)),
         }
         prepared.hooks.bind(prepared.optimizer)

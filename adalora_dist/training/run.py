@@ -34,17 +34,18 @@ from adalora_dist.backbones.fit import check_lengths, lengths_of
 from adalora_dist.backbones.load import load_backbone
 from adalora_dist.backbones.quantization import bitsandbytes_config
 from adalora_dist.config.sections import RunConfig
+from adalora_dist.io.redaction import redacted
 from adalora_dist.methods.inject import adapt
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.losses import LossSum
 from adalora_dist.tasks.rows.bad_rows import BadRows
-from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers
+from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers, with_precision
 from adalora_dist.training.faults.guard import Guard
 from adalora_dist.training.finish import export_trained
 from adalora_dist.training.loop import generates_together, train
 from adalora_dist.training.prepared import Prepared, prepare, total_steps
 from adalora_dist.training.report import facts_line, rank_report, run_facts
-from adalora_dist.training.resume import find_checkpoint
+from adalora_dist.training.resume import compare_data, find_checkpoint
 from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
 from adalora_dist.training.verify import Probe, last_logits, load_plainly, logit_differences
 
@@ -60,6 +61,7 @@ class Run(Generic[Config]):
     """
 
     def __init__(self, config: Config) -> None:
+        config = with_precision(config)
         refuse_used_folder(config)
         check_push_of_run(config)
         self.config = config
@@ -69,8 +71,6 @@ class Run(Generic[Config]):
         self.engine = engine_name(accelerator)
         self.quantization = bitsandbytes_config(config, self.engine)
         self.bad_rows = BadRows(cast(Any, config).data.bad_rows)
-        self.say = accelerator.print
-        """Prints on the main process alone."""
         self.is_main, self.device = accelerator.is_main_process, accelerator.device
         self.ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
         """For evaluations, which are dealt out over processes."""
@@ -79,6 +79,10 @@ class Run(Generic[Config]):
         """At the end, for the mean over seeds."""
         self._loaded: PreTrainedModel | None = None
         self._prepared: Prepared | None = None
+
+    def say(self, line: str) -> None:
+        """Print on the main process alone, without secrets."""
+        self.accelerator.print(redacted(line))
 
     def begin(self) -> None:
         """Seed everything, and find the checkpoint that ``resume`` asks for.
@@ -93,7 +97,8 @@ class Run(Generic[Config]):
 
     def main_process_first(self) -> AbstractContextManager[None]:
         """The main process does what is in it, then the others, who find its work in the cache."""
-        return self.accelerator.main_process_first()
+        first: AbstractContextManager[None] = self.accelerator.main_process_first()
+        return first
 
     # ------------------------------------------------------------------------------------------------ data and model
 
@@ -162,9 +167,12 @@ class Run(Generic[Config]):
         """Adapters into the model, the model under its engine, the run folder and the trackers; one line of facts.
 
         Raises:
-            UserError: adapters, schedule or checkpoint do not fit the model, or the folder cannot be written.
+            UserError: adapters, schedule or checkpoint do not fit the model, the run that is continued had other
+                training rows, or the folder cannot be written.
         """
         accelerator, config = self.accelerator, self.config
+        if self.resumed is not None:  # before the folder is made, which changes what is in it
+            compare_data(self.resumed, plan, config)
         model, num_steps = self.model, total_steps(config.train, plan)
         adapt(model, config.adapter, config.train.seed)
         prepared = prepare(accelerator, model, config, num_steps, self.resumed)
@@ -193,15 +201,23 @@ class Run(Generic[Config]):
         """Whether to evaluate before training; a run that is continued has that in its notes."""
         return self.resumed is None and self.config.evaluation.evaluate_before
 
-    def train(self, loss_sum: LossSum, notes: Mapping[str, Any]) -> None:
+    def train(
+        self,
+        loss_sum: LossSum,
+        notes: Mapping[str, Any],
+        evaluate: Callable[[], Mapping[str, float]] | None = None,
+        eval_every: int = 0,
+    ) -> None:
         """All steps that are left. Errors as of :func:`adalora_dist.training.loop.train`.
 
         Args:
             notes: JSON that checkpoints shall keep, for :attr:`notes` of a run that continues from one.
+            evaluate: called on all processes every ``eval_every`` steps but the last (0: never); its scores are logged.
         """
         train(
-            self.accelerator, self.prepared, self._plan, loss_sum, self.config, self.folder, self.say, self.guard, notes
-        )
+            self.accelerator, self.prepared, self._plan, loss_sum, self.config, self.folder, self.say, self.guard,
+            notes, evaluate, eval_every,
+        )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------- what is left
 

@@ -12,24 +12,33 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 
 from adalora_dist.artifacts.checkpoints.content import Checkpoint
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
+from adalora_dist.io.launchers import launchers
+from adalora_dist.io.publish import discard, open_to_append, refuse_link, write_whole, writing
 from adalora_dist.io.redaction import redacted, redacted_command
 from adalora_dist.methods.protocol import Step
-from adalora_dist.training.resume import ALLOCATIONS, LOGS, METRICS, continues_in_place, refuse_lost_steps
+from adalora_dist.training.resume import (
+    ALLOCATIONS,
+    CHECKPOINTS,
+    LOGS,
+    METRICS,
+    continues_in_place,
+    refuse_lost_steps,
+    set_later_aside,
+)
 
-_LAUNCHERS = ("accelerate", "deepspeed", "torchrun")
 _PACKAGES = ("adalora-dist", "torch", "transformers", "accelerate", "datasets", "deepspeed", "bitsandbytes")
 
 
 class RunFolder:
     """Files of one run, written by the main process alone; other processes get an object that writes nothing.
 
-    A run that continues from ``resumed`` has the metrics of the steps up to there, no more and no less.
+    A run that continues from ``resumed`` has the metrics and the checkpoints of the steps up to there, no more and no
+    less: make the folder when everything that speaks against continuing has been ruled out.
 
     Raises:
         UserError: the folder already holds a run and ``overwrite`` is off, or it cannot be written.
@@ -51,24 +60,25 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if resumed is not None:
-                for form in config.export.export_formats:  # exports that were interrupted, or made again
-                    shutil.rmtree(self.path / form, ignore_errors=True)
+                for form in config.export.export_formats:  # they are made again
+                    discard(self.path / form)
+                set_later_aside(resumed, config.train)
                 self._restore_logs(resumed)
-            self._metrics = (self.path / METRICS).open("a", encoding="utf-8")
+            self._metrics = open_to_append(self.path / METRICS)
         except OSError as error:
             raise UserError(f"output_dir={self.path} cannot be written ({error}): choose another folder") from error
-        text = yaml.safe_dump(redacted(config.model_dump(mode="json")), sort_keys=False)
-        (self.path / "config.yaml").write_text(text, encoding="utf-8")
         first_step = {} if resumed is None else {"resumed_from": str(resumed.path), "first_step": resumed.step}
         about = {**_provenance(), **facts, **first_step}
-        (self.path / "run.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        with writing(self.path):
+            text = yaml.safe_dump(redacted(config.model_dump(mode="json")), sort_keys=False)
+            write_whole(self.path / "config.yaml", text)
+            write_whole(self.path / "run.json", json.dumps(redacted(about), indent=2) + "\n")
 
     def _restore_logs(self, resumed: Checkpoint) -> None:
         """Back to what was logged when the checkpoint was written, so that no step is there twice or missing."""
         for name in LOGS:
             content = resumed.read(name) if name in resumed.files else b""
-            (self.path / f"{name}.partial").write_bytes(content)
-            (self.path / f"{name}.partial").replace(self.path / name)
+            write_whole(self.path / name, content)
             if name == ALLOCATIONS:
                 self._num_allocations = content.count(b"\n")
 
@@ -84,7 +94,7 @@ class RunFolder:
             return
         records = method_step.events(self._num_allocations)
         if records:
-            with (self.path / ALLOCATIONS).open("a", encoding="utf-8") as file:
+            with writing(self.path / ALLOCATIONS), open_to_append(self.path / ALLOCATIONS) as file:
                 file.writelines(json.dumps(record) + "\n" for record in records)
         self._num_allocations += len(records)
 
@@ -95,11 +105,12 @@ class RunFolder:
     def write_json(self, name: str, content: Any) -> None:
         """Write ``content`` as NAME in the folder."""
         if self._metrics is not None:
-            (self.path / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            with writing(self.path / name):
+                write_whole(self.path / name, json.dumps(redacted(content), indent=2) + "\n")
 
 
 def refuse_used_folder(config: RunConfig) -> None:
-    """Raise before any work if ``output_dir`` holds a run that must not be replaced."""
+    """Raise before any work if ``output_dir`` holds a run that must not be replaced, or leads out of itself."""
     path, in_place = Path(config.train.output_dir), continues_in_place(config.train)
     if in_place and config.train.overwrite:
         raise UserError(
@@ -110,6 +121,13 @@ def refuse_used_folder(config: RunConfig) -> None:
             f"output_dir={path} already holds a run: continue it with --resume auto, choose another --output-dir or "
             "pass --overwrite"
         )
+    if config.train.overwrite:
+        return
+    for name in (CHECKPOINTS, "adapter", *config.export.export_formats):
+        refuse_link(path / name)
+    for name in config.export.export_formats:
+        if (path / name).exists() and not in_place:
+            raise UserError(f"output_dir={path} holds {name} already: choose another --output-dir, or move it away")
 
 
 def _empty(folder: Path) -> None:
@@ -123,15 +141,8 @@ def _empty(folder: Path) -> None:
 
 def _launcher_command() -> list[str] | None:
     """What was typed, where that was not the recipe's own command: a launcher hands on a part of it. None without."""
-    try:
-        for parent in reversed(psutil.Process().parents()):
-            words = parent.cmdline()
-            start = next((k for k, word in enumerate(words[:2]) if Path(word).name in _LAUNCHERS), None)
-            if start is not None:
-                return redacted_command([Path(words[start]).name, *words[start + 1 :]])
-    except psutil.Error:  # of another user, or gone
-        pass
-    return None
+    found = launchers()
+    return redacted_command(found[-1][1]) if found else None
 
 
 def _provenance() -> dict[str, Any]:

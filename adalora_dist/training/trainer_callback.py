@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from adalora_dist.artifacts.checkpoints.content import Checkpoint
 from adalora_dist.config.methods import LowRankConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.hooks import MethodHooks, attach
+from adalora_dist.sharding.base import innermost
+from adalora_dist.training.trainer_checkpoints import TrainerCheckpoints
 from adalora_dist.training.trainer_loss import multiplied_loss
+from adalora_dist.training.trainer_mixin import calling_trainer, saver_of, take_over
 
 
 class AdaLoraCallback(TrainerCallback):
@@ -18,7 +24,7 @@ class AdaLoraCallback(TrainerCallback):
 
     Three lines more than full fine-tuning::
 
-        config = MethodConfig(init_rank=12, target_rank=8)
+        config = AdaLoraConfig(init_rank=12, target_rank=8)
         adapt(model, config)
         trainer = Trainer(model, args, train_dataset=rows, callbacks=[AdaLoraCallback(config)])
 
@@ -30,28 +36,24 @@ class AdaLoraCallback(TrainerCallback):
     ``trainer.state.log_history``. Trackers that ``report_to`` names run before callbacks of the user's and so miss
     both: give ``report_to="none"`` and put the tracker's own callback behind this one in ``callbacks``.
 
-    Pruned triplets stay in memory, at 0, until the end of the run: ``compact`` of the configuration is for the recipes'
-    loop, because a callback does not see the wrapped model whose buffers would have to be rebuilt.
+    ``trainer.save_model()``, checkpoints and ``push_to_hub`` write the adapter, which PEFT loads, and no backbone.
+    Checkpoints hold what ``resume_from_checkpoint`` needs to go on exactly, on another engine and number of processes,
+    too. Pruned triplets leave memory once the pattern is frozen (``compact``). ``load_best_model_at_end`` chooses among
+    the checkpoints from then on: earlier ones exceed the budget, and do not count for early stopping either.
 
-    To keep the adapter, call on every process, after ``train``::
-
-        adapters = callback.hooks.updates()
-        if trainer.is_world_process_zero():
-            save_adapter(adapters, Path("adapter"), "meta-llama/Llama-3.1-8B", None)
-
-    Checkpoints of ``save_strategy`` hold backbone and adapters of that moment, for evaluation. Two things need the
-    allocator's own state, which they lack, and are refused: ``resume_from_checkpoint``, and ``load_best_model_at_end``
-    when it could choose a checkpoint from before the pattern was frozen, which has more triplets than the budget.
+    For all this the Trainer's class gets a mixin when it is made (``trainer_mixin.py``). Add the callback by
+    ``callbacks=``, or call :meth:`attach_to` before anything else is done with a Trainer that there is.
 
     Ranks do not depend on accumulation and processes, unless the loss does: with T5 and many classifiers ``Trainer``
-    multiplies it by both. That is refused, too; ``model.accepts_loss_kwargs = False``, set before, makes it right.
+    multiplies it by both. That is refused; ``model.accepts_loss_kwargs = False``, set before, makes it right.
 
     Args:
         config: the ``adapter`` section that ``adapt`` was given.
 
     Raises:
         UserError: from ``train``, before the first step: no adapters in the model, a schedule that does not fit the
-            number of steps, or one of the refusals above.
+            number of steps, a checkpoint to resume that is damaged or of another run, an optimizer whose state cannot
+            be kept, or what was said above to be refused.
         RuntimeError: from ``train``: the run ended (early stopping, too few rows) before the budget was reached, the
             optimizer that is stepped is not the Trainer's, or processes disagree on the pattern.
     """
@@ -59,6 +61,11 @@ class AdaLoraCallback(TrainerCallback):
     def __init__(self, config: LowRankConfig) -> None:
         self.config = config
         self._hooks: MethodHooks | None = None
+        self._trainer: Trainer | None = None
+        self._checkpoints: TrainerCheckpoints | None = None
+        self._resumed: Checkpoint | None = None
+        self.first_candidate = 0
+        """The number of steps from which on a checkpoint meets the budget; known once training has begun."""
 
     @property
     def hooks(self) -> MethodHooks:
@@ -71,45 +78,135 @@ class AdaLoraCallback(TrainerCallback):
             raise RuntimeError("the hooks exist once trainer.train() has begun")
         return self._hooks
 
+    def attach_to(self, trainer: Trainer) -> None:
+        """Serve a Trainer that was made without this callback, before it trains."""
+        if not any(known is self for known in trainer.callback_handler.callbacks):
+            trainer.add_callback(self)
+        self._trainer = trainer
+        take_over(trainer, self)
+
+    # ------------------------------------------------------------------------------------ what Trainer's mixin calls
+
+    def open(self, trainer: Trainer, folder: Path, num_steps: int) -> None:
+        """Training is to continue from ``folder``, and no engine has taken the model over yet. Collective."""
+        self._checkpoints = TrainerCheckpoints(self.config, num_steps)
+        self._resumed = self._checkpoints.open(folder)
+        self._checkpoints.shrink(trainer, self._resumed)
+
+    def save(self, trainer: Trainer, folder: Path) -> None:
+        """A checkpoint of Trainer's is being written. Collective."""
+        self._of_this_run.save(trainer, self.hooks, folder)
+
+    def load_best(self, trainer: Trainer, folder: Path) -> None:
+        """Training is over, and the model of an earlier checkpoint is the better one. Collective."""
+        checkpoints = self._of_this_run
+        checkpoints.restore(trainer, self.hooks, checkpoints.open(folder))
+
+    @property
+    def _of_this_run(self) -> TrainerCheckpoints:
+        assert self._checkpoints is not None, "training has begun"
+        return self._checkpoints
+
+    # ------------------------------------------------------------------------------------------- events of Trainer's
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if (trainer := calling_trainer(self)) is not None:
+            self.attach_to(trainer)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step > 0:
+        if self._trainer is None and state.global_step == 0 and (caller := calling_trainer(self)) is not None:
+            self.attach_to(caller)
+        if (trainer := self._trainer) is None:
             raise UserError(
-                f"resume_from_checkpoint (step {state.global_step}): a Trainer checkpoint lacks the allocator's "
-                "importance averages and pattern, and resuming them is not supported yet: train from step 0"
+                "AdaLoraCallback does not know its Trainer: give it in Trainer(callbacks=[...]), or call "
+                "callback.attach_to(trainer) before trainer.train()"
             )
         if self._hooks is not None:
             raise UserError(
                 "train() was called again with an AdaLoraCallback that has served a run (auto_find_batch_size does so "
                 "too): start from a new model, Trainer and AdaLoraCallback, with a batch size that fits"
             )
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
         if args.n_gpu > 1:
             raise UserError(
                 f"{args.n_gpu} GPUs in one process: Trainer would copy the model to each (torch.nn.DataParallel), "
                 "adapters and all; start one process per GPU, with accelerate launch or torchrun"
             )
+        if hasattr(model, "peft_config"):
+            raise UserError(
+                "the model has PEFT's adapters (peft_config): leave peft_config out, and call adapt(model, "
+                "AdaLoraConfig.from_peft(peft_config)) before the Trainer is made"
+            )
         num_processes = args.world_size if args.average_tokens_across_devices else 1
         settings = (args.gradient_accumulation_steps, num_processes, args.label_smoothing_factor)
-        if problem := multiplied_loss(kwargs["model"], *settings):
+        if problem := multiplied_loss(model, *settings):
             raise UserError(problem)
+        take_over(trainer, self)  # the model may be a new one, of model_init
+        if SaveStrategy(args.save_strategy) != SaveStrategy.NO and (saver := saver_of(trainer)) is not None:
+            saver.check()
         # Kept even if the run is refused below: the optimizer has its hooks, so another train() must not add more.
-        self._hooks = hooks = attach(kwargs["model"], kwargs["optimizer"], self.config, state.max_steps)
-        if (schedule := hooks.method_step.schedule) is None:
-            return
-        first_step = schedule.freeze_step + 1  # the first checkpoint whose pattern is final
-        strategy = IntervalStrategy(args.eval_strategy)
-        delayed = strategy == IntervalStrategy.STEPS and args.eval_delay >= first_step
-        if args.load_best_model_at_end and not delayed:
+        self._hooks = hooks = attach(model, optimizer, self.config, state.max_steps)
+        try:
+            self._check(args, state, optimizer)
+            if self._checkpoints is None:
+                self._checkpoints = TrainerCheckpoints(self.config, state.max_steps)
+            if self._resumed is not None:
+                self._resume(trainer, self._resumed, state)
+        except UserError:
             hooks.detach()
+            raise
+
+    def _resume(self, trainer: Trainer, checkpoint: Checkpoint, state: TrainerState) -> None:
+        if checkpoint.step != state.global_step:
             raise UserError(
-                f"load_best_model_at_end=True with eval_strategy={strategy.value!r} and eval_delay="
-                f"{args.eval_delay:g}: a checkpoint from before step {first_step} exceeds the budget; set "
-                f"eval_strategy='steps' and eval_delay={first_step}, or load_best_model_at_end=False"
+                f"{checkpoint.path} is of step {checkpoint.step}, and trainer_state.json beside it of step "
+                f"{state.global_step}: files of two checkpoints were mixed; give another"
             )
+        self._of_this_run.restore(trainer, self.hooks, checkpoint)
+        self._of_this_run.restore_schedule(trainer, checkpoint)
+
+    def _check(self, args: TrainingArguments, state: TrainerState, optimizer: Any) -> None:
+        """What cannot be kept to the end of the run, before its first step.
+
+        Raises:
+            UserError: with the setting and the remedy.
+        """
+        schedule = self.hooks.method_step.schedule
+        saves = SaveStrategy(args.save_strategy) != SaveStrategy.NO and not args.save_only_model
+        compacts = schedule is not None and getattr(self.config, "compact", False)
+        inner = innermost(optimizer)
+        if (saves or compacts) and not isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
+            away = [*["save_only_model=True"] * saves, *["compact=False in AdaLoraConfig"] * compacts]
+            raise UserError(
+                f"the optimizer is {type(inner).__name__} (optim={str(getattr(args.optim, 'value', args.optim))!r}), "
+                "whose state can be neither continued nor reduced: set optim='adamw_torch', or "
+                f"{' and '.join(away)}"
+            )
+        if schedule is None:
+            return
+        self.first_candidate = first = schedule.freeze_step + 1  # the first checkpoint whose pattern is final
+        if not args.load_best_model_at_end:
+            return
+        if args.save_only_model:
+            raise UserError(
+                "load_best_model_at_end=True with save_only_model=True: a checkpoint without the state of the method "
+                "cannot be loaded into a run; set save_only_model=False"
+            )
+        if IntervalStrategy(args.eval_strategy) == IntervalStrategy.STEPS:
+            last = state.max_steps // int(state.eval_steps) * int(state.eval_steps)
+            if last < max(first, args.eval_delay):
+                raise UserError(
+                    f"load_best_model_at_end=True with eval_steps={int(state.eval_steps)} and eval_delay="
+                    f"{args.eval_delay:g}: no evaluation falls into steps {first} to {state.max_steps}, in which the "
+                    "budget is met; lower eval_steps or eval_delay, or raise final_steps of AdaLoraConfig"
+                )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.hooks.catch_up(state.global_step)
+        assert self._trainer is not None
+        self.hooks.replace(self._trainer.model_wrapped, self._trainer.optimizer)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs["logs"]

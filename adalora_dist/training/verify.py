@@ -26,7 +26,8 @@ def last_logits(model: nn.Module, probe: Probe, num_last: int, device: torch.dev
     else:
         batch = {"input_ids": torch.tensor([list(probe)], device=device), "logits_to_keep": num_last}
     with evaluating(model):
-        return model(**batch).logits[0, -num_last:].float().cpu()
+        logits: torch.Tensor = model(**batch).logits[0, -num_last:].float().cpu()
+    return logits
 
 
 def load_plainly(auto_class: Any, folder: Path) -> nn.Module:
@@ -35,7 +36,8 @@ def load_plainly(auto_class: Any, folder: Path) -> nn.Module:
     For one process, at the end of a run: under ZeRO-3, loading would otherwise be collective, so that is turned off.
     """
     unset_hf_deepspeed_config()
-    return auto_class.from_pretrained(folder, use_safetensors=True, trust_remote_code=False).eval()
+    model: nn.Module = auto_class.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
+    return model.eval()
 
 
 class LogitDifference(NamedTuple):

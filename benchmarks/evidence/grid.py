@@ -102,7 +102,7 @@ class TaskData(NamedTuple):
 
 def load_task(name: str, source: str, tokenizer: Any) -> TaskData:
     """Training rows less those that the development set has too, cut into two; development rows."""
-    train, sets = load_glue(GlueDataConfig(source=source, task=name))  # type: ignore[arg-type]
+    train, sets = load_glue(GlueDataConfig(source=source, task=name))
     dev = sets["dev"][:NUM_DEV]
     known = {row.texts for row in sets["dev"]}
     train = [row for row in train if row.texts not in known]
@@ -119,7 +119,9 @@ def load_task(name: str, source: str, tokenizer: Any) -> TaskData:
 def new_model(folder: Path, num_labels: int, seed: int) -> nn.Module:
     """The encoder with a head that depends on the seed alone, so that arms of one seed start alike."""
     set_seed(seed)
-    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=num_labels, dtype=torch.float32)
+    options: dict[str, Any] = {"num_labels": num_labels, "dtype": torch.float32}
+    model: nn.Module = AutoModelForSequenceClassification.from_pretrained(folder, **options)
+    return model
 
 
 def one_run(run: Run, data: TaskData, folder: Path) -> dict[str, Any]:

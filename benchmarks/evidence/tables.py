@@ -26,10 +26,10 @@ class Grid:
     def __init__(self, lines: Sequence[str]) -> None:
         records = [json.loads(line) for line in lines]
         self._records = {(r["task"], r["arm"], r["rate"], r["seed"]): r for r in records}
-        self.tasks, self.arms, self.rates, all_seeds = (
+        self.tasks, self.arms, rates, all_seeds = (
             list(dict.fromkeys(r[field] for r in records)) for field in ("task", "arm", "rate", "seed")
         )
-        self.rates.sort()
+        self.rates: list[float] = sorted(rates)
         self.seeds = {
             task: [s for s in all_seeds if all((task, a, r, s) in self._records for a in self.arms for r in self.rates)]
             for task in self.tasks

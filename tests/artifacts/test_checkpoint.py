@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import sys
@@ -18,6 +19,8 @@ from adalora_dist.artifacts.checkpoints.content import Checkpoint, load_checkpoi
 from adalora_dist.artifacts.checkpoints.files import Damaged, Written, checkpoints_in, publish, verify
 from adalora_dist.artifacts.checkpoints.writer import checkpoint_at, newest_checkpoint, set_newer_aside
 from adalora_dist.io.errors import UserError
+from adalora_dist.methods.hooks import attach
+from adalora_dist.methods.protocol import trained_parameters
 from adalora_dist.sharding.agreement import agreed
 from tests.support.checkpoint_faults import (
     DAMAGES,
@@ -30,6 +33,8 @@ from tests.support.checkpoint_faults import (
     materialise,
     record,
 )
+from tests.support.models import adapted_net, config
+from tests.support.paths import ROOT
 from tests.support.ranks import run_ranks
 from tests.support.refusals import refusal
 
@@ -142,18 +147,48 @@ def test_newer_ones_are_set_aside_and_go_with_the_next(root: Path) -> None:
     assert names_in(root) == ["step-00000010", "step-00000015"]
 
 
-def test_a_disk_that_is_full_leaves_the_old_ones(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["shard-00000-of-00001.safetensors", "state.json", "manifest.json", "folder"])
+def test_a_disk_that_is_full_leaves_the_old_ones(root: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Whichever file it is that has no room any more."""
     before = {path.name: contents(path) for path in root.iterdir()}
+    real_open, real_mkdir, full_disk, found = os.open, os.mkdir, OSError(28, "No space left on device"), []
 
-    def full(descriptor: int, content: Any) -> int:
-        raise OSError(28, "No space left on device")
+    def full(path: Any, flags: int, mode: int = 0o777) -> int:
+        if Path(path).name == name and flags & os.O_CREAT:
+            found.append(path)
+            raise full_disk
+        return real_open(path, flags, mode)
+
+    def no_folder(path: Any, mode: int = 0o777) -> None:
+        if name == "folder":
+            found.append(path)
+            raise full_disk
+        real_mkdir(path)
 
     run = Run(root)
-    monkeypatch.setattr("adalora_dist.artifacts.checkpoints.files.os.write", full)
+    monkeypatch.setattr("adalora_dist.artifacts.checkpoints.files.os.open", full)
+    monkeypatch.setattr("adalora_dist.artifacts.checkpoints.files.os.mkdir", no_folder)
     with pytest.raises(UserError, match="a checkpoint needs .* bytes"):
         run.save(30)
     monkeypatch.undo()
-    assert {path.name: contents(path) for path in root.iterdir()} == before
+    assert found and {path.name: contents(path) for path in root.iterdir()} == before
+
+
+def test_a_folder_that_may_not_be_written_is_one_line(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Any, mode: int = 0o777) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    run = Run(root)
+    monkeypatch.setattr("adalora_dist.artifacts.checkpoints.files.os.mkdir", refused)
+    with pytest.raises(UserError, match="cannot be written .Permission denied"):
+        run.save(30)
+    monkeypatch.undo()
+    shutil.rmtree(root)
+    (root.parent / "elsewhere").mkdir()
+    root.symlink_to("elsewhere")
+    with pytest.raises(UserError, match="is a link"):
+        run.save(30)
+    assert not any((root.parent / "elsewhere").iterdir())
 
 
 # ----------------------------------------------------------------------------------------------------------- content
@@ -222,6 +257,26 @@ def test_a_checkpoint_brings_back_what_it_was_given(root: Path) -> None:
     load_checkpoint(checkpoint, run.parameters, run.optimizer, run.hooks)
     assert run.hooks.step == 20
     for number, parameter in enumerate(run.parameters.values()):
+        assert torch.equal(parameter, torch.full_like(parameter, 20 + number / 100))
+
+
+BEFORE = ROOT / "tests" / "data" / "checkpoints_of_9b9f82c"
+"""Written by that commit, when methods without adapters kept nothing of their own."""
+
+
+@pytest.mark.parametrize("method", ["adalora", "head"])
+def test_checkpoints_from_before_the_methods_were_units_are_read(tmp_path: Path, method: str) -> None:
+    settings = config(method=method, train_modules=("head",) if method == "head" else ())
+    model = adapted_net(settings)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    hooks = attach(model, optimizer, settings, 60)
+    hooks.detach()
+    parameters = trained_parameters(model)
+    checkpoint = newest_checkpoint(shutil.copytree(BEFORE / method, tmp_path / "checkpoints"))
+    assert checkpoint is not None and parameters
+    load_checkpoint(checkpoint, parameters, optimizer, hooks)
+    assert hooks.step == 20 and hooks.num_skipped_steps == 0
+    for number, parameter in enumerate(parameters.values()):
         assert torch.equal(parameter, torch.full_like(parameter, 20 + number / 100))
 
 

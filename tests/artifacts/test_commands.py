@@ -22,7 +22,7 @@ from adalora_dist.methods.hooks import attach
 from adalora_dist.methods.inject import adapt
 from adalora_dist.training.finish import write_adapters
 from adalora_dist.training.run_folder import RunFolder
-from tests.artifacts.test_export_formats import SETTINGS, STEPS, TOLERANCE, build, logits, weights_of, with_adapters
+from tests.support.adapted_models import SETTINGS, STEPS, TOLERANCE, build, logits, weights_of, with_adapters
 from tests.support.paths import ROOT
 from tests.support.ranks import run_ranks
 

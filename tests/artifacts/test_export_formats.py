@@ -15,89 +15,30 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import (
-    AutoModelForCausalLM,
-    BartConfig,
-    BartForConditionalGeneration,
-    DebertaV2Config,
-    DebertaV2ForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
 from adalora_dist.artifacts.export import merge
 from adalora_dist.artifacts.peft_format import VLLM_MAX_RANKS, fold, save_adalora, save_lora, vllm_options
-from adalora_dist.config.methods import AdaLoraConfig
 from adalora_dist.methods.hooks import attach
 from adalora_dist.methods.inject import adapt
 from adalora_dist.methods.update import AdapterWeights
+from tests.support.adapted_models import (
+    IDS,
+    MODELS,
+    SETTINGS,
+    STEPS,
+    TOLERANCE,
+    build,
+    logits,
+    weights_of,
+    with_adapters,
+)
 from tests.support.models import Net
-from tests.support.paths import SHARED
+from tests.support.paths import shared
 from tests.support.ranks import import_deepspeed, run_ranks
 from tests.support.refusals import refusal
 
 deepspeed = import_deepspeed()
-
-IDS = torch.tensor([[1, 5, 9, 4, 30, 2], [7, 11, 2, 40, 13, 8]])
-RANK, TOLERANCE = 4, 1e-5
-
-LLAMA = LlamaConfig(
-    vocab_size=48, hidden_size=16, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, initializer_range=0.2,
-)  # fmt: skip
-GPT2 = GPT2Config(vocab_size=48, n_positions=32, n_embd=16, n_layer=2, n_head=2, initializer_range=0.2)
-BART = BartConfig(
-    vocab_size=48, max_position_embeddings=32, d_model=16, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=24,
-    decoder_ffn_dim=24, encoder_attention_heads=2, decoder_attention_heads=2, init_std=0.2,
-)  # fmt: skip
-DEBERTA = DebertaV2Config(
-    vocab_size=48, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-    max_position_embeddings=32, relative_attention=True, position_buckets=8, pos_att_type=["p2c", "c2p"],
-    share_att_key=True, norm_rel_ebd="layer_norm", initializer_range=0.2, num_labels=3,
-)  # fmt: skip
-MODELS = {
-    "llama": (LlamaForCausalLM, LLAMA),
-    "gpt2": (GPT2LMHeadModel, GPT2),
-    "bart": (BartForConditionalGeneration, BART),
-    "deberta": (DebertaV2ForSequenceClassification, DEBERTA),
-}
-
-
-def build(kind: str, **changes: Any) -> Any:
-    torch.manual_seed(0)
-    auto_class, config = MODELS[kind]
-    return auto_class(type(config)(**{**config.to_dict(), **changes})).eval()
-
-
-@torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
-    model.eval()
-    return model(input_ids=IDS).logits
-
-
-def with_adapters(
-    model: Any, targets: tuple[str, ...] = ("all-linear",), ranks: tuple[int, ...] = (4, 0, 2, 1, 3)
-) -> None:
-    """Adapters whose active ranks go round in ``ranks``; active triplets stand anywhere."""
-    matrices = adapt(model, AdaLoraConfig(init_rank=RANK, alpha=6, targets=targets, start="paper", init="orthonormal"))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for index, layer in enumerate(matrices):
-            keep = torch.randperm(RANK, generator=generator)[: ranks[index % len(ranks)]]
-            layer.lam[keep] = 0.5 + torch.rand(len(keep), generator=generator)
-
-
-def weights_of(model: Any) -> list[AdapterWeights]:
-    adapters = []
-    for layer in (m for m in model.modules() if hasattr(m, "Qt")):
-        keep = layer.lam.detach() != 0
-        p, q = layer.P.detach()[:, keep].contiguous(), layer.Qt.detach()[:, keep].T.contiguous()
-        adapters.append(
-            AdapterWeights(layer.name, p, layer.lam.detach()[keep], q, layer.scale, hasattr(layer.base, "nf"))
-        )
-    return adapters
 
 
 def all_forms(
@@ -139,9 +80,7 @@ def test_every_form_says_the_same(tmp_path: Path, kind: str) -> None:
 def test_the_real_llama(tmp_path: Path) -> None:
     """Its logits reach 17, where a forward pass in float32 rounds by 1e-5 itself: computed in float64, of what is
     stored in float32."""
-    folder = SHARED / "models" / "stories260k"
-    if not folder.is_dir():
-        pytest.skip(f"no real model at {folder}")
+    folder = shared("models/stories260k")
     model = AutoModelForCausalLM.from_pretrained(folder)
     with_adapters(model)
     with torch.no_grad():
@@ -336,12 +275,6 @@ def train_in_peft(rank: int, world_size: int, folder: Path) -> tuple[list[float]
 
 
 # ------------------------------------------------------------------------------------------------- after real runs
-
-STEPS = 14
-SETTINGS = AdaLoraConfig(
-    init_rank=3, target_rank=1, alpha=12, targets=("all-linear",), start="paper", init="orthonormal",
-    initial_warmup_steps=2, final_steps=4, mask_interval_steps=2,
-)  # fmt: skip
 
 
 def train(rank: int, world_size: int, engine: str, kind: str) -> tuple[list[AdapterWeights], torch.Tensor]:

@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from adalora_dist.artifacts import peft_check
 from adalora_dist.artifacts.peft_check import not_verified, taken_for_experts, verify
 from adalora_dist.artifacts.peft_format import save_adalora, save_lora
+from adalora_dist.backbones.bypass import weights_read_directly
 from adalora_dist.backbones.linears import linear_shape
 from adalora_dist.backbones.names import FileNames, plain_model
 from adalora_dist.methods.adalora.start import read_peft
-from tests.artifacts.test_export_formats import TOLERANCE, adapt, weights_of
-from tests.backbones.test_names import ANSWERS, CAUSAL, CLASSIFIER, EXPERTS, PLAIN, SEQ2SEQ
+from tests.support.adapted_models import TOLERANCE, weights_of, with_adapters
+from tests.support.plain_models import ANSWERS, CAUSAL, CLASSIFIER, EXPERTS, PLAIN, SEQ2SEQ
 from tests.support.refusals import refusal
 
 IDS = torch.tensor([[1, 5, 9, 4, 30, 2]])
@@ -60,7 +61,7 @@ def test_models_with_experts(kind: str, form: str, tmp_path: Path) -> None:
     model = EXPERTS[kind]().eval()
     model.save_pretrained(tmp_path / "base")
     plain = plain_model(tmp_path / "base", {})
-    adapt(model)
+    with_adapters(model)
     before, expected, adapters = outputs(CAUSAL.from_pretrained(tmp_path / "base")), outputs(model), weights_of(model)
     assert (before - expected).abs().max() > 100 * TOLERANCE
     FORMS[form](adapters, tmp_path / "out", str(tmp_path / "base"), model=plain)
@@ -85,7 +86,7 @@ def test_padded_adapters_combine_and_swap(tmp_path: Path) -> None:
     plain, expected = plain_model(tmp_path / "base", {}), {}
     for name, ranks in (("a", (4, 2, 1, 3)), ("b", (1, 3, 4, 2))):
         model = CAUSAL.from_pretrained(tmp_path / "base")
-        adapt(model, ranks=ranks)
+        with_adapters(model, ranks=ranks)
         expected[name] = outputs(model)
         for form in ("lora", "padded"):
             FORMS[form](weights_of(model), tmp_path / form / name, str(tmp_path / "base"), model=plain)
@@ -153,7 +154,7 @@ def test_automatic_classes_load_the_export(task: str, form: str, tmp_path: Path)
     if "score" in heads:
         model.config.pad_token_id = 0
     trained = trained_head(model, *heads) if heads else {}
-    adapt(model, targets=(".*(query|value|q|v|query_proj|value_proj|q_proj|v_proj|c_attn)",))
+    with_adapters(model, targets=(".*(query|value|q|v|query_proj|value_proj|q_proj|v_proj|c_attn)",))
     expected, adapters = outputs(model, **more), weights_of(model)
     FORMS[form](adapters, tmp_path / "out", str(tmp_path / "base"), trained=trained, model=plain)
     config = written(tmp_path / "out")
@@ -171,7 +172,7 @@ def test_a_task_that_peft_does_not_know(tmp_path: Path) -> None:
     model = PLAIN["vit"][1].from_pretrained(tmp_path / "base").eval()
     plain = plain_model(model.config, {"architectures": [type(model).__name__]})
     trained = trained_head(model, "classifier")
-    adapt(model)
+    with_adapters(model)
     pixels = torch.randn(1, 3, 16, 16)
     with torch.no_grad():
         expected = model(pixels).logits
@@ -194,7 +195,8 @@ def test_exports_of_every_kind_are_verified(kind: str, tmp_path: Path) -> None:
     new = tuple(model.file_names.missing)
     trained = trained_head(model, *new) if new else {}
     linears = [n for n, m in model.named_modules() if linear_shape(m) and n != "lm_head" and f"{n}.weight" not in new]
-    adapt(model, targets=tuple(linears))
+    past_adapters = weights_read_directly(model, linears)  # refused as targets
+    with_adapters(model, targets=tuple(n for n in linears if n not in past_adapters))
     for form, save in FORMS.items():
         save(weights_of(model), tmp_path / form, str(tmp_path / "base"), trained=trained, model=plain)
         assert len(tensors(tmp_path / form)) > len(trained)
@@ -207,7 +209,7 @@ def test_an_adapter_that_would_be_another_function_is_refused(tmp_path: Path) ->
     plain = plain_model(tmp_path / "base", {})
     assert plain is not None
     trained = trained_head(model, "lm_head")
-    adapt(model)
+    with_adapters(model)
     good = tmp_path / "lora"
     save_lora(weights_of(model), good, str(tmp_path / "base"), trained=trained, model=plain)
     names = ["lm_head.weight"]
@@ -239,7 +241,7 @@ def test_a_refused_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     model = EXPERTS["glm4_moe"]()
     model.save_pretrained(tmp_path / "base")
     plain = plain_model(tmp_path / "base", {})
-    adapt(model)
+    with_adapters(model)
     monkeypatch.setattr("adalora_dist.artifacts.peft_format.taken_for_experts", lambda names, model: [])
     line = refusal(lambda: save_lora(weights_of(model), tmp_path / "lora", str(tmp_path / "base"), model=plain))
     assert str(tmp_path / "lora") in line and "partial" not in line and "mlp" in line

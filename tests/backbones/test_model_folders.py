@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -153,7 +154,10 @@ def run(folder: Path, auto_class: Any = AutoModelForCausalLM, num_labels: int = 
     model, _ = load_backbone(config.model, auto_class, changes={"num_labels": num_labels} if num_labels else None)
     adapt(model, config.adapter)
     lines = check_backbone(model, config)
-    prepare(Accelerator(cpu=True), model, config, 20)
+    try:
+        prepare(Accelerator(cpu=True), model, config, 20)
+    finally:  # or ranks that later tests fork would take this one process for all there are
+        AcceleratorState._reset_state(reset_partial_state=True)
     return lines
 
 

@@ -27,8 +27,8 @@ from adalora_dist.config.methods import (
 from adalora_dist.config.sections import ExportConfig, ModelConfig, QuantizationConfig, RunConfig, TrainConfig
 from adalora_dist.tasks.commonsense.config import CommonsenseConfig
 from adalora_dist.tasks.glue.config import GlueConfig
-from tests.config.test_presets import schema_of
 from tests.support.paths import ROOT
+from tests.support.shipped import schema_of
 
 ALL = ("adalora", "lora", "lora_fa", "dora", "vera", "dvora", "bitfit", "head", "full")
 WITH_TARGETS = ("adalora", "lora", "lora_fa", "dora", "vera", "dvora")

@@ -25,9 +25,8 @@ from adalora_dist.tasks.rows.bad_rows import BadRows
 from adalora_dist.training.faults.memory import cheapest_changes
 from adalora_dist.training.faults.run_lock import STALE_SECONDS, RunLock
 from adalora_dist.training.run_folder import RunFolder
-from tests.recipes.test_recipe import RECIPE, Project
 from tests.support.faulty_runs import Ranks
-from tests.support.tiny_project import write_data
+from tests.support.tiny_project import RECIPE, Project, write_data
 
 # ------------------------------------------------------------------------------------------------------------- the lock
 

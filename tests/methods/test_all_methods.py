@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM
 
 from adalora_dist.artifacts.checkpoints.content import load_checkpoint
 from adalora_dist.artifacts.checkpoints.writer import CheckpointWriter, checkpoint_at
@@ -25,7 +25,7 @@ from tests.support import quantized_runs
 from tests.support.models import Net, global_batch
 from tests.support.quantized_runs import Case, write_llama
 from tests.support.ranks import import_deepspeed, run_ranks
-from tests.support.tiny_language_model import tiny_llama
+from tests.support.tiny_language_model import logits, tiny_gpt2, tiny_llama
 
 deepspeed = import_deepspeed()
 
@@ -161,23 +161,7 @@ def test_over_a_backbone_from_files(method: str, quantization: str, tmp_path: Pa
 # ------------------------------------------------------------------------------------------------------------- exports
 
 
-def tiny_gpt2() -> GPT2LMHeadModel:
-    """With Conv1D, biases and an odd width."""
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=40, n_positions=16, n_embd=18, n_layer=2, n_head=2, initializer_range=0.3)
-    model = GPT2LMHeadModel(config).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
-
-
 MODELS = {"gpt2": tiny_gpt2, "llama": lambda: tiny_llama(40)}
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=torch.arange(3, 15)[None]).logits
 
 
 def exported(rank: int, world_size: int, method: str, kind: str, folder: Path) -> dict[str, torch.Tensor]:

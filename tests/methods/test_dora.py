@@ -248,7 +248,7 @@ def test_peft_loads_its_own_form(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     from adalora_dist.artifacts.export import SavedAdapter
     from adalora_dist.artifacts.formats import FORMATS, Options
-    from tests.methods.test_all_methods import logits, tiny_gpt2
+    from tests.support.tiny_language_model import logits, tiny_gpt2
 
     model: Any = tiny_gpt2()
     with torch.no_grad():

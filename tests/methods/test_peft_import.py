@@ -19,7 +19,7 @@ from adalora_dist.config.sections import ModelConfig
 from adalora_dist.methods.adalora.start import _VARIANTS
 from adalora_dist.methods.inject import adapt
 from adalora_dist.methods.protocol import adapters_of
-from tests.artifacts.test_export_formats import IDS, TOLERANCE, build, logits, weights_of, with_adapters
+from tests.support.adapted_models import IDS, TOLERANCE, build, logits, weights_of, with_adapters
 from tests.support.ranks import run_ranks
 from tests.support.refusals import refusal
 from tests.support.settings import adapter_section

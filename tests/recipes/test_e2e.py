@@ -16,7 +16,7 @@ from adalora_dist.tasks.e2e.demo import demo_places
 from adalora_dist.tasks.e2e.metrics import METRICS, data_to_text_scores, missing_metrics
 from adalora_dist.tasks.e2e.rows import by_meaning, encode_rows, load_e2e, prompt_tokens
 from adalora_dist.tasks.rows.tokens import IGNORED
-from tests.support.paths import SHARED
+from tests.support.paths import shared
 from tests.support.ranks import import_deepspeed, import_package
 from tests.support.recipe_runs import ENGINES, losses_of, read_json, run_recipe
 from tests.support.tiny_text_project import NUM_TEST, NUM_TRAIN, write_e2e, write_jsonl
@@ -24,7 +24,8 @@ from tests.support.tiny_text_project import NUM_TEST, NUM_TRAIN, write_e2e, writ
 import_deepspeed()
 import_package()
 
-DATA = SHARED / "data" / "e2e"
+pytestmark = pytest.mark.usefixtures("cache")
+
 STEPS = 12
 FLAGS = [
     *("--max-steps", str(STEPS), "--batch-size", "6", "--micro-batch-size", "3", "--learning-rate", "2e-2"),
@@ -38,11 +39,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("e2e")
     write_e2e(folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("ADALORA_DIST_CACHE", str(tmp_path / "cache"))
 
 
 def arguments(project: Path, output: Path, *more: str) -> list[str]:
@@ -156,9 +152,8 @@ def test_two_processes_do_what_one_does(project: Path, single: Path, engine: str
 @pytest.mark.slow
 def test_real_data(project: Path, tmp_path: Path) -> None:
     """Real rows with a tiny model: multi-reference grouping, metrics, generation; not a statement about scores."""
-    if not DATA.exists():
-        pytest.skip(f"no {DATA}")
-    words = ["--model", str(project / "model"), "--data", str(DATA), "--output-dir", str(tmp_path / "run"), *FLAGS]
+    data = str(shared("data/e2e"))
+    words = ["--model", str(project / "model"), "--data", data, "--output-dir", str(tmp_path / "run"), *FLAGS]
     words += ["--max-train-rows", "200", "--max-eval-rows", "10", "--max-length", "128"]
     code, output, errors = run_recipe("gpt2_e2e", 2, words, ENGINES["zero3"])
     assert code == 0, errors

@@ -28,10 +28,9 @@ from adalora_dist.tasks.glue.rows import TASKS, encode_texts, labelled_text, loa
 from adalora_dist.tasks.glue.scores import score
 from adalora_dist.tasks.losses import classification_loss
 from adalora_dist.tasks.rows import token_cache
-from tests.recipes.test_recipe import Run, run_command
-from tests.support.paths import ROOT, SHARED
+from tests.support.paths import ROOT, shared
 from tests.support.ranks import import_deepspeed, import_package, run_ranks
-from tests.support.recipe_runs import ENGINES, run_recipe
+from tests.support.recipe_runs import ENGINES, Run, run_command, run_recipe
 from tests.support.refusals import refusal
 from tests.support.settings import adapter_flags, adapter_section
 from tests.support.tiny_encoders import encoder_tokenizer, write_encoder, write_glue, write_jsonl
@@ -45,7 +44,7 @@ FLAGS = [
     *("--max-steps", str(STEPS), "--batch-size", "16", "--micro-batch-size", "8", "--learning-rate", "1e-2"),
     *("--log-every", "8", "--eval-batch-size", "4"),
 ]
-ADAPTER = {"init_rank": 3, "target_rank": 2, "init": "orthonormal"}
+ADAPTER = {"init_rank": 3, "target_rank": 2, "start": "paper", "init": "orthonormal"}
 
 
 class Project:
@@ -126,9 +125,7 @@ def test_row_limits_and_the_two_sets_of_mnli(project: Project) -> None:
 
 
 def test_real_data_can_be_read() -> None:
-    folder = SHARED / "data" / "glue"
-    if not folder.exists():
-        pytest.skip(f"{folder} is not on this machine")
+    folder = shared("data/glue")
     sizes = {"cola": (8551, 1043), "rte": (2490, 277), "mrpc": (3576, 500), "sst2": (8000, 872)}
     for task, (num_train, num_dev) in sizes.items():
         train, sets = load_glue(GlueDataConfig(source=str(folder), task=task))

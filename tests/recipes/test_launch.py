@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,12 +15,11 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.training.launch import _take_config, _zero_stage
 from tests.support.paths import ROOT
 from tests.support.ranks import free_port
-from tests.support.recipe_runs import read_json
+from tests.support.recipe_runs import read_json, run_command
 from tests.support.tiny_text_project import write_summarization
 
 pytest.importorskip("deepspeed")
 
-BIN = Path(sys.executable).parent
 SCRIPTS = sorted(path for path in (ROOT / "launch").glob("*.sh") if path.name != "slurm.sh")
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 FLAGS = "--max-steps 4 --batch-size 4 --init-rank 2 --target-rank 1 --max-new-tokens 6 --max-source-length 64"
@@ -32,17 +30,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("launch")
     write_summarization(folder)
     return folder
-
-
-def run_command(*command: Any, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
-    """From the repository's root, with this Python first on PATH, as in an activated virtual environment."""
-    launchers = ("ACCELERATE_", "FSDP_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "DS_ACCELERATOR", "OMP_")
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(launchers)}
-    own = {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **environment}
-    return subprocess.run(
-        [str(word) for word in command], cwd=ROOT, env={**inherited, **own}, capture_output=True, text=True,
-        timeout=timeout,
-    )  # fmt: skip
 
 
 def arguments(project: Path, output: Path) -> list[str]:

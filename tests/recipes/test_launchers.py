@@ -14,9 +14,10 @@ import psutil
 import pytest
 
 from adalora_dist.training.faults.guard import STATUS_FILE
-from tests.recipes.test_recipe import BIN, RECIPE, Project
 from tests.support.paths import ROOT
 from tests.support.ranks import free_port
+from tests.support.recipe_runs import BIN
+from tests.support.tiny_project import RECIPE, Project
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,6 @@ import json
 import os
 import runpy
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -29,73 +28,24 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.commonsense.config import CommonsenseConfig
 from adalora_dist.training.engine import build_accelerator
 from adalora_dist.training.run_folder import RunFolder
-from tests.support.paths import ROOT, SHARED
+from tests.support.paths import ROOT, shared
 from tests.support.ranks import free_port, import_package, run_ranks
-from tests.support.settings import adapter_flags
-from tests.support.tiny_project import write_data, write_model
+from tests.support.recipe_runs import BIN, Run, finished, run_command
+from tests.support.tiny_project import (
+    INIT_RANK,
+    MATRICES,
+    RECIPE,
+    STEPS,
+    TARGET_RANK,
+    Project,
+)
 
 import_package()
-
-RECIPE = ROOT / "recipes" / "llama_commonsense.py"
-BIN = Path(sys.executable).parent
-STEPS = 20
-MATRICES, INIT_RANK, TARGET_RANK = 14, 3, 2
-FLAGS = [
-    *("--max-steps", str(STEPS), "--batch-size", "8", "--micro-batch-size", "4", "--learning-rate", "1e-2"),
-    *("--max-eval-rows", "5", "--log-every", "6"),
-]
-
-
-class Project:
-    """A folder with a tiny model and tiny data."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.data, self.model = path, path / "data", path / "model"
-        write_data(self.data)
-        write_model(self.model, self.data)
-
-    def arguments(self, output_dir: Path, *more: str) -> list[str]:
-        where = ["--model", str(self.model), "--data", str(self.data), "--output-dir", str(output_dir)]
-        return [*where, *FLAGS, *adapter_flags(more, init_rank=INIT_RANK, target_rank=TARGET_RANK), *more]
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     return Project(tmp_path_factory.mktemp("project"))
-
-
-def run_command(*command: Any, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run from the repository's root, as the README says, without what this test process has in its environment."""
-    launchers = ("ACCELERATE_", "FSDP_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "DS_ACCELERATOR")
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(launchers)}
-    return subprocess.run(
-        [str(word) for word in command],
-        cwd=ROOT,
-        env={**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-
-
-class Run:
-    """What a run left in its folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.facts, self.results, self.pattern = (
-            json.loads((folder / name).read_text()) for name in ("run.json", "results.json", "rank_pattern.json")
-        )
-        self.metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-    @property
-    def losses(self) -> torch.Tensor:
-        return torch.tensor([record["loss"] for record in self.metrics])
-
-
-def finished(folder: Path, process: subprocess.CompletedProcess[str]) -> Run:
-    assert process.returncode == 0, process.stderr[-4000:]
-    return Run(folder)
 
 
 @torch.no_grad()
@@ -237,6 +187,7 @@ def run_recipe(rank: int, world_size: int, arguments: list[str], environment: di
     return code, errors.getvalue()
 
 
+@pytest.mark.filterwarnings("default:.*continuing from step-00000012")
 def test_a_run_that_was_interrupted_continues(project: Project, tmp_path: Path) -> None:
     """Its last checkpoint is gone, as is what came after it; what an interrupted export left is in the way."""
     formats = ("--export-formats", "merged", "lora", "peft")
@@ -276,9 +227,7 @@ def test_plain_lora(project: Project, tmp_path: Path) -> None:
 
 
 def test_real_model_and_data(tmp_path: Path) -> None:
-    model, data = SHARED / "models" / "stories260k", SHARED / "data" / "commonsense"
-    if not (model.is_dir() and (data / "arc_easy").is_dir()):
-        pytest.skip(f"no real model and data at {SHARED}")
+    model, data = shared("models/stories260k"), shared("data/commonsense")
     process = run_command(
         sys.executable, RECIPE, "--model", model, "--data", data, "--tasks", "arc_easy", "--max-steps", 10,
         "--max-train-rows", 40, "--max-eval-rows", 6, "--batch-size", 4, "--init-rank", 4, "--target-rank", 2,

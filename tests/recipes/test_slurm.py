@@ -85,7 +85,29 @@ def test_a_job_that_was_stopped_by_a_signal_is_queued_again(tmp_path):
     """The signal itself reaches the launcher, too, which must outlive it."""
     result = submit(tmp_path, "launch/accelerate/ddp.yaml", *RECIPE, SIGNALLED="1", CODE="1", TMPDIR=str(tmp_path))
     assert result.returncode == 1 and "queued 41234" in result.stdout, result.stderr
-    assert not list(tmp_path.glob("*.json"))
+    assert not list(tmp_path.glob("*.json")) and not list(tmp_path.glob("adalora-dist-*"))
+
+
+def test_the_status_lies_in_a_private_folder_that_nobody_can_foretell(tmp_path):
+    """A link that somebody has put where the file would be is not followed, and nobody else's file is believed."""
+    target = tmp_path / "target"
+    target.write_text("mine")
+    (tmp_path / "adalora-dist-41234.json").symlink_to(target)
+    recipe = 'stat -c "%a %n" "$(dirname "$ADALORA_DIST_STATUS_FILE")" >>"$SEEN"'
+    accelerate = f"{recipe}\n{COMMANDS['accelerate']}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(COMMANDS, "accelerate", accelerate)
+        changes = {"SIGNALLED": "1", "TMPDIR": str(tmp_path), "SEEN": str(tmp_path / "seen")}
+        for _ in range(2):
+            submit(tmp_path, "launch/accelerate/ddp.yaml", *RECIPE, **changes)
+    seen = [line.split() for line in (tmp_path / "seen").read_text().splitlines()]
+    assert {mode for mode, _ in seen} == {"700"} and len({name for _, name in seen}) == 2
+    assert target.read_text() == "mine" and (tmp_path / "adalora-dist-41234.json").is_symlink()
+
+
+def test_without_room_for_the_status_it_is_one_line(tmp_path):
+    result = submit(tmp_path, "launch/accelerate/ddp.yaml", *RECIPE, TMPDIR=str(tmp_path / "missing"))
+    assert result.returncode == 2 and "slurm.sh: no folder for the status: set TMPDIR" in result.stderr
 
 
 def test_a_job_that_failed_is_not_queued_again(tmp_path):

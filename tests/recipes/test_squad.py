@@ -20,11 +20,11 @@ from adalora_dist.tasks.squad.config import SquadDataConfig
 from adalora_dist.tasks.squad.demo import demo_passages, demo_passages_folder
 from adalora_dist.tasks.squad.metrics import best_thresholds, exact_match, f1, normalise, squad_scores
 from adalora_dist.tasks.squad.rows import NO_SPAN, Question, Window, load_squad, make_windows, question_of
-from tests.recipes.test_recipe import Run
-from tests.support.paths import SHARED
+from tests.support.paths import shared
 from tests.support.ranks import import_deepspeed, import_package
-from tests.support.recipe_runs import ENGINES, run_recipe
+from tests.support.recipe_runs import ENGINES, Run, run_recipe
 from tests.support.refusals import refusal
+from tests.support.scored_answers import STORED
 from tests.support.settings import adapter_flags
 from tests.support.tiny_encoders import encoder_tokenizer, write_encoder, write_squad
 
@@ -38,7 +38,7 @@ FLAGS = [
     *("--log-every", "8", "--eval-batch-size", "4"),
     *("--max-length", "18", "--doc-stride", "4", "--max-question-length", "8"),
 ]
-ADAPTER = {"init_rank": 3, "target_rank": 2, "init": "orthonormal"}
+ADAPTER = {"init_rank": 3, "target_rank": 2, "start": "paper", "init": "orthonormal"}
 
 
 def run_of(output: Path, words: list[str], engine: str | None = None) -> Run:
@@ -99,10 +99,7 @@ def test_good_rows() -> None:
 
 
 def test_real_data_can_be_read() -> None:
-    source = SHARED / "data" / "squad_v1"
-    if not source.exists():
-        pytest.skip(f"{source} is not on this machine")
-    train, validation = load_squad(SquadDataConfig(source=str(source)))
+    train, validation = load_squad(SquadDataConfig(source=str(shared("data/squad_v1"))))
     assert (len(train), len(validation)) == (2000, 500)
 
 
@@ -225,20 +222,6 @@ NORMALISED = [
 @pytest.mark.parametrize(("text", "expected"), NORMALISED)
 def test_normalisation(text: str, expected: str) -> None:
     assert normalise(text) == expected
-
-
-# (predicted, right answers, exact and F1 in v1.1, exact and F1 in v2.0), each worked out by hand.
-STORED = [
-    ("the Denver Broncos", ["Denver Broncos", "Broncos"], (1, 1), (1, 1)),
-    ("Broncos of Denver", ["Denver Broncos"], (0, 4 / 5), (0, 4 / 5)),
-    ("Santa Clara, California", ["Levi's Stadium", "Santa Clara"], (0, 4 / 5), (0, 4 / 5)),
-    ("very very good", ["very good", "good"], (0, 4 / 5), (0, 4 / 5)),
-    ("1989", ["1990"], (0, 0), (0, 0)),
-    ("The", ["a"], (1, 0), None),  # both normalise to nothing; v2.0: see below
-    ("", ["Paris"], (0, 0), (0, 0)),
-    ("", [], None, (1, 1)),
-    ("Paris", [], None, (0, 0)),
-]
 
 
 def test_scores_of_a_stored_set() -> None:

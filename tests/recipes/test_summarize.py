@@ -22,28 +22,21 @@ from adalora_dist.tasks.evaluation.rouge import METRICS, rouge_scores
 from adalora_dist.tasks.evaluation.texts import generate_texts
 from adalora_dist.tasks.losses import decoder_inputs, decoder_start_token, seq2seq_loss
 from adalora_dist.tasks.rows.bad_rows import BadRows
+from adalora_dist.tasks.rows.table import digest_of_tokens
 from adalora_dist.tasks.rows.tokens import IGNORED
 from adalora_dist.tasks.rows.towns import towns_of
 from adalora_dist.tasks.summarization.config import SummarizationDataConfig
 from adalora_dist.tasks.summarization.demo import demo_reports
-from adalora_dist.tasks.summarization.rows import digest_of_summaries, encode_summaries, load_summaries
-from tests.support.paths import SHARED
+from adalora_dist.tasks.summarization.rows import encode_summaries, load_summaries
+from tests.support.paths import shared
 from tests.support.ranks import import_deepspeed, import_package, run_ranks
 from tests.support.recipe_runs import ENGINES, losses_of, read_json, run_recipe
 from tests.support.settings import adapter_flags
+from tests.support.summarization_runs import ADAPTER, FLAGS, MATRICES, STEPS, arguments
 from tests.support.tiny_text_project import NUM_TEST, NUM_TRAIN, tiny_bart, write_jsonl, write_summarization
 
 import_deepspeed()
 import_package()
-
-DATA = SHARED / "data" / "summarization"
-STEPS, MATRICES = 12, 32
-FLAGS = [
-    *("--max-steps", str(STEPS), "--batch-size", "6", "--micro-batch-size", "3", "--learning-rate", "2e-2"),
-    *("--num-beams", "2", "--max-new-tokens", "10", "--eval-batch-size", "2"),
-    *("--max-source-length", "64", "--max-target-length", "16", "--log-every", "6"),
-]
-ADAPTER = {"init_rank": 3, "target_rank": 2}
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +44,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("summaries")
     write_summarization(folder)
     return folder
-
-
-def arguments(project: Path, output: Path, *more: str) -> list[str]:
-    where = ["--model", str(project / "model"), "--data", str(project / "data"), "--output-dir", str(output)]
-    return [*where, *FLAGS, *adapter_flags(more, **ADAPTER), *more]
 
 
 # ----------------------------------------------------------------------------------------------------------- the loss
@@ -170,11 +158,11 @@ def test_rows_are_known_by_their_tokens() -> None:
     columns = {"input_ids": [[k, k + 1, 5] for k in range(1500)], "labels": [[k % 7] for k in range(1500)]}
     rows = Dataset.from_dict(columns)
     cut = concatenate_datasets([rows.select(range(700)), rows.select(range(700, 1500))])
-    assert digest_of_summaries(cut) == digest_of_summaries(rows)
+    assert digest_of_tokens(cut) == digest_of_tokens(rows)
     for name, value in (("input_ids", [3, 4, 6]), ("labels", [8])):
         values = [*columns[name][:1200], value, *columns[name][1201:]]
-        assert digest_of_summaries(Dataset.from_dict(columns | {name: values})) != digest_of_summaries(rows)
-    assert digest_of_summaries(rows.select(range(1499, -1, -1))) != digest_of_summaries(rows)
+        assert digest_of_tokens(Dataset.from_dict(columns | {name: values})) != digest_of_tokens(rows)
+    assert digest_of_tokens(rows.select(range(1499, -1, -1))) != digest_of_tokens(rows)
 
 
 def test_no_training_summary_names_a_town_of_the_test() -> None:
@@ -272,9 +260,7 @@ def test_full_fine_tuning_and_its_export(project: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("task", "source", "target"), [("xsum", 256, 48), ("cnn_dailymail", 384, 80)])
 def test_slices_of_the_real_data(project: Path, tmp_path: Path, task: str, source: int, target: int) -> None:
     """Real articles, read, cut, trained on and summarised; a tiny model has nothing to say about ROUGE."""
-    file = DATA / task / "train.jsonl"
-    if not file.exists():
-        pytest.skip(f"no {file}")
+    file = shared(f"data/summarization/{task}/train.jsonl")
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     for split, part in (("train", lines[:-16]), ("test", lines[-16:])):
         (tmp_path / task).mkdir(exist_ok=True)

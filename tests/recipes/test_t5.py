@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
-from tests.recipes.test_summarize import arguments
 from tests.support.ranks import import_package
 from tests.support.recipe_runs import ENGINES, losses_of, read_json, run_recipe
+from tests.support.summarization_runs import arguments
 from tests.support.tiny_text_project import IDS, write_summarization
 
 import_package()

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adalora_dist.config.methods import AdaLoraConfig
+from adalora_dist.methods.adalora.layers import LAMBDAS_NAME
 from adalora_dist.methods.hooks import attach
 from tests.support.models import adapted_net, config, global_batch
 from tests.support.ranks import import_deepspeed, run_ranks
@@ -125,11 +126,11 @@ def run(rank: int, world_size: int, case: Case) -> dict[str, Any]:
         dist.all_reduce(total)
         losses.append(total.item() / world_size)
     hooks.finish()
-    factors = [f["lam"] for f in allocator.full_factors()]
+    lam = hooks.engine.full(list(allocator.parameters()).index(LAMBDAS_NAME))
     return {
         "losses": losses,
         "patterns": {a.step: a.keep.tolist() for a in allocator.allocations},
-        "lam": torch.cat(factors).tolist(),
+        "lam": lam.tolist(),
         "engine": type(hooks.engine).__name__,
         "firings": hooks.engine.num_firings,
         "spans": [tuple(s) for s in allocator.bound.spans],

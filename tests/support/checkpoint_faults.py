@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from adalora_dist.artifacts.checkpoints import files as checkpoint_files
-from adalora_dist.artifacts.checkpoints.content import trained_parameters
 from adalora_dist.artifacts.checkpoints.writer import CheckpointWriter, newest_checkpoint
 from adalora_dist.methods.hooks import attach
+from adalora_dist.methods.protocol import trained_parameters
 from tests.support.models import adapted_net, config
 
 Operation = tuple[Any, ...]

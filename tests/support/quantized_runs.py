@@ -164,7 +164,7 @@ def run(rank: int, world_size: int, case: Case, folder: Path) -> Trained:
 def kept_bytes(result: torch.Tensor) -> int:
     """Bytes of tensors that autograd functions written in Python hold outside of autograd's sight.
 
-    But for P and lambda, the model's own, of which lambdas.py's function knows.
+    But for P and lambda, the model's own, of which the function in layers.py knows.
     """
     storages: dict[int, int] = {}
     seen, stack = set(), [result.grad_fn]

@@ -1,4 +1,4 @@
-"""Recipes as the main program of forked processes, under any engine, in seconds."""
+"""Recipes as users start them, and, in seconds and under any engine, as the main program of forked processes."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ import io
 import json
 import os
 import runpy
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from tests.support.paths import ROOT
 from tests.support.ranks import free_port, run_ranks
+
+BIN = Path(sys.executable).parent
+"""Where the commands of this environment are."""
 
 ENGINES: dict[str, dict[str, str]] = {
     "ddp": {},
@@ -42,6 +47,47 @@ def run_recipe(
     results = run_ranks(num_processes, _run, recipe, arguments, environment, timeout=200.0)
     assert len({code for code, *_ in results}) == 1, results
     return results[0]
+
+
+def run_command(*command: Any, timeout: float = 400, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run from the repository's root, as the README says, with this Python first on PATH, as in an activated virtual
+    environment, and without what launchers have put into this test process's environment."""
+    launchers = ("ACCELERATE_", "FSDP_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "DS_ACCELERATOR", "OMP_")
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(launchers)}
+    own = {
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    return subprocess.run(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env={**inherited, **own, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+class Run:
+    """What a run left in its folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.facts, self.results, self.pattern = (
+            json.loads((folder / name).read_text()) for name in ("run.json", "results.json", "rank_pattern.json")
+        )
+        self.metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def losses(self) -> torch.Tensor:
+        return torch.tensor([record["loss"] for record in self.metrics])
+
+
+def finished(folder: Path, process: subprocess.CompletedProcess[str]) -> Run:
+    assert process.returncode == 0, process.stderr[-4000:]
+    return Run(folder)
 
 
 def read_json(folder: Path, name: str) -> Any:

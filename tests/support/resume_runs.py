@@ -30,6 +30,7 @@ from adalora_dist.training.run_folder import RunFolder
 from tests.support.quantized_runs import environment, write_llama
 from tests.support.ranks import import_deepspeed, run_ranks
 from tests.support.settings import adapter_section
+from tests.support.tiny_language_model import word_tokenizer
 
 deepspeed = import_deepspeed()
 
@@ -90,6 +91,7 @@ def rows() -> list[dict[str, list[int]]]:
 
 def write_model(folder: Path) -> None:
     write_llama(folder / "model", hidden_size=16, intermediate_size=24, vocab_size=40)
+    word_tokenizer(["no more than forty words"]).save_pretrained(folder / "model")
 
 
 def run(

@@ -1,10 +1,12 @@
-"""A tokenizer and a causal language model small enough to be built inside a test."""
+"""Tokenizers and causal language models small enough to be built inside a test."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SPECIAL = {"<pad>": 0, "<s>": 1, "</s>": 2}
 
@@ -54,3 +56,20 @@ def tiny_llama(vocabulary_size: int, hidden_size: int = 32) -> LlamaForCausalLM:
         pad_token_id=0,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    """With Conv1D, biases and an odd width."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=40, n_positions=16, n_embd=18, n_layer=2, n_head=2, initializer_range=0.3)
+    model = GPT2LMHeadModel(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def logits(model: Any) -> torch.Tensor:
+    """Of twelve tokens, (1, 12, vocabulary)."""
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(3, 15)[None]).logits

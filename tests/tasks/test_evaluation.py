@@ -17,7 +17,7 @@ from adalora_dist.tasks.commonsense.results import TaskResult, task_result
 from adalora_dist.tasks.commonsense.rows import Example, load_task
 from adalora_dist.tasks.evaluation.batches import gather_lists
 from adalora_dist.tasks.evaluation.texts import left_padded
-from tests.support.paths import SHARED
+from tests.support.paths import shared
 from tests.support.ranks import run_ranks
 from tests.support.tiny_language_model import byte_tokenizer, tiny_llama, word_tokenizer
 
@@ -124,10 +124,7 @@ def test_choices_that_look_alike_to_the_tokenizer_are_refused():
 
 
 def test_a_real_model_on_real_questions():
-    data, folder = SHARED / "data/commonsense", SHARED / "models/stories260k"
-    for path in (data, folder):
-        if not path.is_dir():
-            pytest.skip(f"no real data or model at {path}")
+    data, folder = shared("data/commonsense"), shared("models/stories260k")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     examples = load_task(str(data), "boolq", "test")[:24]
     result = evaluate_choices(model, tokenizer, examples, 16, 256)

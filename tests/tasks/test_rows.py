@@ -32,9 +32,7 @@ from tests.support.refusals import refusal
 Row = dict[str, Any]
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("ADALORA_DIST_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @dataclass(frozen=True)

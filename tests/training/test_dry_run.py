@@ -21,8 +21,9 @@ from adalora_dist.config.sections import RunConfig
 from adalora_dist.tasks.demo_models.pretrained import BART_SHAPE, GPT2_SHAPE
 from adalora_dist.tasks.rows.public import PUBLIC_ROWS
 from adalora_dist.training.dry_run import DryRun, plan_run, plan_text
-from tests.config.test_presets import CONFIGS, NUMBERS, ROOT, ROWS, SCHEMAS, flags_of, lacking, schema_of
+from tests.support.paths import ROOT
 from tests.support.recipe_runs import read_json, run_recipe
+from tests.support.shipped import CONFIGS, NUMBERS, ROWS, SCHEMAS, flags_of, lacking, schema_of
 from tests.support.tiny_text_project import write_summarization
 
 ARCHITECTURES = CONFIGS / "architectures"
@@ -32,6 +33,7 @@ AUTO_CLASSES: dict[str, Any] = {
     "deberta_squad": AutoModelForQuestionAnswering,
     "summarize_bart": AutoModelForSeq2SeqLM,
     "gpt2_e2e": AutoModelForCausalLM,
+    "llama_sft": AutoModelForCausalLM,
 }
 FULL_SIZE = [
     path for path in sorted(CONFIGS.glob("*.yaml")) if not path.stem.endswith("_demo") and "70b" not in path.stem

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from adalora_dist.io.ending import EXIT_PREEMPTED
 from adalora_dist.training.faults.guard import STATUS_FILE
 from adalora_dist.training.faults.peers import Peers
-from adalora_dist.training.faults.verdict import EXIT_PEER, EXIT_PREEMPTED, Identity, is_missing
+from adalora_dist.training.faults.verdict import EXIT_PEER, Identity, is_missing
 from tests.support.faulty_runs import HOLD_SECONDS, STEPS, Ended, Fault, Ranks, Untouched, corrupt, run
 
 SLOW = Fault("slow", step=0, rank=None, num_steps=STEPS)

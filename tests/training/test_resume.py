@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from adalora_dist.config.methods import HeadConfig, LoraConfig
+from adalora_dist.config.methods import AdaLoraConfig, HeadConfig, LoraConfig
 from adalora_dist.config.sections import ModelConfig, RunConfig, TrainConfig
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.commonsense.config import CommonsenseConfig
@@ -234,8 +234,11 @@ def test_a_path_is_taken_at_its_word(copy: Path, tmp_path: Path) -> None:
         assert found is not None and found.step == step
     assert names_in(copy) == ["step-00000002", "step-00000003"], "another run's checkpoints were touched"
     assert "holds no checkpoint" in refusal(find_checkpoint, configuration(copy, resume=str(tmp_path), **elsewhere))
-    found = find_checkpoint(configuration(copy, resume=str(first)))
-    assert found is not None and names_in(copy) == ["step-00000002", "step-00000003.0.removed"]
+    config = configuration(copy, resume=str(first))
+    found = find_checkpoint(config)
+    assert found is not None and names_in(copy) == ["step-00000002", "step-00000003"], "what may yet be refused"
+    RunFolder(config, True, {}, found)
+    assert names_in(copy) == ["step-00000002", "step-00000003.0.removed"]
     (first / "state.json").write_text("")
     assert "state.json" in refusal(find_checkpoint, configuration(copy, resume=str(first)))
 
@@ -323,3 +326,17 @@ def test_settings_are_compared_as_those_of_the_runs_own_method() -> None:
     assert list(_changes(checkpoint, config, free=False)) == ["adapter.alpha 4.0 -> 3.0"]
     changes = list(_changes(checkpoint, RunConfig(adapter=HeadConfig()), free=False))
     assert changes[0] == "adapter.method lora -> head"
+
+
+def test_a_checkpoint_from_before_start_was_a_setting_is_of_the_published_start() -> None:
+    now = RunConfig(adapter=AdaLoraConfig(start="paper"))
+    stored = RunConfig().model_dump(mode="json")
+    for name in ("start", "rslora", "lora_plus_ratio"):
+        del stored["adapter"][name]
+    stored["adapter"] |= {"init": "gaussian", "orthogonality_form": "norm"}
+    checkpoint: Any = SimpleNamespace(run={"config": stored})
+    assert list(_changes(checkpoint, now, free=False)) == []
+    matched = list(_changes(checkpoint, RunConfig(), free=False))
+    assert "adapter.start paper -> matched" in matched
+    stored["adapter"]["init"] = "orthonormal"
+    assert list(_changes(checkpoint, now, free=False)) == ["adapter.init orthonormal -> gaussian"]

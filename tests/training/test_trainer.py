@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -98,16 +99,16 @@ class Recorder(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= FROZEN_FROM:
-            self.adapters[state.global_step] = adapters_of(self.callback.hooks.method_step)
+            self.adapters[state.global_step] = adapters_of(self.callback.hooks)
 
     def on_log(self, args, state, control, logs, **kwargs):
         self.logs.append(dict(logs))
 
 
-def best_model(rank: int, world_size: int, engine: str) -> dict[str, Any]:
+def best_model(rank: int, world_size: int, engine: str, eval_delay: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as own_folder:
         folder = folder_of_rank_0(own_folder)
-        args = arguments(folder, world_size, engine, **FROZEN_CHECKPOINTS)
+        args = arguments(folder, world_size, engine, **FROZEN_CHECKPOINTS | {"eval_delay": eval_delay})
         callback, model = AdaLoraCallback(SETTINGS), model_with_adapters()
         recorder = Recorder(callback)
         trainer = trainer_of(model, args, callback, recorder, eval_dataset=example_rows())
@@ -119,21 +120,25 @@ def best_model(rank: int, world_size: int, engine: str) -> dict[str, Any]:
         again = tiny_llama(VOCABULARY, hidden_size=16)
         load_adapter(again, Path(folder) / "adapter")
         ids = torch.tensor([example_rows()[3]["input_ids"]])
+        trainer.model_wrapped.eval()
         with torch.no_grad():
-            difference = again(ids).logits - model.eval()(ids).logits
+            difference = again(ids).logits - trainer.model_wrapped(ids).logits
         dist.barrier()
         return {
             "best_step": trainer.state.best_global_step,
-            "exported": adapters_of(callback.hooks.method_step),
+            "exported": adapters_of(callback.hooks),
             "recorded": recorder.adapters,
             "logs": recorder.logs,
             "difference": difference.abs().max().item(),
         }
 
 
-@pytest.mark.parametrize(("engine", "world_size"), [("single", 1), ("zero2", 2)])
-def test_best_model_logs_and_saved_adapter(engine, world_size):
-    for result in run_ranks(world_size, best_model, engine):
+@pytest.mark.parametrize(
+    ("engine", "world_size", "eval_delay"),
+    [("single", 1, FROZEN_FROM), ("single", 1, 0), ("zero2", 2, FROZEN_FROM), ("fsdp2", 2, 0), ("zero3", 2, 0)],
+)
+def test_best_model_logs_and_saved_adapter(engine, world_size, eval_delay):
+    for result in run_ranks(world_size, best_model, engine, eval_delay):
         assert FROZEN_FROM <= result["best_step"] < STEPS
         for name, delta in result["exported"].items():
             assert torch.equal(delta, result["recorded"][result["best_step"]][name])
@@ -146,46 +151,58 @@ def test_best_model_logs_and_saved_adapter(engine, world_size):
 
 
 def error_of(trainer: Any, **kwargs: Any) -> str:
+    return error_in(lambda: trainer.train(**kwargs))
+
+
+def error_in(action: Callable[[], Any]) -> str:
     try:
-        trainer.train(**kwargs)
+        action()
     except (RuntimeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
 
 
-def refusals(rank: int, world_size: int) -> dict[str, str]:
+def refusals(rank: int, world_size: int, folder: str) -> dict[str, str]:
     def trainer(**changes: Any) -> Any:
         args = arguments(folder, 1, **changes)
         return trainer_of(model_with_adapters(), args, AdaLoraCallback(SETTINGS), eval_dataset=example_rows())
 
-    with tempfile.TemporaryDirectory() as folder:
-        served = trainer(save_strategy="steps", save_steps=10)
-        served.train()
-        of_two_gpus = trainer()
-        of_two_gpus.args._n_gpu = 2
-        return {
-            "two GPUs in one process": error_of(of_two_gpus),
-            "resumed": error_of(trainer(), resume_from_checkpoint=f"{folder}/checkpoint-10"),
-            "called again": error_of(served),
-            "best of all": error_of(trainer(**FROZEN_CHECKPOINTS | {"eval_delay": FROZEN_FROM - 1})),
-            "best epoch": error_of(
-                trainer(**FROZEN_CHECKPOINTS | {"save_strategy": "epoch", "eval_strategy": "epoch"})
-            ),
-            "no adapters": error_of(
-                trainer_of(tiny_llama(VOCABULARY), arguments(folder, 1), AdaLoraCallback(SETTINGS))
-            ),
-        }
+    served = trainer()
+    served.train()
+    of_two_gpus = trainer()
+    of_two_gpus.args._n_gpu = 2
+    with_peft = trainer()
+    with_peft.model.peft_config = {}
+    alone = AdaLoraCallback(SETTINGS)
+    best = FROZEN_CHECKPOINTS
+    return {
+        "two GPUs in one process": error_of(of_two_gpus),
+        "called again": error_of(served),
+        "PEFT's adapters": error_of(with_peft),
+        "no Trainer": error_in(lambda: alone.on_train_begin(served.args, served.state, served.control)),
+        "never a candidate": error_of(trainer(**best | {"eval_steps": 13, "save_steps": 13, "eval_delay": 0})),
+        "delayed beyond the end": error_of(trainer(**best | {"eval_delay": STEPS + 1})),
+        "best of models alone": error_of(trainer(**best | {"save_only_model": True})),
+        "another optimizer": error_of(trainer(optim="sgd")),
+        "another optimizer, with checkpoints": error_of(trainer(optim="sgd", save_strategy="steps", save_steps=10)),
+        "no adapters": error_of(trainer_of(tiny_llama(VOCABULARY), arguments(folder, 1), AdaLoraCallback(SETTINGS))),
+    }
 
 
-def test_refusals():
-    [result] = run_ranks(1, refusals)
-    assert "UserError: resume_from_checkpoint (step 10)" in result["resumed"]
-    assert "not supported yet" in result["resumed"]
+def test_refusals(tmp_path):
+    [result] = run_ranks(1, refusals, str(tmp_path))
     assert "UserError: 2 GPUs in one process" in result["two GPUs in one process"]
     assert "UserError: train() was called again" in result["called again"]
-    for case in ("best of all", "best epoch"):
+    assert "UserError: the model has PEFT's adapters" in result["PEFT's adapters"]
+    assert "UserError: AdaLoraCallback does not know its Trainer" in result["no Trainer"]
+    for case in ("never a candidate", "delayed beyond the end"):
         assert "UserError: load_best_model_at_end=True" in result[case]
-        assert f"eval_delay={FROZEN_FROM}, or load_best_model_at_end=False" in result[case]
+        assert f"no evaluation falls into steps {FROZEN_FROM} to {STEPS}" in result[case]
+    assert "save_only_model=True" in result["best of models alone"]
+    assert "UserError: the optimizer is SGD (optim='sgd')" in result["another optimizer"]
+    assert result["another optimizer"].endswith("or compact=False in AdaLoraConfig")
+    ending = "save_only_model=True and compact=False in AdaLoraConfig"
+    assert result["another optimizer, with checkpoints"].endswith(ending)
     assert "UserError: the model has no adapters" in result["no adapters"]
 
 
@@ -198,7 +215,7 @@ class ShadowedAdamW(torch.optim.AdamW):
     def __init__(self, params: Any) -> None:
         params = list(params)
         super().__init__(params, lr=1e-3)
-        self.optimizer = torch.optim.SGD(params, lr=1e-3)
+        self.optimizer = torch.optim.AdamW(params, lr=1e-3)
 
 
 def runs_that_miss_their_budget(rank: int, world_size: int) -> dict[str, str]:

@@ -49,7 +49,8 @@ class Checkpoint:
     @property
     def run(self) -> dict[str, Any]:
         """What :meth:`CheckpointWriter.save` was given to keep."""
-        return self.state["run"]
+        run: dict[str, Any] = self.state["run"]
+        return run
 
     def read(self, name: str) -> bytes:
         """The content of one of the files that :meth:`CheckpointWriter.save` was given to keep."""
@@ -237,4 +238,5 @@ class _Stored:
         return {"step": torch.tensor(described["step"]), **moments}
 
     def patterns(self) -> torch.Tensor:
-        return self._first.get_tensor(_PATTERNS)
+        patterns: torch.Tensor = self._first.get_tensor(_PATTERNS)
+        return patterns

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adalora_dist.io.foreign_files import NotReadable, opened, read_plain
+
 FORMAT = 1
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
@@ -78,7 +80,7 @@ def start(root: Path, step: int) -> Path:
 
 def write_file(path: Path, content: bytes) -> Written:
     """Write a new file and make sure that it is on the disk."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     try:
         view = memoryview(content)
         while view:
@@ -155,16 +157,16 @@ def verify(folder: Path) -> None:
         Damaged: a file is missing, cannot be read or is not what was written.
     """
     for name, expected in read_manifest(folder).items():
-        digest, size_bytes = hashlib.sha256(), 0
+        digest = hashlib.sha256()
         try:
-            with open(folder / name, "rb") as file:
+            with opened(folder / name) as file:
+                size_bytes = os.fstat(file.fileno()).st_size
+                if size_bytes != expected["size_bytes"]:
+                    raise Damaged(f"{folder / name} has {size_bytes:,} bytes instead of {expected['size_bytes']:,}")
                 while block := file.read(_BLOCK_BYTES):
                     digest.update(block)
-                    size_bytes += len(block)
-        except OSError as error:
-            raise Damaged(f"{folder / name} cannot be read ({error.strerror})") from None
-        if size_bytes != expected["size_bytes"]:
-            raise Damaged(f"{folder / name} has {size_bytes:,} bytes instead of {expected['size_bytes']:,}")
+        except NotReadable as reason:
+            raise Damaged(f"{folder / name} cannot be read ({reason})") from None
         if digest.hexdigest() != expected["sha256"]:
             raise Damaged(f"{folder / name} is not what was written: its SHA-256 differs from the manifest's")
 
@@ -177,13 +179,12 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """
     path = folder / MANIFEST
     try:
-        with open(path, "rb") as file:
-            content = file.read()
+        content = read_plain(path)
         manifest = json.loads(content)
         description = {key: manifest[key] for key in ("format", "step", "files")}
         whole = _manifest_text(description) == content
-    except OSError as error:
-        raise Damaged(f"{path} cannot be read ({error.strerror})") from None
+    except NotReadable as reason:
+        raise Damaged(f"{path} cannot be read ({reason})") from None
     except (ValueError, TypeError, KeyError, RecursionError):
         whole = False
     if not whole:
@@ -192,9 +193,10 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         raise Damaged(f"{path} is of format {description['format']}; this version reads {FORMAT}")
     if description["step"] != step_of(folder):
         raise Damaged(f"{path} is that of step {description['step']}: the folder was renamed, or files were exchanged")
-    if not all(Path(name).name == name for name in description["files"]):
+    listed: dict[str, dict[str, Any]] = description["files"]
+    if not all(Path(name).name == name for name in listed):
         raise Damaged(f"{path} names files outside of its folder")
-    return description["files"]
+    return listed
 
 
 def _manifest_text(description: Mapping[str, Any]) -> bytes:

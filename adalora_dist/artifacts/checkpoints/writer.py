@@ -13,14 +13,13 @@ The frozen backbone is not stored.
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,9 +29,12 @@ from adalora_dist.artifacts.checkpoints import files as files
 from adalora_dist.artifacts.checkpoints.content import STATE, STATE_KEYS, Checkpoint, Shard, snapshot, writes_shard
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import read_object
+from adalora_dist.io.publish import NO_ROOM, refuse_link, writing
 from adalora_dist.methods.hooks import MethodHooks
 from adalora_dist.sharding import select_engine
 from adalora_dist.sharding.agreement import agreed, this_rank, world_size
+
+T = TypeVar("T")
 
 # ------------------------------------------------------------------------------------------------------------ finding
 
@@ -86,14 +88,10 @@ def checkpoint_at(folder: Path) -> Checkpoint:
 
 
 def set_newer_aside(checkpoint: Checkpoint) -> None:
-    """Rename the later checkpoints beside this one: a run that continues from it writes its own. Collective."""
-
-    def rename() -> None:
-        for other in files.checkpoints_in(checkpoint.path.parent):
-            if (files.step_of(other) or 0) > checkpoint.step:
-                files.set_aside(other)
-
-    agreed(rename if this_rank() == 0 else lambda: None)
+    """Rename the later checkpoints beside this one: a run that continues from it writes its own."""
+    for other in files.checkpoints_in(checkpoint.path.parent):
+        if (files.step_of(other) or 0) > checkpoint.step:
+            files.set_aside(other)
 
 
 def _opened(folder: Path) -> Checkpoint:
@@ -104,16 +102,15 @@ def _opened(folder: Path) -> Checkpoint:
             raise UserError(f"{folder / STATE} lacks {', '.join(missing)}: give another checkpoint")
         return Checkpoint(folder, state["step"], state, names)
 
-    return agreed(read, keep=False)
+    checkpoint: Checkpoint = agreed(read, keep=False)
+    return checkpoint
 
 
 # ------------------------------------------------------------------------------------------------------------- saving
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
 
 def _no_room(root: Path, needed_bytes: int, error: OSError) -> str:
-    free_bytes = shutil.disk_usage(root).free
+    free_bytes = shutil.disk_usage(root if root.is_dir() else root.parent).free
     return (
         f"output_dir: a checkpoint needs {needed_bytes:,} bytes, {root} has {free_bytes:,} free ({error.strerror}): "
         "free some or lower keep_checkpoints, then continue with --resume auto; the checkpoint before this one is whole"
@@ -192,9 +189,10 @@ class CheckpointWriter:
         own_bytes += sum(len(content) for content in main.values()) if first else 0
 
         def start() -> list[Any]:
+            refuse_link(self.root)
             return [str(files.start(self.root, step)) if first else "", own_bytes]
 
-        started = agreed(start, self._group)
+        started = agreed(lambda: self._in_one_line(start, own_bytes), self._group)
         partial = started[0][0]
         try:
             self._fill(Path(partial), shard, main, sum(num_bytes for _, num_bytes in started))
@@ -207,14 +205,6 @@ class CheckpointWriter:
         first = this_rank() == 0
 
         def write() -> list[tuple[str, int, str]]:
-            try:
-                return write_all()
-            except OSError as error:
-                if error.errno not in _NO_ROOM:
-                    raise
-                raise UserError(_no_room(self.root, needed_bytes, error)) from error
-
-        def write_all() -> list[tuple[str, int, str]]:
             written = []
             if shard is not None:
                 name = f"shard-{this_rank():05d}-of-{world_size():05d}.safetensors"
@@ -224,10 +214,21 @@ class CheckpointWriter:
                 written += [files.write_file(partial / name, content) for name, content in main.items()]
             return [(file.name, file.size_bytes, file.sha256) for file in written]
 
-        written = [files.Written(*file) for table in agreed(write, self._group) for file in table]
+        tables = agreed(lambda: self._in_one_line(write, needed_bytes), self._group)
+        written = [files.Written(*file) for table in tables for file in table]
 
         def publish() -> None:
             files.publish(partial, written)
             files.rotate(self.root, self.keep)
 
-        agreed(publish if first else lambda: None, self._group)
+        agreed(lambda: self._in_one_line(publish, needed_bytes) if first else None, self._group)
+
+    def _in_one_line(self, action: Callable[[], T], needed_bytes: int) -> T:
+        """``action``, and what the operating system says against it as a ``UserError``."""
+        with writing(self.root):
+            try:
+                return action()
+            except OSError as error:
+                if error.errno not in NO_ROOM:
+                    raise
+                raise UserError(_no_room(self.root, needed_bytes, error)) from error

@@ -6,7 +6,6 @@ carries along what it does not know. Whatever the list lacks is left out and nam
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import os
 import re
@@ -14,28 +13,19 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
+from adalora_dist.artifacts.whole import check_files, is_model_file
 from adalora_dist.backbones.files import indexed_files, is_module_pattern
 from adalora_dist.config.hub_names import is_repo_id
 from adalora_dist.io.errors import UserError
-from adalora_dist.io.foreign_files import read_object
+from adalora_dist.io.foreign_files import read_bytes, read_object
 from adalora_dist.io.progress import progress_bar
-from adalora_dist.io.redaction import HIDDEN, redacted
+from adalora_dist.io.publish import PARTIAL
+from adalora_dist.io.redaction import HIDDEN, redacted, secret_in
 
-MODEL_FILES = (
-    *("config.json", "generation_config.json", "adapter_config.json"),
-    *("*.safetensors", "*.safetensors.index.json"),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "spm.model", "sentencepiece.bpe.model"),
-    *("chat_template.jinja", "chat_template.json"),
-)
-"""Names and patterns that loading a model looks for: what a push adds, and what it removes of an earlier push."""
 LEGAL_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
 """The base's terms, which travel with what is derived from it."""
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}|\bhf_oauth_[\w.-]{20,}|\bapi_org_[A-Za-z0-9]{30,}")
 _READ_BYTES = 1 << 22
 
 
@@ -53,14 +43,10 @@ class ExportFiles:
         return sum(path.stat().st_size for path in self.paths.values())
 
 
-def is_model_file(name: str) -> bool:
-    """Whether loading a model could pick up a file of this name."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in MODEL_FILES)
-
-
 def without_tokens(text: str, token: str | None = None) -> str:
     """``text`` with ``token``, and all else that looks like a secret, replaced by ``***``."""
-    return redacted(text.replace(token, HIDDEN) if token else text)
+    shown: str = redacted(text.replace(token, HIDDEN) if token else text)
+    return shown
 
 
 def check_export(export: Path, ranks: Mapping[str, int] | None, token: str | None = None) -> ExportFiles:
@@ -77,7 +63,7 @@ def check_export(export: Path, ranks: Mapping[str, int] | None, token: str | Non
     """
     if not export.is_dir():
         raise UserError(f"{export} is not a folder: give the folder of a run or of an export")
-    if export.name.endswith(".partial"):
+    if export.name.endswith(PARTIAL):
         raise UserError(f"{export} is an export that was interrupted: export again, then push")
     inside = export.resolve()
     paths, left_out = {}, []
@@ -91,9 +77,6 @@ def check_export(export: Path, ranks: Mapping[str, int] | None, token: str | Non
             paths[path.name] = path
         else:
             left_out.append(path.name)
-    for name in ("config.json", "adapter_config.json", "tokenizer_config.json", "generation_config.json"):
-        if name in paths:
-            read_object(paths[name])
     if "adapter_config.json" in paths:
         _check_adapter_config(paths["adapter_config.json"])
     if not paths.keys() & {"config.json", "adapter_config.json"}:
@@ -110,14 +93,17 @@ def refuse_token(path: Path, token: str | None) -> None:
     """Weights are numbers; of their files only the header can hold text.
 
     Raises:
-        UserError: ``token``, or what looks like one of the Hub's, is in the text.
+        UserError: ``token``, or what looks like a secret, is in the text; with the file and the kind.
     """
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else path.stat().st_size
-        text = file.read(size) if path.suffix == ".safetensors" else path.read_bytes()
+    if path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            text = file.read(int.from_bytes(file.read(8), "little"))
+    else:
+        text = read_bytes(path)
     decoded = text.decode("utf-8", errors="replace")
-    if (token and token in decoded) or _TOKEN.search(decoded):
-        raise UserError(f"{path} holds a token of the Hub: revoke the token, remove it from the file, and push again")
+    kind = "a token of the Hub" if token and token in decoded else secret_in(decoded)
+    if kind:
+        raise UserError(f"{path} holds {kind}: revoke it, remove it from the file, and push again")
 
 
 def _check_adapter_config(path: Path) -> None:
@@ -139,14 +125,7 @@ def _check_adapter_config(path: Path) -> None:
 
 
 def _check_weights(export: Path, paths: Mapping[str, Path], ranks: Mapping[str, int] | None) -> None:
-    stored: dict[str, set[str]] = {}
-    for name in (name for name in paths if name.endswith(".safetensors")):
-        try:
-            with safe_open(paths[name], framework="np") as file:
-                stored[name] = set(file.keys())
-        except (SafetensorError, OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{paths[name]} is not a whole safetensors file ({reason}): export again") from None
+    stored = check_files(path for name, path in paths.items() if is_model_file(name))
     for name in (name for name in paths if name.endswith(".safetensors.index.json")):
         _check_index(paths[name], stored)
     keys = set().union(*stored.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections import Counter
@@ -9,8 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adalora_dist.io.errors import UserError
+from adalora_dist.io.errors import UserError, printable
 from adalora_dist.io.foreign_files import read_records
+from adalora_dist.io.publish import write_whole, writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +53,7 @@ def draw_rank_map(pattern: Mapping[str, int], path: Path) -> None:
         path: of the .svg or .png to write.
 
     Raises:
-        UserError: matplotlib is not installed.
+        UserError: matplotlib is not installed, or the file cannot be written.
     """
     lines, columns, cells = rank_grid(pattern)
     figure = _figure(2.6 + 0.75 * len(columns), 1.3 + 0.24 * len(lines))
@@ -64,8 +66,8 @@ def draw_rank_map(pattern: Mapping[str, int], path: Path) -> None:
             columns.index(column), lines.index(line), str(rank), ha="center", va="center", fontsize=7,
             color="white" if dark else "black",
         )  # fmt: skip
-    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", fontsize=8)
-    axes.set_yticks(range(len(lines)), lines, fontsize=8)
+    axes.set_xticks(range(len(columns)), [printable(name, 60) for name in columns], rotation=30, ha="right", fontsize=8)
+    axes.set_yticks(range(len(lines)), [printable(name, 60) for name in lines], fontsize=8)
     axes.set_title(f"Active ranks: {sum(pattern.values())} triplets in {len(pattern)} matrices", fontsize=10)
     figure.colorbar(image, ax=axes, label="rank").locator = _whole_numbers()
     _save(figure, path)
@@ -95,7 +97,7 @@ def draw_history(allocations: Sequence[Mapping[str, Any]], path: Path) -> None:
         path: of the .svg or .png to write.
 
     Raises:
-        UserError: matplotlib is not installed.
+        UserError: matplotlib is not installed, or the file cannot be written.
     """
     steps = [record["step"] for record in allocations]
     figure = _figure(7, 6)
@@ -147,7 +149,12 @@ def _figure(width_inches: float, height_inches: float) -> Figure:
 def _save(figure: Figure, path: Path) -> None:
     """SVG or PNG by the file's ending. The same bytes for the same numbers: no date, fixed names; text stays text."""
     import matplotlib
+    from matplotlib.text import Text
 
-    metadata = {"Date": None} if path.suffix == ".svg" else None
+    for text in figure.findobj(Text):  # a name such as $\\frac{$ is no formula, and would end the drawing
+        text.set_parse_math(False)
+    metadata, drawn = {"Date": None} if path.suffix == ".svg" else None, io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "adalora-dist", "svg.fonttype": "none"}):
-        figure.savefig(path, dpi=150, metadata=metadata)
+        figure.savefig(drawn, format=path.suffix[1:], dpi=150, metadata=metadata)
+    with writing(path):
+        write_whole(path, drawn.getvalue())

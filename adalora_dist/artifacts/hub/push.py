@@ -24,12 +24,13 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, parse_ratelimit_headers
 
 from adalora_dist.artifacts.hub.card import card_pictures, model_card
-from adalora_dist.artifacts.hub.files import ExportFiles, check_export, is_model_file, refuse_token, without_tokens
+from adalora_dist.artifacts.hub.files import ExportFiles, check_export, refuse_token, without_tokens
+from adalora_dist.artifacts.whole import is_model_file
 from adalora_dist.config.formats import ExportFormat
 from adalora_dist.config.hub_names import check_branch, check_repo_id
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
-from adalora_dist.io.foreign_files import read_object
+from adalora_dist.io.foreign_files import read_bytes, read_object
 
 T = TypeVar("T")
 
@@ -62,23 +63,27 @@ def push(
     Raises:
         UserError: a name, folder or file that cannot be pushed, no token, no permission, or a Hub that stays away.
     """
+
+    def tell(line: str) -> None:
+        say(without_tokens(line, get_token()))
+
     check_repo_id(repo_id)
     check_branch(revision)
     check_login()
     run, export = _run_and_export(folder, to)
     ranks = read_object(run / "rank_pattern.json") if run and (run / "rank_pattern.json").is_file() else None
     files = check_export(export, ranks, get_token())
-    written = _written_here(run, export, repo_id, revision, base_license, say)
+    written = _written_here(run, export, repo_id, revision, base_license, tell)
     left_out = [name for name in files.left_out if name not in written]
     if left_out:
-        say(f"Left out of the push: {', '.join(map(repr, left_out))}")
+        tell(f"Left out of the push: {', '.join(map(repr, left_out))}")
     if "adapter_config.json" in files.paths:
         base = read_object(files.paths["adapter_config.json"])["base_model_name_or_path"]
         if Path(base).is_dir():
-            say(f"warning: the adapter names its base by a folder of this machine, {base}: others must give their own")
+            tell(f"warning: the adapter names its base by a folder of this machine, {base}: others must give their own")
     api = HfApi(library_name="adalora-dist")
-    say(f"Pushing {len(files.paths)} files, {files.num_bytes / 1e6:,.1f} MB, and the card to {api.endpoint}/{repo_id}")
-    persist = _Persistence(repo_id, say)
+    tell(f"Pushing {len(files.paths)} files, {files.num_bytes / 1e6:,.1f} MB, and the card to {api.endpoint}/{repo_id}")
+    persist = _Persistence(repo_id, tell)
     persist(lambda: _open_repository(api, repo_id, public, revision))
     return persist(lambda: _commit(api, repo_id, revision, files, written))
 
@@ -150,7 +155,7 @@ def _written_here(
                 "write a README.md"
             )
         refuse_token(readme, get_token())
-        return {"README.md": readme.read_bytes()}
+        return {"README.md": read_bytes(readme)}
     try:
         pictures = card_pictures(run)
     except UserError as error:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from adalora_dist.config.methods.base import LowRankConfig
+from adalora_dist.config.methods.peft_fields import settings_from_peft
+
+Start = Literal["matched", "paper"]
+Form = Literal["directions", "norm", "squared"]
+
+_FORM_OF: dict[Start, Form] = {"matched": "directions", "paper": "norm"}
+"""``orthogonality_form``, where it is left to ``start``."""
 
 
 class AdaLoraConfig(LowRankConfig):
@@ -17,7 +25,7 @@ class AdaLoraConfig(LowRankConfig):
     """Average final rank, at most init_rank; the final budget is round(target_rank x number of adapted matrices)."""
     target_budget: int | None = Field(None, ge=0)
     """Final budget b(T) in triplets over all matrices; overrides target_rank."""
-    start: Literal["matched", "paper"] = "matched"
+    start: Start = "matched"
     """matched: LoRA's own start (P = 0, Q as its A, lambda = 1), so that updates grow as LoRA's do; paper: as
     published, P and Q random and lambda = 0, which learns slowly below learning rates of about 3e-3."""
     init: Literal["gaussian", "orthonormal"] | None = None
@@ -44,21 +52,40 @@ class AdaLoraConfig(LowRankConfig):
     """How the averages advance: in six operations, or in one kernel, equal up to rounding, which torch.compile builds
     at the first step, in seconds, with a C++ compiler on a CPU and Triton on a GPU."""
     compact: bool = True
-    """Remove pruned triplets from memory once the pattern is frozen; false: keep them, at 0, to the end.
-
-    For the recipes' loop; HF Trainer keeps them (AdaLoraCallback)."""
+    """Remove pruned triplets from memory once the pattern is frozen; false: keep them, at 0, to the end."""
     orthogonality: float = Field(0.1, ge=0)
     """gamma: coefficient of the orthogonality regulariser; 0 turns it off."""
-    orthogonality_form: Literal["directions", "norm", "squared"] | None = None
+    orthogonality_form: Form | None = None
     """directions: of the angles between columns alone (default with start matched); norm: mean of Frobenius norms, the
     authors' code and published gammas (default with start paper); squared: eq. 4 as printed."""
 
     adapts_ranks: ClassVar[bool] = True
 
+    @classmethod
+    def resolved(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        follows: dict[str, str] = {"orthogonality_form": _FORM_OF[settings["start"]]}
+        if settings["start"] == "paper":
+            follows["init"] = "gaussian"
+        return {name: follows.get(name) if value is None else value for name, value in settings.items()}
+
+    @classmethod
+    def from_peft(cls, peft_config: Any, **settings: Any) -> AdaLoraConfig:
+        """What a ``peft.AdaLoraConfig`` asks for, in one line; docs/trainer.md has the table of its fields.
+
+        It is PEFT's method: the published start and regulariser, importance of the weights after the step.
+
+        Args:
+            settings: of this class, which count instead of those that follow: ``start="matched"``, ``targets=...``.
+
+        Raises:
+            UserError: another configuration, or fields that are not honoured and change what is learnt.
+        """
+        return cls(**settings_from_peft(peft_config, settings))
+
     @property
-    def regulariser(self) -> Literal["directions", "norm", "squared"]:
+    def regulariser(self) -> Form:
         """``orthogonality_form``, or what follows from ``start``."""
-        return self.orthogonality_form or ("directions" if self.start == "matched" else "norm")
+        return self.orthogonality_form or _FORM_OF[self.start]
 
     @model_validator(mode="after")
     def _init_is_read(self) -> AdaLoraConfig:

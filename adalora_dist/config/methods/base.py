@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
@@ -54,6 +55,11 @@ class MethodConfig(Section):
     """What it can be exported as: merged, lora, peft."""
     formats_from_files: ClassVar[frozenset[str]] = frozenset({"merged"})
     """Those that are written with the base's safetensors files at hand."""
+
+    @classmethod
+    def resolved(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """``settings``, with what follows from others in the place of None: what two runs are compared by."""
+        return dict(settings)
 
     def check(self, run: Any) -> None:
         """Rules of this method over settings of its own, or over those of several sections.

@@ -81,11 +81,14 @@ class BoundTriplets:
     # ---------------------------------------------------------------------------------------------- within a step
 
     def collect_values(self) -> None:
-        """All local elements into ``values``, float32."""
+        """Copy all local elements to ``values``, as float32."""
         self.layout.collect(self.engine.values(), self.values)
 
     def regularise(self, keep: torch.Tensor | None) -> None:
-        """The regulariser's gradient into ``scratch``, from the summed Gram matrices; ``keep``: of these triplets."""
+        """Write the regulariser's gradient to ``scratch``, from the summed Gram matrices.
+
+        ``keep``, (num_triplets,) bool: the regulariser is about these triplets alone; None: about all.
+        """
         form, gamma = self._config.regulariser, self._config.orthogonality
         self.sums.orthogonality_gradient(self.values, form, gamma, out=self.scratch, keep=keep)
 
@@ -96,7 +99,7 @@ class BoundTriplets:
             torch._foreach_add_(local, flat)
 
     def multiply_values(self, others: Sequence[torch.Tensor | None]) -> None:
-        """``values`` times the local elements of ``others``, in place."""
+        """Multiply ``values``, in place, by the local elements of ``others``."""
         local, flat = self.layout.views(others, self.values)
         if local:
             torch._foreach_mul_(flat, local)
@@ -144,7 +147,7 @@ class BoundTriplets:
             self.engine.write(masked, torch._foreach_mul(values, self._masks[1]))
 
     def _mask_of(self, k: int, row: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """1 or 0 for the elements of ``values``, the local span of a P: ``row`` for each row."""
+        """What to multiply ``values``, the local span of a P, by: its ``row`` of ones and zeros, once for each row."""
         if values.ndim == 2:
             return row
         span, rank = self.spans[k], len(row)

@@ -1,4 +1,4 @@
-"""Do ranks agree, on patterns while a run goes on, on patterns and lambdas at its end?"""
+"""Do ranks agree? On patterns while a run goes on, on patterns and lambdas at its end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LAMBDA_TOLERANCE = 1e-3
 
 
 class PatternWatch:
-    """What the last reduction said of all ranks' patterns, looked at later, so that nobody waits for it."""
+    """Keeps the digests of all ranks' patterns from one allocation to the next, so that nobody waits for them."""
 
     def __init__(self) -> None:
         self._unread: tuple[int | None, DelayedSums] | None = None

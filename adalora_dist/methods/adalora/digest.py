@@ -29,7 +29,7 @@ class PatternDigest:
 
 
 class DelayedSums:
-    """What the reduction of the summands gave: copied to the host in the background, looked at later."""
+    """The summands after their reduction: copied to the host in the background, looked at later."""
 
     def __init__(self, sums: torch.Tensor) -> None:
         self._copied = None

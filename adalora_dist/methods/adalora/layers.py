@@ -1,8 +1,9 @@
 """``SVDLinear``, a frozen linear map plus the adapter P diag(lambda) Q, and ``Lambdas``, lambda of all of them.
 
-The two are one thing in two modules. What a :class:`Lambdas` has multiplied for its layers goes through these states:
+Every layer needs P diag(lambda) in a forward. :class:`Lambdas` multiplies for all of them, and keeps the products while
+they are good for. What it has at a time, when that begins and ends, and where a layer gets its product from:
 
-    state            begins with                                    ends with             a layer's P diag(lambda)
+    it has           from                                           until                 a layer's P diag(lambda) is
     nothing          ``release``, as weights change; a backward     a forward             -
     all, P whole     first layer of a forward (one process, DDP,    ``release``, or       its part of one product over
                      ZeRO-1, ZeRO-2)                                an edit of P, lambda  all matrices
@@ -13,7 +14,7 @@ The two are one thing in two modules. What a :class:`Lambdas` has multiplied for
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -46,9 +47,9 @@ class SVDLinear(Adapter):
 
     lambdas: Lambdas
     first: int
-    """Of this layer's triplets in ``lambdas.lam``."""
+    """Where this layer's triplets begin in ``lambdas.lam``."""
     position: int
-    """Among the layers that have any."""
+    """Which of the layers with triplets it is, counted from 0."""
 
     def __init__(
         self, base: nn.Module, d_in: int, d_out: int, rank: int, scale: float, dropout: float = 0.0, name: str = ""
@@ -109,7 +110,7 @@ class SVDLinear(Adapter):
         # Two dimensions from here on, so that the add below is in place on the base's own output: no extra pass over
         # [tokens, d_out], and no view whose in-place backward would copy.
         tokens = x.reshape(-1, self.d_in)
-        y = self.base(tokens)
+        y: torch.Tensor = self.base(tokens)
         if self.rank:
             branch_in = tokens if self.dropout is None else self.dropout(tokens)
             # lam goes into P, not into the hidden values: backward then needs one (tokens, r) tensor, as LoRA's does.
@@ -123,18 +124,18 @@ class SVDLinear(Adapter):
 
 
 MODULE_NAME = "adalora"
-"""Of the :class:`Lambdas` among the adapted model's children."""
+"""Under which the adapted model has its :class:`Lambdas`."""
 LAMBDAS_NAME = f"{MODULE_NAME}.lam"
-"""Of its parameter, under every engine."""
+"""Under which files and reports have its parameter, whatever an engine does to paths."""
 
 
 class Lambdas(TrainedModule):
     """The paper's diagonals Lambda of all adapted matrices, one behind the other, in one parameter.
 
     One vector of a few thousand numbers instead of hundreds of vectors of a dozen: an engine communicates it, and an
-    optimizer steps it, at once. So is its gradient made: a matrix whose P is whole gets P diag(lambda) from one
-    operation over all matrices, at the first adapted layer of a forward, and backward returns from there last.
-    Engines that shard P within a model (FSDP2, ZeRO-3) never hold all of them; there each layer multiplies its own.
+    optimizer steps it, at once. Its gradient, too, is made at once. The first adapted layer of a forward multiplies P
+    and lambda of all matrices, in one operation; backward comes to that operation last, when it has the gradients of
+    all products. Engines that shard P (FSDP2, ZeRO-3) never hold all of them; there each layer multiplies its own.
 
     Parameter:
         lam: (num_triplets,) float32, 0 when made; a method sets it to 1 where P starts at 0. Either way the adapted
@@ -181,7 +182,7 @@ class Lambdas(TrainedModule):
         return {LAMBDAS_NAME: self.lam} if self.lam.requires_grad else {}
 
     def element_name(self, leaf: str, index: int) -> str:
-        """lambda of the matrix that an element belongs to."""
+        """Named after the matrix whose lambda it is."""
         return f"{next(layer.name for layer in self._active if index < layer.first + layer.rank)}.{leaf}"
 
     def forward(self) -> torch.Tensor:
@@ -189,7 +190,8 @@ class Lambdas(TrainedModule):
         if isinstance(self._scale, list):
             return self.lam * self.lam.new_tensor(self._scale)
         # A number written this way is not kept as a tensor, which the first of two backwards would free.
-        return torch.ops.aten.mul.Scalar(self.lam, self._scale)
+        scaled: torch.Tensor = torch.ops.aten.mul.Scalar(self.lam, self._scale)
+        return scaled
 
     def weight(self, layer: SVDLinear) -> torch.Tensor:
         """scale * P diag(lambda) of one layer, (d_out, r)."""
@@ -204,7 +206,8 @@ class Lambdas(TrainedModule):
         return made if self._is_whole else layer.P * made
 
     def _own(self, layer: SVDLinear) -> torch.Tensor:
-        return self()[layer.first : layer.first + layer.rank]
+        lams: torch.Tensor = self()
+        return lams[layer.first : layer.first + layer.rank]
 
     def _edits(self, layer: SVDLinear) -> int:
         return layer.P._version + self.lam._version
@@ -222,7 +225,8 @@ class Lambdas(TrainedModule):
         self._is_whole = all(type(x.P) is nn.Parameter and is_whole(x.P) for x in (first, *self._active))
         if self._is_whole:
             self._edits_then = [self._edits(layer) for layer in self._active]
-            self._made = list(_Multiply.apply(self, scaled, ranks, *(layer.P for layer in self._active)))
+            multiply: Callable[..., tuple[torch.Tensor, ...]] = _Multiply.apply
+            self._made = list(multiply(self, scaled, ranks, *(layer.P for layer in self._active)))
         else:
             self._made = list(scaled.split(ranks))
             if scaled.requires_grad:
@@ -242,7 +246,7 @@ class _Multiply(torch.autograd.Function):
         return tuple(torch._foreach_mul(ps, ctx.lams))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
         ctx.owner.release()
         if ctx.versions != [p._version for p in ctx.ps]:
             raise RuntimeError("an adapter's P was changed between a forward and its backward: go backward first")

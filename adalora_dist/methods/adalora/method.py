@@ -67,14 +67,14 @@ class TripletMethod(Method):
         return {1.0: [p for p in trained if id(p) not in of_p], ratio: [p for p in trained if id(p) in of_p]}
 
     def reset(self, layer: SVDLinear, generator: torch.Generator) -> None:
-        """P and Q at the start."""
+        """Fill P and Q of a new layer with what the run starts from."""
         raise NotImplementedError(f"{type(self).__name__}.reset")
 
     def begin(self, lam: nn.Parameter) -> None:
-        """lambda of all matrices at the start; 0 as it is made."""
+        """Fill lambda of all matrices with what the run starts from; it is made as 0."""
 
     def given(self, triplets: Triplets) -> Triplets:
-        """Triplets from elsewhere to start with, in the form that this method trains."""
+        """Bring triplets read from ``init_from`` into the form that this method trains."""
         return triplets
 
     def shrink(self, adapters: Sequence[Adapter], held: Mapping[str, Sequence[int]]) -> None:

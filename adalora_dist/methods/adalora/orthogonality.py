@@ -55,9 +55,9 @@ def gradient_factor(
     if form == "directions":
         share = 2 * gamma / num_matrices
         f = torch.mul(gram if pairs is None else gram * pairs, share, out=out)
-        diagonal = f.diagonal(dim1=-2, dim2=-1).zero_()
         squares = gram.diagonal(dim1=-2, dim2=-1).clamp(min=_SMALLEST_SQUARE)
-        diagonal.addcdiv_(f.square().sum(dim=-2), squares, value=-1 / share)  # f holds share * O
+        # share * (|x_i|^2 - sum_j G_ij^2 / |x_i|^2), in which the terms of j = i cancel.
+        f.diagonal(dim1=-2, dim2=-1).addcdiv_(f.square().sum(dim=-2), squares, value=-1 / share)
         return f
     m = defect(gram)
     if pairs is not None:

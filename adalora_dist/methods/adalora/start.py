@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from adalora_dist.backbones.files import is_module_pattern
 from adalora_dist.config.methods import LowRankConfig
 from adalora_dist.io.errors import UserError
-from adalora_dist.io.foreign_files import read_object
+from adalora_dist.io.foreign_files import check_tensors, read_object
 from adalora_dist.methods.adalora.layers import SVDLinear
 
 PREFIX = "base_model.model."
@@ -66,6 +66,7 @@ def read_peft(folder: Path, scale: float) -> dict[str, Triplets]:
     """
     try:
         config = read_object(folder / "adapter_config.json")
+        check_tensors(folder / "adapter_model.safetensors")
         tensors = load_file(folder / "adapter_model.safetensors")
         kind = str(config["peft_type"])
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -140,7 +141,9 @@ def _lora_scale(config: Mapping[str, Any], name: str, rank: int, folder: Path) -
 
     def of(pattern: str, default: str) -> float:
         keys = config.get(pattern) or {}
-        return next((value for key, value in keys.items() if re.match(rf"(.*\.)?({key})$", name)), config[default])
+        chosen = (value for key, value in keys.items() if re.match(rf"(.*\.)?({key})$", name))
+        value: float = next(chosen, config[default])
+        return value
 
     r, alpha = of("rank_pattern", "r"), of("alpha_pattern", "lora_alpha")
     if r != rank:

@@ -46,9 +46,10 @@ def data_to_text_scores(texts: Sequence[str], references: Sequence[Sequence[str]
     """Every metric that can be had, by name."""
     import sacrebleu
     from nltk.translate.nist_score import corpus_nist
+    from sacrebleu.metrics.bleu import BLEU
 
     texts = [text.strip() or "." for text in texts]  # an empty text has no precision
-    tokenize = sacrebleu.metrics.BLEU().tokenizer
+    tokenize = BLEU().tokenizer
     words = [tokenize(text).split() for text in texts]
     reference_words = [[tokenize(reference).split() for reference in of_text] for of_text in references]
     scorer = rouge_scorer(["rougeL"])

@@ -13,13 +13,13 @@ tokenizer's target language.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from adalora_dist.config.sections import GenerationConfig
 from adalora_dist.tasks.losses import decoder_start_token
-from adalora_dist.tasks.rows.tokens import padding_token
+from adalora_dist.tasks.rows.tokens import eos_tokens, padding_token
 
 if TYPE_CHECKING:
     import transformers
@@ -28,14 +28,20 @@ if TYPE_CHECKING:
 
 @contextmanager
 def decoding(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: GenerationConfig
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: GenerationConfig,
+    closing: Sequence[int] = (),
 ) -> Iterator[transformers.GenerationConfig]:
     """What to give to ``generate``; until the end, the model has no other settings of its own.
+
+    Args:
+        closing: tokens that end a text besides EOS.
 
     Raises:
         UserError: an encoder-decoder's configuration does not say what the decoder reads first.
     """
-    ours, own = _decoding_of(model, tokenizer, settings), model.generation_config
+    ours, own = _decoding_of(model, tokenizer, settings, closing), model.generation_config
     cast(Any, model).generation_config = ours
     try:
         yield ours
@@ -44,7 +50,7 @@ def decoding(
 
 
 def _decoding_of(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: GenerationConfig
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: GenerationConfig, closing: Sequence[int]
 ) -> transformers.GenerationConfig:
     from transformers import GenerationConfig
 
@@ -58,9 +64,11 @@ def _decoding_of(
     }
     if settings.num_beams > 1:
         chosen |= {"length_penalty": settings.length_penalty, "early_stopping": True}
-    facts = {
+    eos = tokenizer.eos_token_id
+    others = [token for token in closing if token != eos]
+    facts: dict[str, Any] = {
         "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": [*eos_tokens(tokenizer), *others] if others else eos,
         "pad_token_id": padding_token(tokenizer),
     }
     if cast(Any, model).config.is_encoder_decoder:

@@ -11,6 +11,9 @@ from adalora_dist.tasks.batches import pad_columns
 from adalora_dist.tasks.evaluation.batches import Gather, dealt_batches, evaluating, gather_lists
 from adalora_dist.tasks.padding import padding_of
 
+Outputs = list[tuple[torch.Tensor, ...]]
+"""Of each row, what :func:`predict` was asked for."""
+
 
 def predict(
     model: nn.Module,
@@ -22,7 +25,7 @@ def predict(
     description: str = "evaluate",
     outputs: Sequence[str] = ("logits",),
     gather: Gather = gather_lists,
-) -> list[tuple[torch.Tensor, ...]]:
+) -> Outputs:
     """The model's outputs for each row, float32 on the CPU, padding removed where they have a value per token.
 
     Every rank must call it with the same rows, runs the same number of forwards, and returns the same result, which

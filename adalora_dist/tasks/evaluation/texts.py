@@ -28,6 +28,7 @@ def generate_texts(
     gather: Gather = gather_lists,
     synced_gpus: bool = False,
     description: str = "generate",
+    closing: Sequence[int] = (),
 ) -> list[str]:
     """Greedy or beam search from every source; the texts in the order of the sources, without special tokens.
 
@@ -38,12 +39,13 @@ def generate_texts(
         lengths: of the sources, or numbers that order them like that.
         synced_gpus: ranks take the same number of decoding steps; needed where forwards are collective (sharded
             parameters), harmful nowhere but in speed. It needs a process group.
+        closing: tokens that end a text as EOS does.
     """
     padding, is_causal = padding_token(tokenizer), not cast(Any, model).config.is_encoder_decoder
     # Longest first: what does not fit into memory fails at once.
     order = sorted(range(len(sources)), key=lambda index: -lengths[index])
     local: list[tuple[int, str]] = []
-    with evaluating(model) as device, decoding(model, tokenizer, settings) as config:
+    with evaluating(model) as device, decoding(model, tokenizer, settings, closing) as config:
         for indices, counts in dealt_batches(order, settings.eval_batch_size, rank, world_size, description):
             batch = [sources[index] for index in indices]
             if is_causal:

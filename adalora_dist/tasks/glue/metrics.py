@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 
 import numpy as np
@@ -31,7 +31,7 @@ def classification_metrics(
 
     x, y = np.asarray(labels), np.asarray(predictions)
     is_constant = len(set(labels)) < 2 or len(set(predictions)) < 2
-    compute = {
+    compute: dict[str, Callable[[], float]] = {
         "matthews": lambda: metrics.matthews_corrcoef(x, y),
         "accuracy": lambda: metrics.accuracy_score(x, y),
         "f1": lambda: metrics.f1_score(x, y, zero_division=0.0),

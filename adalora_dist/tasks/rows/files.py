@@ -1,14 +1,19 @@
 """Local data: where a split lies, and its rows with their origins for error messages. Never imports torch.
 
 A split is one file, NAME.jsonl, .json, .jsonl.gz, .json.gz or .parquet; or such files in a folder NAME; or shards
-NAME-00000-of-00002.parquet. Paths are names, never patterns: whatever a folder is called, it alone is read.
+NAME-00000-of-00002.parquet. Paths are names, never patterns: whatever a folder is called, it alone is read. Tables of
+text without types (.csv, .tsv) are for recipes whose fields are all texts.
 """
 
 from __future__ import annotations
 
 import codecs
+import csv
 import gzip
+import hashlib
+import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,14 +22,20 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from adalora_dist.io.errors import UserError
+from adalora_dist.io.foreign_files import MAX_BYTES, NotReadable, opened
 from adalora_dist.tasks.rows.bad_rows import Rows
 
 SUFFIXES = (".jsonl", ".parquet", ".json", ".jsonl.gz", ".json.gz")
+TEXT_TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+"""With a header; each cell is a text."""
 TRAIN, TEST = ("train",), ("test", "validation", "dev")
 """Names of a split. Only the test split has stand-ins: a folder with train and dev files is common, and dev rows are
 held out as well."""
 _SHARD = re.compile(r"-(\d+)-of-(\d+)")
 _PARQUET_ROWS = 1000
+_LONGEST_CELL = 2**31 - 1  # Python's own limit of 128 KiB is less than a document
+_MAX_ARRAY_BYTES = 1 << 29
+"""Of a file that is one JSON array, which is parsed as a whole."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,14 @@ class LocalSplit:
         """The rows of all files, one after the other: see :func:`file_rows`."""
         for file in self.files:
             yield from file_rows(file)
+
+    def identity(self) -> Iterator[bytes]:
+        """What the rows and their origins depend on: the names of the files, and the SHA-256 of each."""
+        for path in self.files:
+            refuse_zeros(path)
+            yield os.fsencode(path.absolute()) + b"\0"
+            with opened(path) as file:
+                yield hashlib.file_digest(file, "sha256").digest()
 
 
 def task_folders(source: str, tasks: Sequence[str], aliases: Mapping[str, str] | None = None) -> dict[str, Path]:
@@ -82,10 +101,9 @@ def find_split(folder: Path, names: Sequence[str]) -> LocalSplit:
     """
     if not folder.is_dir():
         raise UserError(f"data: no folder {folder}; it must hold {names[0]}.jsonl or {names[0]}.parquet")
+    if found := split_in(folder, names):
+        return found
     listed = _listed(folder)
-    for name in names:
-        if files := _files_of(folder, name, listed):
-            return LocalSplit(name, tuple(files))
     wanted = ", ".join(name + suffix for name in names for suffix in SUFFIXES[:2])
     others = ", ".join(SUFFIXES[2:])
     holds = ", ".join(ascii(path.name)[1:-1] for path in listed[:8]) or "nothing"
@@ -93,6 +111,24 @@ def find_split(folder: Path, names: Sequence[str]) -> LocalSplit:
         f"{folder}: none of {wanted} exists, nor with {others}, nor a folder {names[0]} of such files (it holds "
         f"{holds}{', ...' if len(listed) > 8 else ''}); put the split there under one of these names"
     )
+
+
+def split_in(folder: Path, names: Sequence[str], suffixes: Sequence[str] = SUFFIXES) -> LocalSplit | None:
+    """As :func:`find_split`, of files with these suffixes; None where there is no such split."""
+    listed = _listed(folder)
+    for name in names:
+        if files := _files_of(folder, name, listed, suffixes):
+            return LocalSplit(name, tuple(files))
+    return None
+
+
+def data_files(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
+    """All files of rows that lie in a folder itself, by name.
+
+    Raises:
+        UserError: it cannot be listed.
+    """
+    return [path for path in _listed(folder) if path.is_file() and path.name.endswith(tuple(suffixes))]
 
 
 def file_rows(path: Path) -> Rows:
@@ -105,16 +141,41 @@ def file_rows(path: Path) -> Rows:
     """
     try:
         if path.name.endswith(".parquet"):
+            refuse_zeros(path)
             yield from _parquet_rows(path)
             return
-        with cast(BinaryIO, gzip.open(path) if path.name.endswith(".gz") else path.open("rb")) as file:
+        refuse_zeros(path)
+        with opened(path) as raw:
+            file = cast(BinaryIO, gzip.open(raw)) if path.name.endswith(".gz") else raw
+            if path.name.endswith(TEXT_TABLES):
+                yield from _table_rows(path, file)
+                return
             start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
             is_array = path.name.removesuffix(".gz").endswith(".json") and start.startswith(b"[")
             file.seek(0)
             yield from _array_rows(path, file) if is_array else _line_rows(path, file)
-    except (OSError, EOFError, zlib.error) as error:
+    except (NotReadable, OSError, EOFError, zlib.error) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
         raise UserError(f"{path} cannot be read ({reason}): bring it back from a copy, or write it again") from error
+
+
+def refuse_zeros(path: Path) -> None:
+    """Raise for what is no file of rows, before all of it is read: no plain file, or one that is not filled.
+
+    Raises:
+        UserError: a file that was made in its length and never written, 100 GB of it on no disk, or a device.
+    """
+    try:
+        with opened(path) as file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            if size_bytes and os.lseek(file.fileno(), 0, os.SEEK_HOLE) < size_bytes:
+                raise NotReadable("it has holes")
+            os.lseek(file.fileno(), 0, os.SEEK_SET)
+            start = file.read(4096)
+            if start and not start.strip(b"\0"):
+                raise NotReadable("it begins with zeros")
+    except NotReadable as error:
+        raise UserError(f"{path} cannot be read ({error}): bring it back from a copy, or write it again") from None
 
 
 def _listed(folder: Path) -> list[Path]:
@@ -129,11 +190,12 @@ def _plain(name: str) -> str:
     return re.sub(r"[-_ ]", "", name.lower())
 
 
-def _files_of(folder: Path, name: str, listed: Sequence[Path]) -> list[Path]:
-    forms = [[path] for suffix in SUFFIXES if (path := folder / (name + suffix)).is_file()]
+def _files_of(folder: Path, name: str, listed: Sequence[Path], suffixes: Sequence[str]) -> list[Path]:
+    forms = [[path] for suffix in suffixes if (path := folder / (name + suffix)).is_file()]
     if (folder / name).is_dir():
-        forms += _by_suffix([path for path in _listed(folder / name) if path.is_file()])
-    for suffix in SUFFIXES:
+        files = [path for path in _listed(folder / name) if path.is_file()]
+        forms += [[file for file in files if file.name.endswith(suffix)] for suffix in suffixes]
+    for suffix in suffixes:
         if shards := _shards(name, suffix, listed):
             forms.append(shards)
     forms = [files for files in forms if files]
@@ -141,10 +203,6 @@ def _files_of(folder: Path, name: str, listed: Sequence[Path]) -> list[Path]:
         first, second = (files[0].relative_to(folder) for files in forms[:2])
         raise UserError(f"{folder}: both {first} and {second} exist; remove one of them")
     return forms[0] if forms else []
-
-
-def _by_suffix(files: Sequence[Path]) -> list[list[Path]]:
-    return [[file for file in files if file.name.endswith(suffix)] for suffix in SUFFIXES]
 
 
 def _shards(name: str, suffix: str, listed: Sequence[Path]) -> list[Path]:
@@ -168,8 +226,10 @@ def _shards(name: str, suffix: str, listed: Sequence[Path]) -> list[Path]:
 
 
 def _line_rows(path: Path, lines: BinaryIO) -> Iterator[tuple[str, object]]:
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(iter(lambda: lines.readline(MAX_BYTES + 1), b""), start=1):
         origin = f"{path}:{number}"
+        if len(line) > MAX_BYTES:
+            raise NotReadable(f"row {number} has more than {MAX_BYTES:,} bytes")
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             if text.strip():
@@ -189,8 +249,13 @@ def _line_rows(path: Path, lines: BinaryIO) -> Iterator[tuple[str, object]]:
 
 
 def _array_rows(path: Path, file: BinaryIO) -> Iterator[tuple[str, object]]:
+    content = bytearray()
+    while len(content) <= _MAX_ARRAY_BYTES and (block := file.read(1 << 20)):
+        content += block
+    if len(content) > _MAX_ARRAY_BYTES:
+        raise UserError(f"{path} has more than {_MAX_ARRAY_BYTES:,} bytes in one array; write one JSON object per line")
     try:
-        rows = json.loads(file.read().decode("utf-8-sig"))
+        rows = json.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
     except json.JSONDecodeError as error:
@@ -202,6 +267,61 @@ def _array_rows(path: Path, file: BinaryIO) -> Iterator[tuple[str, object]]:
         raise UserError(f"{path} is no array of rows; write one JSON object of texts per line") from error
     for number, row in enumerate(rows, start=1):
         yield f"{path}:{number}", row
+
+
+def _table_rows(path: Path, file: BinaryIO) -> Iterator[tuple[str, object]]:
+    """Rows of a table of text; row 1 is the first behind the header, however many lines a cell has."""
+    csv.field_size_limit(_LONGEST_CELL)
+    delimiter = "\t" if ".tsv" in path.name else ","
+    # What is not UTF-8 becomes lone surrogates, so that it is one row's fault.
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    header: list[str] = []
+    number = 0
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise UserError(
+                f"{path} is not a valid table ({error} at line {reader.line_num}); write it again, with cells in "
+                "double quotes and double quotes in them doubled"
+            ) from error
+        if cells is None:
+            return
+        if not cells:
+            continue
+        if not header:
+            header = _checked_header(path, cells, delimiter)
+            continue
+        number += 1
+        origin = f"{path}:{number}"
+        if len(cells) != len(header):
+            yield origin, UserError(f"{origin}: the row has {len(cells)} cells, the header {len(header)}; correct it")
+        elif not _is_unicode(cells):
+            yield origin, UserError(f"{origin}: not UTF-8 text; save the table as UTF-8")
+        else:
+            yield origin, dict(zip(header, cells, strict=True))
+
+
+def _checked_header(path: Path, header: list[str], delimiter: str) -> list[str]:
+    if not _is_unicode(header):
+        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8")
+    if repeated := [name for name in header if header.count(name) > 1]:
+        raise UserError(f"{path}: two columns are called {repeated[0]!r}; rename one of them in the first line")
+    others = [mark for mark in ";\t,|" if mark != delimiter and mark in header[0]]
+    if len(header) == 1 and others:
+        raise UserError(
+            f"{path}: the header is one cell, {header[0][:80]!r}; separate cells by {delimiter!r} (not {others[0]!r})"
+        )
+    return header
+
+
+def _is_unicode(cells: Sequence[str]) -> bool:
+    try:
+        "".join(cells).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
@@ -224,13 +344,13 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def _batch_rows(batch: Any) -> list[Any]:
+    rows: list[Any] = []
     try:
-        return batch.to_pylist()
+        rows = batch.to_pylist()
     except UnicodeDecodeError:  # in one row or another
-        rows: list[Any] = []
         for index in range(len(batch)):
             try:
                 rows += batch.slice(index, 1).to_pylist()
             except UnicodeDecodeError as error:
                 rows.append(error)
-        return rows
+    return rows

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from adalora_dist.io.digest import digest_of
 from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.rows.bad_rows import BadRows
 from adalora_dist.tasks.rows.fields import object_row, text_field
@@ -86,19 +85,6 @@ def encode_summaries(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: Su
     # A fast tokenizer remembers how it was called last, and datasets' cache is keyed by its whole state.
     encode({"document": ["a"], "summary": ["a"]})
     return rows.map(encode, batched=True, desc="tokenise")
-
-
-def digest_of_summaries(rows: Dataset) -> str:
-    """SHA-256 of the tokens and labels of all rows, as :func:`encode_summaries` made them; read without a list of them.
-
-    The same for equal rows, wherever they lie and however they are cut into files.
-    """
-    tables = rows.select_columns(["input_ids", "labels"]).with_format("arrow").iter(1000)
-    return digest_of(
-        column.combine_chunks().flatten().to_numpy(zero_copy_only=False).astype("<i8").tobytes()
-        for table in tables
-        for column in table.columns
-    )
 
 
 def _load(data: SummarizationDataConfig, bad: BadRows, split: Split, max_rows: int | None) -> Dataset:

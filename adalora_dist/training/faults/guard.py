@@ -18,27 +18,34 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import psutil
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from adalora_dist.config.sections import RunConfig
+from adalora_dist.io.ending import EXIT_PREEMPTED, leave, repeat_last, tell_error
+from adalora_dist.io.launchers import follow, unfollow
+from adalora_dist.io.publish import write_whole
+from adalora_dist.io.redaction import redacted
+from adalora_dist.io.signals import SignalListener
+from adalora_dist.io.terminal import let_go_of_terminal
 from adalora_dist.training.faults.memory import memory_advice
 from adalora_dist.training.faults.peers import BEAT_SECONDS, Peers
 from adalora_dist.training.faults.run_lock import RunLock
-from adalora_dist.training.faults.verdict import EXIT_PEER, EXIT_PREEMPTED, leave
+from adalora_dist.training.faults.verdict import EXIT_PEER, Verdict
 
 if TYPE_CHECKING:
     from adalora_dist.training.prepared import Prepared
 
 STATUS_FILE = "ADALORA_DIST_STATUS_FILE"
 """Environment variable: where rank 0 writes that the run was pre-empted, since launchers change exit codes."""
+_ENDED = "ended by a signal outside of training"
 
 
 class Guard:
@@ -51,18 +58,19 @@ class Guard:
     def __init__(self, accelerator: Accelerator, config: RunConfig) -> None:
         self._accelerator, self._config = accelerator, config
         self._prepared: Prepared | None = None
-        self._in_loop = self._closed = self._preempted = False
+        self._in_loop = self._closed = self._is_end_said = False
+        self._ending = threading.Lock()
+        """Held from the moment at which this process ends because of a signal."""
         self._lock: RunLock | None = None
         rank, world_size = accelerator.process_index, accelerator.num_processes
-        self._peers = Peers(rank, world_size, config.train.peer_timeout_seconds, _from_rank_0)
+        timeout = config.train.peer_timeout_seconds
+        self._peers = Peers(rank, world_size, timeout, _from_rank_0, self._before_leaving)
         self._previous_hook, sys.excepthook = sys.excepthook, self._on_error
         atexit.register(self._on_exit)
-        self._previous_handlers = {
-            number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGUSR1)
-        }
+        self._signals = SignalListener(self._on_signal)
+        follow(self._on_orphaned)
         if accelerator.is_main_process:
             self._lock = RunLock(Path(config.train.output_dir))
-        self._launchers = _launchers() if _is_launched() else None
         threading.Thread(target=self._keep, name="guard", daemon=True).start()
 
     # ------------------------------------------------------------------------------------------- for the loop
@@ -81,19 +89,20 @@ class Guard:
         """The training loop has ended: from here on a signal ends the process at once."""
         self._in_loop = False
         if self._peers.asked:
-            self._on_signal(signal.SIGTERM, None)
+            self._end_now(_ENDED)
 
     def leave_preempted(self, step: int) -> NoReturn:
         """All ranks have saved: say so and exit with ``EXIT_PREEMPTED``."""
-        self._accelerator.print(f"stopped by a signal after step {step}; run again with --resume auto", flush=True)
         if self._accelerator.is_main_process:
+            line = f"stopped by a signal after step {step}; run again with --resume auto"
+            print(line, flush=True)
             _write_status(step)
+            repeat_last(line)
         if self._prepared is not None:
             self._prepared.hooks.detach()
         self._accelerator.end_training()
+        self._signals.ignore()  # launchers send it again as soon as the first process has ended
         self.close()
-        for number in self._previous_handlers:  # launchers send it again as soon as the first process has ended
-            signal.signal(number, signal.SIG_IGN)
         raise SystemExit(EXIT_PREEMPTED)
 
     def close(self) -> None:
@@ -106,60 +115,100 @@ class Guard:
             self._lock.release()
         sys.excepthook = self._previous_hook
         atexit.unregister(self._on_exit)
-        for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+        unfollow(self._on_orphaned)
+        self._signals.close()
 
     # -------------------------------------------------------------------------------------- when something happens
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, again: bool) -> None:
+        """By the thread that hears signals."""
+        if number == signal.SIGHUP:
+            let_go_of_terminal()
+        if again:
+            self._end_now("ended at once by a second Ctrl-C")
         if self._in_loop:
             self._peers.ask_to_stop()
-            return
-        self._preempted = True  # there is nothing to save that the newest checkpoint does not have
-        if self._accelerator.is_main_process:
+        if not self._in_loop:  # not at all, or no longer
+            self._end_now(_ENDED)
+
+    def _on_orphaned(self) -> None:
+        self._on_signal(signal.SIGTERM, again=False)
+
+    def _end_now(self, what: str) -> NoReturn:
+        """There is nothing to save that the newest checkpoint does not have. Nothing is unwound, as libraries may
+        hold up or swallow what is raised anywhere in them: files are written such that a killed process may leave
+        them at any time."""
+        self._ending.acquire()  # noqa: SIM115 (never released: whoever else comes here waits for the end)
+        if self._peers.verdict is None:
+            self._say_ended(what)
+        self._peers.report(what, EXIT_PREEMPTED)
+        if self._lock is not None:
+            self._lock.release()
+        leave(EXIT_PREEMPTED)
+
+    def _say_ended(self, what: str) -> None:
+        """On the main process, once."""
+        if self._accelerator.is_main_process and not self._is_end_said:
+            self._is_end_said = True
+            line = f"{what}; run again with --resume auto"
+            print(f"\n{line}", file=sys.stderr, flush=True)
             _write_status(None)
-        raise SystemExit(EXIT_PREEMPTED)
+            repeat_last(line)
+
+    def _before_leaving(self, verdict: Verdict) -> None:
+        if verdict.code == EXIT_PREEMPTED:
+            self._say_ended(verdict.text)
+        if self._lock is not None:
+            self._lock.release()
 
     def _on_error(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         """An error that nobody caught: the rank where it happened first shows it, the others leave in silence."""
+        self._wait_if_ending()
         self._closed = True
-        reason = " ".join(str(error).split())[:200]
+        reason = redacted(" ".join(str(error).split())[:200])
         verdict = self._peers.report(f"{kind.__name__}: {reason}", EXIT_PEER, follows=_is_broken_collective(error))
         rank = self._accelerator.process_index
         if verdict is not None and verdict.rank != rank:
             time.sleep(4 * BEAT_SECONDS)  # the watch ends this process meanwhile
             leave(EXIT_PEER)
         where = f"rank {rank}: " if self._accelerator.num_processes > 1 else ""
+        print(file=sys.stderr)  # after a progress bar
         if _is_out_of_memory(error):
             advice = memory_advice(self._accelerator, self._config, self._prepared, self._peers.step)
-            print(f"\nerror: {where}{kind.__name__} ({reason}): {advice}", file=sys.stderr, flush=True)
+            tell_error(f"{where}{kind.__name__} ({reason}): {advice}")
         else:
-            print(file=sys.stderr)  # after a progress bar
-            self._previous_hook(kind, error, trace)
+            self._show(kind, error, trace)
+            repeat_last(f"error: {where}{kind.__name__}: {reason}")
         if self._lock is not None:
             self._lock.release()
         if self._accelerator.num_processes > 1:
             time.sleep(BEAT_SECONDS)
             leave(1)
 
+    def _show(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if self._previous_hook is not sys.__excepthook__:
+            self._previous_hook(kind, error, trace)
+            return
+        lines = traceback.format_exception(kind, error, trace)
+        print(redacted("".join(lines)), end="", file=sys.stderr, flush=True)
+
     def _on_exit(self) -> None:
         """The interpreter ends before the run has: the others must not wait."""
+        self._wait_if_ending()
         if not self._closed:
-            code = EXIT_PREEMPTED if self._preempted else EXIT_PEER
-            if self._preempted and self._accelerator.is_main_process:
-                print("\nended by a signal outside of training; run again with --resume auto", flush=True)
-            self._peers.report("it has ended early", code)
+            self._peers.report("it has ended early", EXIT_PEER)
             if self._lock is not None:
                 self._lock.release()
 
+    def _wait_if_ending(self) -> None:
+        if self._ending.locked():
+            self._ending.acquire()
+
     def _keep(self) -> None:
-        """A thread: show that the folder's owner lives; take a launcher that is gone for a request to stop."""
+        """A thread: show that the folder's owner lives."""
         while not self._closed:
             if self._lock is not None:
                 self._lock.touch()
-            if self._launchers is not None and _launchers() != self._launchers:
-                self._launchers = None
-                os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(BEAT_SECONDS)
 
 
@@ -167,25 +216,13 @@ def _from_rank_0(value: Any) -> Any:
     return broadcast_object_list([value])[0]
 
 
-def _is_launched() -> bool:
-    """Started by a launcher, whose end means that nobody waits for this process any more."""
-    return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
-
-
-def _launchers() -> list[int]:
-    """The processes that started this one: its parent, and where that is the half of DeepSpeed's launcher that starts
-    processes, the other half, which the user sees and ends."""
-    parent = os.getppid()
-    try:
-        process = psutil.Process(parent)
-        return [parent, process.ppid()] if "deepspeed.launcher.launch" in process.cmdline() else [parent]
-    except psutil.Error:
-        return [parent]
-
-
 def _write_status(step: int | None) -> None:
+    """Where it cannot be written, a warning is all: the exit code says the same, and must not become another."""
     if path := os.environ.get(STATUS_FILE):
-        Path(path).write_text(json.dumps({"status": "preempted", "num_finished_steps": step}) + "\n", encoding="utf-8")
+        try:
+            write_whole(Path(path), json.dumps({"status": "preempted", "num_finished_steps": step}) + "\n")
+        except (OSError, ValueError) as error:  # ValueError: a name that is none
+            print(f"warning: {STATUS_FILE}={path!r} cannot be written ({error})", file=sys.stderr, flush=True)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

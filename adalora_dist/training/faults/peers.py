@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from adalora_dist.io.ending import leave, tell_error
 from adalora_dist.training.faults.verdict import (
     EXIT_PEER,
     Identity,
@@ -32,7 +33,6 @@ from adalora_dist.training.faults.verdict import (
     Verdict,
     is_missing,
     kill_stopped,
-    leave,
     listen,
     missed,
 )
@@ -127,10 +127,19 @@ class Peers:
         rank, world_size: of this process.
         timeout_seconds: silence after which a process counts as stopped, unless it is seen to be slow.
         share: gives every rank what rank 0 puts in, through the process group; called once, here.
+        before_leaving: called, by the thread that watches, when this process is about to end because of another.
     """
 
-    def __init__(self, rank: int, world_size: int, timeout_seconds: float, share: Callable[[Any], Any]) -> None:
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        timeout_seconds: float,
+        share: Callable[[Any], Any],
+        before_leaving: Callable[[Verdict], None] = lambda verdict: None,
+    ) -> None:
         self.rank, self.world_size, self.timeout_seconds = rank, world_size, timeout_seconds
+        self._before_leaving = before_leaving
         self.step = 0
         """Finished steps of this process's loop."""
         self.asked = False  # to stop, by a signal
@@ -155,7 +164,7 @@ class Peers:
     # --------------------------------------------------------------------------------- what the main thread calls
 
     def ask_to_stop(self) -> None:
-        """Every rank is to stop at the same step. Safe in a signal handler: no lock is taken."""
+        """Every rank is to stop at the same step. From any thread, without waiting: no lock is taken."""
         self.asked = self._own.asks = True
 
     def stops_after(self, step: int) -> bool:
@@ -298,7 +307,9 @@ class Peers:
         if verdict.is_gone:
             # Of those that find rank 0 gone, one on each machine speaks.
             if self.rank == 0 or (verdict.rank == 0 and (self.rank == 1 or os.environ.get("LOCAL_RANK") == "0")):
-                print(f"\nerror: {verdict.text}; the run has ended on all ranks", file=sys.stderr, flush=True)
+                print(file=sys.stderr)  # after a progress bar
+                tell_error(f"{verdict.text}; the run has ended on all ranks")
             kill_stopped(verdict.identity)
+        self._before_leaving(verdict)
         time.sleep(BEAT_SECONDS)  # the rank to blame speaks first, and its launcher sees it end first
         leave(verdict.code)

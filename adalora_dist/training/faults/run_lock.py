@@ -9,7 +9,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from adalora_dist.io.errors import UserError
+from adalora_dist.io.errors import UserError, printable
+from adalora_dist.io.foreign_files import read_object
+from adalora_dist.io.publish import refuse_link, write_whole
 from adalora_dist.training.faults.verdict import Identity
 
 STALE_SECONDS = 120.0
@@ -32,14 +34,15 @@ class RunLock:
         self._touched = time.monotonic()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(folder / ".lock", timeout=0)
+            refuse_link(folder / ".lock")
+            self._lock = FileLock(folder / ".lock", timeout=0, thread_local=False)  # any thread may end the run
             self._lock.acquire()
             me = Identity.of_this_process(0)
             if (owner := self._owner()) and owner["host"] != me.host and self._seconds_since_touch() < STALE_SECONDS:
                 self._lock.release()
                 raise Timeout(str(folder))
             since = time.strftime("%Y-%m-%d %H:%M:%S")
-            self._owner_file.write_text(json.dumps({"host": me.host, "pid": me.pid, "since": since}), encoding="utf-8")
+            write_whole(self._owner_file, json.dumps({"host": me.host, "pid": me.pid, "since": since}))
         except Timeout:
             raise UserError(f"output_dir={folder} {self._refusal()}") from None
         except OSError as error:
@@ -50,7 +53,7 @@ class RunLock:
         if time.monotonic() - self._touched > STALE_SECONDS / 10:
             self._touched = time.monotonic()
             try:
-                os.utime(self._owner_file)
+                os.utime(self._owner_file, follow_symlinks=False)
             except OSError:
                 return  # a full or absent disk: the run itself will say so
 
@@ -62,12 +65,13 @@ class RunLock:
 
     def _owner(self) -> dict[str, str] | None:
         try:
-            return json.loads(self._owner_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            content = read_object(self._owner_file)
+            return {key: printable(content[key], 100) for key in ("host", "pid", "since")}
+        except (UserError, LookupError):
             return None
 
     def _seconds_since_touch(self) -> float:
-        return time.time() - self._owner_file.stat().st_mtime
+        return time.time() - self._owner_file.lstat().st_mtime
 
     def _refusal(self) -> str:
         owner = self._owner() or {"host": "?", "pid": "?", "since": "?"}

@@ -1,4 +1,4 @@
-"""What processes of a run tell each other about its end: who they are, who is to blame, and how to leave at once."""
+"""What processes of a run tell each other about its end: who they are, and who is to blame."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ import contextlib
 import json
 import os
 import socket
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import psutil
 
 EXIT_PEER = 76
 """Exit code of a process that stops because of another one."""
-EXIT_PREEMPTED = 75
-"""Exit code after SIGTERM or SIGUSR1: the run can go on from its newest checkpoint. (EX_TEMPFAIL in sysexits.h.)"""
 
 
 class Identity(NamedTuple):
@@ -144,16 +141,6 @@ def listen(host: str) -> socket.socket:
         return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
     except (OSError, ValueError):
         return socket.create_server(("", 0))
-
-
-def leave(code: int) -> NoReturn:
-    """End this process at once: collectives in flight would keep the interpreter from ending by itself."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            continue
-    os._exit(code)
 
 
 def kill_stopped(identity: tuple[int, str, int, float] | None) -> None:

@@ -1,0 +1,49 @@
+"""A tokenizer's files, as they were before it was used.
+
+Each call of a fast tokenizer leaves the truncation and the padding that it was asked for in its backend, and saving
+writes them into tokenizer.json as if they were rules: whoever loads that gets texts cut to the length of our last row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Rules = tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]
+"""Truncation and padding of a backend; None: none."""
+
+
+def remember_rules(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Keep in a tokenizer that was just loaded the rules which its files have."""
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        tokenizer.rules_in_files = (backend.truncation, backend.padding)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """``save_pretrained`` with the rules that its files had when it was loaded; none where nobody remembered them."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        tokenizer.save_pretrained(folder)
+        return
+    left = (backend.truncation, backend.padding)
+    _set_rules(backend, getattr(tokenizer, "rules_in_files", (None, None)))
+    try:
+        tokenizer.save_pretrained(folder)
+    finally:
+        _set_rules(backend, left)
+
+
+def _set_rules(backend: Any, rules: Rules) -> None:
+    truncation, padding = rules
+    if truncation is None:
+        backend.no_truncation()
+    else:
+        backend.enable_truncation(**truncation)
+    if padding is None:
+        backend.no_padding()
+    else:
+        backend.enable_padding(**padding)

@@ -1,0 +1,93 @@
+"""What the recipe for one's own texts adds to :class:`~adalora_dist.config.sections.RunConfig`. Never imports torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import tyro
+from pydantic import Field, model_validator
+
+from adalora_dist.config.sections import DataConfig, GenerationConfig, RunConfig, TrainConfig
+
+FIELDS = (
+    *("messages", "conversations", "system", "tools"),
+    *("instruction", "input", "output", "prompt", "completion", "text"),
+)
+"""What a row can have, by the names that ``columns`` gives to others."""
+DEFAULT_EVAL_SHARE = 0.05
+
+
+class SftDataConfig(DataConfig):
+    source: Annotated[tuple[str, ...], tyro.conf.arg(name="data")] = ()
+    """Files (.jsonl, .json, .parquet, .csv, .tsv; also .gz), folders of them, or hub:ID[:SPLIT], each with =WEIGHT if
+    its rows shall count more or less often than once; empty: built-in conversations."""
+    columns: tuple[str, ...] = ()
+    """Columns that have other names, FIELD=COLUMN[,FIELD=COLUMN]: instruction=question,output=answer."""
+    eval_split: str = ""
+    """What the validation loss is measured on: a file, folder or hub:ID:SPLIT, or the name of a split of the data;
+    empty: a folder's own validation files, or else a share of the rows."""
+    eval_share: float | None = Field(None, ge=0, lt=1)
+    """Share of the rows held out for the validation loss, by their content; 0: none. Default: 0.05 where the data has
+    no split for it."""
+    chat_template: str = ""
+    """File with the chat template (Jinja), saved with the model; empty: the tokenizer's, or a plain one, which is
+    said."""
+    train_on: Literal["assistant", "all"] = "assistant"
+    """Tokens that count in the loss: replies alone (assistant turns, completions), or everything."""
+    max_length: int = Field(1024, ge=16)
+    """Longest sequence in tokens; longer ones are cut on their right, and counted."""
+    max_train_rows: int | None = Field(None, ge=1)
+    """Read at most this many rows of each source."""
+    max_eval_rows: int = Field(1000, ge=1)
+    """Measure the validation loss on at most this many rows."""
+
+    @property
+    def column_of(self) -> dict[str, str]:
+        """``columns``, by field."""
+        pairs = (pair.partition("=") for word in self.columns for pair in word.split(","))
+        return {field.strip(): column.strip() for field, _, column in pairs}
+
+    @model_validator(mode="after")
+    def _columns_are_pairs(self) -> SftDataConfig:
+        for field, column in self.column_of.items():
+            if field not in FIELDS or not column:
+                raise ValueError(
+                    f"columns {' '.join(self.columns)}: {field}={column} must be FIELD=COLUMN with FIELD one of "
+                    f"{', '.join(FIELDS)}; write instruction=question,output=answer"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _one_validation(self) -> SftDataConfig:
+        if self.eval_split and self.eval_share is not None:
+            raise ValueError(
+                f"eval_split {self.eval_split} with eval_share {self.eval_share:g}: the validation rows are one or the "
+                "other; leave one out"
+            )
+        if self.columns and not self.source:
+            raise ValueError(
+                f"columns {' '.join(self.columns)} without data: the built-in conversations have no such columns; give "
+                "--data, or leave columns out"
+            )
+        return self
+
+
+class SftEvaluationConfig(GenerationConfig):
+    num_beams: int = Field(1, ge=1)
+    """Beams of the search for sample replies; 1: greedy."""
+    max_new_tokens: int = Field(128, ge=1)
+    """Longest sample reply in tokens."""
+    eval_batch_size: int = Field(4, ge=1)
+    """Sequences per process in one evaluation forward."""
+    eval_every: int = Field(0, ge=0)
+    """Optimizer steps between measurements of the validation loss while training; 0: before and after alone."""
+    show_samples: int = Field(3, ge=0)
+    """Reply to the prompts of so many validation rows before and after the training, and show the replies."""
+
+
+class SftConfig(RunConfig):
+    data: SftDataConfig = SftDataConfig()
+    train: TrainConfig = TrainConfig(
+        learning_rate=2e-4, lr_schedule="cosine", lr_warmup_ratio=0.03, micro_batch_size=4, precision="auto"
+    )
+    evaluation: SftEvaluationConfig = SftEvaluationConfig()

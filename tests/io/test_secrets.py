@@ -1,0 +1,120 @@
+"""Shapes of secrets x everything that a run writes or prints: nothing comes through, and nothing of it is pushed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from adalora_dist.artifacts.hub.files import refuse_token
+from adalora_dist.io.errors import UserError
+from adalora_dist.io.redaction import redacted, redacted_command, secret_in
+from tests.support.signal_runs import Project
+
+LETTERS = "aB3dE6gH9jK2mN5pQ8sT1vW4yZ7bC0xR"
+
+# fmt: off
+IN_PATHS = {
+    "hub": "hf_" + LETTERS, "hub, oauth": "hf_oauth_" + LETTERS, "hub, organisation": "api_org_" + LETTERS,
+    "github": "ghp_" + LETTERS + "abcd", "github, server": "ghs_" + LETTERS, "github, fine": "github_pat_11" + LETTERS,
+    "gitlab": "glpat-" + LETTERS[:20], "gitlab, deploy": "gldt-" + LETTERS[:20], "openai": "sk-" + LETTERS,
+    "openai, project": "sk-proj-" + LETTERS + "_-x", "anthropic": "sk-ant-api03-" + LETTERS, "groq": "gsk_" + LETTERS,
+    "nvidia": "nvapi-" + LETTERS, "aws": "AKIA" + "IOSFODNN7EXAMPL3", "aws, session": "ASIA" + "IOSFODNN7EXAMPL3",
+    "google": "AIza" + LETTERS + "abc", "google, oauth": "ya29." + LETTERS, "slack": "xoxb-123456789012-" + LETTERS,
+    "slack, app": "xapp-1-" + LETTERS, "npm": "npm_" + LETTERS + "abcd", "pypi": "pypi-AgEIcHlwaS5vcmc" + LETTERS,
+    "docker": "dckr_pat_" + LETTERS, "stripe": "sk_live_" + LETTERS, "sendgrid": f"SG.{LETTERS[:22]}.{LETTERS}",
+    "databricks": "dapi" + "0123456789abcdef" * 2, "digitalocean": "dop_v1_" + "0123456789abcdef" * 4,
+    "atlassian": "ATATT3" + LETTERS, "jwt": f"eyJhbGciOiJIUzI1NiJ9.eyJzdWIi{LETTERS}.{LETTERS}",
+    "telegram": "123456789:AA" + LETTERS + "x", "replicate": "r8_" + LETTERS,
+}
+"""As they may stand in the name of a folder, too."""
+SECRET = "pl4in-w0rd-" + "0123456789abcdef0123456789abcdef01234567"
+IN_TEXT = {
+    "password": f"https://user:{SECRET}@host/model", "password of a git address": f"git+https://me:{SECRET}@host/x.git",
+    "a token in an address": f"https://{SECRET}@host/x", "with a slash": f"https://user:{SECRET}/{SECRET}@host/x",
+    "with an at": f"ftp://user:{SECRET}@{SECRET}@host/x", "a database": f"postgres://u:{SECRET}@10.0.0.1:5432/db",
+    "without a scheme": f"user:{SECRET}@host.org/x", "azure": f"https://a.blob.core.windows.net/c?sv=1&sig={SECRET}",
+    "aws, signed": f"https://b.s3.amazonaws.com/k?X-Amz-Signature={SECRET}&x=1", "query": f"https://h/x?token={SECRET}",
+    "wandb": f"WANDB_API_KEY={SECRET}", "key": f"key={SECRET}", "azure, account": f"x;AccountKey={SECRET};y",
+    "aws, secret": f"aws_secret_access_key={SECRET}", "password by name": f"PGPASSWORD=x password={SECRET}",
+    "bearer": f"Authorization: Bearer {SECRET}", "basic": f"Authorization: Basic {SECRET}",
+    "header": f"x-api-key: {SECRET}", "json": json.dumps({"api_key": SECRET}),
+    "json, password": str({"db_password": SECRET}),
+    "pem": f"-----BEGIN RSA PRIVATE KEY-----\n{SECRET}\n-----END RSA PRIVATE KEY-----",
+    "ssh": f"-----BEGIN OPENSSH PRIVATE KEY-----\n{SECRET}\n",
+}
+FLAGS = ("--hub-token", "--password", "--api-key", "--wandb_key", "--client-secret", "--aws-secret-access-key")
+INNOCENT = (
+    "meta-llama/Llama-3.1-8B", "hf_hub", "/data/hf_models/hf_llama-3.1-8b-instruct", "basic training",
+    "sk-learn-models-v2", "pypi-mirror-of-the-lab", "monkey=3", "x@y", "a/b:1", "http://host:8080/x@v1",
+    "--max-new-tokens=12", "tokens/s", "2f0a5c3b9e1d4f6a7b8c9d0e1f2a3b4c5d6e7f80", "someone@example.org",
+    "risk-adjusted-returns-1990-2020", "task-oriented-dialogue-2024-final", '{"pad_token": "<pad>"}',
+    "12:30 an hour, C:\\data",
+)
+# fmt: on
+
+
+@pytest.mark.parametrize("shape", [*IN_PATHS, *IN_TEXT])
+@pytest.mark.parametrize("around", ["{}", "error: cannot read {}: gone", "--model={}", "['a', '{}']", "['{}']"])
+def test_no_shape_comes_through(shape: str, around: str) -> None:
+    text = {**IN_PATHS, **IN_TEXT}[shape]
+    hidden = text if shape in IN_PATHS else SECRET
+    for value in (around.format(text), {"a": [around.format(text)]}, {around.format(text): 1}):
+        assert hidden not in str(redacted(value)) and "***" in str(redacted(value))
+    assert redacted(redacted(around.format(text))) == redacted(around.format(text))
+
+
+@pytest.mark.parametrize("text", INNOCENT)
+def test_what_is_no_secret_stays(text: str) -> None:
+    assert redacted(text) == text and secret_in(text) is None
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_values_of_flags_that_say_so(flag: str) -> None:
+    assert redacted_command(["x", flag, "plain", "y"]) == ["x", flag, "***", "y"]
+    assert redacted_command(["x", f"{flag}=plain", "y"]) == ["x", f"{flag}=***", "y"]
+
+
+@pytest.mark.parametrize("shape", [*IN_PATHS, "password", "pem", "ssh", "a database"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "chat_template.jinja", "README.md"])
+def test_a_push_refuses_the_file_and_names_the_kind(shape: str, name: str, tmp_path: Path) -> None:
+    text = {**IN_PATHS, **IN_TEXT}[shape]
+    (tmp_path / name).write_text(f'{{"note": "see {text}"}}', encoding="utf-8")
+    with pytest.raises(UserError) as refused:
+        refuse_token(tmp_path / name, None)
+    said = str(refused.value)
+    assert f"{name} holds a" in said and "remove it from the file" in said and text not in said
+    (tmp_path / name).write_text('{"pad_token": "<pad>", "see": "https://huggingface.co/a/b"}', encoding="utf-8")
+    refuse_token(tmp_path / name, None)
+
+
+# --------------------------------------------------------------------------------------------------- a run's sinks
+
+
+def everything_of(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): p.read_bytes().decode("latin-1") for p in folder.rglob("*") if p.is_file()}
+
+
+def test_no_sink_of_a_run_has_any_of_them(tmp_path: Path) -> None:
+    """Model and data lie in folders that are called like secrets; the run is interrupted, goes on, and exports."""
+    deep = tmp_path.joinpath(*IN_PATHS.values())
+    deep.mkdir(parents=True)
+    project = Project(deep)
+    output = tmp_path / "run"
+    own = ["--output-dir", str(output), "--export-formats", "merged", "lora", "peft", "--trackers", "tensorboard"]
+    own += ["--checkpoint-every", "2"]
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        del own[-4:-2]
+    for times, more in enumerate([[], ["--resume", "auto", "--overwrite"], ["--resume", "auto"]]):
+        [ended] = project.start(f"{times}", 1, None, *own, *more).wait(120)
+        (tmp_path / f"log-{times}").write_text(ended.log, encoding="utf-8")
+        assert ended.code == (2 if times == 1 else 0), ended.log
+    written = everything_of(output) | {f"log-{k}": (tmp_path / f"log-{k}").read_text() for k in range(3)}
+    for name in ("config.yaml", "run.json", "metrics.jsonl", "adapter/adapter.json", "lora/adapter_config.json"):
+        assert name in written
+    assert any(name.endswith("state.json") for name in written)
+    hits = [(name, shape) for name, text in written.items() for shape, secret in IN_PATHS.items() if secret in text]
+    assert not hits
