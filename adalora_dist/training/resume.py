@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from pydantic import BaseModel, FiniteFloat, ValidationError
 
 from adalora_dist.artifacts.checkpoints.content import Checkpoint
-from adalora_dist.artifacts.checkpoints.files import step_of
+from adalora_dist.artifacts.checkpoints.files import Damaged, step_of
 from adalora_dist.artifacts.checkpoints.writer import (
     CheckpointWriter,
     checkpoint_at,
@@ -19,7 +21,7 @@ from adalora_dist.artifacts.checkpoints.writer import (
 )
 from adalora_dist.artifacts.export import task_settings
 from adalora_dist.config.sections import ModelConfig, RunConfig, TrainConfig
-from adalora_dist.io.errors import UserError
+from adalora_dist.io.errors import UserError, printable
 from adalora_dist.io.foreign_files import read_bytes
 from adalora_dist.io.redaction import redacted
 from adalora_dist.sharding.agreement import agreed, this_rank
@@ -56,14 +58,14 @@ def find_checkpoint(config: RunConfig) -> Checkpoint | None:
     if train.resume == "never":
         return None
     if train.resume == "auto":
-        found = newest_checkpoint(root)
+        found = newest_checkpoint(root, _check_run)
         if found is None:
             agreed(lambda: refuse_lost_steps(train) if this_rank() == 0 else None)
             return None
     else:
         path = Path(train.resume)
         is_checkpoint = step_of(path) is not None
-        found = checkpoint_at(path) if is_checkpoint else newest_checkpoint(path / CHECKPOINTS)
+        found = checkpoint_at(path, _check_run) if is_checkpoint else newest_checkpoint(path / CHECKPOINTS, _check_run)
         if found is None:
             raise UserError(
                 f"resume={path} holds no checkpoint: give a folder {CHECKPOINTS}/step-..., a run folder that has some, "
@@ -71,6 +73,39 @@ def find_checkpoint(config: RunConfig) -> Checkpoint | None:
             )
     _compare_settings(found, config)
     return found
+
+
+class _Backbone(BaseModel):
+    name: str
+    revision: str | None
+    sha256: str | None
+
+
+class _RunState(BaseModel):
+    """What :class:`RunCheckpoints` keeps of a run, as far as a run that continues reads it."""
+
+    config: dict[str, dict[str, Any]]
+    backbone: _Backbone
+    notes: dict[str, Any]
+    loss_scale: dict[str, FiniteFloat] | None
+
+
+def _check_run(checkpoint: Checkpoint) -> None:
+    """Raise ``Damaged`` unless a run can be continued from what a checkpoint says of it."""
+    where = checkpoint.path / "state.json"
+    try:
+        _RunState.model_validate(checkpoint.run)
+        log = checkpoint.read(METRICS) if METRICS in checkpoint.files else b""
+        losses = [json.loads(line)["loss"] for line in log.splitlines()]
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise Damaged(f"{where}: run.{printable('.'.join(map(str, first['loc'])), 100)} ({first['msg']})") from None
+    except (ValueError, TypeError, LookupError, RecursionError):
+        raise Damaged(f"{checkpoint.path / METRICS} is no log of steps") from None
+    if len(losses) != checkpoint.step or not all(isinstance(loss, float | int) for loss in losses):
+        raise Damaged(f"{checkpoint.path / METRICS} has {len(losses)} steps, {where.name} {checkpoint.step}")
+    if "data" not in checkpoint.run:
+        raise Damaged(f"{where}: run.data (Field required)")
 
 
 def set_later_aside(checkpoint: Checkpoint, train: TrainConfig) -> None:

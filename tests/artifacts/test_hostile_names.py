@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from adalora_dist.__main__ import main
 from adalora_dist.artifacts.export import load_adapter, merge
 from adalora_dist.artifacts.hub.files import check_export
+from adalora_dist.artifacts.hub.pictures import draw_rank_map
+from adalora_dist.artifacts.tables import rank_table
 from adalora_dist.backbones.files import indexed_files, refuse_foreign_link, weight_files
 from adalora_dist.config.flags import parse_config
 from adalora_dist.config.hub_names import check_branch, check_repo_id
@@ -371,3 +373,12 @@ def test_the_listing_sees_what_it_should(parent: Path) -> None:
         change()
         assert everything(parent) != now
     assert everything(parent) != before
+
+
+@pytest.mark.parametrize("name", ["$\\frac{$", "$$", "a$_b$c", "\x1b[2Jlayers.0.q", "layers.0.\u202eq", "x" * 500])
+def test_a_name_that_is_a_formula_or_an_escape_is_drawn_as_text(tmp_path: Path, name: str) -> None:
+    draw_rank_map({f"model.layers.0.{name}": 2, name: 1}, tmp_path / "ranks.svg")
+    drawn = (tmp_path / "ranks.svg").read_text(encoding="utf-8")
+    assert "\x1b" not in drawn and "\u202e" not in drawn
+    shown = rank_table({f"model.layers.0.{name}": 2, name: 1})
+    assert all(line.isprintable() for line in shown.splitlines())

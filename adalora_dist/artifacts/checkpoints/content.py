@@ -29,8 +29,6 @@ from adalora_dist.sharding import select_engine
 from adalora_dist.sharding.agreement import agreed, this_rank
 from adalora_dist.sharding.base import ShardEngine, Span
 
-STATE = "state.json"
-STATE_KEYS = ("step", "allocator", "parameters", "triplets", "matrices", "run")
 _PATTERNS = "patterns"
 
 

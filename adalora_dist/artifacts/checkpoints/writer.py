@@ -26,7 +26,8 @@ import torch.distributed as dist
 from safetensors.torch import save as to_safetensors
 
 from adalora_dist.artifacts.checkpoints import files as files
-from adalora_dist.artifacts.checkpoints.content import STATE, STATE_KEYS, Checkpoint, Shard, snapshot, writes_shard
+from adalora_dist.artifacts.checkpoints.content import Checkpoint, Shard, snapshot, writes_shard
+from adalora_dist.artifacts.checkpoints.schema import STATE, check_content
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import read_object
 from adalora_dist.io.publish import NO_ROOM, refuse_link, writing
@@ -39,10 +40,17 @@ T = TypeVar("T")
 # ------------------------------------------------------------------------------------------------------------ finding
 
 
-def newest_checkpoint(root: Path) -> Checkpoint | None:
+Accepts = Callable[[Checkpoint], None]
+"""Raises ``files.Damaged`` for a checkpoint that is whole but cannot be what it says."""
+
+
+def newest_checkpoint(root: Path, accepts: Accepts | None = None) -> Checkpoint | None:
     """The newest whole checkpoint among those in ``root``; None if there is none, whole or not. Collective.
 
     The main process reads and verifies; damaged ones are passed over with a warning.
+
+    Args:
+        accepts: what the caller asks of it besides; one that it refuses counts as damaged.
 
     Raises:
         UserError: there are checkpoints, and none can be used.
@@ -52,7 +60,7 @@ def newest_checkpoint(root: Path) -> Checkpoint | None:
         problems = []
         for folder in files.checkpoints_in(root):
             try:
-                files.verify(folder)
+                _verify(folder, accepts)
             except files.Damaged as damage:
                 problems.append(str(damage))
                 continue
@@ -70,8 +78,8 @@ def newest_checkpoint(root: Path) -> Checkpoint | None:
     return None if found is None else _opened(Path(found))
 
 
-def checkpoint_at(folder: Path) -> Checkpoint:
-    """The checkpoint in ``folder``, and no other. Collective.
+def checkpoint_at(folder: Path, accepts: Accepts | None = None) -> Checkpoint:
+    """The checkpoint in ``folder``, and no other. Collective. ``accepts`` as of :func:`newest_checkpoint`.
 
     Raises:
         UserError: it is not a whole checkpoint; the message names the file.
@@ -79,12 +87,20 @@ def checkpoint_at(folder: Path) -> Checkpoint:
 
     def check() -> None:
         try:
-            files.verify(folder)
+            _verify(folder, accepts)
         except files.Damaged as damage:
             raise UserError(f"{damage}: give another checkpoint's path, or the run folder for its newest") from None
 
     agreed(check if this_rank() == 0 else lambda: None)
     return _opened(folder)
+
+
+def _verify(folder: Path, accepts: Accepts | None) -> None:
+    files.verify(folder)
+    names = tuple(files.read_manifest(folder))
+    state = check_content(folder, names)
+    if accepts is not None:
+        accepts(Checkpoint(folder, state["step"], state, names))
 
 
 def set_newer_aside(checkpoint: Checkpoint) -> None:
@@ -96,10 +112,11 @@ def set_newer_aside(checkpoint: Checkpoint) -> None:
 
 def _opened(folder: Path) -> Checkpoint:
     def read() -> Checkpoint:
-        names = tuple(files.read_manifest(folder))
+        try:
+            names = tuple(files.read_manifest(folder))
+        except files.Damaged as damage:
+            raise UserError(f"{damage}: all processes must see the same folder") from None
         state = read_object(folder / STATE)
-        if missing := [key for key in STATE_KEYS if key not in state]:
-            raise UserError(f"{folder / STATE} lacks {', '.join(missing)}: give another checkpoint")
         return Checkpoint(folder, state["step"], state, names)
 
     checkpoint: Checkpoint = agreed(read, keep=False)

@@ -66,8 +66,8 @@ def draw_rank_map(pattern: Mapping[str, int], path: Path) -> None:
             columns.index(column), lines.index(line), str(rank), ha="center", va="center", fontsize=7,
             color="white" if dark else "black",
         )  # fmt: skip
-    axes.set_xticks(range(len(columns)), [printable(name, 60) for name in columns], rotation=30, ha="right", fontsize=8)
-    axes.set_yticks(range(len(lines)), [printable(name, 60) for name in lines], fontsize=8)
+    axes.set_xticks(range(len(columns)), [printable(name, 32) for name in columns], rotation=30, ha="right", fontsize=8)
+    axes.set_yticks(range(len(lines)), [printable(name, 32) for name in lines], fontsize=8)
     axes.set_title(f"Active ranks: {sum(pattern.values())} triplets in {len(pattern)} matrices", fontsize=10)
     figure.colorbar(image, ax=axes, label="rank").locator = _whole_numbers()
     _save(figure, path)
