@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.rows.bad_rows import BadRows
-from adalora_dist.tasks.sft.config import SftDataConfig
+from adalora_dist.tasks.sft.config import SftConfig, SftDataConfig
 from adalora_dist.tasks.sft.demo import demo_conversations, reply_about, ships_of
 from adalora_dist.tasks.sft.forms import recognise
 from adalora_dist.tasks.sft.rows import Table, load_tables, num_training_rows
@@ -285,6 +285,14 @@ def test_folders(tmp_path: Path) -> None:
         texts("split", eval_split="other")
     with pytest.raises(ValidationError, match="leave one out"):
         SftDataConfig(source=("a",), eval_split="odd", eval_share=0.1)
+
+
+def test_settings_that_nothing_would_read_are_refused() -> None:
+    for settings in ({"columns": ("text=a",)}, {"eval_split": "dev"}, {"eval_share": 0.0}):
+        with pytest.raises(ValidationError, match="without data: the built-in conversations have their own"):
+            SftDataConfig(**settings)
+    with pytest.raises(ValidationError, match="no row is held out to evaluate on"):
+        SftConfig(data={"source": ("a.jsonl",), "eval_share": 0.0}, evaluation={"eval_every": 5})
 
 
 def test_sources_that_are_none(tmp_path: Path) -> None:

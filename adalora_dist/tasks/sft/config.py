@@ -64,11 +64,17 @@ class SftDataConfig(DataConfig):
                 f"eval_split {self.eval_split} with eval_share {self.eval_share:g}: the validation rows are one or the "
                 "other; leave one out"
             )
-        if self.columns and not self.source:
-            raise ValueError(
-                f"columns {' '.join(self.columns)} without data: the built-in conversations have no such columns; give "
-                "--data, or leave columns out"
-            )
+        return self
+
+    @model_validator(mode="after")
+    def _of_own_data(self) -> SftDataConfig:
+        given = {"columns": " ".join(self.columns), "eval_split": self.eval_split, "eval_share": self.eval_share}
+        for name, value in given.items():
+            if value not in ("", None) and not self.source:
+                raise ValueError(
+                    f"{name} {value} without data: the built-in conversations have their own; give --data, or leave "
+                    f"{name} out"
+                )
         return self
 
 
@@ -91,3 +97,12 @@ class SftConfig(RunConfig):
         learning_rate=2e-4, lr_schedule="cosine", lr_warmup_ratio=0.03, micro_batch_size=4, precision="auto"
     )
     evaluation: SftEvaluationConfig = SftEvaluationConfig()
+
+    @model_validator(mode="after")
+    def _something_to_evaluate_on(self) -> SftConfig:
+        if self.evaluation.eval_every and self.data.eval_share == 0:
+            raise ValueError(
+                f"eval_every {self.evaluation.eval_every} with eval_share 0: no row is held out to evaluate on; leave "
+                "one out"
+            )
+        return self

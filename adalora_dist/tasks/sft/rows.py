@@ -72,7 +72,7 @@ def load_tables(data: SftDataConfig, bad: BadRows, say: Say) -> tuple[list[Table
         UserError: a source or its form is not known, a row cannot be used, or none is left.
     """
     if not data.source:
-        return [_demo_table("train")], [_demo_table("validation")]
+        return [_demo_table("train", data.max_train_rows)], [_demo_table("validation", data.max_eval_rows)]
     sources = [parse_source(word) for word in data.source]
     train = [
         Table(_contents(source.training(), data, bad, say, data.max_train_rows), source.weight) for source in sources
@@ -206,12 +206,12 @@ def _contents(split: Split, data: SftDataConfig, bad: BadRows, say: Say, max_row
     return table
 
 
-def _demo_table(split: Any) -> Table:
+def _demo_table(split: Any, max_rows: int | None) -> Table:
     from datasets import Dataset
 
     rows = [
         {"row": json.dumps(content), "origin": f"built-in:{number}"}
-        for number, content in enumerate(demo_conversations(split), start=1)
+        for number, content in enumerate(demo_conversations(split)[:max_rows], start=1)
     ]
     return Table(Dataset.from_list(rows))
 
