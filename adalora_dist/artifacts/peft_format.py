@@ -12,8 +12,7 @@ the projections that all share.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,14 +22,14 @@ from safetensors.torch import save_file
 from torch.nn.functional import pad as pad_with_zeros
 
 from adalora_dist.artifacts.peft_check import taken_for_experts, verify
+from adalora_dist.artifacts.peft_config import anchored, common_config
 from adalora_dist.artifacts.whole import check_whole
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import read_object
 from adalora_dist.io.publish import building
-from adalora_dist.io.redaction import redacted
 from adalora_dist.methods.adalora.start import PREFIX, RANKNUM_OFFSET
 from adalora_dist.methods.dora import DoraUpdate
-from adalora_dist.methods.update import AdapterWeights, Update
+from adalora_dist.methods.update import AdapterWeights
 from adalora_dist.methods.vera import VeraUpdate
 
 if TYPE_CHECKING:
@@ -107,9 +106,9 @@ def save_lora(
     largest = max(a.rank for a in kept)
     # Parameters, where PEFT would take the module for one of the experts that transformers has stacked.
     taken = taken_for_experts([a.name for a in kept], model)
-    ranks = {_anchored(a.name) + (r"(|\.weight)" if a.name in taken else ""): a.rank for a in kept}
+    ranks = {anchored(a.name) + (r"(|\.weight)" if a.name in taken else ""): a.rank for a in kept}
     config = {
-        **_common_config(adapters, [a for a in kept if a.name not in taken], base_model, base_revision, trained, model),
+        **common_config(adapters, [a for a in kept if a.name not in taken], base_model, base_revision, trained, model),
         "peft_type": "LORA",
         "r": largest,
         "lora_alpha": largest,
@@ -166,7 +165,7 @@ def save_adalora(
     init_rank = max(1, *(a.rank for a in adapters))
     alpha = adapters[0].scale * init_rank
     config = {
-        **_common_config(adapters, adapters, base_model, base_revision, trained, model),
+        **common_config(adapters, adapters, base_model, base_revision, trained, model),
         "peft_type": "ADALORA",
         "init_r": init_rank,
         "target_r": init_rank,
@@ -210,7 +209,7 @@ def save_dora(
         raise UserError(f"{folder}: PEFT takes {taken[0]} for a stack of experts, without DoRA: use the merged model")
     largest = max(a.rank for a in adapters)
     config = {
-        **_common_config(adapters, adapters, base_model, base_revision, trained, model),
+        **common_config(adapters, adapters, base_model, base_revision, trained, model),
         "peft_type": "LORA",
         "r": largest,
         "lora_alpha": largest,
@@ -252,7 +251,7 @@ def save_vera(
     if taken := taken_for_experts([a.name for a in adapters], model):
         raise UserError(f"{folder}: PEFT takes {taken[0]} for a stack of experts, without VeRA: use the merged model")
     config = {
-        **_common_config(adapters, adapters, base_model, base_revision, trained, model),
+        **common_config(adapters, adapters, base_model, base_revision, trained, model),
         "peft_type": "VERA",
         "r": adapters[0].rank,
         "projection_prng_key": adapters[0].seed,
@@ -266,75 +265,6 @@ def save_vera(
         tensors[f"{PREFIX}{adapter.name}.vera_lambda_b"] = adapter.b.to(dtype)
         tensors[f"{PREFIX}{adapter.name}.vera_lambda_d"] = adapter.d.to(dtype)
     _write(folder, config, tensors, trained, model)
-
-
-def _common_config(
-    adapters: Sequence[Update],
-    kept: Sequence[Update],
-    base_model: str | None,
-    base_revision: str | None,
-    trained: Mapping[str, torch.Tensor] | None,
-    model: PreTrainedModel | None,
-) -> dict[str, Any]:
-    return {
-        "base_model_name_or_path": redacted(base_model),
-        "revision": base_revision,
-        "target_modules": _exactly([a.name for a in kept], [a.name for a in adapters]),
-        "modules_to_save": _whole_modules(trained, model) if trained else None,
-        "fan_in_fan_out": any(a.matrix.is_transposed for a in kept),
-        "bias": "none",
-        "lora_dropout": 0.0,
-        "inference_mode": True,
-        **_task_of(model),
-    }
-
-
-def _task_of(model: PreTrainedModel | None) -> dict[str, Any]:
-    """By which ``AutoPeftModelFor*`` finds the base model's class, or ``AutoPeftModel`` where PEFT has no such task."""
-    from transformers.models.auto import modeling_auto
-
-    tasks = {
-        "CAUSAL_LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        "SEQ_2_SEQ_LM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-        "SEQ_CLS": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-        "QUESTION_ANS": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-        "TOKEN_CLS": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-    }
-    if model is None:
-        return {"task_type": None}
-    name = type(model).__name__
-    if task := next((task for task, names in tasks.items() if names.get(model.config.model_type) == name), None):
-        return {"task_type": task}
-    return {"task_type": None, "auto_mapping": {"base_model_class": name, "parent_library": "transformers"}}
-
-
-def _whole_modules(trained: Mapping[str, torch.Tensor], model: PreTrainedModel | None) -> list[str]:
-    """The modules whose tensors ``trained`` has: as large as they come where the whole model is known.
-
-    PEFT saves the modules that it takes for the head (classifier, score, qa_outputs) as a whole.
-    """
-    leaves = sorted({name.rpartition(".")[0] for name in trained})
-    if model is None:
-        return leaves
-    chosen: list[str] = []
-    for name, module in model.named_modules():  # from the top
-        parameters = {f"{name}.{leaf}" for leaf, _ in module.named_parameters()} if name else set()
-        if parameters and parameters <= trained.keys() and not f"{name}.".startswith(tuple(f"{c}." for c in chosen)):
-            chosen.append(name)
-    covered = tuple(f"{name}." for name in chosen)
-    return sorted([*chosen, *(leaf for leaf in leaves if not f"{leaf}.".startswith(covered))])
-
-
-def _anchored(name: str) -> str:
-    """A key that PEFT's ``re.match(rf"(.*\\.)?({key})$", module)`` finds in the module of this name alone."""
-    return "^" + re.escape(name)
-
-
-def _exactly(names: Sequence[str], others: Iterable[str]) -> list[str] | str:
-    """``target_modules`` that hit ``names`` alone. PEFT takes a listed name as the end of a longer one, too."""
-    if any(other.endswith(f".{name}") for name in names for other in others):
-        return "|".join(map(re.escape, names))
-    return sorted(names)
 
 
 def _write(

@@ -16,7 +16,7 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.methods.dvora import Dvora
 from adalora_dist.methods.inject import adapt, parameter_groups
 from adalora_dist.methods.vera import Vera, VeraLinear, projections
-from tests.methods.test_all_methods import logits, tiny_gpt2
+from tests.support.tiny_language_model import logits, tiny_gpt2
 
 TOKENS, RANK = 31, 6
 

@@ -8,10 +8,8 @@ text without types (.csv, .tsv) are for recipes whose fields are all texts.
 from __future__ import annotations
 
 import codecs
-import csv
 import gzip
 import hashlib
-import io
 import json
 import os
 import re
@@ -24,6 +22,7 @@ from typing import Any, BinaryIO, cast
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import MAX_BYTES, NotReadable, opened
 from adalora_dist.tasks.rows.bad_rows import Rows
+from adalora_dist.tasks.rows.text_tables import text_table_rows
 
 SUFFIXES = (".jsonl", ".parquet", ".json", ".jsonl.gz", ".json.gz")
 TEXT_TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
@@ -33,7 +32,6 @@ TRAIN, TEST = ("train",), ("test", "validation", "dev")
 held out as well."""
 _SHARD = re.compile(r"-(\d+)-of-(\d+)")
 _PARQUET_ROWS = 1000
-_LONGEST_CELL = 2**31 - 1  # Python's own limit of 128 KiB is less than a document
 _MAX_ARRAY_BYTES = 1 << 29
 """Of a file that is one JSON array, which is parsed as a whole."""
 
@@ -148,7 +146,7 @@ def file_rows(path: Path) -> Rows:
         with opened(path) as raw:
             file = cast(BinaryIO, gzip.open(raw)) if path.name.endswith(".gz") else raw
             if path.name.endswith(TEXT_TABLES):
-                yield from _table_rows(path, file)
+                yield from text_table_rows(path, file)
                 return
             start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
             is_array = path.name.removesuffix(".gz").endswith(".json") and start.startswith(b"[")
@@ -267,61 +265,6 @@ def _array_rows(path: Path, file: BinaryIO) -> Iterator[tuple[str, object]]:
         raise UserError(f"{path} is no array of rows; write one JSON object of texts per line") from error
     for number, row in enumerate(rows, start=1):
         yield f"{path}:{number}", row
-
-
-def _table_rows(path: Path, file: BinaryIO) -> Iterator[tuple[str, object]]:
-    """Rows of a table of text; row 1 is the first behind the header, however many lines a cell has."""
-    csv.field_size_limit(_LONGEST_CELL)
-    delimiter = "\t" if ".tsv" in path.name else ","
-    # What is not UTF-8 becomes lone surrogates, so that it is one row's fault.
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
-    header: list[str] = []
-    number = 0
-    while True:
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            raise UserError(
-                f"{path} is not a valid table ({error} at line {reader.line_num}); write it again, with cells in "
-                "double quotes and double quotes in them doubled"
-            ) from error
-        if cells is None:
-            return
-        if not cells:
-            continue
-        if not header:
-            header = _checked_header(path, cells, delimiter)
-            continue
-        number += 1
-        origin = f"{path}:{number}"
-        if len(cells) != len(header):
-            yield origin, UserError(f"{origin}: the row has {len(cells)} cells, the header {len(header)}; correct it")
-        elif not _is_unicode(cells):
-            yield origin, UserError(f"{origin}: not UTF-8 text; save the table as UTF-8")
-        else:
-            yield origin, dict(zip(header, cells, strict=True))
-
-
-def _checked_header(path: Path, header: list[str], delimiter: str) -> list[str]:
-    if not _is_unicode(header):
-        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8")
-    if repeated := [name for name in header if header.count(name) > 1]:
-        raise UserError(f"{path}: two columns are called {repeated[0]!r}; rename one of them in the first line")
-    others = [mark for mark in ";\t,|" if mark != delimiter and mark in header[0]]
-    if len(header) == 1 and others:
-        raise UserError(
-            f"{path}: the header is one cell, {header[0][:80]!r}; separate cells by {delimiter!r} (not {others[0]!r})"
-        )
-    return header
-
-
-def _is_unicode(cells: Sequence[str]) -> bool:
-    try:
-        "".join(cells).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:

@@ -1,0 +1,68 @@
+"""Rows of tables of text, CSV and TSV: every cell is a text. Never imports torch."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from adalora_dist.io.errors import UserError
+
+_LONGEST_CELL = 2**31 - 1  # Python's own limit of 128 KiB is less than a document
+
+
+def text_table_rows(path: Path, file: BinaryIO) -> Iterator[tuple[str, object]]:
+    """Rows of a table of text; row 1 is the first behind the header, however many lines a cell has."""
+    csv.field_size_limit(_LONGEST_CELL)
+    delimiter = "\t" if ".tsv" in path.name else ","
+    # What is not UTF-8 becomes lone surrogates, so that it is one row's fault.
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    header: list[str] = []
+    number = 0
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise UserError(
+                f"{path} is not a valid table ({error} at line {reader.line_num}); write it again, with cells in "
+                "double quotes and double quotes in them doubled"
+            ) from error
+        if cells is None:
+            return
+        if not cells:
+            continue
+        if not header:
+            header = _checked_header(path, cells, delimiter)
+            continue
+        number += 1
+        origin = f"{path}:{number}"
+        if len(cells) != len(header):
+            yield origin, UserError(f"{origin}: the row has {len(cells)} cells, the header {len(header)}; correct it")
+        elif not _is_unicode(cells):
+            yield origin, UserError(f"{origin}: not UTF-8 text; save the table as UTF-8")
+        else:
+            yield origin, dict(zip(header, cells, strict=True))
+
+
+def _checked_header(path: Path, header: list[str], delimiter: str) -> list[str]:
+    if not _is_unicode(header):
+        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8")
+    if repeated := [name for name in header if header.count(name) > 1]:
+        raise UserError(f"{path}: two columns are called {repeated[0]!r}; rename one of them in the first line")
+    others = [mark for mark in ";\t,|" if mark != delimiter and mark in header[0]]
+    if len(header) == 1 and others:
+        raise UserError(
+            f"{path}: the header is one cell, {header[0][:80]!r}; separate cells by {delimiter!r} (not {others[0]!r})"
+        )
+    return header
+
+
+def _is_unicode(cells: Sequence[str]) -> bool:
+    try:
+        "".join(cells).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
