@@ -11,6 +11,7 @@ import contextlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 import psutil
@@ -50,14 +51,18 @@ _MAX_LINE_CHARACTERS = 4000
 
 
 def tell_error(text: object) -> None:
-    """Print ``error: <one line>`` on standard error, as the last thing that is seen of this program."""
+    """Print ``error: <one line>`` on standard error, as the last thing that is seen of this program.
+
+    Under a launcher that line comes once, at the launcher's end. What is printed at once, since there may be nobody to
+    print it later (a container ends with its launcher), begins with the program's name.
+    """
     line = f"error: {printable(redacted(' '.join(str(text).split())), _MAX_LINE_CHARACTERS)}"
-    print(line, file=sys.stderr, flush=True)
+    print(f"{Path(sys.argv[0]).name}: {line}" if launchers() else line, file=sys.stderr, flush=True)
     repeat_last(line)
 
 
 def repeat_last(line: str) -> None:
-    """Say ``line``, which has been printed, again when the launcher, if there is one, has printed what it prints.
+    """Say ``line``, which has been said, again when the launcher, if there is one, has printed what it prints.
 
     Reaches standard error as this process has it, a pipe or a file too: who reads to the end of a pipe gets the line.
     """
