@@ -40,7 +40,7 @@ def arguments(project: Path, output: Path) -> list[str]:
 @pytest.mark.parametrize("surroundings", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C"}])
 def test_a_terminal_that_cannot_show_what_is_said(project: Path, surroundings: dict[str, str]) -> None:
     """Names, tables and progress bars, of a recipe and of the commands after it; errors, too."""
-    output = project / f"run {len(surroundings)} — ü"
+    output = project / f"run {next(iter(surroundings))} — ü"
     process = run_command(sys.executable, RECIPE, *arguments(project, output), **surroundings)
     assert process.returncode == 0, process.stderr[-3000:]
     inspected = run_command(
@@ -70,14 +70,11 @@ def test_a_terminal_that_cannot_show_what_is_said(project: Path, surroundings: d
         pytest.param([ROOT / "launch" / "llama_commonsense.sh"], marks=pytest.mark.slow),
     ],
 )
-def test_from_another_working_folder(
-    project: Path, tmp_path: Path, launcher: list[str | Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_from_another_working_folder(project: Path, tmp_path: Path, launcher: list[str | Path]) -> None:
     pytest.importorskip("deepspeed")
-    monkeypatch.setattr("tests.recipes.test_launch.ROOT", tmp_path)  # where commands run
     port = ["--main_process_port", free_port()] if "--num_processes" in launcher else []
     command = [*launcher[:2], *port, *launcher[2:], *arguments(project, Path("run"))]
-    process = run_command(*command, PYTHONPATH=str(ROOT))
+    process = run_command(*command, folder=tmp_path)
     assert process.returncode == 0, process.stderr[-3000:]
     assert (tmp_path / "run" / "adapter" / "adapter.json").is_file()
 

@@ -49,9 +49,11 @@ def run_recipe(
     return results[0]
 
 
-def run_command(*command: Any, timeout: float = 400, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run from the repository's root, as the README says, with this Python first on PATH, as in an activated virtual
-    environment, and without what launchers have put into this test process's environment."""
+def run_command(
+    *command: Any, folder: Path = ROOT, timeout: float = 400, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run, by default from the repository's root, as the README says, with this Python first on PATH, as in an
+    activated virtual environment, and without what launchers have put into this test process's environment."""
     launchers = ("ACCELERATE_", "FSDP_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "DS_ACCELERATOR", "OMP_")
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(launchers)}
     own = {
@@ -62,7 +64,7 @@ def run_command(*command: Any, timeout: float = 400, **environment: str) -> subp
     }
     return subprocess.run(
         [str(word) for word in command],
-        cwd=ROOT,
+        cwd=folder,
         env={**inherited, **own, **environment},
         capture_output=True,
         text=True,
