@@ -72,6 +72,9 @@ class Project:
 
 def run_held(rank: int, world_size: int, folder: Path, stage: str | None, arguments: list[str]) -> None:
     """The recipe as the main program, which waits at ``stage`` until a signal ends it or, in training, has come."""
+    # As in a terminal, wherever these tests run: in the background, or behind nohup, processes begin with both ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if stage is not None:
         _hold(folder, stage, rank)
     recipe = ROOT / "recipes" / "llama_commonsense.py"
