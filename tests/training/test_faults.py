@@ -131,6 +131,7 @@ def strangers(rank: int, world_size: int) -> None:
         b"{}\n",
         b"[]\n",
         b'{"token": "x", "identity": []}\n',
+        b"[" * 50_000 + b"\n",
         b"x" * 200_000,
         b"",
     ):

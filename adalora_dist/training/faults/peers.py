@@ -59,7 +59,7 @@ class _Hub:
         """Take in what has come; waits for it for a fraction of a beat."""
         for key, _ in self._selector.select(timeout=BEAT_SECONDS / 5):
             if key.fileobj is self._listener:
-                line = Line(self._listener.accept()[0], self._timeout_seconds)
+                line = Line(self._listener.accept()[0], self._timeout_seconds, self._token)
                 self._selector.register(line.socket, selectors.EVENT_READ, line)
                 continue
             try:
@@ -76,8 +76,6 @@ class _Hub:
 
     def _take(self, line: Line, message: dict[str, Any]) -> None:
         if line.rank is None:
-            if not secrets.compare_digest(str(message["token"]), self._token):
-                raise ValueError("a stranger")
             identity = Identity(*message["identity"])
             line.rank = identity.rank
             self.lines[line.rank], self._identities[line.rank] = line, identity
@@ -253,7 +251,8 @@ class Peers:
         """Other ranks: tell rank 0, hear what it decides."""
         address = (self._meeting.host, self._meeting.port)
         line = Line(socket.create_connection(address, timeout=self.timeout_seconds), self.timeout_seconds)
-        line.send({"token": self._meeting.token, "identity": list(self._me)})
+        line.introduce(self._meeting.token)
+        line.send({"identity": list(self._me)})
         selector = selectors.DefaultSelector()
         selector.register(line.socket, selectors.EVENT_READ)
         heard = last_round = next_beat = time.monotonic()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -112,12 +113,20 @@ class State:
 
 
 class Line:
-    """A socket that carries JSON objects, one a line."""
+    """A socket that carries JSON objects, one a line.
 
-    def __init__(self, connection: socket.socket, timeout_seconds: float) -> None:
+    Args:
+        token: the other end's first line must be this, and nothing that a stranger sends is parsed; None: no such line.
+    """
+
+    def __init__(self, connection: socket.socket, timeout_seconds: float, token: str | None = None) -> None:
         connection.settimeout(timeout_seconds)
-        self.socket, self._rest = connection, b""
+        self.socket, self._rest, self._awaited = connection, b"", token
         self.rank: int | None = None
+
+    def introduce(self, token: str) -> None:
+        """Send the token that the other end waits for."""
+        self.socket.sendall(token.encode() + b"\n")
 
     def send(self, message: Mapping[str, Any]) -> None:
         self.socket.sendall(json.dumps(message).encode() + b"\n")
@@ -128,7 +137,11 @@ class Line:
         if not data:
             raise EOFError
         *lines, self._rest = (self._rest + data).split(b"\n")
-        if len(self._rest) > 1 << 16:
+        if self._awaited is not None and lines:
+            if not secrets.compare_digest(lines.pop(0), self._awaited.encode()):
+                raise ValueError("a stranger")
+            self._awaited = None
+        if len(self._rest) > (1 << 16 if self._awaited is None else len(self._awaited)):
             raise ValueError("an endless line")
         return [json.loads(line) for line in lines]
 
