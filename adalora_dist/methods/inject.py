@@ -26,7 +26,7 @@ def adapt(model: nn.Module, config: MethodConfig, seed: int = 0) -> list[Adapter
             does not fit the targets.
     """
     method = method_for(config)
-    trained = [] if config.trains_backbone else trained_modules(model, config)
+    trained = trained_modules(model, config)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name in trained:
