@@ -40,7 +40,7 @@ from adalora_dist.training.engine import build_accelerator
 from adalora_dist.training.loop import train
 from adalora_dist.training.prepared import prepare
 from adalora_dist.training.run_folder import RunFolder
-from tests.support.paths import DS_CONFIGS
+from tests.support.paths import DS_CONFIGS, ROOT
 from tests.support.ranks import import_deepspeed, run_ranks
 from tests.support.tiny_language_model import byte_tokenizer
 
@@ -332,7 +332,8 @@ def save_llama(rank: int, world_size: int, folder: Path, num_layers: int) -> int
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux' /proc")
 def test_no_rank_ever_holds_the_backbone(tmp_path):
     """Ranks are forked from a fresh process: in memory that earlier tests have freed, tensors would lie unseen."""
-    measured = subprocess.run([sys.executable, __file__, str(tmp_path)], capture_output=True, text=True, timeout=500)
+    command = [sys.executable, "-m", "tests.backbones.test_sharded_load", str(tmp_path)]
+    measured = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert measured.returncode == 0, measured.stderr
     full_bytes, peaks = json.loads(measured.stdout.splitlines()[-1])
     assert full_bytes > 100e6 and peaks["single"][0] > 0.9 * full_bytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,7 @@ def test_a_terminal_is_closed(tmp_path: Path, before: tuple[str, ...], whose: st
     process = subprocess.Popen(
         [*before, sys.executable, "-c", PROGRAM, tmp_path / "done", whose], cwd=ROOT, stdin=subprocess.PIPE,
         stdout=terminal, stderr=terminal, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # these tests may run behind nohup
     )  # fmt: skip
     os.close(terminal)
     while b"up" not in os.read(master, 1000):
