@@ -29,7 +29,7 @@ from adalora_dist.io.foreign_files import read_object
 from adalora_dist.io.publish import building
 from adalora_dist.methods.adalora.start import PREFIX, RANKNUM_OFFSET
 from adalora_dist.methods.dora import DoraUpdate
-from adalora_dist.methods.update import AdapterWeights
+from adalora_dist.methods.update import AdapterWeights, Update
 from adalora_dist.methods.vera import VeraUpdate
 
 if TYPE_CHECKING:
@@ -204,9 +204,7 @@ def save_dora(
     Raises:
         UserError: PEFT would divide 0 by 0, or takes a matrix for one of stacked experts; as :func:`save_lora`.
     """
-    names = [a.name for a in adapters]
-    if taken := taken_for_experts(names, model):
-        raise UserError(f"{folder}: PEFT takes {taken[0]} for a stack of experts, without DoRA: use the merged model")
+    _refuse_experts(adapters, folder, model, "DoRA")
     largest = max(a.rank for a in adapters)
     config = {
         **common_config(adapters, adapters, base_model, base_revision, trained, model),
@@ -248,8 +246,7 @@ def save_vera(
     Raises:
         UserError: PEFT takes a matrix for one of stacked experts; as :func:`save_lora`.
     """
-    if taken := taken_for_experts([a.name for a in adapters], model):
-        raise UserError(f"{folder}: PEFT takes {taken[0]} for a stack of experts, without VeRA: use the merged model")
+    _refuse_experts(adapters, folder, model, "VeRA")
     config = {
         **common_config(adapters, adapters, base_model, base_revision, trained, model),
         "peft_type": "VERA",
@@ -265,6 +262,11 @@ def save_vera(
         tensors[f"{PREFIX}{adapter.name}.vera_lambda_b"] = adapter.b.to(dtype)
         tensors[f"{PREFIX}{adapter.name}.vera_lambda_d"] = adapter.d.to(dtype)
     _write(folder, config, tensors, trained, model)
+
+
+def _refuse_experts(adapters: Sequence[Update], folder: Path, model: PreTrainedModel | None, kind: str) -> None:
+    if taken := taken_for_experts([a.name for a in adapters], model):
+        raise UserError(f"{folder}: PEFT takes {taken[0]} for a stack of experts, without {kind}: use the merged model")
 
 
 def _write(

@@ -9,7 +9,7 @@ from adalora_dist.backbones.parts import backbone_of
 from adalora_dist.config.methods.bitfit import BitFitConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.protocol import Adapter, Method
-from adalora_dist.methods.sites import matching_modules
+from adalora_dist.methods.sites import matching_modules, train_in_place
 from adalora_dist.sharding.tensors import full_shape
 
 
@@ -39,13 +39,7 @@ class BitFit(Method):
             where = "" if named is None else f" in {', '.join(patterns)}"
             also = "" if self.config.train_norms else ", set train_norms to train the weights of its norms,"
             raise UserError(f"method=bitfit: {type(model).__name__} has no biases{where}{also} or take another method")
-        for name, parameter in chosen:
-            if parameter.dtype != torch.float32:
-                raise UserError(
-                    f"method=bitfit: {name} is {parameter.dtype}, in which small updates are rounded away: set dtype "
-                    "to float32"
-                )
-            parameter.requires_grad_(True)
+        train_in_place("bitfit", chosen)
         return []
 
     def undecayed(self, model: nn.Module) -> list[torch.Tensor]:

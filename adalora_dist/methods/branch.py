@@ -14,10 +14,8 @@ import torch
 from torch import nn
 
 from adalora_dist.backbones.linears import is_conv1d, linear_shape
-from adalora_dist.config.methods.base import TargetsConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.protocol import Adapter, Step
-from adalora_dist.methods.sites import find_targets
 from adalora_dist.sharding.tensors import full_numel
 
 
@@ -91,26 +89,6 @@ class BranchStep(Step):
 
     def rank_pattern(self) -> dict[str, int]:
         return {layer.name: layer.rank for layer in self.layers}
-
-
-def put_around(
-    model: nn.Module, config: TargetsConfig, make: Callable[[nn.Module, str], BranchLinear]
-) -> list[BranchLinear]:
-    """Put what ``make`` gives for (base, name) around every target, in canonical order."""
-    layers = []
-    for name in find_targets(model, config.targets):
-        base = model.get_submodule(name)
-        base.requires_grad_(False)  # it may lie in a module of train_modules
-        layers.append(put_in_place(model, make(base, name)))
-    return layers
-
-
-def put_in_place(model: nn.Module, layer: BranchLinear) -> BranchLinear:
-    """Replace the layer's base by the layer."""
-    layer.train(layer.base.training)
-    parent, _, child = layer.name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
-    return layer
 
 
 class Drawn:

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from adalora_dist.config.methods.dora import DoraConfig
-from adalora_dist.methods.branch import put_around, put_in_place
 from adalora_dist.methods.magnitude import MagnitudeLinear, MagnitudeStep, MagnitudeUpdate
 from adalora_dist.methods.protocol import Adapter, Method, Step, adapters_of
+from adalora_dist.methods.sites import find_targets, put_around, put_in_place
 from adalora_dist.methods.update import Matrix, Update
 
 
@@ -73,9 +73,9 @@ class Dora(Method):
     def adapt(self, model: nn.Module, generator: torch.Generator) -> list[Adapter]:
         config = self.config
         make = partial(DoraLinear, rank=config.init_rank, scale=config.scale, dropout=config.dropout)
-        layers = put_around(model, config, make)
+        layers = put_around(model, find_targets(model, config.targets), make)
         for layer in layers:
-            cast(DoraLinear, layer).reset(generator)
+            layer.reset(generator)
         return list(layers)
 
     def undecayed(self, model: nn.Module) -> list[torch.Tensor]:
@@ -93,10 +93,9 @@ class Dora(Method):
         whole: Callable[[str], torch.Tensor | None],
     ) -> Sequence[Update]:
         updates = []
-        for name, d in described.items():
+        for name, matrix in described.items():
             p, qt, dm = (cast(torch.Tensor, whole(f"{name}.{kind}")) for kind in ("P", "Qt", "dm"))
-            matrix = Matrix(name, (d["d_out"], d["d_in"]), d["init_rank"], d["scale"], d["is_transposed"])
-            updates.append(DoraUpdate(matrix, dm, p, qt.T.contiguous()))
+            updates.append(DoraUpdate(Matrix.described(name, matrix), dm, p, qt.T.contiguous()))
         return updates
 
     @classmethod

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from adalora_dist.io.errors import UserError
 from adalora_dist.methods.protocol import Adapter, Method
+from adalora_dist.methods.sites import train_in_place
 
 
 class Full(Method):
@@ -18,11 +18,5 @@ class Full(Method):
         Raises:
             UserError: one is not float32.
         """
-        for name, parameter in model.named_parameters():
-            if parameter.dtype != torch.float32:
-                raise UserError(
-                    f"method=full: {name} is {parameter.dtype}, in which small updates are rounded away: set dtype to "
-                    "float32"
-                )
-            parameter.requires_grad_(True)
+        train_in_place("full", model.named_parameters())
         return []

@@ -14,8 +14,9 @@ from torch import nn
 
 from adalora_dist.config.methods.lora_fa import LoraFaConfig
 from adalora_dist.methods.adalora.method import TripletMethod
-from adalora_dist.methods.branch import BranchLinear, BranchStep, Drawn, put_around
+from adalora_dist.methods.branch import BranchLinear, BranchStep, Drawn
 from adalora_dist.methods.protocol import Adapter, Method, Step
+from adalora_dist.methods.sites import find_targets, put_around
 from adalora_dist.methods.update import AdapterWeights, Update
 
 
@@ -53,7 +54,8 @@ class LoraFa(Method):
     said = "Low-rank adapters (LoRA-FA, [arXiv 2308.03303](https://arxiv.org/abs/2308.03303))"
 
     def adapt(self, model: nn.Module, generator: torch.Generator) -> list[Adapter]:
-        return list(put_around(model, self.config, partial(LoraFaLinear, config=self.config, generator=generator)))
+        make = partial(LoraFaLinear, config=self.config, generator=generator)
+        return list(put_around(model, find_targets(model, self.config.targets), make))
 
     def step(self, adapters: Sequence[Adapter], total_steps: int) -> Step:
         return BranchStep(cast(Sequence[BranchLinear], adapters))

@@ -25,7 +25,7 @@ from adalora_dist.backbones.linears import has_readable_weight, weight_of
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.branch import BranchLinear, BranchStep
 from adalora_dist.methods.protocol import StepState
-from adalora_dist.methods.update import AdapterWeights, Matrix
+from adalora_dist.methods.update import AdapterWeights, Matrix, OfMatrix
 from adalora_dist.sharding.tensors import is_whole
 
 
@@ -164,21 +164,13 @@ class MagnitudeStep(BranchStep):
 
 
 @dataclass(frozen=True)
-class MagnitudeUpdate:
+class MagnitudeUpdate(OfMatrix):
     """Base of updates with lengths: ``matrix``, dm (d_out,), and what is added to W0 before rows get their lengths."""
 
     matrix: Matrix
     dm: torch.Tensor
 
     formula: ClassVar[str] = "W = diag(|W0| + dm) V / |V|, |.| of rows, V = W0 + scale * P Q; rows that are 0 in W0: V"
-
-    @property
-    def name(self) -> str:
-        return self.matrix.name
-
-    @property
-    def rank(self) -> int:
-        return self.matrix.rank
 
     def added(self) -> torch.Tensor:
         """V - W0, (d_out, d_in)."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
+import torch
 from torch import nn
 
 from adalora_dist.backbones.bypass import weights_read_directly
@@ -13,6 +16,8 @@ from adalora_dist.backbones.parts import backbone_of, head_names, is_under, outp
 from adalora_dist.config.methods import MethodConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.protocol import Adapter
+
+A = TypeVar("A", bound=Adapter)
 
 
 def trained_modules(model: nn.Module, config: MethodConfig) -> list[str]:
@@ -152,3 +157,36 @@ def matching_modules(model: nn.Module, patterns: tuple[str, ...], field: str) ->
             )
         matched += hits
     return matched
+
+
+def put_around(model: nn.Module, targets: Iterable[str], make: Callable[[nn.Module, str], A]) -> list[A]:
+    """Put what ``make`` gives for (base, name) in the place of each target, in their order."""
+    layers = []
+    for name in targets:
+        base = model.get_submodule(name)
+        base.requires_grad_(False)  # it may lie in a module of train_modules
+        layers.append(put_in_place(model, make(base, name)))
+    return layers
+
+
+def put_in_place(model: nn.Module, layer: A) -> A:
+    """Replace the layer's base by the layer."""
+    layer.train(layer.base.training)
+    parent, _, child = layer.name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+    return layer
+
+
+def train_in_place(method: str, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Make (name, parameter) of the backbone trainable.
+
+    Raises:
+        UserError: one is not float32.
+    """
+    for name, parameter in parameters:
+        if parameter.dtype != torch.float32:
+            raise UserError(
+                f"method={method}: {name} is {parameter.dtype}, in which small updates are rounded away: set dtype to "
+                "float32"
+            )
+        parameter.requires_grad_(True)

@@ -25,6 +25,26 @@ class Matrix(NamedTuple):
     scale: float
     is_transposed: bool
 
+    @classmethod
+    def described(cls, name: str, sizes: Mapping[str, Any]) -> Matrix:
+        """From what an adapter's ``description`` says."""
+        shape = sizes["d_out"], sizes["d_in"]
+        return cls(name, shape, sizes["init_rank"], sizes["scale"], sizes["is_transposed"])
+
+
+class OfMatrix:
+    """An update that is known by its ``matrix``."""
+
+    matrix: Matrix
+
+    @property
+    def name(self) -> str:
+        return self.matrix.name
+
+    @property
+    def rank(self) -> int:
+        return self.matrix.rank
+
 
 class Update(Protocol):
     """What one matrix has become. All tensors are on the CPU, float32."""

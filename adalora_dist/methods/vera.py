@@ -18,10 +18,10 @@ from torch import nn
 from adalora_dist.backbones.linears import linear_shape
 from adalora_dist.config.methods.vera import SharedConfig, VeraConfig
 from adalora_dist.io.errors import UserError
-from adalora_dist.methods.branch import BranchLinear, BranchStep, Drawn, put_around, put_in_place
+from adalora_dist.methods.branch import BranchLinear, BranchStep, Drawn
 from adalora_dist.methods.protocol import Adapter, Method, Step, adapters_of
-from adalora_dist.methods.sites import find_targets
-from adalora_dist.methods.update import AdapterWeights, Matrix, Update
+from adalora_dist.methods.sites import find_targets, put_around, put_in_place
+from adalora_dist.methods.update import AdapterWeights, Matrix, OfMatrix, Update
 
 
 def projections(seed: int, rank: int, shapes: Iterable[tuple[int, int]], digest: str | None = None) -> Drawn:
@@ -76,23 +76,14 @@ class VeraLinear(BranchLinear):
         return super().description() | {"seed": self.seed, "sha256": self.shared.digest()}
 
 
-class SharedUpdate:
+class SharedUpdate(OfMatrix):
     """What the updates of VeRA and DVoRA have in common: the projections, and vectors of each matrix."""
 
-    matrix: Matrix
     shared: Drawn
     seed: int
 
     vectors: ClassVar[tuple[str, ...]]
     """Kinds of trained vectors: d has r numbers, the others d_out."""
-
-    @property
-    def name(self) -> str:
-        return self.matrix.name
-
-    @property
-    def rank(self) -> int:
-        return self.matrix.rank
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {kind: getattr(self, kind) for kind in self.vectors}
@@ -169,14 +160,15 @@ class SharedMethod(Method):
 
     def adapt(self, model: nn.Module, generator: torch.Generator) -> list[Adapter]:
         config = self.config
-        shapes = [linear_shape(model.get_submodule(name)) or (0, 0) for name in find_targets(model, config.targets)]
+        names = find_targets(model, config.targets)
+        shapes = [linear_shape(model.get_submodule(name)) or (0, 0) for name in names]
         shared = projections(config.projection_seed, config.init_rank, [shape[::-1] for shape in shapes])
 
         def make(base: nn.Module, name: str) -> VeraLinear:
             sizes = (config.init_rank, config.projection_seed, config.d_initial, config.dropout)
             return self.layer(base, name, shared, *sizes)
 
-        return list(put_around(model, config, make))
+        return list(put_around(model, names, make))
 
     def undecayed(self, model: nn.Module) -> list[torch.Tensor]:
         return [p for layer in adapters_of(model) for p in layer.parameters(recurse=False)]
@@ -191,10 +183,7 @@ class SharedMethod(Method):
     ) -> Sequence[Update]:
         """The projections are drawn again, when they are first asked for."""
         first = next(iter(described.values()))
-        matrices = [
-            Matrix(name, (m["d_out"], m["d_in"]), m["init_rank"], m["scale"], m["is_transposed"])
-            for name, m in described.items()
-        ]
+        matrices = [Matrix.described(name, matrix) for name, matrix in described.items()]
         vectors = {
             name: {kind: cast(torch.Tensor, whole(f"{name}.{kind}")) for kind in cls.update.vectors}
             for name in described

@@ -21,7 +21,7 @@ from adalora_dist.methods.adalora.layers import LAMBDAS_NAME, SVDLinear, add_lam
 from adalora_dist.methods.adalora.schedule import BudgetSchedule
 from adalora_dist.methods.adalora.start import Triplets, read_peft, start_with, with_lambda_in_p
 from adalora_dist.methods.protocol import Adapter, Method, Step, adapters_of
-from adalora_dist.methods.sites import find_targets
+from adalora_dist.methods.sites import find_targets, put_around, put_in_place
 from adalora_dist.methods.update import AdapterWeights, Update
 
 
@@ -39,17 +39,14 @@ class TripletMethod(Method):
                 f"init_from={config.init_from}: {len(unknown)} of its matrices ({', '.join(unknown[:3])}) are not "
                 "among the targets: name them there, and use the adapter's own base model"
             )
-        layers: list[SVDLinear] = []
-        for name in names:
-            base = model.get_submodule(name)
-            base.requires_grad_(False)  # it may lie in a module of train_modules
+
+        def make(base: nn.Module, name: str) -> SVDLinear:
             d_in, d_out = linear_shape(base) or (0, 0)
             layer = SVDLinear(base, d_in, d_out, config.init_rank, config.scale, config.dropout, name)
             self.reset(layer, generator)
-            layer.train(base.training)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer)
-            layers.append(layer)
+            return layer
+
+        layers = put_around(model, names, make)
         with torch.no_grad():
             self.begin(add_lambdas(model, layers).lam)
         for layer in layers:
@@ -118,9 +115,7 @@ class TripletMethod(Method):
             if update.rank:
                 layer.P.copy_(update.P)
                 layer.Qt.copy_(update.Q.T)
-            parent, _, child = update.name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer)
-            layers.append(layer)
+            layers.append(put_in_place(model, layer))
         if layers:
             add_lambdas(model, layers).lam.copy_(torch.cat([update.lam for update in triplets]))
         return list(layers)
