@@ -23,6 +23,7 @@ from adalora_dist.methods.hooks import attach
 from adalora_dist.methods.inject import adapt
 from adalora_dist.methods.protocol import Adapter
 from adalora_dist.methods.update import AdapterWeights
+from tests.support.engine_steps import backward_and_step
 from tests.support.models import adapted_net, config, global_batch
 from tests.support.ranks import import_deepspeed, run_ranks
 
@@ -327,13 +328,7 @@ def train_and_gather(rank: int, world_size: int, engine: str) -> tuple[list[Adap
     for step in range(STEPS):
         x, y = (t.chunk(world_size)[rank] for t in global_batch(step, 24))
         loss = (model(x) - y).square().mean()
-        if engine == "zero3":
-            model.backward(loss)
-            model.step()
-        else:
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        backward_and_step(engine, model, optimizer, loss)
     hooks.finish()
     branch = None
     if engine == "single":

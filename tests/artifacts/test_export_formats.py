@@ -33,6 +33,7 @@ from tests.support.adapted_models import (
     weights_of,
     with_adapters,
 )
+from tests.support.engine_steps import backward_and_step
 from tests.support.models import Net
 from tests.support.paths import shared
 from tests.support.ranks import import_deepspeed, run_ranks
@@ -302,13 +303,7 @@ def train(rank: int, world_size: int, engine: str, kind: str) -> tuple[list[Adap
         ids = torch.randint(3, 48, (2, 6), generator=generator)
         labels = ids[:, 0] % 3 if kind == "deberta" else ids
         loss = model(input_ids=ids, labels=labels).loss
-        if engine == "zero3":
-            model.backward(loss)
-            model.step()
-        else:
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        backward_and_step(engine, model, optimizer, loss)
     hooks.finish()
     return hooks.updates(), logits(model)
 

@@ -22,6 +22,7 @@ from adalora_dist.methods.hooks import attach
 from adalora_dist.methods.inject import adapt, parameter_groups
 from adalora_dist.methods.protocol import others_trained, trained_parameters
 from tests.support import quantized_runs
+from tests.support.engine_steps import backward_and_step
 from tests.support.models import Net, global_batch
 from tests.support.quantized_runs import Case, write_llama
 from tests.support.ranks import import_deepspeed, run_ranks
@@ -85,13 +86,7 @@ def run(
     for step in range(first, STEPS):
         x, y = (t.chunk(world_size)[rank] for t in global_batch(step, GLOBAL_BATCH))
         loss = (model(x) - y).square().mean()
-        if engine.startswith("zero"):
-            model.backward(loss)
-            model.step()
-        else:
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        backward_and_step(engine, model, optimizer, loss)
         mean = loss.detach() / world_size
         dist.all_reduce(mean)
         losses.append(mean.item())

@@ -17,10 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 from adalora_dist.config.methods import AdaLoraConfig
 from adalora_dist.methods.hooks import MethodHooks, attach
 from tests.support import quantized_runs
+from tests.support.engine_steps import zero_engine
 from tests.support.models import adapted_net, config, global_batch
 from tests.support.ranks import import_deepspeed, run_ranks
 
-deepspeed = import_deepspeed()
+import_deepspeed()  # or skip
 
 FROZEN = 40  # steps after the freeze
 STEPS = 20 + FROZEN
@@ -45,28 +46,6 @@ class Case:
     def __str__(self) -> str:
         parts = [self.engine, f"x{self.world_size}", f"acc{self.accumulation}", f"clip{self.clip:g}"]
         return "-".join([*parts, *self.options])
-
-
-def deepspeed_engine(case: Case, model: Any, optimizer: torch.optim.Optimizer) -> Any:
-    zero: dict[str, Any] = {"stage": int(case.engine[-1])}
-    if zero["stage"] == 3:
-        zero |= {"stage3_param_persistence_threshold": case.persist}
-    if "sub_groups" in case.options:
-        zero |= {"sub_group_size": 40}
-    if "offload" in case.options:
-        zero |= {"offload_optimizer": {"device": "cpu"}}
-        if zero["stage"] == 3:
-            zero |= {"offload_param": {"device": "cpu"}}
-    settings = {
-        "train_micro_batch_size_per_gpu": GLOBAL_BATCH // case.world_size // case.accumulation,
-        "gradient_accumulation_steps": case.accumulation,
-        "gradient_clipping": case.clip,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": case.dtype == torch.bfloat16},
-    }
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
 
 
 def live_bytes() -> int:
@@ -107,7 +86,7 @@ def run(rank: int, world_size: int, case: Case) -> dict[str, Any]:
     if case.engine == "ddp":
         model = DistributedDataParallel(model, gradient_as_bucket_view="views" in case.options)
     elif case.engine.startswith("zero"):
-        model, optimizer = deepspeed_engine(case, model, optimizer), None
+        model, optimizer = zero_engine(case, GLOBAL_BATCH, model, optimizer), None
     losses = []
     for step in range(STEPS):
         x, y = (t.chunk(world_size)[rank] for t in global_batch(step, GLOBAL_BATCH, dict(case.sizes).get("d", 7)))

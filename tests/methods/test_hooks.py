@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from adalora_dist.methods import METHODS
 from adalora_dist.methods.hooks import attach
+from tests.support.engine_steps import backward_and_step
 from tests.support.models import adapted_net, config, global_batch
 from tests.support.ranks import import_deepspeed, run_ranks
 
@@ -45,13 +46,7 @@ def train(rank: int, world_size: int, method: str, engine: str, poisoned: bool) 
         if poisoned and step == POISONED_STEP and rank == world_size - 1:
             loss = loss * torch.nan
         values.append([hooks.engine.full(k) for k in range(len(hooks.engine.shapes()))])
-        if engine.startswith("zero"):
-            model.backward(loss)
-            model.step()
-        else:
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        backward_and_step(engine, model, optimizer, loss)
         hooks.catch_up(step + 1)  # ZeRO leaves such a step out by itself
         losses.append(loss.item())
     skipped, seen = hooks.num_skipped_steps, hooks.step

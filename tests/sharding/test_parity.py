@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from adalora_dist.config.methods import AdaLoraConfig
 from adalora_dist.methods.adalora.layers import LAMBDAS_NAME
 from adalora_dist.methods.hooks import attach
+from tests.support.engine_steps import backward_and_step, zero_engine
 from tests.support.models import adapted_net, config, global_batch
 from tests.support.ranks import import_deepspeed, run_ranks
 
@@ -76,25 +77,7 @@ def run(rank: int, world_size: int, case: Case) -> dict[str, Any]:
     if case.engine == "ddp":
         model = DistributedDataParallel(model, find_unused_parameters=unused is not None)
     elif case.engine.startswith("zero"):
-        zero: dict[str, Any] = {"stage": int(case.engine[-1])}
-        if zero["stage"] == 3:
-            zero |= {"stage3_param_persistence_threshold": case.persist}
-            if "sub_groups" in case.options:
-                zero |= {"sub_group_size": 40}
-        if "offload" in case.options:
-            zero |= {"offload_optimizer": {"device": "cpu"}}
-            if zero["stage"] == 3:
-                zero |= {"offload_param": {"device": "cpu"}}
-        settings = {
-            "train_micro_batch_size_per_gpu": GLOBAL_BATCH // world_size // case.accumulation,
-            "gradient_accumulation_steps": case.accumulation,
-            "gradient_clipping": case.clip,
-            "zero_optimization": zero,
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "bf16": {"enabled": case.dtype == torch.bfloat16},
-        }
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        engine = zero_engine(case, GLOBAL_BATCH, model, optimizer)
         model = engine
     losses = []
     for step in range(STEPS):
@@ -308,13 +291,7 @@ def count_communication(rank: int, world_size: int, engine: str, with_allocator:
         x, y = (t.chunk(world_size)[rank] for t in global_batch(step, GLOBAL_BATCH))
         with Collectives() as collectives:
             loss = (model(x) - y).square().mean()
-            if engine == "zero3":
-                model.backward(loss)
-                model.step()
-            else:
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
+            backward_and_step(engine, model, optimizer, loss)
         steps.append(collectives.calls)
     result = {"steps": steps}
     if hooks is not None:

@@ -1,5 +1,8 @@
 """What users are told when something cannot be done."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 
 from adalora_dist.io.errors import UserError
@@ -12,3 +15,11 @@ def refusal(action, *arguments) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+@contextmanager
+def refused(reason: str) -> Iterator[None]:
+    """What is inside raises a ``UserError`` of one line that matches ``reason``."""
+    with pytest.raises(UserError, match=reason) as caught:
+        yield
+    assert "\n" not in str(caught.value)

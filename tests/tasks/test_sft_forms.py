@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from adalora_dist.tasks.sft.forms import recognise
 from adalora_dist.tasks.sft.rows import Table, load_tables, num_training_rows
 from adalora_dist.tasks.sft.sources import Source, parse_source
 from tests.support.paths import shared
+from tests.support.refusals import refused
 
 Row = dict[str, Any]
 
@@ -63,13 +63,6 @@ every_form = pytest.mark.parametrize(("row", "content"), FORMS.values(), ids=FOR
 @pytest.fixture(autouse=True)
 def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ADALORA_DIST_CACHE", str(tmp_path / "cache"))
-
-
-@contextmanager
-def refusal(reason: str) -> Iterator[None]:
-    with pytest.raises(UserError, match=reason) as caught:
-        yield
-    assert "\n" not in str(caught.value)
 
 
 def lines(rows: Iterable[object]) -> str:
@@ -136,7 +129,7 @@ TABLES: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize(("raw", "reason"), TABLES.values(), ids=TABLES)
 def test_tables_that_cannot_be_read(tmp_path: Path, raw: bytes, reason: str) -> None:
     (tmp_path / "a.csv").write_bytes(raw)
-    with refusal(reason):
+    with refused(reason):
         load(str(tmp_path / "a.csv"))
 
 
@@ -146,11 +139,11 @@ def test_columns_have_other_names(tmp_path: Path) -> None:
     [table] = load(str(tmp_path / "a.jsonl"), columns=("instruction=question,output=answer",), said=said)
     assert [turn["content"] for turn in contents(table)[0]["messages"]] == ["Who?", "Me."]
     assert "(instruction=question, output=answer); columns not used: id" in said[0]
-    with refusal("no known form has the columns id, question, answer; known are messages; conversations; instruction"):
+    with refused("no known form has the columns id, question, answer; known are messages; conversations; instruction"):
         load(str(tmp_path / "a.jsonl"))
-    with refusal("no column reply, which columns gives to output; it has id, question, answer"):
+    with refused("no column reply, which columns gives to output; it has id, question, answer"):
         load(str(tmp_path / "a.jsonl"), columns=("instruction=question", "output=reply"))
-    with refusal("must be of one form"):
+    with refused("must be of one form"):
         load(str(tmp_path / "a.jsonl"), columns=("instruction=question", "completion=answer"))
     for wrong in ("instruction", "instrucion=question", "output="):
         with pytest.raises(ValidationError, match="must be FIELD=COLUMN"):
@@ -159,13 +152,13 @@ def test_columns_have_other_names(tmp_path: Path) -> None:
 
 def test_errors_name_the_users_own_column(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(lines([{"q": "Who?", "a": "Me."}, {"q": "Who?", "a": None}]))
-    with refusal("a.jsonl:2: field a is None"):
+    with refused("a.jsonl:2: field a is None"):
         load(str(tmp_path / "a.jsonl"), columns=("prompt=q,completion=a",))
 
 
 def test_pairs_of_replies_are_named() -> None:
     row = {"question": "Hi", "chosen": "a", "rejected": "b"}
-    with refusal("pairs of replies: to learn the chosen ones"):
+    with refused("pairs of replies: to learn the chosen ones"):
         recognise([row], {}, "a.jsonl")
     reader = recognise([row], {"prompt": "question", "completion": "chosen"}, "a.jsonl")
     assert reader(row, "a.jsonl:1") == {"prompt": "Hi", "completion": "a"}
@@ -202,7 +195,7 @@ BAD: dict[str, tuple[Any, str]] = {
 def test_a_bad_row_is_named_or_counted(tmp_path: Path, row: Any, reason: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(lines([{"messages": HELLO}]) + json.dumps(row) + "\n" + lines([{"messages": HELLO}]))
-    with refusal(f"a.jsonl:2: .*{reason}"):
+    with refused(f"a.jsonl:2: .*{reason}"):
         load(str(path))
     bad = BadRows("skip")
     [table] = load(str(path), bad=bad)
@@ -239,7 +232,7 @@ def test_calls_of_tools() -> None:
     content = recognise([openai], {}, "a")(openai, "a:1")
     assert content["messages"][1]["tool_calls"] == [parsed | {"id": "c1"}]
     openai["messages"][1]["tool_calls"] = [{"name": "clock"}]
-    with refusal(r"a:1: field messages\[1\].tool_calls\[0\] is .*legal: a call with function.name"):
+    with refused(r"a:1: field messages\[1\].tool_calls\[0\] is .*legal: a call with function.name"):
         recognise([openai], {}, "a")(openai, "a:1")
 
 
@@ -252,7 +245,7 @@ def test_weights_of_sources(tmp_path: Path) -> None:
     (tmp_path / "year=2024").mkdir()
     assert parse_source(str(tmp_path / "year=2024")).weight == 1
     for wrong in ("a.jsonl=0", "a.jsonl=-1", "a.jsonl=x", "a.jsonl=inf", "a.jsonl=nan", "=2"):
-        with refusal("the weight .* must be a number > 0"):
+        with refused("the weight .* must be a number > 0"):
             parse_source(wrong)
 
 
@@ -281,7 +274,7 @@ def test_folders(tmp_path: Path) -> None:
     assert texts("split", eval_split="odd") == [["a", "b"], ["o"]]
     assert texts("split", eval_split=str(tmp_path / "all" / "a.jsonl")) == [["a", "b"], ["a"]]
     assert texts("split", eval_share=0.0) == [["a", "b"], []]
-    with refusal("eval_split=other: .* has no such split"):
+    with refused("eval_split=other: .* has no such split"):
         texts("split", eval_split="other")
     with pytest.raises(ValidationError, match="leave one out"):
         SftDataConfig(source=("a",), eval_split="odd", eval_share=0.1)
@@ -307,7 +300,7 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
         ("hub:", "names no data set"),
         (str(tmp_path / "none.jsonl"), "no known form has the columns none"),
     ):
-        with refusal(reason):
+        with refused(reason):
             load(word)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from adalora_dist.config.sections import ModelConfig
-from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.rows.bad_rows import BadRows
 from adalora_dist.tasks.rows.tokens import IGNORED
 from adalora_dist.tasks.sft import template as template_file
@@ -24,6 +21,7 @@ from adalora_dist.tasks.sft.rows import SftRows, load_rows
 from adalora_dist.tasks.sft.template import ChatTemplate, plain_template, set_template
 from tests.support.chat_templates import STYLES, Style, Turns
 from tests.support.paths import ROOT
+from tests.support.refusals import refused
 from tests.support.tiny_language_model import byte_tokenizer
 
 FIRST = (("user", "Hi – é?"), ("assistant", "Hello\nthere"))
@@ -39,13 +37,6 @@ every_style = pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
 @pytest.fixture(autouse=True)
 def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ADALORA_DIST_CACHE", str(tmp_path / "cache"))
-
-
-@contextmanager
-def refusal(reason: str) -> Iterator[None]:
-    with pytest.raises(UserError, match=reason) as caught:
-        yield
-    assert "\n" not in str(caught.value)
 
 
 def tokenizer_of(chat_template: str | None, specials: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
@@ -77,7 +68,7 @@ def test_replies_alone_are_learnt(style: Style, turns: Turns, way: str) -> None:
     template = ChatTemplate(tokenizer)
     assert template.has_marks == (way == "marks")
     if turns[0][0] == "system" and not style.takes_system:
-        with refusal(r"a.jsonl:1: the chat template refuses the conversation \(no system turn here\).*--bad-rows skip"):
+        with refused(r"a.jsonl:1: the chat template refuses the conversation \(no system turn here\).*--bad-rows skip"):
             marked(template, content(turns))
         return
     assert marked(template, content(turns)) == style.expected(turns)
@@ -148,12 +139,12 @@ def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
     template = ChatTemplate(tokenizer_of(text))
     assert marked(template, content(FIRST)).endswith("assistant: [[Hello\nthere\n]]")
     thoughts = (("user", "Hi"), ("assistant", "hm|Ho"), ("user", "And?"), ("assistant", "hm|No"))
-    with refusal(
+    with refused(
         r"a.jsonl:1: turn 2, of the assistant, is written differently when later turns follow.*--train-on all"
     ):
         marked(template, content(thoughts))
     assert marked(template, content(thoughts), "all").endswith("assistant: hm|No\n]]")
-    with refusal("turn 1, of the assistant, begins the conversation"):
+    with refused("turn 1, of the assistant, begins the conversation"):
         marked(template, content((("assistant", "Hello"), ("user", "Hi"), ("assistant", "No"))))
 
 
@@ -167,7 +158,7 @@ def test_calls_of_tools_are_said_as_the_template_has_them() -> None:
     call = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}
     turns = [{"role": "user", "content": "Time?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
     template = ChatTemplate(tokenizer_of(STYLES["chatml"].plain, STYLES["chatml"].specials))
-    with refusal("turn 2 calls a tool, for which the chat template has no place"):
+    with refused("turn 2 calls a tool, for which the chat template has no place"):
         marked(template, {"messages": turns})
     written = [turns[0], turns[1] | {"call_text": '{"name": "clock"}'}]
     assert marked(template, {"messages": written}).endswith('[[{"name": "clock"}<|im_end|>]]\n')
@@ -214,7 +205,7 @@ def test_templates_that_cannot_be_used_end_in_one_line(
     path = tmp_path / "template.jinja"
     path.write_text(text)
     started = time.process_time()
-    with refusal(f"Chat template: {path}: .*({reason})"):
+    with refused(f"Chat template: {path}: .*({reason})"):
         set_template(tokenizer_of(None), str(path))
     assert time.process_time() - started < 10
 
@@ -226,15 +217,15 @@ def test_a_loop_at_one_row_ends_the_run_whatever_the_policy(tmp_path: Path, monk
         "{% if messages[0].content == 'odd' %}" + LOOP + "{% endif %}" + style.plain
     )
     rows = [content(FIRST), content((("user", "odd"), ("assistant", "x")))]
-    with refusal("a.jsonl:2: the chat template has run for 0.3 seconds"):
+    with refused("a.jsonl:2: the chat template has run for 0.3 seconds"):
         loaded(tmp_path, rows, style, bad=BadRows("skip"), chat_template=str(tmp_path / "template.jinja"))
 
 
 def test_templates_that_are_no_files(tmp_path: Path) -> None:
-    with refusal("chat_template=.*none cannot be read .No such file"):
+    with refused("chat_template=.*none cannot be read .No such file"):
         set_template(tokenizer_of(None), str(tmp_path / "none"))
     (tmp_path / "latin").write_bytes(b"{{ '\xe9' }}")
-    with refusal("latin cannot be read .it is not UTF-8 text"):
+    with refused("latin cannot be read .it is not UTF-8 text"):
         set_template(tokenizer_of(None), str(tmp_path / "latin"))
 
 
@@ -275,13 +266,13 @@ def test_long_rows_are_cut_and_counted(tmp_path: Path) -> None:
     assert sorted(rows.train["num_tokens"])[-1] == 40
     for row in rows.train:
         assert row["num_targets"] == sum(label != IGNORED for label in row["labels"]) > 0
-    with refusal("no row is left to train on"):
+    with refused("no row is left to train on"):
         loaded(tmp_path, [asks], max_length=40, name="b.jsonl")
 
 
 def test_rows_that_the_template_refuses_are_named_or_counted(tmp_path: Path) -> None:
     good, bad_row = content(FIRST), content((("system", "x"), *FIRST))
-    with refusal("a.jsonl:2: the chat template refuses the conversation .no system turn here"):
+    with refused("a.jsonl:2: the chat template refuses the conversation .no system turn here"):
         loaded(tmp_path, [good, bad_row], STYLES["gemma"])
     for _ in range(2):  # the second time from the cache
         bad = BadRows("skip")
@@ -304,7 +295,7 @@ def test_rows_held_out_follow_from_their_content(tmp_path: Path) -> None:
     assert held_out(rows * 2, "c.jsonl", eval_share=0.25) == (held, kept)  # equal rows are on one side
     assert len(held_out(rows, "d.jsonl", eval_share=0.5, max_eval_rows=3)[0]) == 3
     assert len(held_out(rows, "e.jsonl", eval_share=None)[0]) == 2
-    with refusal("cannot be held out"):
+    with refused("cannot be held out"):
         held_out(rows[:1] * 3, "f.jsonl", eval_share=0.25)
 
 
@@ -330,7 +321,7 @@ def test_samples_are_prompts_of_rows_held_out(tmp_path: Path) -> None:
 
 
 def test_a_template_that_no_row_reads_is_refused(tmp_path: Path) -> None:
-    with refusal("no row is a conversation, so it would not be read; leave it out"):
+    with refused("no row is a conversation, so it would not be read; leave it out"):
         loaded(tmp_path, [{"text": "a"}, {"text": "b"}], chat_template="x.jinja")
 
 
