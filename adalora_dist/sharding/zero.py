@@ -74,14 +74,17 @@ def _zero_optimizer_around(optimizer: Any) -> Any | None:
     while hasattr(optimizer, "optimizer"):
         zero = optimizer if _is_zero_optimizer(optimizer) else zero
         optimizer = optimizer.optimizer
-    return zero or _running_zero_optimizer(optimizer)
+    if zero is None and isinstance(optimizer, torch.optim.Optimizer):
+        zero = _running_zero_optimizer(optimizer)
+    return zero
 
 
 def _running_zero_optimizer(optimizer: torch.optim.Optimizer) -> Any | None:
     """The ZeRO optimizer that is just stepping ``optimizer``; None outside of its step or without ZeRO.
 
     Found among the callers, because nothing else leads there in stages 1 and 2: the torch optimizer does not know who
-    wraps it, and parameters are linked to the wrapper only on ranks that own a piece of them.
+    wraps it, and parameters are linked to the wrapper only on ranks that own a piece of them. Only inside of a step
+    does the search end there: further up, a look at a frame's variables keeps them, a loss with its graph among them.
     """
     frame = inspect.currentframe()
     while frame is not None:
