@@ -22,6 +22,7 @@ from torch import nn
 
 from adalora_dist.backbones.linears import is_conv1d
 from adalora_dist.io.errors import UserError
+from adalora_dist.methods.dropout import Dropout
 from adalora_dist.methods.protocol import Adapter, TrainedModule
 from adalora_dist.sharding.tensors import is_whole
 
@@ -59,7 +60,7 @@ class SVDLinear(Adapter):
         self.name = name  # of the base in the plain model: engines and compilers change module paths
         self.d_in, self.d_out, self.rank, self.scale = d_in, d_out, rank, scale
         self.init_rank, self.triplets = rank, tuple(range(rank))
-        self.dropout = nn.Dropout(dropout) if dropout else None
+        self.dropout = Dropout(dropout) if dropout else None
         if rank:
             # A base on meta is read later; adapters have their values from the start.
             device = next((p.device for p in base.parameters() if not p.is_meta), torch.device("cpu"))
@@ -112,10 +113,12 @@ class SVDLinear(Adapter):
         tokens = x.reshape(-1, self.d_in)
         y: torch.Tensor = self.base(tokens)
         if self.rank:
-            branch_in = tokens if self.dropout is None else self.dropout(tokens)
             # lam goes into P, not into the hidden values: backward then needs one (tokens, r) tensor, as LoRA's does.
             weight = self.lambdas.weight(self).to(y.dtype)
-            hidden = branch_in.to(y.dtype) @ self.Qt.to(y.dtype)  # (tokens, r)
+            if self.dropout is None:
+                hidden = tokens.to(y.dtype) @ self.Qt.to(y.dtype)  # (tokens, r)
+            else:
+                hidden = self.dropout.product(tokens, self.Qt, y.dtype)
             y = y.addmm_(hidden.to(y.dtype), weight.T)  # under autocast the product has its type, whatever y has
         return y.view(*x.shape[:-1], self.d_out)
 
