@@ -14,7 +14,7 @@ from typing import get_args
 import torch
 
 from adalora_dist.methods.adalora.orthogonality import OrthogonalityForm, gradient_factor
-from adalora_dist.sharding.layout import FlatBuffer, SpanLayout
+from adalora_dist.sharding.layout import Block, FlatBuffer, SpanLayout
 from adalora_dist.sharding.spans import FactorKind, Span, cut_rows
 
 
@@ -182,25 +182,39 @@ class TripletSums:
         S_i = s(lambda_i) + (1/d_out) sum_j s(P_ji) + (1/d_in) sum_j s(Q_ij), or of these three the one of ``kind``.
         Partials of all ranks add up to S.
         """
-        for body, sums in zip(elements.bodies, self._group_sums, strict=True):
-            torch.sum(body, dim=1, dtype=torch.float64, out=sums)
-        if self.layout.fragments:
+        self.add_up(elements)
+        return self.summed_scores(kind)
+
+    def add_up(self, elements: FlatBuffer) -> None:
+        """Of a block of element scores what :meth:`summed_scores` puts together once all blocks have been added up."""
+        for body, k in zip(elements.bodies, elements.block.groups, strict=True):
+            torch.sum(body, dim=1, dtype=torch.float64, out=self._group_sums[k])
+        if self.layout.fragments and elements.fragments is not None:
             self._fragment_sums.copy_(elements.fragments)
+
+    def summed_scores(self, kind: FactorKind | None = None) -> torch.Tensor:
+        """As :meth:`score_partials`, of what has been added up."""
         weighted = self._sums * (self._score_weights if kind is None else self._weights_of_kind[kind])
         return weighted[self._score_index].sum(dim=1)
 
     def gram_partials(self, values: FlatBuffer) -> torch.Tensor:
-        """Write this rank's part of Gram matrices and split rows to ``partials``, all but the last; returns it."""
-        if not self._all_written:
+        """Write this rank's part of Gram matrices and split rows to ``partials``, all but the last; returns it.
+
+        Of several blocks, each writes its own part, the first one first.
+        """
+        block = values.block
+        if not self._all_written and block.start == 0:
             self.partials.zero_()
-        for k, (group, slots) in enumerate(zip(self.layout.groups, self._group_slots, strict=True)):
+        for body, transposed, k in zip(values.bodies, values.transposed, block.groups, strict=True):
+            slots = self._group_slots[k]
             if (grams := self._group_grams[k]) is not None:
-                torch.bmm(values.transposed[k], values.bodies[k], out=grams)
+                torch.bmm(transposed, body, out=grams)
             elif slots is not None:
-                self._grams[group.rank][slots] = torch.bmm(values.transposed[k], values.bodies[k])
-        for r, (flat_index, row_index) in self._split_elements.items():
-            if len(flat_index):
-                self._rows[r].view(-1)[row_index] = values.data[flat_index]
+                self._grams[self.layout.groups[k].rank][slots] = torch.bmm(transposed, body)
+        if values.fragments is not None:
+            for r, (flat_index, row_index) in self._split_elements.items():
+                if len(flat_index):
+                    self._rows[r].view(-1)[row_index] = values.data[_within(block, flat_index)]
         return self.partials
 
     def orthogonality_gradient(
@@ -215,19 +229,32 @@ class TripletSums:
 
         With ``keep``, (num_triplets,) bool, R is about the columns of these triplets alone.
         """
+        self.make_factors(form, gamma, keep)
+        return self.times_factors(values, out)
+
+    def make_factors(self, form: OrthogonalityForm, gamma: float, keep: torch.Tensor | None = None) -> None:
+        """What :meth:`times_factors` multiplies by; arguments as of :meth:`orthogonality_gradient`."""
         for r, slots in self._split_slots.items():
             rows, grams = self._rows[r], self._grams[r]
             if len(slots):
                 grams = grams.index_add(0, slots, rows.unsqueeze(2) * rows.unsqueeze(1))
             active = None if keep is None else keep[self._gram_triplets[r]]
-            factor = gradient_factor(grams, form, gamma, self._num_matrices, active, out=self._gram_factors[r])
-            flat_index, row_index = self._split_elements[r]
-            if len(flat_index):
-                row_gradients = torch.bmm(rows.unsqueeze(1), factor[slots])
-                out.data[flat_index] = row_gradients.flatten()[row_index]
-        for k, (group, group_slots) in enumerate(zip(self.layout.groups, self._group_slots, strict=True)):
-            if group_slots is not None:
+            gradient_factor(grams, form, gamma, self._num_matrices, active, out=self._gram_factors[r])
+
+    def times_factors(self, values: FlatBuffer, out: FlatBuffer) -> FlatBuffer:
+        """Write dR/dw of the elements of a block to ``out``, the same block of another buffer."""
+        for k, body, target in zip(values.block.groups, values.bodies, out.bodies, strict=True):
+            if (slots := self._group_slots[k]) is not None:
                 of_group = self._group_factors[k]
-                factor = self._gram_factors[group.rank][group_slots] if of_group is None else of_group
-                torch.bmm(values.bodies[k], factor, out=out.bodies[k])
+                factor = self._gram_factors[self.layout.groups[k].rank][slots] if of_group is None else of_group
+                torch.bmm(body, factor, out=target)
+        if values.fragments is not None:
+            for r, (flat_index, row_index) in self._split_elements.items():
+                if len(flat_index):
+                    row_gradients = torch.bmm(self._rows[r].unsqueeze(1), self._gram_factors[r][self._split_slots[r]])
+                    out.data[_within(values.block, flat_index)] = row_gradients.flatten()[row_index]
         return out
+
+
+def _within(block: Block, index: torch.Tensor) -> torch.Tensor:
+    return index - block.start if block.start else index
