@@ -17,6 +17,7 @@ from torch import nn
 from adalora_dist.config.methods import MethodConfig
 from adalora_dist.config.sections import TrainConfig
 from adalora_dist.methods.adalora.schedule import BudgetSchedule
+from adalora_dist.methods.sizes import Sizes
 from adalora_dist.methods.update import AdapterWeights, Update
 from adalora_dist.sharding.base import ShardEngine
 
@@ -233,6 +234,10 @@ class Method:
             UserError: a target without a match, or one that cannot be adapted.
         """
         return []
+
+    def sizes(self, model: nn.Module) -> Sizes:
+        """The sizes that its adapters can have in a plain ``model``, which may be on meta, for a parameter budget."""
+        raise NotImplementedError(f"{type(self).__name__}.sizes")
 
     def groups(self, model: nn.Module) -> dict[float, list[torch.Tensor]]:
         """The trainable parameters of ``model``, by the factor on their learning rate."""

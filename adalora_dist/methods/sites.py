@@ -93,6 +93,11 @@ def find_targets(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
     return names
 
 
+def target_shapes(model: nn.Module, targets: tuple[str, ...]) -> list[tuple[int, int]]:
+    """(d_in, d_out) of each of :func:`find_targets`; raises as that."""
+    return [linear_shape(model.get_submodule(name)) or (0, 0) for name in find_targets(model, targets)]
+
+
 def _all_linear(model: nn.Module) -> list[str]:
     """Every linear map of the backbone but those of :func:`left_out`.
 

@@ -1,0 +1,42 @@
+"""How many numbers a method trains at each size that its adapters can have: from shapes alone, exactly.
+
+A method's :meth:`~adalora_dist.methods.protocol.Method.sizes` gives one :class:`Sizes`; ``parameter_budget.py`` picks
+the largest size within a budget, the same way for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes smallest..largest of a method's adapters in one model. Heads and train_modules are not in it."""
+
+    count: Callable[[int], int]
+    """Numbers that are trained at a size; never fewer at a larger one."""
+    settings: Callable[[int], dict[str, Any]]
+    """What a size is in the method's section of settings: {"init_rank": 8}."""
+    largest: int
+    """Beyond it nothing more can be learnt."""
+    why_largest: str
+    """In a few words: "the rank of the largest matrix"."""
+    smallest: int = 1
+
+
+def of_ranks(shapes: Sequence[tuple[int, int]], each: int, fixed: int = 0) -> Sizes:
+    """One rank for all matrices.
+
+    Args:
+        shapes: (d_in, d_out) of every adapted matrix.
+        each: trained numbers, over all matrices, that one rank more adds.
+        fixed: trained numbers that no rank changes.
+    """
+    return Sizes(
+        lambda rank: fixed + each * rank,
+        lambda rank: {"init_rank": rank},
+        max(min(shape) for shape in shapes),
+        "the full rank of the largest matrix",
+    )
