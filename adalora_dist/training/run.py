@@ -149,7 +149,7 @@ class Run(Generic[Config]):
         return tokenizer
 
     def check_replies(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Compare token ids of the evaluation's prompts, and ``max_new_tokens`` behind them, with the model's positions.
+        """Compare the evaluation's prompts (token ids), and ``max_new_tokens`` behind them, with the model's positions.
 
         Raises:
             UserError: the longest does not fit.
