@@ -7,7 +7,6 @@ of being cut off: then all steps compute in the same shapes.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -17,17 +16,11 @@ from torch import nn
 
 from adalora_dist.config.methods.dylora import DyloraConfig
 from adalora_dist.io.errors import UserError
-from adalora_dist.methods.branch import BranchLinear, BranchStep
+from adalora_dist.methods.branch import BranchLinear, BranchStep, drawn_number
 from adalora_dist.methods.protocol import Adapter, Method, Step
 from adalora_dist.methods.sites import find_targets, put_around, put_in_place
 from adalora_dist.methods.update import AdapterWeights, Matrix, OfMatrix, Update
 from adalora_dist.sharding.base import ShardEngine, State
-
-
-def drawn_number(seed: int, step: int, first: int, last: int) -> int:
-    """A number from ``first`` to ``last``, uniform over steps, the same on every machine."""
-    digest = hashlib.sha256(f"{seed} {step}".encode()).digest()
-    return first + int.from_bytes(digest[:8], "big") % (last - first + 1)
 
 
 class Ranks:

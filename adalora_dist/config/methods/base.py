@@ -56,6 +56,11 @@ class MethodConfig(Section):
     formats_from_files: ClassVar[frozenset[str]] = frozenset({"merged"})
     """Those that are written with the base's safetensors files at hand."""
 
+    @property
+    def size(self) -> str:
+        """How large its adapters are, in words."""
+        return ""
+
     @classmethod
     def resolved(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
         """``settings``, with what follows from others in the place of None: what two runs are compared by."""
@@ -98,6 +103,10 @@ class TargetsConfig(MethodConfig):
     """Dropout on the input of the adapter branch (the paper uses 0)."""
 
     has_adapters: ClassVar[bool] = True
+
+    @property
+    def size(self) -> str:
+        return f"rank {self.init_rank}"
 
 
 class ScaledConfig(TargetsConfig):
