@@ -32,7 +32,6 @@ from adalora_dist.artifacts.base_weights import BaseWeight as BaseWeight
 from adalora_dist.artifacts.whole import check_files, check_whole, is_model_file
 from adalora_dist.backbones.files import base_folder_of as base_folder_of
 from adalora_dist.backbones.files import refuse_foreign_link, weight_files
-from adalora_dist.backbones.linears import linear_shape
 from adalora_dist.backbones.names import FileNames, names_in
 from adalora_dist.backbones.tokenizer import save_tokenizer
 from adalora_dist.io.errors import UserError
@@ -165,11 +164,12 @@ def load_adapter(model: nn.Module, folder: Path) -> list[Adapter]:
     Raises:
         UserError: the folder is not an adapter of this format, or does not fit the model.
     """
-    modules = dict(model.named_modules())
     adapters = read_adapter(folder).adapters
+    if not adapters:
+        return []
+    method = METHODS[adapters[0].method or "adalora"]
     for adapter in adapters:
-        base = modules.get(adapter.name)
-        shape = linear_shape(base) if base is not None else None
+        shape = method.shape_at(model, adapter.name)
         if shape is None:
             raise UserError(f"{folder}: the adapter's matrix {adapter.name} is not in this model: load its base model")
         if shape[::-1] != adapter.matrix.shape:
@@ -178,9 +178,6 @@ def load_adapter(model: nn.Module, folder: Path) -> list[Adapter]:
                 f"{folder}: {adapter.name} is {rows} x {columns} there, but the model's matrix is {d_out} x {d_in}: "
                 "load its base model"
             )
-    if not adapters:
-        return []
-    method = METHODS[adapters[0].method or "adalora"]
     layers = method.place(model, adapters)
     save_as_adapter(model, method)
     return layers

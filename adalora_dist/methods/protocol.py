@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
+from adalora_dist.backbones.linears import linear_shape
 from adalora_dist.config.methods import MethodConfig
 from adalora_dist.config.sections import TrainConfig
 from adalora_dist.methods.adalora.schedule import BudgetSchedule
@@ -252,6 +253,12 @@ class Method:
             whole: the parameter of that name, complete, float32, on the CPU; None where there is none.
         """
         return []
+
+    @classmethod
+    def shape_at(cls, model: nn.Module, name: str) -> tuple[int, int] | None:
+        """(d_in, d_out) of what an update of this name is of, in its plain backbone; None: that has no such thing."""
+        found = dict(model.named_modules()).get(name)
+        return None if found is None else linear_shape(found)
 
     @classmethod
     def place(cls, model: nn.Module, updates: Sequence[Update]) -> list[Adapter]:

@@ -46,8 +46,11 @@ def trained_modules(model: nn.Module, config: MethodConfig) -> list[str]:
     return [*matched, *heads, *new_backbone_modules(model)]
 
 
-def find_targets(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
+def find_targets(model: nn.Module, targets: tuple[str, ...], setting: str = "targets") -> list[str]:
     """Names of the linear maps that ``targets`` asks for, in the order of ``model.named_modules()``.
+
+    Args:
+        setting: what users call it, for messages.
 
     Raises:
         UserError: a pattern that matches nothing, or something that is no linear map, is shared between two places, or
@@ -59,7 +62,7 @@ def find_targets(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
     if "all-linear" in targets:
         matched |= set(_all_linear(model))
     if explicit := tuple(t for t in targets if t != "all-linear"):
-        matched |= set(matching_modules(model, explicit, "targets"))
+        matched |= set(matching_modules(model, explicit, setting))
     names = [name for name, _ in model.named_modules() if name in matched]
 
     owners: dict[int, str] = {}
@@ -67,28 +70,28 @@ def find_targets(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
     for name, module in model.named_modules(remove_duplicate=False):
         if targeted.get(id(module), name) != name:
             raise UserError(
-                f"targets: {name} and {targeted[id(module)]} are one shared module; an adapter there would count "
-                "twice: leave both out of targets"
+                f"{setting}: {name} and {targeted[id(module)]} are one shared module; an adapter there would count "
+                f"twice: leave both out of {setting}"
             )
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             other = owners.setdefault(id(parameter), name)
             if other != name and (name in matched or other in matched):
                 raise UserError(
-                    f"targets: the weight of {name} is tied to {other}; merging an adapter would change both: "
-                    f"leave {name if name in matched else other} out of targets"
+                    f"{setting}: the weight of {name} is tied to {other}; merging an adapter would change both: "
+                    f"leave {name if name in matched else other} out of {setting}"
                 )
     for name in names:
         module = model.get_submodule(name)
         if linear_shape(module) is None or not is_plain_linear(module):
             raise UserError(
-                f"targets: {name} is a {type(module).__name__}, not a linear map (nn.Linear, Conv1D or a quantised "
-                "linear): leave it out of targets"
+                f"{setting}: {name} is a {type(module).__name__}, not a linear map (nn.Linear, Conv1D or a quantised "
+                f"linear): leave it out of {setting}"
             )
     for name, where in weights_read_directly(model, names).items():
         raise UserError(
-            f"targets: the model computes with the weight of {name} itself (in {where}), past an adapter there: leave "
-            f"{name.rpartition('.')[2]} out of targets"
+            f"{setting}: the model computes with the weight of {name} itself (in {where}), past an adapter there: "
+            f"leave {name.rpartition('.')[2]} out of {setting}"
         )
     return names
 

@@ -26,17 +26,21 @@ class Sizes:
     smallest: int = 1
 
 
-def of_ranks(shapes: Sequence[tuple[int, int]], each: int, fixed: int = 0) -> Sizes:
-    """One rank for all matrices.
+def of_ranks(
+    shapes: Sequence[tuple[int, int]], each: int, fixed: int = 0, setting: str = "init_rank", smallest: int = 1
+) -> Sizes:
+    """One rank, or width of a bottleneck, for all matrices.
 
     Args:
-        shapes: (d_in, d_out) of every adapted matrix.
+        shapes: what every adapter goes between: (d_in, d_out) of its matrix.
         each: trained numbers, over all matrices, that one rank more adds.
         fixed: trained numbers that no rank changes.
+        setting: that says the rank.
     """
     return Sizes(
         lambda rank: fixed + each * rank,
-        lambda rank: {"init_rank": rank},
+        lambda rank: {setting: rank},
         max(min(shape) for shape in shapes),
         "the full rank of the largest matrix",
+        smallest,
     )

@@ -165,8 +165,8 @@ def plan_text(run: DryRun, config: RunConfig) -> str:
     lines.append(f"Weights    {shares_line(run.shares, run.num_matrices)}")
     if run.fitted is not None:
         lines.append(f"Within     {run.fitted.as_sentence()}")
-    if isinstance(adapter, TargetsConfig):
-        lines.append(f"Adapters   {share(run.num_adapter_parameters)} at rank {adapter.init_rank}")
+    if adapter.has_adapters:
+        lines.append(f"Adapters   {share(run.num_adapter_parameters)} at {adapter.size}")
     if run.num_other_trained:
         lines.append(f"Besides    {share(run.num_other_trained)} trained in full")
     if isinstance(adapter, TargetsConfig) and (schedule := run.schedule) is not None:

@@ -13,7 +13,7 @@ import yaml
 
 from adalora_dist.config.budget import parse_budget
 from adalora_dist.config.flags import parse_config
-from adalora_dist.config.methods import METHODS, LoraConfig, SizedConfig, TargetsConfig, method_config
+from adalora_dist.config.methods import METHODS, LoraConfig, SizedConfig, method_config
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.methods import method_for
 from adalora_dist.methods.inject import adapt
@@ -33,8 +33,9 @@ def meta_net() -> Net:
 
 
 def section(method: str, **settings: Any) -> Any:
-    targets = {"targets": ("up", "down")} if issubclass(METHODS[method], TargetsConfig) else {}
-    return method_config(method, **targets, **settings)
+    fields = METHODS[method].model_fields
+    where = {name: ("up", "down") for name in ("targets", "positions") if name in fields}
+    return method_config(method, **where, **({"drop_layers": 1} if "drop_layers" in fields else {}), **settings)
 
 
 def num_trained(model: Any) -> int:

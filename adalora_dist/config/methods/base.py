@@ -73,6 +73,11 @@ class MethodConfig(Section):
     formats_from_files: ClassVar[frozenset[str]] = frozenset({"merged"})
     """Those that are written with the base's safetensors files at hand."""
 
+    @property
+    def size(self) -> str:
+        """How large its adapters are, in words."""
+        return ""
+
     @classmethod
     def resolved(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
         """``settings``, with what follows from others in the place of None: what two runs are compared by."""
@@ -156,6 +161,32 @@ class TargetsConfig(SizedConfig):
     has_adapters: ClassVar[bool] = True
     sized_by: ClassVar[tuple[str, ...]] = ("init_rank",)
 
+    @property
+    def size(self) -> str:
+        return f"rank {self.init_rank}"
+
+    def sized(self, settings: Mapping[str, Any]) -> Self:
+        """Where there is an alpha, at the same scale, so that methods and budgets differ in nothing but size."""
+        made = super().sized(settings)
+        return made.model_copy(update=self._same_scale(dict(self), made.init_rank))
+
+    @classmethod
+    def give_way(cls, values: Mapping[str, Any], kept: Collection[str]) -> dict[str, Any]:
+        """An alpha that was meant for a rank that is dropped becomes that of the default rank, at the same scale."""
+        made = super().give_way(values, kept)
+        follows = "init_rank" not in made and "init_rank" in values and "alpha" not in kept
+        return made | (cls._same_scale(values, cls.model_fields["init_rank"].default) if follows else {})
+
+    @classmethod
+    def _same_scale(cls, values: Mapping[str, Any], rank: int) -> dict[str, float]:
+        """The alpha that scales as that of ``values`` does at their init_rank; {}: there is none, or no number."""
+        if (field := cls.model_fields.get("alpha")) is None:
+            return {}
+        alpha, before = values.get("alpha", field.default), values["init_rank"]
+        if not all(isinstance(number, int | float) and number > 0 for number in (alpha, before)):
+            return {}
+        return {"alpha": alpha * (math.sqrt(rank / before) if values.get("rslora") is True else rank / before)}
+
 
 class ScaledConfig(TargetsConfig):
     """A method that adds a product of two thin matrices, times a scale, to each of many matrices."""
@@ -169,22 +200,6 @@ class ScaledConfig(TargetsConfig):
     def scale(self) -> float:
         """s, by which the branch is multiplied for the whole run."""
         return self.alpha / (math.sqrt(self.init_rank) if self.rslora else self.init_rank)
-
-    def sized(self, settings: Mapping[str, Any]) -> Self:
-        """At the same scale, so that methods and budgets differ in nothing but size."""
-        made, rslora = super().sized(settings), self.rslora
-        return made.model_copy(update={"alpha": self.scale * (made.init_rank**0.5 if rslora else made.init_rank)})
-
-    @classmethod
-    def give_way(cls, values: Mapping[str, Any], kept: Collection[str]) -> dict[str, Any]:
-        """An alpha that was meant for a rank that is dropped becomes that of the default rank, at the same scale."""
-        made, fields = super().give_way(values, kept), cls.model_fields
-        rank, alpha = values.get("init_rank"), values.get("alpha", fields["alpha"].default)
-        are_numbers = all(isinstance(number, int | float) and number > 0 for number in (rank, alpha))
-        if "init_rank" in made or "alpha" in kept or not are_numbers:
-            return made
-        ratio = fields["init_rank"].default / rank
-        return {**made, "alpha": alpha * (math.sqrt(ratio) if values.get("rslora") is True else ratio)}
 
 
 class LowRankConfig(ScaledConfig):
