@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,7 +28,10 @@ from adalora_dist.artifacts.adapter_files import (
     read_description,
 )
 from adalora_dist.artifacts.adapter_files import task_settings as task_settings
+from adalora_dist.artifacts.base_weights import BaseWeight as BaseWeight
+from adalora_dist.artifacts.expert_merge import expert_edits
 from adalora_dist.artifacts.whole import check_files, check_whole, is_model_file
+from adalora_dist.backbones.experts import stacks_of
 from adalora_dist.backbones.files import base_folder_of as base_folder_of
 from adalora_dist.backbones.files import refuse_foreign_link, weight_files
 from adalora_dist.backbones.linears import linear_shape
@@ -164,11 +167,11 @@ def load_adapter(model: nn.Module, folder: Path) -> list[Adapter]:
     Raises:
         UserError: the folder is not an adapter of this format, or does not fit the model.
     """
-    modules = dict(model.named_modules())
+    shapes = {n: linear_shape(module) for n, module in model.named_modules()}
+    shapes |= {n: (stack.d_in, stack.d_out) for stack in stacks_of(model) for n in stack.matrix_names()}
     adapters = read_adapter(folder).adapters
     for adapter in adapters:
-        base = modules.get(adapter.name)
-        shape = linear_shape(base) if base is not None else None
+        shape = shapes.get(adapter.name)
         if shape is None:
             raise UserError(f"{folder}: the adapter's matrix {adapter.name} is not in this model: load its base model")
         if shape[::-1] != adapter.matrix.shape:
@@ -183,19 +186,6 @@ def load_adapter(model: nn.Module, folder: Path) -> list[Adapter]:
     layers = method.place(model, adapters)
     save_as_adapter(model, method)
     return layers
-
-
-class BaseWeight(Protocol):
-    """What the merged model has of the backbone in place of a tensor of its files."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the tensor in the files."""
-        ...
-
-    def __call__(self, stored: torch.Tensor) -> torch.Tensor:
-        """The weight, float32 on the CPU, in the layout of the files."""
-        ...
 
 
 def merge(
@@ -237,10 +227,11 @@ def merge(
     check_base(base_folder)
     shards = weight_files(base_folder)
     settings = read_object(base_folder / "config.json")
-    replaced = {f"{a.name}.weight": a for a in adapters if a.rank}
     whole = dict(trained or {})
     bases = dict(base_weights or {})
     names = names_in(base_folder, task or {}) if names is None else names
+    others, edits = expert_edits(adapters, names)
+    replaced = {f"{a.name}.weight": a for a in others if a.rank}
     shapes = {name: base.shape for name, base in bases.items()} | {n: weight_shape(a) for n, a in replaced.items()}
     places, new = names.places(shapes, whole, base_folder)
     added = {name: whole[name].contiguous() for name in sorted(new)}
@@ -255,6 +246,8 @@ def merge(
         elif name is not None:
             weight = bases[name](tensor) if name in bases else tensor.to(torch.float32, copy=True)
             tensor = (replaced[name].merged(weight) if name in replaced else weight).to(dtype or tensor.dtype)
+        elif key in edits:
+            tensor = edits[key](tensor.to(torch.float32, copy=True)).to(dtype or tensor.dtype)
         return (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).contiguous()
 
     def write(shard: Path, target: Path) -> dict[str, int]:
@@ -284,25 +277,6 @@ def merge(
         if tokenizer is not None:
             save_tokenizer(tokenizer, scratch)
         check_whole(scratch, weights)
-
-
-def row_norms(
-    adapters: Sequence[Update], base_folder: Path, names: FileNames, base_weights: Mapping[str, BaseWeight] | None
-) -> dict[str, torch.Tensor]:
-    """By the name of each adapted matrix the lengths (d_out,) of its base's rows, float32; arguments as of merge."""
-    bases = dict(base_weights or {})
-    matrices = {f"{a.name}.weight": a for a in adapters}
-    places, _ = names.places({name: weight_shape(a) for name, a in matrices.items()}, (), base_folder)
-    found = {}
-    for shard in weight_files(base_folder):
-        with safe_open(shard, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (not a dictionary)
-                if (name := places.get(key)) is not None:
-                    stored = file.get_tensor(key)
-                    weight = bases[name](stored) if name in bases else stored.float()
-                    matrix = matrices[name].matrix
-                    found[matrix.name] = torch.linalg.vector_norm(weight, dim=0 if matrix.is_transposed else 1)
-    return found
 
 
 def with_task(settings: Mapping[str, Any], task: Mapping[str, Any]) -> dict[str, Any]:

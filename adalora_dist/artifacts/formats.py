@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from adalora_dist.artifacts.export import BaseWeight, SavedAdapter, base_folder_of, merge, row_norms
+from adalora_dist.artifacts.base_weights import BaseWeight, row_norms
+from adalora_dist.artifacts.export import SavedAdapter, base_folder_of, merge
 from adalora_dist.artifacts.peft_check import not_verified
 from adalora_dist.artifacts.peft_format import save_adalora, save_dora, save_lora, save_vera, vllm_options
 from adalora_dist.backbones.names import FileNames, names_in, plain_model
