@@ -74,6 +74,11 @@ class Adapter(TrainedModule):
         """What an export needs to know besides the parameters: sizes, scale; plain data."""
         raise NotImplementedError(f"{type(self).__name__}.description")
 
+    @property
+    def path(self) -> str:
+        """Where it lies itself in the adapted model, before an engine changes paths."""
+        return self.name
+
     def matrix_names(self) -> list[str]:
         """Names of the matrices that it adapts, each with a rank of its own: one, of the adapter's name."""
         return [self.name]

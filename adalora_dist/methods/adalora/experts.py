@@ -41,6 +41,10 @@ class ExpertTriplets(TripletLayer):
         self.__dict__["experts"] = experts  # which is the parent, not a part
         self._columns: tuple[tuple[int, torch.device] | None, torch.Tensor | None] = (None, None)
 
+    @property
+    def path(self) -> str:
+        return f"{self.stack.owner}.{MODULE_NAME}.{self.stack.leaf}"
+
     def matrix_names(self) -> list[str]:
         return self.stack.matrix_names()
 
