@@ -1,10 +1,10 @@
-"""The backbone's weights as its files have them, or what takes their place: what an export adds updates to."""
+"""Weights of the base model, read from its files one after another: what an export is made of besides the updates."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -12,6 +12,8 @@ from safetensors import safe_open
 from adalora_dist.backbones.files import weight_files
 from adalora_dist.backbones.names import FileNames
 from adalora_dist.methods.update import Update, weight_shape
+
+U = TypeVar("U", bound=Update)
 
 
 class BaseWeight(Protocol):
@@ -27,10 +29,19 @@ class BaseWeight(Protocol):
         ...
 
 
-def row_norms(
-    adapters: Sequence[Update], base_folder: Path, names: FileNames, base_weights: Mapping[str, BaseWeight] | None
+def of_base(
+    adapters: Sequence[U],
+    base_folder: Path,
+    names: FileNames,
+    base_weights: Mapping[str, BaseWeight] | None,
+    ask: Callable[[U, torch.Tensor], torch.Tensor],
 ) -> dict[str, torch.Tensor]:
-    """By the name of each adapted matrix the lengths (d_out,) of its base's rows, float32; arguments as of merge."""
+    """What ``ask`` makes of an update and its base's weight (d_out, d_in), float32, by the name of the matrix.
+
+    Args:
+        adapters: of every adapted matrix.
+        base_folder: as of :func:`adalora_dist.artifacts.export.merge`; so are ``names`` and ``base_weights``.
+    """
     bases = dict(base_weights or {})
     matrices = {f"{a.name}.weight": a for a in adapters}
     places, _ = names.places({name: weight_shape(a) for name, a in matrices.items()}, (), base_folder)
@@ -39,8 +50,8 @@ def row_norms(
         with safe_open(shard, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (not a dictionary)
                 if (name := places.get(key)) is not None:
-                    stored = file.get_tensor(key)
+                    stored, adapter = file.get_tensor(key), matrices[name]
                     weight = bases[name](stored) if name in bases else stored.float()
-                    matrix = matrices[name].matrix
-                    found[matrix.name] = torch.linalg.vector_norm(weight, dim=0 if matrix.is_transposed else 1)
+                    rows = weight.T if adapter.matrix.is_transposed else weight
+                    found[adapter.name] = ask(adapter, rows)
     return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,7 +146,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
     kind, matrices, parts = METHODS[method].update, [], {}
     for name, rank in described.rank_pattern.items():
         matrix = Matrix(name, described.shapes[name], rank, described.scales[name], name in described.transposed)
-        shapes = kind.shapes(matrix)
+        shapes = kind.shapes(matrix, settings)
         for part, shape in shapes.items():
             if (key := f"{name}.{part}") not in tensors or tensors[key].shape != shape:
                 raise UserError(
@@ -227,12 +227,16 @@ def merge(
     check_base(base_folder)
     shards = weight_files(base_folder)
     settings = read_object(base_folder / "config.json")
+    replaced: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
     whole = dict(trained or {})
     bases = dict(base_weights or {})
     names = names_in(base_folder, task or {}) if names is None else names
     others, edits = expert_edits(adapters, names)
-    replaced = {f"{a.name}.weight": a for a in others if a.rank}
-    shapes = {name: base.shape for name, base in bases.items()} | {n: weight_shape(a) for n, a in replaced.items()}
+    shapes: dict[str, tuple[int, ...]] = {name: base.shape for name, base in bases.items()}
+    for adapter in (a for a in others if a.rank):
+        replaced[name := f"{adapter.name}.weight"], shapes[name] = adapter.merged, weight_shape(adapter)
+        if adapter.changes_bias and names.source_of(name := f"{adapter.name}.bias") is not None:
+            replaced[name], shapes[name] = adapter.merged_bias, adapter.matrix.shape[:1]
     places, new = names.places(shapes, whole, base_folder)
     added = {name: whole[name].contiguous() for name in sorted(new)}
     if dtype is not None:
@@ -245,7 +249,7 @@ def merge(
             tensor = whole[name].to(tensor.dtype)
         elif name is not None:
             weight = bases[name](tensor) if name in bases else tensor.to(torch.float32, copy=True)
-            tensor = (replaced[name].merged(weight) if name in replaced else weight).to(dtype or tensor.dtype)
+            tensor = (replaced[name](weight) if name in replaced else weight).to(dtype or tensor.dtype)
         elif key in edits:
             tensor = edits[key](tensor.to(torch.float32, copy=True)).to(dtype or tensor.dtype)
         return (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).contiguous()

@@ -82,6 +82,12 @@ class TripletMethod(Method):
         """Bring triplets read from ``init_from`` into the form that this method trains."""
         return triplets
 
+    def lacks(self, adapters: Sequence[Adapter], form: str) -> str | None:
+        experts = (adapter.name for adapter in adapters if isinstance(adapter, ExpertTriplets))
+        if form != "peft" or (name := next(experts, None)) is None:
+            return None
+        return f"PEFT has no AdaLoRA of experts ({name}): use lora or merged"
+
     def shrink(self, adapters: Sequence[Adapter], held: Mapping[str, Sequence[int]]) -> None:
         shrink_layers(cast(Sequence[TripletLayer], adapters), [held[adapter.name] for adapter in adapters])
 
