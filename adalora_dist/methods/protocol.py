@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
+from adalora_dist.backbones.experts import stacks_of
 from adalora_dist.backbones.linears import linear_shape
 from adalora_dist.config.methods import MethodConfig
 from adalora_dist.config.sections import TrainConfig
@@ -140,7 +141,7 @@ class Step:
 
     def facts(self) -> dict[str, Any]:
         """What run.json says of the method's plan."""
-        return {"num_matrices": len(self.adapters)} if self.adapters else {}
+        return {"num_matrices": sum(len(a.matrix_names()) for a in self.adapters)} if self.adapters else {}
 
     def plan(self) -> str:
         """The plan in a few words for the console; "" without one."""
@@ -258,7 +259,8 @@ class Method:
     def shape_at(cls, model: nn.Module, name: str) -> tuple[int, int] | None:
         """(d_in, d_out) of what an update of this name is of, in its plain backbone; None: that has no such thing."""
         found = dict(model.named_modules()).get(name)
-        return None if found is None else linear_shape(found)
+        of_experts = {n: (stack.d_in, stack.d_out) for stack in stacks_of(model) for n in stack.matrix_names()}
+        return of_experts.get(name) if found is None else linear_shape(found)
 
     @classmethod
     def place(cls, model: nn.Module, updates: Sequence[Update]) -> list[Adapter]:
