@@ -8,6 +8,7 @@ from adalora_dist.methods.bitfit import BitFit
 from adalora_dist.methods.dora import Dora
 from adalora_dist.methods.dvora import Dvora
 from adalora_dist.methods.full import Full
+from adalora_dist.methods.galore.method import GaLore
 from adalora_dist.methods.head import Head
 from adalora_dist.methods.lora import Lora
 from adalora_dist.methods.lora_fa import LoraFa
@@ -21,6 +22,7 @@ METHODS: dict[str, type[Method]] = {
     "dora": Dora,
     "vera": Vera,
     "dvora": Dvora,
+    "galore": GaLore,
     "bitfit": BitFit,
     "head": Head,
     "full": Full,

@@ -270,12 +270,10 @@ def attach(model: nn.Module, optimizer: Any, config: MethodConfig, total_steps: 
         raise UserError("the model has no adapters: call adapt(model, config) before attach")
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
-    if missing := method.groups(model).keys() - {group.get("lr_ratio", 1.0) for group in optimizer.param_groups}:
-        raise UserError(
-            f"lora_plus_ratio={max(missing):g}, but the optimizer gives P and Q one learning rate: make it over "
-            "parameter_groups(model, config, learning_rate), or leave lora_plus_ratio at 1"
-        )
-    hooks = MethodHooks(model, method, method.step(adapters, total_steps))
+    method.check_optimizer(model, optimizer)
+    method_step = method.step(adapters, total_steps)
+    method_step.look_at(model)
+    hooks = MethodHooks(model, method, method_step)
     optimizer.register_step_pre_hook(lambda opt, *_: hooks.before_firing(opt))
     optimizer.register_step_post_hook(lambda *_: hooks.after_firing())
     atexit.register(_complain_at_exit, weakref.ref(hooks))

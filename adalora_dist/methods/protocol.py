@@ -1,13 +1,12 @@
 """What a method is: the parts that checkpoints, exports, reports, trainers and engines ask, whichever method it is.
 
-A method is one file: its :class:`Method` puts :class:`Adapter` modules into a model, its :class:`Step` acts at every
-optimizer step (through ``hooks.py``, alike on every engine), and its updates (``update.py``) say what each matrix has
-become. ``methods/__init__.py`` has the table of all methods.
+A method is one file: its :class:`Method` puts :class:`Adapter` modules (``adapter.py``) into a model, its :class:`Step`
+acts at every optimizer step (through ``hooks.py``, alike on every engine), and its updates (``update.py``) say what
+each matrix has become. ``methods/__init__.py`` has the table of all methods.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,74 +15,27 @@ from torch import nn
 
 from adalora_dist.config.methods import MethodConfig
 from adalora_dist.config.sections import TrainConfig
+from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adalora.schedule import BudgetSchedule
+from adalora_dist.methods.adapter import Adapter as Adapter
+from adalora_dist.methods.adapter import TrainedModule as TrainedModule
 from adalora_dist.methods.update import AdapterWeights, Update
-from adalora_dist.sharding.base import ShardEngine
+from adalora_dist.sharding.base import ShardEngine, Span
 
 
-class TrainedModule(nn.Module):
-    """A module of a method's that holds trained parameters: an adapter, or what several adapters share."""
+class Kept(NamedTuple):
+    """A rank's part of a tensor of the method's own, which lies along no parameter."""
 
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The trained parameters held here now, by the names that files have, whatever an engine does to paths."""
-        raise NotImplementedError(f"{type(self).__name__}.trained")
-
-    def element_name(self, leaf: str, index: int) -> str:
-        """What a person calls element ``index`` of the flattened parameter ``leaf``, for messages."""
-        raise NotImplementedError(f"{type(self).__name__}.element_name")
-
-
-_OWN_MARKS = ("weights_on_disk", "plain_name")
-"""What the package itself puts on a model's modules."""
-
-
-class Adapter(TrainedModule):
-    """A module in the place of, or around, one of the model's.
-
-    The base is called, never opened; all that the adapter does not hold itself is frozen.
-
-    The adapter answers its base's attributes (``weight``, ``in_features``, what a quantised linear has): model code
-    asks for them, as T5 does for ``wo.weight.dtype``. They are no parameters of the adapter. Code that computes with
-    such a weight goes past the adapter: :mod:`adalora_dist.backbones.bypass` finds it beforehand.
-    """
-
-    name: str
-    """The name that the adapted module has in the plain model. (Engines and compilers change module paths.)"""
-    base: nn.Module
-
-    def __getattr__(self, name: str) -> Any:
-        """Look up in the base what the adapter lacks: data alone, neither methods nor the marks of engines.
-
-        A method of the base would compute without the adapter, and an engine must not take its mark on the base for
-        one on the adapter.
-        """
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            base = self.__dict__.get("_modules", {}).get("base")
-            if base is None or name.startswith(("_", "ds_")) or name in _OWN_MARKS:
-                raise
-            value = getattr(base, name, self)
-            if value is self or inspect.ismethod(value):
-                raise
-            return value
-
-    def description(self) -> dict[str, Any]:
-        """What an export needs to know besides the parameters: sizes, scale; plain data."""
-        raise NotImplementedError(f"{type(self).__name__}.description")
-
-    def held(self) -> list[int]:
-        """Which of its parts (triplets) are left, as ascending indices into those at the start of the run."""
-        raise NotImplementedError(f"{type(self).__name__}.held")
-
-    @property
-    def part_size(self) -> int:
-        """How many trained numbers one of its parts has."""
-        raise NotImplementedError(f"{type(self).__name__}.part_size")
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    span: Span
+    """This rank's elements of it, flattened. Ranks may overlap in equal values; of replicas one has all."""
+    values: torch.Tensor | None = None
+    """Those elements, flat, float32, on the CPU; None where only shape and span are told."""
 
 
 class StepState(NamedTuple):
-    """Everything that a method has learnt between two steps; what differs between ranks is in ``averages`` alone."""
+    """All that a method has learnt between two steps; what differs between ranks is in ``averages`` and ``kept``."""
 
     numbers: dict[str, Any]
     """Plain numbers and lists of them, by name."""
@@ -91,6 +43,8 @@ class StepState(NamedTuple):
     """(selections made, parts) bool: every selection so far; (0, 0) where nothing is selected."""
     averages: list[dict[str, torch.Tensor]]
     """Per parameter of :meth:`Step.parameters` what lies along this rank's span of it, by kind."""
+    kept: dict[str, Kept] = {}
+    """What lies along none of them, by names that no parameter has; the same names on every rank."""
 
 
 class Step:
@@ -111,6 +65,9 @@ class Step:
     def parameters(self) -> dict[str, torch.Tensor]:
         """The parameters that it acts on, by name, as the model has them now, in the same order on every rank."""
         return {name: p for adapter in self.adapters for name, p in adapter.trained().items()}
+
+    def look_at(self, model: nn.Module) -> None:
+        """Called once, before all others: the model that is trained, which an engine may have wrapped already."""
 
     def bind(self, engine: ShardEngine) -> torch.Tensor:
         """Called once the engine has taken over :meth:`parameters`, and again after they were exchanged. Collective.
@@ -167,8 +124,12 @@ class Step:
         """A copy, on the CPU, between two steps."""
         return StepState({}, torch.zeros(0, 0, dtype=torch.bool), [{} for _ in spans])
 
+    def kept(self, numbers: Mapping[str, Any]) -> dict[str, Kept]:
+        """What :meth:`load_state` needs of ``kept`` on this rank, of a state with these numbers; without values."""
+        return {}
+
     def load_state(self, state: StepState) -> None:
-        """Continue from ``state``, whose averages are of this rank's spans now."""
+        """Continue from ``state``, whose averages are of this rank's spans now, and what :meth:`kept` asks for."""
 
     def problem(self, step: int) -> str | None:
         """Why the run, if it ended now, would not keep what it promised; None if it does."""
@@ -263,6 +224,14 @@ class Method:
             weight_decay=train.weight_decay,
             fused=train.precision != "fp16",  # its kernel would unscale gradients after the hooks have seen them
         )
+
+    def check_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Raise a ``UserError`` for a torch optimizer under which this method would not do what it says."""
+        if missing := self.groups(model).keys() - {group.get("lr_ratio", 1.0) for group in optimizer.param_groups}:
+            raise UserError(
+                f"lora_plus_ratio={max(missing):g}, but the optimizer gives P and Q one learning rate: make it over "
+                "parameter_groups(model, config, learning_rate), or leave lora_plus_ratio at 1"
+            )
 
     def step(self, adapters: Sequence[Adapter], total_steps: int) -> Step:
         """Make what acts at each of ``total_steps`` optimizer steps.

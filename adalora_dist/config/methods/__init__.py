@@ -17,6 +17,7 @@ from adalora_dist.config.methods.base import METHODS, LowRankConfig, MethodConfi
 from adalora_dist.config.methods.bitfit import BitFitConfig
 from adalora_dist.config.methods.dora import DoraConfig
 from adalora_dist.config.methods.full import FullConfig
+from adalora_dist.config.methods.galore import GaLoreConfig
 from adalora_dist.config.methods.head import HeadConfig
 from adalora_dist.config.methods.lora import LoraConfig
 from adalora_dist.config.methods.lora_fa import LoraFaConfig
@@ -29,6 +30,7 @@ METHODS.update(
     dora=DoraConfig,
     vera=VeraConfig,
     dvora=DvoraConfig,
+    galore=GaLoreConfig,
     bitfit=BitFitConfig,
     head=HeadConfig,
     full=FullConfig,
@@ -81,6 +83,7 @@ __all__ = [
     "DoraConfig",
     "DvoraConfig",
     "FullConfig",
+    "GaLoreConfig",
     "HeadConfig",
     "LoraConfig",
     "LoraFaConfig",
