@@ -1,10 +1,12 @@
-"""``Adapter``: a module of a method's in the place of, or around, one of the model's."""
+"""``Adapter``: a module of a method's in a model, and names of its parameters that no engine changes."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -67,3 +69,49 @@ class Adapter(TrainedModule):
     def part_size(self) -> int:
         """How many trained numbers one of its parts has."""
         raise NotImplementedError(f"{type(self).__name__}.part_size")
+
+
+def adapters_of(model: nn.Module) -> list[Adapter]:
+    """The adapters that a model has, in canonical order."""
+    return [module for module in model.modules() if isinstance(module, Adapter)]
+
+
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+def plain_path(path: str) -> str:
+    """The path of a module or parameter without what engines, compilers and checkpointing put into it."""
+    path = path.removeprefix("module.")
+    for wrapper in _WRAPPERS:
+        path = path.replace(wrapper, "")
+    return path
+
+
+def trained_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All trainable parameters as the model holds them now, by names that no engine changes."""
+    own = {
+        id(p): name
+        for module in model.modules()
+        if isinstance(module, TrainedModule)
+        for name, p in module.trained().items()
+    }
+    found: dict[str, torch.Tensor] = {}
+    for path, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            name = own.get(id(parameter))
+            if name is None:
+                name = plain_path(path)
+            found[name] = parameter
+    return found
+
+
+def others_trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name in the plain model, parameter) of what is trained besides adapters, of an unwrapped model.
+
+    A tied weight comes under each of its names.
+    """
+    for path, module in model.named_modules():
+        if not isinstance(module, TrainedModule):
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if parameter.requires_grad:
+                    yield (f"{path}.{leaf}" if path else leaf), parameter

@@ -1,13 +1,13 @@
 """What a method is: the parts that checkpoints, exports, reports, trainers and engines ask, whichever method it is.
 
-A method is one file: its :class:`Method` puts :class:`Adapter` modules (``adapter.py``) into a model, its :class:`Step`
-acts at every optimizer step (through ``hooks.py``, alike on every engine), and its updates (``update.py``) say what
-each matrix has become. ``methods/__init__.py`` has the table of all methods.
+A method is one file: its :class:`Method` puts :class:`Adapter` modules into a model, its :class:`Step` acts at every
+optimizer step (through ``hooks.py``, alike on every engine), and its updates (``update.py``) say what each matrix has
+become. ``methods/__init__.py`` has the table of all methods.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -19,6 +19,10 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adalora.schedule import BudgetSchedule
 from adalora_dist.methods.adapter import Adapter as Adapter
 from adalora_dist.methods.adapter import TrainedModule as TrainedModule
+from adalora_dist.methods.adapter import adapters_of as adapters_of
+from adalora_dist.methods.adapter import others_trained as others_trained
+from adalora_dist.methods.adapter import plain_path as plain_path
+from adalora_dist.methods.adapter import trained_parameters as trained_parameters
 from adalora_dist.methods.update import AdapterWeights, Update
 from adalora_dist.sharding.base import ShardEngine, Span
 
@@ -79,6 +83,13 @@ class Step:
         """
         device = next((v.device for v in engine.values()), torch.device("cpu"))
         return torch.zeros(1, dtype=torch.float32, device=device)
+
+    def begin(self, step: int) -> None:
+        """Called before the first forward of ``step``, and once more where a run goes on from there.
+
+        What is drawn for a step is drawn here, from its number: then all ranks, all micro-batches and the second
+        forward of a checkpoint see the same, and a run that goes on elsewhere draws it again.
+        """
 
     def sums(self, step: int) -> None:
         """Called first in a step: write this rank's part of the vector of :meth:`bind`, all but its last element."""
@@ -244,6 +255,10 @@ class Method:
     def shrink(self, adapters: Sequence[Adapter], held: Mapping[str, Sequence[int]]) -> None:
         """Reduce adapters to the parts that a checkpoint has of them, before an engine takes the parameters over."""
 
+    def lacks(self, adapters: Sequence[Adapter], form: str) -> str | None:
+        """Why what these adapters leave could not be written in a form that the method otherwise has; None: it can."""
+        return None
+
     @classmethod
     def updates(
         cls,
@@ -266,49 +281,3 @@ class Method:
     def place(cls, model: nn.Module, updates: Sequence[Update]) -> list[Adapter]:
         """Put what :meth:`updates` gave into its plain backbone, in whose shapes it is."""
         raise NotImplementedError(f"{cls.__name__}.place")
-
-
-def adapters_of(model: nn.Module) -> list[Adapter]:
-    """The adapters that a model has, in canonical order."""
-    return [module for module in model.modules() if isinstance(module, Adapter)]
-
-
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
-
-
-def plain_path(path: str) -> str:
-    """The path of a module or parameter without what engines, compilers and checkpointing put into it."""
-    path = path.removeprefix("module.")
-    for wrapper in _WRAPPERS:
-        path = path.replace(wrapper, "")
-    return path
-
-
-def trained_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All trainable parameters as the model holds them now, by names that no engine changes."""
-    own = {
-        id(p): name
-        for module in model.modules()
-        if isinstance(module, TrainedModule)
-        for name, p in module.trained().items()
-    }
-    found: dict[str, torch.Tensor] = {}
-    for path, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            name = own.get(id(parameter))
-            if name is None:
-                name = plain_path(path)
-            found[name] = parameter
-    return found
-
-
-def others_trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name in the plain model, parameter) of what is trained besides adapters, of an unwrapped model.
-
-    A tied weight comes under each of its names.
-    """
-    for path, module in model.named_modules():
-        if not isinstance(module, TrainedModule):
-            for leaf, parameter in module.named_parameters(recurse=False):
-                if parameter.requires_grad:
-                    yield (f"{path}.{leaf}" if path else leaf), parameter

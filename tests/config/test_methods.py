@@ -30,10 +30,11 @@ from adalora_dist.tasks.glue.config import GlueConfig
 from tests.support.paths import ROOT
 from tests.support.shipped import schema_of
 
-ALL = ("adalora", "lora", "lora_fa", "dora", "vera", "dvora", "galore", "bitfit", "head", "full")
-WITH_TARGETS = ("adalora", "lora", "lora_fa", "dora", "vera", "dvora", "galore")
-WITH_ALPHA = ("adalora", "lora", "lora_fa", "dora")
-WITH_MODULES = ("adalora", "lora", "lora_fa", "dora", "vera", "dvora", "bitfit", "head")
+ALL = ("adalora", "lora", "lora_fa", "dora", "vera", "dvora", "hydra", "dylora", "galore", "bitfit", "head", "full")
+WITH_ADAPTERS = ("adalora", "lora", "lora_fa", "dora", "vera", "dvora", "hydra", "dylora")
+WITH_TARGETS = (*WITH_ADAPTERS, "galore")
+WITH_ALPHA = ("adalora", "lora", "lora_fa", "dora", "dylora")
+WITH_MODULES = (*WITH_ADAPTERS, "bitfit", "head")
 DEMOS = sorted((ROOT / "recipes" / "configs").glob("*_demo.yaml"))
 
 

@@ -16,9 +16,11 @@ from adalora_dist.config.methods.adalora import AdaLoraConfig
 from adalora_dist.config.methods.base import METHODS, LowRankConfig, MethodConfig, TargetsConfig, methods_with
 from adalora_dist.config.methods.bitfit import BitFitConfig
 from adalora_dist.config.methods.dora import DoraConfig
+from adalora_dist.config.methods.dylora import DyloraConfig
 from adalora_dist.config.methods.full import FullConfig
 from adalora_dist.config.methods.galore import GaLoreConfig
 from adalora_dist.config.methods.head import HeadConfig
+from adalora_dist.config.methods.hydra import HydraConfig
 from adalora_dist.config.methods.lora import LoraConfig
 from adalora_dist.config.methods.lora_fa import LoraFaConfig
 from adalora_dist.config.methods.vera import DvoraConfig, VeraConfig
@@ -30,6 +32,8 @@ METHODS.update(
     dora=DoraConfig,
     vera=VeraConfig,
     dvora=DvoraConfig,
+    hydra=HydraConfig,
+    dylora=DyloraConfig,
     galore=GaLoreConfig,
     bitfit=BitFitConfig,
     head=HeadConfig,
@@ -82,9 +86,11 @@ __all__ = [
     "BitFitConfig",
     "DoraConfig",
     "DvoraConfig",
+    "DyloraConfig",
     "FullConfig",
     "GaLoreConfig",
     "HeadConfig",
+    "HydraConfig",
     "LoraConfig",
     "LoraFaConfig",
     "LowRankConfig",
