@@ -15,6 +15,7 @@ from adalora_dist.methods.hydra import Hydra
 from adalora_dist.methods.lora import Lora
 from adalora_dist.methods.lora_fa import LoraFa
 from adalora_dist.methods.protocol import Method
+from adalora_dist.methods.relora import Relora
 from adalora_dist.methods.vera import Vera
 
 METHODS: dict[str, type[Method]] = {
@@ -26,6 +27,7 @@ METHODS: dict[str, type[Method]] = {
     "dvora": Dvora,
     "hydra": Hydra,
     "dylora": Dylora,
+    "relora": Relora,
     "galore": GaLore,
     "bitfit": BitFit,
     "head": Head,

@@ -91,6 +91,10 @@ class Step:
         forward of a checkpoint see the same, and a run that goes on elsewhere draws it again.
         """
 
+    def rate_factor(self, step: int) -> float:
+        """What the hooks multiply the learning rate of ``step`` by, whoever sets it."""
+        return 1.0
+
     def sums(self, step: int) -> None:
         """Called first in a step: write this rank's part of the vector of :meth:`bind`, all but its last element."""
 
@@ -130,6 +134,10 @@ class Step:
             In a few words what was done; "": nothing.
         """
         return ""
+
+    def whole(self, name: str) -> torch.Tensor | None:
+        """A tensor of ``kept``, complete, on the CPU; None where there is none of that name."""
+        return None
 
     def state(self, spans: Any) -> StepState:
         """A copy, on the CPU, between two steps."""

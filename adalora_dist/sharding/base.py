@@ -322,3 +322,15 @@ def sum_over(group: dist.ProcessGroup | None, tensor: torch.Tensor) -> torch.Ten
         return on_device.to(tensor.device)
     dist.all_reduce(tensor, group=group)
     return tensor
+
+
+def agree_on(numbers: torch.Tensor, tolerance: float = 1e-3) -> bool:
+    """Whether all processes have (about) the same ``numbers``, a float64 vector. Collective; reads from the device.
+
+    Replicas on equal hardware have equal bits, on unequal hardware they drift apart.
+    """
+    if not dist.is_initialized():
+        return True
+    mean = sum_over(dist.group.WORLD, numbers.clone()) / dist.get_world_size()
+    differs = ((numbers - mean).abs() > tolerance * (1 + mean.abs())).any().double()
+    return bool(sum_over(dist.group.WORLD, differs) == 0)

@@ -171,6 +171,7 @@ def stored_adapters(checkpoint: Checkpoint) -> tuple[Sequence[Update], dict[str,
         KeyError: the run is of no known method.
     """
     table, described = checkpoint.state["parameters"], checkpoint.state["matrices"]
+    kept: dict[str, list[int]] = checkpoint.state.get("kept", {})
     method = METHODS[checkpoint.run["config"]["adapter"]["method"]]
     of_adapters: set[str] = set()
     with ExitStack() as stack:
@@ -178,6 +179,8 @@ def stored_adapters(checkpoint: Checkpoint) -> tuple[Sequence[Update], dict[str,
 
         def whole(name: str) -> torch.Tensor | None:
             of_adapters.add(name)
+            if name in kept:
+                return stored.part(_KEPT, name, Span(0, math.prod(kept[name]))).view(kept[name])
             if name not in table:
                 return None
             shape = table[name]["shape"]

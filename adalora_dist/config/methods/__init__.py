@@ -23,6 +23,7 @@ from adalora_dist.config.methods.head import HeadConfig
 from adalora_dist.config.methods.hydra import HydraConfig
 from adalora_dist.config.methods.lora import LoraConfig
 from adalora_dist.config.methods.lora_fa import LoraFaConfig
+from adalora_dist.config.methods.relora import ReloraConfig
 from adalora_dist.config.methods.vera import DvoraConfig, VeraConfig
 
 METHODS.update(
@@ -34,6 +35,7 @@ METHODS.update(
     dvora=DvoraConfig,
     hydra=HydraConfig,
     dylora=DyloraConfig,
+    relora=ReloraConfig,
     galore=GaLoreConfig,
     bitfit=BitFitConfig,
     head=HeadConfig,
@@ -95,6 +97,7 @@ __all__ = [
     "LoraFaConfig",
     "LowRankConfig",
     "MethodConfig",
+    "ReloraConfig",
     "TargetsConfig",
     "VeraConfig",
     "is_method",

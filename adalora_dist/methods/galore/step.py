@@ -35,8 +35,7 @@ from adalora_dist.methods.galore.projection import (
 )
 from adalora_dist.methods.galore.rows import Rows, cut_rows
 from adalora_dist.methods.protocol import Kept, Step, StepState
-from adalora_dist.sharding.agreement import world_size
-from adalora_dist.sharding.base import ShardEngine, Span, assemble, sum_over
+from adalora_dist.sharding.base import ShardEngine, Span, agree_on, assemble, sum_over
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 """Adam's, of all that is trained."""
@@ -244,10 +243,7 @@ class GaLoreStep(Step):
         Raises:
             RuntimeError: they are not.
         """
-        sums = torch.stack([matrix.p.double().sum() for matrix in self._matrices])
-        mean = sum_over(dist.group.WORLD if dist.is_initialized() else None, sums.clone()) / world_size()
-        differs = ((sums - mean).abs() > 1e-3 * (1 + mean.abs())).any().double()
-        if sum_over(dist.group.WORLD if dist.is_initialized() else None, differs) > 0:
+        if not agree_on(torch.stack([matrix.p.double().sum() for matrix in self._matrices])):
             raise RuntimeError(
                 "projections differ between ranks at the end of the run: it cannot be trusted. Ranks had different "
                 "gradients, or the memory of one is faulty"
