@@ -14,6 +14,7 @@ from adalora_dist.methods.head import Head
 from adalora_dist.methods.hydra import Hydra
 from adalora_dist.methods.lora import Lora
 from adalora_dist.methods.lora_fa import LoraFa
+from adalora_dist.methods.low_rank import LowRank
 from adalora_dist.methods.protocol import Method
 from adalora_dist.methods.relora import Relora
 from adalora_dist.methods.vera import Vera
@@ -28,6 +29,7 @@ METHODS: dict[str, type[Method]] = {
     "hydra": Hydra,
     "dylora": Dylora,
     "relora": Relora,
+    "low_rank": LowRank,
     "galore": GaLore,
     "bitfit": BitFit,
     "head": Head,

@@ -57,7 +57,7 @@ class MethodHooks:
         """Training steps seen so far; the number of the next one."""
         self._bound: Bound | None = None
         self._firing = 0  # of the present step, those that are done
-        self._rates: list[tuple[dict[str, Any], Any]] = []  # of groups whose rate the method has changed for this step
+        self._rates: list[tuple[dict[str, Any], Any]] = []  # of groups whose rate the method has changed for a firing
         self._num_missed = 0  # steps that the engine left out by itself
         self._num_skipped: torch.Tensor | None = None  # those left out here, counted on the device
         self._ended = False
@@ -76,23 +76,23 @@ class MethodHooks:
             )
         if self._firing == 0:
             self._begin(bound)
-            if (factor := self.method_step.rate_factor(self.step)) != 1:
-                self._rates = [(group, group["lr"]) for group in optimizer.param_groups]
-                for group, rate in self._rates:
-                    group["lr"] = rate * factor
+        if (factor := self.method_step.rate_factor(self.step)) != 1:
+            self._rates = [(group, group["lr"]) for group in optimizer.param_groups]  # ZeRO: of this firing alone
+            for group, rate in self._rates:
+                group["lr"] = rate * factor
         self.method_step.before(self._firing == bound.engine.num_firings - 1)
         bound.engine.skip_firing_if(bound.skip)
 
     @torch.no_grad()
     def after_firing(self) -> None:
         """The optimizer has fired; a step hook of it."""
+        for group, rate in self._rates:
+            group["lr"] = rate
+        self._rates = []
         self._firing += 1
         if self._firing < self.bound.engine.num_firings:
             return
         self._firing = 0
-        for group, rate in self._rates:
-            group["lr"] = rate
-        self._rates = []
         self.method_step.after(self.step)
         self.step += 1
         self.method_step.begin(self.step)

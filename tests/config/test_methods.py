@@ -46,7 +46,7 @@ ALL = (
     "full",
 )
 WITH_ADAPTERS = ("adalora", "lora", "lora_fa", "dora", "vera", "dvora", "hydra", "dylora", "relora")
-WITH_TARGETS = (*WITH_ADAPTERS, "galore")
+WITH_TARGETS = (*WITH_ADAPTERS, "low_rank", "galore")
 WITH_ALPHA = ("adalora", "lora", "lora_fa", "dora", "dylora", "relora")
 WITH_MODULES = (*WITH_ADAPTERS, "bitfit", "head")
 DEMOS = sorted((ROOT / "recipes" / "configs").glob("*_demo.yaml"))

@@ -23,6 +23,7 @@ from adalora_dist.config.methods.head import HeadConfig
 from adalora_dist.config.methods.hydra import HydraConfig
 from adalora_dist.config.methods.lora import LoraConfig
 from adalora_dist.config.methods.lora_fa import LoraFaConfig
+from adalora_dist.config.methods.low_rank import FactorisedConfig
 from adalora_dist.config.methods.relora import ReloraConfig
 from adalora_dist.config.methods.vera import DvoraConfig, VeraConfig
 
@@ -36,6 +37,7 @@ METHODS.update(
     hydra=HydraConfig,
     dylora=DyloraConfig,
     relora=ReloraConfig,
+    low_rank=FactorisedConfig,
     galore=GaLoreConfig,
     bitfit=BitFitConfig,
     head=HeadConfig,
@@ -89,6 +91,7 @@ __all__ = [
     "DoraConfig",
     "DvoraConfig",
     "DyloraConfig",
+    "FactorisedConfig",
     "FullConfig",
     "GaLoreConfig",
     "HeadConfig",
