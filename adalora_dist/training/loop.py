@@ -182,12 +182,13 @@ def _records(
     tokens_per_second: float,
 ) -> Iterator[dict[str, Any]]:
     """One record of metrics per step since the last log line."""
+    method_step = prepared.hooks.method_step
     for step, loss in enumerate(losses, first_step):
         record: dict[str, Any] = {
             "step": step,
             "loss": loss,
-            "learning_rate": learning_rate(config.train, step, num_steps),
+            "learning_rate": learning_rate(config.train, step, num_steps) * method_step.rate_factor(step),
             "tokens_per_second": round(tokens_per_second, 1),
         }
-        record |= prepared.hooks.method_step.record(step)
+        record |= method_step.record(step)
         yield record
