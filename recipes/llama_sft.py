@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 from adalora_dist.config.demonstration import or_demonstration
 from adalora_dist.config.flags import parse_config, user_errors
@@ -38,7 +37,7 @@ def main(config: SftConfig) -> None:
     from adalora_dist.tasks.rows.tokens import padding_token
     from adalora_dist.tasks.sft.preview import preview, show
     from adalora_dist.tasks.sft.rows import load_rows
-    from adalora_dist.tasks.sft.samples import records_of, samples_text, share_exact
+    from adalora_dist.tasks.sft.samples import Outcome, records_of, samples_text, share_exact
     from adalora_dist.training.dry_run import dry_run
     from adalora_dist.training.report import metrics_table
     from adalora_dist.training.run import Run
@@ -68,27 +67,27 @@ def main(config: SftConfig) -> None:
     # --------------------------------------------------------------------------------------------------------- evaluate
     synced, padding = run.generates_together(), padding_token(tokenizer)
     held_out, prompts = rows.held_out, [prompt for prompt, _ in rows.samples]
-    held_out_loss = causal_loss(held_out, padding, run.device)
+    held_out_loss, counts = causal_loss(held_out, padding, run.device), rows.held_out_counts
 
-    counts = held_out["num_tokens"][:], held_out["num_targets"][:]
-
-    def loss_now() -> dict[str, float]:
-        return validation_loss(run.model, held_out_loss, *counts, settings.eval_batch_size, **run.ranks)
-
-    def evaluate() -> dict[str, Any]:
-        scores = loss_now()
+    def evaluate() -> Outcome:
+        scores = validation_loss(run.model, held_out_loss, *counts, settings.eval_batch_size, **run.ranks)
         replies = generate_texts(
             run.model, tokenizer, prompts, [len(prompt) for prompt in prompts], settings, **run.ranks,
             synced_gpus=synced, closing=rows.closing,
         )  # fmt: skip
         return {"scores": scores | share_exact(replies, rows.samples), "replies": replies}
 
+    def validate() -> dict[str, float]:
+        outcome = evaluate()
+        run.say(samples_text(records_of(rows.samples, {"now": outcome}, tokenizer)))
+        return outcome["scores"]
+
     found = {"before": {}, **run.notes}
     if run.evaluates_before:
         found["before"] = evaluate()
 
     # ------------------------------------------------------------------------------------------------------------ train
-    run.train(causal_loss(rows.train, padding, run.device), found, loss_now, settings.eval_every)
+    run.train(causal_loss(rows.train, padding, run.device), found, validate)
     found["after"] = evaluate()
 
     # ----------------------------------------------------------------------------------------------------------- export

@@ -19,7 +19,7 @@ written out in the recipe, from ``run.accelerator``, ``run.prepared`` and the fu
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -40,6 +40,7 @@ from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.losses import LossSum
 from adalora_dist.tasks.rows.bad_rows import BadRows
 from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers, with_precision
+from adalora_dist.training.evaluations import Evaluate
 from adalora_dist.training.faults.guard import Guard
 from adalora_dist.training.finish import export_trained
 from adalora_dist.training.loop import generates_together, train
@@ -81,8 +82,9 @@ class Run(Generic[Config]):
         self._prepared: Prepared | None = None
 
     def say(self, line: str) -> None:
-        """Print on the main process alone, without secrets."""
-        self.accelerator.print(redacted(line))
+        """Print on the main process alone, without secrets; an empty line is none."""
+        if line:
+            self.accelerator.print(redacted(line))
 
     def begin(self) -> None:
         """Seed everything, and find the checkpoint that ``resume`` asks for.
@@ -136,6 +138,12 @@ class Run(Generic[Config]):
         """One line, if any row has been left out."""
         if summary := self.bad_rows.summary():
             self.say(summary)
+
+    def say_sizes(self, train: Sized, evaluation: Mapping[str, Sized], validation: Sized | None = None) -> None:
+        """How many rows there are to train on, to evaluate on by set, and to evaluate on while training."""
+        sizes = ", ".join(f"{name} {len(rows)}" for name, rows in evaluation.items())
+        besides = f"; while training: {len(validation)}" if self.validates and validation else ""
+        self.say(f"{len(train)} training rows; evaluation: {sizes}{besides}")
 
     def load_model(self, auto_class: Any, changes: Mapping[str, Any] | None = None) -> PreTrainedTokenizerBase:
         """The backbone, as :attr:`model`, and its tokenizer. Arguments as of ``load_backbone``.
@@ -205,19 +213,24 @@ class Run(Generic[Config]):
         self,
         loss_sum: LossSum,
         notes: Mapping[str, Any],
-        evaluate: Callable[[], Mapping[str, float]] | None = None,
-        eval_every: int = 0,
+        evaluate: Evaluate | None = None,
     ) -> None:
         """All steps that are left. Errors as of :func:`adalora_dist.training.loop.train`.
 
         Args:
             notes: JSON that checkpoints shall keep, for :attr:`notes` of a run that continues from one.
-            evaluate: called on all processes every ``eval_every`` steps but the last (0: never); its scores are logged.
+            evaluate: called on all processes every ``evaluation.eval_every`` steps; its scores are logged, and
+                ``evaluation.keep_best`` chooses by them.
         """
         train(
             self.accelerator, self.prepared, self._plan, loss_sum, self.config, self.folder, self.say, self.guard,
-            notes, evaluate, eval_every,
+            notes, evaluate,
         )  # fmt: skip
+
+    @property
+    def validates(self) -> bool:
+        """Whether evaluations are to be made while training."""
+        return self.config.evaluation.eval_every > 0
 
     # ------------------------------------------------------------------------------------------------- what is left
 

@@ -21,6 +21,7 @@ from adalora_dist.io.launchers import launchers
 from adalora_dist.io.publish import discard, open_to_append, refuse_link, write_whole, writing
 from adalora_dist.io.redaction import redacted, redacted_command
 from adalora_dist.methods.protocol import Step
+from adalora_dist.training.best import BEST
 from adalora_dist.training.resume import (
     ALLOCATIONS,
     CHECKPOINTS,
@@ -123,7 +124,7 @@ def refuse_used_folder(config: RunConfig) -> None:
         )
     if config.train.overwrite:
         return
-    for name in (CHECKPOINTS, "adapter", *config.export.export_formats):
+    for name in (CHECKPOINTS, BEST, "adapter", *config.export.export_formats):
         refuse_link(path / name)
     for name in config.export.export_formats:
         if (path / name).exists() and not in_place:
