@@ -70,12 +70,13 @@ def main(config: E2EConfig) -> None:
         checked = encode_rows(validation_pairs or [], tokenizer, data.max_length, run.is_main)
     references, validation = by_meaning(test_pairs), by_meaning(validation_pairs or [])
     run.say_sizes(rows, {"lists of facts": references, "references": test_pairs}, validation)
+    run.check_replies(prompt_tokens([*references, *validation], tokenizer))
 
     # ---------------------------------------------------------------------------------------------- adapters and engine
     run.prepare(BatchPlan.of_rows(rows, *run.batching))
 
     # --------------------------------------------------------------------------------------------------------- evaluate
-    synced, padding = run.generates_together(), padding_token(tokenizer)
+    synced, padding, chunk = run.generates_together(), padding_token(tokenizer), run.config.train.logits_chunk
 
     def evaluate(references: Mapping[str, list[str]]) -> tuple[dict[str, float], list[str]]:
         prompts = prompt_tokens(list(references), tokenizer)
@@ -83,7 +84,7 @@ def main(config: E2EConfig) -> None:
         texts = generate_texts(run.model, tokenizer, prompts, lengths, settings, **run.ranks, synced_gpus=synced)
         return data_to_text_scores(texts, list(references.values())), texts
 
-    checked_loss = causal_loss(checked, padding, run.device)
+    checked_loss = causal_loss(checked, padding, run.device, chunk)
 
     def validate() -> dict[str, float]:
         size = settings.eval_batch_size
@@ -97,7 +98,7 @@ def main(config: E2EConfig) -> None:
         columns["before"], _ = evaluate(references)
 
     # ------------------------------------------------------------------------------------------------------------ train
-    run.train(causal_loss(rows, padding, run.device), columns, validate)
+    run.train(causal_loss(rows, padding, run.device, chunk), columns, validate)
     columns["after"], texts = evaluate(references)
 
     # ----------------------------------------------------------------------------------------------------------- export

@@ -76,7 +76,9 @@ def main(config: CommonsenseConfig) -> None:
     run.prepare(BatchPlan.of_rows(rows, *run.batching))
 
     # --------------------------------------------------------------------------------------------------------- evaluate
-    settings, synced, padding = run.config.evaluation, run.generates_together(), padding_token(tokenizer)
+    settings, chunk, synced = run.config.evaluation, run.config.train.logits_chunk, run.generates_together()
+    padding = padding_token(tokenizer)
+    packed = run.packs(padding)
 
     def evaluate(questions: Mapping[str, Sequence[Example]]) -> list[TaskResult]:
         results = []
@@ -89,7 +91,7 @@ def main(config: CommonsenseConfig) -> None:
         return results
 
     checked = encode_examples(held_out, tokenizer, data.max_length, data.train_on) if held_out else []
-    checked_loss = causal_loss(checked, padding, run.device)
+    checked_loss = causal_loss(checked, padding, run.device, chunk)
 
     def validate() -> dict[str, float]:
         size = settings.eval_batch_size
@@ -101,7 +103,7 @@ def main(config: CommonsenseConfig) -> None:
         columns["before"] = [vars(result) for result in evaluate(eval_examples)]
 
     # ------------------------------------------------------------------------------------------------------------ train
-    run.train(causal_loss(rows, padding, run.device), columns, validate)
+    run.train(causal_loss(rows, padding, run.device, chunk, packed), columns, validate)
     columns["after"] = [vars(result) for result in evaluate(eval_examples)]
 
     # ----------------------------------------------------------------------------------------------------------- export

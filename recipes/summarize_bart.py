@@ -77,6 +77,7 @@ def main(config: SummarizationConfig) -> None:
 
     # --------------------------------------------------------------------------------------------------------- evaluate
     synced, padding, start = run.generates_together(), padding_token(tokenizer), decoder_start_token(run.model)
+    chunk = run.config.train.logits_chunk
 
     def evaluate(rows: Dataset) -> tuple[dict[str, float], list[str]]:
         sources, lengths = rows["input_ids"], rows["num_source"][:]
@@ -85,7 +86,7 @@ def main(config: SummarizationConfig) -> None:
 
     def validate() -> dict[str, float]:
         assert validation is not None
-        loss_sum, counts = seq2seq_loss(validation, padding, start, run.device), validation["num_targets"][:]
+        loss_sum, counts = seq2seq_loss(validation, padding, start, run.device, chunk), validation["num_targets"][:]
         lengths, size = validation["num_source"][:], settings.eval_batch_size
         loss = validation_loss(run.model, loss_sum, lengths, counts, size, **run.ranks)
         scores, texts = evaluate(validation)
@@ -97,7 +98,7 @@ def main(config: SummarizationConfig) -> None:
         columns["before"], _ = evaluate(eval_rows)
 
     # ------------------------------------------------------------------------------------------------------------ train
-    run.train(seq2seq_loss(train_rows, padding, start, run.device), columns, validate)
+    run.train(seq2seq_loss(train_rows, padding, start, run.device, chunk), columns, validate)
     columns["after"], texts = evaluate(eval_rows)
 
     # ----------------------------------------------------------------------------------------------------------- export

@@ -79,6 +79,9 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     """Compute type of forward and backward (autocast, or the engine's own mixed precision); auto: bf16 on a GPU that
     computes in it, fp32 elsewhere."""
+    logits_chunk: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    """Target tokens of a micro-batch whose logits are in memory at a time; 0: all; auto: as many as take about 1 GB
+    (523 for 128,256 words), and all where a model changes its logits behind its head."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     group_by_length: bool = True
@@ -286,6 +289,12 @@ class EncoderModelConfig(ModelConfig):
     """Storage type of the backbone; the head is trained in it. auto: as its files say."""
     classifier_dropout: float | None = Field(None, ge=0, lt=1)
     """Dropout before the classifier; default: as the model's own configuration says."""
+
+
+class PackedTrainConfig(TrainConfig):
+    packing: Literal["auto", "on", "off"] = "off"
+    """Put rows of a micro-batch into one sequence where there would be padding, without their seeing each other; auto:
+    where the model can, and at least a tenth of all positions is saved."""
 
 
 class RepeatedTrainConfig(TrainConfig):

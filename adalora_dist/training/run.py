@@ -19,7 +19,7 @@ written out in the recipe, from ``run.accelerator``, ``run.prepared`` and the fu
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -30,14 +30,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adalora_dist.artifacts.checkpoints.content import Checkpoint
 from adalora_dist.artifacts.hub.push import check_push_of_run, push_run
-from adalora_dist.backbones.fit import check_lengths, lengths_of
+from adalora_dist.backbones.fit import check_lengths, check_room, lengths_of
 from adalora_dist.backbones.load import load_backbone
 from adalora_dist.backbones.quantization import bitsandbytes_config
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.redaction import redacted
 from adalora_dist.methods.inject import adapt
+from adalora_dist.sharding.tensors import put_back_shards
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.losses import LossSum
+from adalora_dist.tasks.packing import decide as decide_packing
 from adalora_dist.tasks.rows.bad_rows import BadRows
 from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers, with_precision
 from adalora_dist.training.evaluations import Evaluate
@@ -156,6 +158,15 @@ class Run(Generic[Config]):
         check_lengths(self._loaded, lengths_of(self.config))
         return tokenizer
 
+    def check_replies(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Compare the evaluation's prompts (token ids), and ``max_new_tokens`` behind them, with the model's positions.
+
+        Raises:
+            UserError: the longest does not fit.
+        """
+        new_tokens = cast(Any, self.config).evaluation.max_new_tokens
+        check_room(self.model, max(map(len, prompts), default=0), new_tokens)
+
     @property
     def model(self) -> PreTrainedModel:
         """The model itself, out of what the engine has wrapped it in."""
@@ -198,6 +209,18 @@ class Run(Generic[Config]):
     def generates_together(self) -> bool:
         """Make the model ready to generate; whether processes must take the same number of decoding steps."""
         return generates_together(self.accelerator, self.prepared.model)
+
+    def packs(self, padding_token: int) -> bool:
+        """Whether rows share sequences, as ``train.packing`` asks; says what is saved. Collective.
+
+        Raises:
+            UserError: it is on, and the model cannot.
+        """
+        train = cast(Any, self.config).train
+        world_size = self.accelerator.num_processes
+        decided = decide_packing(self.model, self._plan, train, world_size, padding_token, self.say)
+        put_back_shards(self.prepared.model)
+        return decided
 
     @property
     def notes(self) -> dict[str, Any]:

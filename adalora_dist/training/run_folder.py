@@ -7,7 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"output_dir={self.path} cannot be written ({error}): choose another folder") from error
         first_step = {} if resumed is None else {"resumed_from": str(resumed.path), "first_step": resumed.step}
-        about = {**_provenance(), **facts, **first_step}
+        about = {**_provenance(), **facts, **first_step, "changed_settings": _changed(config)}
         with writing(self.path):
             text = yaml.safe_dump(redacted(config.model_dump(mode="json")), sort_keys=False)
             write_whole(self.path / "config.yaml", text)
@@ -102,6 +102,12 @@ class RunFolder:
     def listing(self) -> str:
         """One line for the end of the run: the folder and what is in it."""
         return f"Files in {self.path}: " + ", ".join(sorted(path.name for path in self.path.glob("[!.]*")))
+
+    def write_lines(self, name: str, records: Sequence[Any]) -> None:
+        """Write the records as JSON lines, NAME in the folder; without any, nothing."""
+        if self._metrics is not None and records:
+            with writing(self.path / name):
+                write_whole(self.path / name, "".join(json.dumps(redacted(record)) + "\n" for record in records))
 
     def write_json(self, name: str, content: Any) -> None:
         """Write ``content`` as NAME in the folder."""
@@ -138,6 +144,12 @@ def _empty(folder: Path) -> None:
             shutil.rmtree(path)
         elif not path.name.startswith(".lock"):
             path.unlink()
+
+
+def _changed(config: RunConfig) -> dict[str, Any]:
+    """Sections with the settings that differ from the recipe's defaults; the method is told in any case."""
+    changed = config.model_dump(mode="json", exclude_defaults=True)
+    return changed | {"adapter": {"method": config.adapter.method, **changed.get("adapter", {})}}
 
 
 def _launcher_command() -> list[str] | None:

@@ -8,7 +8,7 @@ import tyro
 from pydantic import AfterValidator, Field
 
 from adalora_dist.config.data import ColumnsConfig, Known
-from adalora_dist.config.sections import EvaluationConfig, RunConfig
+from adalora_dist.config.sections import EvaluationConfig, PackedTrainConfig, RunConfig
 
 COMMONSENSE_TASKS = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 
@@ -40,4 +40,5 @@ class CommonsenseEvaluationConfig(EvaluationConfig):
 
 class CommonsenseConfig(RunConfig):
     data: CommonsenseDataConfig = CommonsenseDataConfig()
+    train: PackedTrainConfig = PackedTrainConfig()
     evaluation: CommonsenseEvaluationConfig = CommonsenseEvaluationConfig()

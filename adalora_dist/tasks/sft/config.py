@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 from pydantic import Field, model_validator
 
-from adalora_dist.config.sections import ColumnsConfig, GenerationConfig, RunConfig, TrainConfig
+from adalora_dist.config.sections import ColumnsConfig, GenerationConfig, PackedTrainConfig, RunConfig
 
 FIELDS = (
     *("messages", "conversations", "system", "tools"),
@@ -64,11 +64,16 @@ class SftEvaluationConfig(GenerationConfig):
     """Sequences per process in one evaluation forward."""
     show_samples: int = Field(3, ge=0)
     """Reply to the prompts of so many validation rows at every evaluation, and show the replies."""
+    answer: str = ""
+    """File of questions of several turns (MT-Bench's question.jsonl), answered when the training is done: answers.jsonl
+    in the run folder, as MT-Bench's judge reads it; empty: none."""
+    answer_tokens: int = Field(1024, ge=1)
+    """Longest of these answers in tokens."""
 
 
 class SftConfig(RunConfig):
     data: SftDataConfig = SftDataConfig()
-    train: TrainConfig = TrainConfig(
+    train: PackedTrainConfig = PackedTrainConfig(
         learning_rate=2e-4, lr_schedule="cosine", lr_warmup_ratio=0.03, micro_batch_size=4, precision="auto"
     )
     evaluation: SftEvaluationConfig = SftEvaluationConfig()

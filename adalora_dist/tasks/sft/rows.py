@@ -61,11 +61,6 @@ class SftRows(NamedTuple):
     closing: list[int]
     """Tokens that close a reply besides EOS."""
 
-    @property
-    def held_out_counts(self) -> tuple[list[int], list[int]]:
-        """(tokens, target tokens) of each row that is held out."""
-        return self.held_out["num_tokens"][:], self.held_out["num_targets"][:]
-
     def plan(self, batch_size: int, seed: int, group_by_length: bool) -> BatchPlan:
         lengths, num_targets = self.train["num_tokens"][:], self.train["num_targets"][:]
         return BatchPlan(lengths, num_targets, batch_size, seed, group_by_length, digest_of_tokens(self.train))
