@@ -69,7 +69,8 @@ def main(config: GlueConfig) -> None:
     loaded = load_glue_rows(whole.config.data, whole.bad_rows, validates)
     task, train_examples, eval_examples = loaded.task, loaded.train, loaded.sets
     whole.report_bad_rows()
-    whole.say_sizes(train_examples, eval_examples, loaded.validation)
+    sizes = ", ".join(f"{name} {len(examples)}" for name, examples in eval_examples.items())
+    whole.say_sizes(f"{len(train_examples)} training rows; evaluation: {sizes}", loaded.validation)
 
     # ----------------------------------------------------------------------------------------------------------- tokens
     whole.demo_model("all-MiniLM-L6-v2, 22.7 million parameters", demo_encoder_folder)

@@ -74,9 +74,9 @@ def main(config: SquadConfig) -> None:
         checked = make_windows(validation or [], tokenizer, data, "tokenise validation", whole.is_main)
     inputs, eval_inputs = ([window.inputs for window in part] for part in (windows, eval_windows))
     spans = [window.span for window in windows]
-    whole.say(
-        f"{len(train_questions)} training questions in {len(windows)} windows; evaluation: {len(eval_questions)} in "
-        f"{len(eval_windows)}"
+    sizes = f"{len(eval_questions)} in {len(eval_windows)}"
+    whole.say_sizes(
+        f"{len(train_questions)} training questions in {len(windows)} windows; evaluation: {sizes}", validation
     )
 
     # --------------------------------------------------------------------------------------------------------- evaluate

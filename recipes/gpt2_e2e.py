@@ -69,7 +69,8 @@ def main(config: E2EConfig) -> None:
         rows = encode_rows(train_pairs, tokenizer, data.max_length, run.is_main)
         checked = encode_rows(validation_pairs or [], tokenizer, data.max_length, run.is_main)
     references, validation = by_meaning(test_pairs), by_meaning(validation_pairs or [])
-    run.say_sizes(rows, {"lists of facts": references, "references": test_pairs}, validation)
+    sizes = f"{len(references):,} lists of facts with {len(test_pairs):,} references"
+    run.say_sizes(f"{len(rows):,} training rows; evaluation: {sizes}", validation)
     run.check_replies(prompt_tokens([*references, *validation], tokenizer))
 
     # ---------------------------------------------------------------------------------------------- adapters and engine

@@ -64,7 +64,8 @@ def main(config: CommonsenseConfig) -> None:
     train_examples, eval_examples, validation = load_tasks_and_validation(data, run.bad_rows, run.validates)
     run.report_bad_rows()
     held_out = [row for part in validation.values() for row in part]
-    run.say_sizes(train_examples, eval_examples, held_out)
+    sizes = ", ".join(f"{task} {len(examples)}" for task, examples in eval_examples.items())
+    run.say_sizes(f"{len(train_examples)} training rows; evaluation: {sizes}", held_out)
 
     # ------------------------------------------------------------------------------------------------------------ model
     run.demo_model("SmolLM2-135M-Instruct, dequantised 4-bit weights", demo_model_folder)

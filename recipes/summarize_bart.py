@@ -67,7 +67,7 @@ def main(config: SummarizationConfig) -> None:
         rows = {name: encode_summaries(split, tokenizer, data) for name, split in splits.items()}
     train_rows, eval_rows, validation = rows["train"], rows["test"], rows.get("validation")
     run.report_bad_rows()
-    run.say_sizes(train_rows, {"test": eval_rows}, validation)
+    run.say_sizes(f"{len(train_rows):,} training rows, {len(eval_rows):,} evaluation rows", validation)
     num_source, num_targets = train_rows["num_source"][:], train_rows["num_targets"][:]
     lengths = [sum(pair) for pair in zip(num_source, num_targets, strict=True)]
     plan = BatchPlan(lengths, num_targets, *run.batching, digest_of_tokens(train_rows))

@@ -141,11 +141,9 @@ class Run(Generic[Config]):
         if summary := self.bad_rows.summary():
             self.say(summary)
 
-    def say_sizes(self, train: Sized, evaluation: Mapping[str, Sized], validation: Sized | None = None) -> None:
-        """How many rows there are to train on, to evaluate on by set, and to evaluate on while training."""
-        sizes = ", ".join(f"{name} {len(rows)}" for name, rows in evaluation.items())
-        besides = f"; while training: {len(validation)}" if self.validates and validation else ""
-        self.say(f"{len(train)} training rows; evaluation: {sizes}{besides}")
+    def say_sizes(self, sizes: str, validation: Sized | None) -> None:
+        """How many rows there are: ``sizes``, and those to evaluate on while training, if that is to be."""
+        self.say(f"{sizes}; while training: {len(validation or ())}" if self.validates else sizes)
 
     def load_model(self, auto_class: Any, changes: Mapping[str, Any] | None = None) -> PreTrainedTokenizerBase:
         """The backbone, as :attr:`model`, and its tokenizer. Arguments as of ``load_backbone``.

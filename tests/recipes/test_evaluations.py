@@ -1,4 +1,4 @@
-"""Every recipe on a file of one's own, evaluated while it trains, its best model kept; packing; answers to questions."""
+"""Every recipe on a file of one's own, evaluated while it trains, its best model kept; packing; answers."""
 
 from __future__ import annotations
 
