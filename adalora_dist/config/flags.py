@@ -32,6 +32,7 @@ from adalora_dist.config.settings import Setting, legal, method_setting, near, r
 from adalora_dist.io.ending import EXIT_PREEMPTED, leave, repeat_last, tell_error
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.launchers import follow, unfollow
+from adalora_dist.io.shipped import own_or_shipped
 from adalora_dist.io.signals import SignalListener
 from adalora_dist.io.terminal import keep_writing, let_go_of_terminal
 
@@ -143,7 +144,8 @@ def _adapter_for_help(schema: type[RunConfig], arguments: Sequence[str]) -> Any:
     method: Any = words.get("method")
     if method is None and "config" in words:
         with contextlib.suppress(UserError):
-            method = RunFile(Path(words["config"]), schema).value("adapter", "method", None)
+            file = RunFile(own_or_shipped(Path(words["config"]), "config"), schema)
+            method = file.value("adapter", "method", None)
     method = method if is_method(method) else recipes.method
     setting, config = method_setting(method), METHODS[method]
     any_method: Any = {"method": (setting.annotation, setting)}
@@ -156,7 +158,7 @@ def _parse(schema: type[ConfigT], arguments: Sequence[str], path: Path | None) -
     table = PresetTable(path, tuple(schema.model_fields)) if path else None
     picks = table.axes_besides(all_settings) if table else []
     given = _split(arguments, all_settings, picks)
-    file = RunFile(Path(given.pop("config")[0]) if "config" in given else None, schema)
+    file = RunFile(own_or_shipped(Path(given.pop("config")[0]), "config") if "config" in given else None, schema)
     picked = {axis: given.pop(axis)[0] for axis in picks if axis in given}
     defaults = {name: info.get_default(call_default_factory=True) for name, info in schema.model_fields.items()}
     # What a recipe's schema presets in a section must survive when the user sets another field of that section.
