@@ -6,6 +6,7 @@
     adalora-dist inspect RUN                           ranks, history, sizes
     adalora-dist export RUN --to merged|lora|peft      a model for transformers, or an adapter for PEFT and vLLM
     adalora-dist push RUN NAMESPACE/NAME               an export and its model card, to the Hub
+    adalora-dist report RUN [RUN ...]                  one HTML file: curves, ranks over time, scores, samples
 
 RUN is the folder of a finished run, or a checkpoint in one. Each subcommand imports what it needs when it is called,
 so that ``--help`` and mistakes cost no torch.
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from adalora_dist.artifacts.report.command import add_report
 from adalora_dist.config.flags import fail, user_errors
 from adalora_dist.config.formats import ADAPTER_FORMATS, EXPORT_FORMATS
 from adalora_dist.io.errors import UserError
@@ -48,6 +50,7 @@ def _parser() -> _Parser:
     _add_export(commands)
     _add_inspect(commands)
     _add_push(commands)
+    add_report(commands)
     return parser
 
 
@@ -113,6 +116,7 @@ def _add_export(commands: argparse._SubParsersAction[_Parser]) -> None:
         choices=("original", "dequantized"),
         help="merged, of a quantised run: weights that the adapters are added to; default: as the run was configured",
     )
+    parser.add_argument("--rank", type=_at_least_1, metavar="N", help="dylora: the rank to export, of those trained")
     parser.add_argument("--max-rank", type=_at_least_1, metavar="N", help="refuse matrices of a higher rank")
     parser.add_argument("--fold", action="store_true", help="cut ranks above --max-rank instead, by truncated SVD")
     parser.add_argument("--pad", action="store_true", help="lora: one rank and alpha for all matrices, by adding zeros")
@@ -192,7 +196,8 @@ def _export(arguments: argparse.Namespace) -> None:
     from adalora_dist.artifacts.commands import export_run
 
     export_run(
-        given.run, given.to, given.out, given.base, given.dtype, given.merge_into, given.max_rank, given.fold, given.pad
+        given.run, given.to, given.out, given.base, given.dtype, given.merge_into, given.max_rank, given.fold,
+        given.pad, given.rank,
     )  # fmt: skip
 
 

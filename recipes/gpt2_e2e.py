@@ -63,6 +63,7 @@ def main(config: E2EConfig) -> None:
     references = by_meaning(load_e2e(data, "test", run.bad_rows))
     run.report_bad_rows()
     prompts = prompt_tokens(list(references), tokenizer)
+    run.check_replies(prompts)
     num_references = sum(len(texts) for texts in references.values())
     run.say(
         f"{len(rows):,} training rows; evaluation: {len(prompts):,} lists of facts with {num_references:,} references"
@@ -84,7 +85,7 @@ def main(config: E2EConfig) -> None:
         columns["before"], _ = evaluate()
 
     # ------------------------------------------------------------------------------------------------------------ train
-    run.train(causal_loss(rows, padding_token(tokenizer), run.device), columns)
+    run.train(causal_loss(rows, padding_token(tokenizer), run.device, run.config.train.logits_chunk), columns)
     columns["after"], texts = evaluate()
 
     # ----------------------------------------------------------------------------------------------------------- export

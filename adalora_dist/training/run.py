@@ -19,7 +19,7 @@ written out in the recipe, from ``run.accelerator``, ``run.prepared`` and the fu
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adalora_dist.artifacts.checkpoints.content import Checkpoint
 from adalora_dist.artifacts.hub.push import check_push_of_run, push_run
-from adalora_dist.backbones.fit import check_lengths, lengths_of
+from adalora_dist.backbones.fit import check_lengths, check_room, lengths_of
 from adalora_dist.backbones.load import load_backbone
 from adalora_dist.backbones.quantization import bitsandbytes_config
 from adalora_dist.config.sections import RunConfig
@@ -147,6 +147,15 @@ class Run(Generic[Config]):
         self._loaded, tokenizer = load_backbone(self.config.model, auto_class, self.quantization, changes)
         check_lengths(self._loaded, lengths_of(self.config))
         return tokenizer
+
+    def check_replies(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Compare the evaluation's prompts (token ids), and ``max_new_tokens`` behind them, with the model's positions.
+
+        Raises:
+            UserError: the longest does not fit.
+        """
+        new_tokens = cast(Any, self.config).evaluation.max_new_tokens
+        check_room(self.model, max(map(len, prompts), default=0), new_tokens)
 
     @property
     def model(self) -> PreTrainedModel:

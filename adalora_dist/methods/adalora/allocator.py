@@ -218,9 +218,15 @@ class RankAllocator(Step):
             self.keep, lowest = select_local(scores, self.ranks, budget)
         else:
             self.keep, lowest = select(scores, budget)
-        self.allocations.append(Allocation(step, budget, self.keep, lowest))
+        self.allocations.append(Allocation(step, budget, self.keep, lowest, self._mean_scores(scores)))
         self._pending = False
         self.frozen = step >= self.schedule.freeze_step
+
+    def _mean_scores(self, scores: torch.Tensor) -> torch.Tensor:
+        """Of each matrix's triplets, (num_matrices,) float64."""
+        if len(set(self.ranks)) == 1:  # one operation; every run that starts at one init_rank
+            return scores.view(len(self.ranks), -1).mean(dim=1)
+        return torch.stack([part.mean() for part in scores.split(self.ranks)])
 
     # ------------------------------------------------------------------------------------ what a checkpoint holds
 
@@ -294,8 +300,10 @@ class RankAllocator(Step):
         return {layer.name: int(part.sum()) for layer, part in zip(self.layers, parts, strict=True)}
 
     def facts(self) -> dict[str, Any]:
+        """Budgets, and the rank of each matrix at the start of the run, by name in canonical order."""
         budgets = {"initial_budget": self.schedule.initial_budget, "target_budget": self.schedule.target_budget}
-        return super().facts() | budgets
+        ranks = {layer.name: rank for layer, rank in zip(self.layers, self.ranks, strict=True)}
+        return super().facts() | budgets | {"initial_ranks": ranks}
 
     def plan(self) -> str:
         first, last = self.schedule.initial_budget, self.schedule.target_budget
