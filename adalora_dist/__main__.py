@@ -3,6 +3,7 @@
     adalora-dist ls                                    recipes, experiments, engines: all that is shipped
     adalora-dist cp NAME FILE                          one of them, to be edited
     adalora-dist run RECIPE [--engine fsdp2 -n 8] ...  train; without flags the recipe's demonstration
+    adalora-dist doctor                                what is installed, and what is missing for which feature
     adalora-dist inspect RUN                           ranks, history, sizes
     adalora-dist export RUN --to merged|lora|peft      a model for transformers, or an adapter for PEFT and vLLM
     adalora-dist push RUN NAMESPACE/NAME               an export and its model card, to the Hub
@@ -31,6 +32,14 @@ class _Parser(argparse.ArgumentParser):
         fail(f"{self.prog}: {message}; see {self.prog} --help")
 
 
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> NoReturn:
+        from adalora_dist.training.doctor import version_line
+
+        print(version_line())
+        parser.exit()
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one subcommand. Mistakes end with code 2 and one line on standard error."""
     with user_errors(resumable=False):
@@ -43,10 +52,12 @@ def _parser() -> _Parser:
     parser = _Parser(
         "adalora-dist", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="of this package, torch, transformers, Python")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_ls(commands)
     _add_cp(commands)
     _add_run(commands)
+    _add_doctor(commands)
     _add_export(commands)
     _add_inspect(commands)
     _add_push(commands)
@@ -79,6 +90,13 @@ def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="as adalora-dist ls shows it, or a file: my_recipe.py")
     parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="FLAGS", help="of the recipe")
     parser.set_defaults(run_command=_run)
+
+
+def _add_doctor(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "doctor", help="versions, devices, launchers, disk, what is missing for which feature", allow_abbrev=False
+    )
+    parser.set_defaults(run_command=_doctor)
 
 
 def _placement() -> _Parser:
@@ -183,6 +201,14 @@ def _run(arguments: argparse.Namespace) -> None:
         given.engine, given.processes, given.nodes, given.node_rank, given.main_address, given.deepspeed_config
     )
     start(given.recipe, placement, flags, command)
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from adalora_dist.training.doctor import doctor
+
+    text, has_all = doctor()
+    print(text)
+    raise SystemExit(0 if has_all else 1)
 
 
 def _export(arguments: argparse.Namespace) -> None:
