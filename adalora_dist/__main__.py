@@ -3,6 +3,8 @@
     adalora-dist ls                                    recipes, experiments, engines: all that is shipped
     adalora-dist cp NAME FILE                          one of them, to be edited
     adalora-dist run RECIPE [--engine fsdp2 -n 8] ...  train; without flags the recipe's demonstration
+    adalora-dist schema RECIPE                         JSON schema of a recipe's YAML file, for editors
+    adalora-dist completion bash|zsh|fish              the line that lets the shell complete this command
     adalora-dist doctor                                what is installed, and what is missing for which feature
     adalora-dist inspect RUN                           ranks, history, sizes
     adalora-dist export RUN --to merged|lora|peft      a model for transformers, or an adapter for PEFT and vLLM
@@ -16,6 +18,8 @@ so that ``--help`` and mistakes cost no torch.
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +29,7 @@ from adalora_dist.artifacts.report.command import add_report
 from adalora_dist.config.flags import fail, user_errors
 from adalora_dist.config.formats import ADAPTER_FORMATS, EXPORT_FORMATS
 from adalora_dist.io.errors import UserError
+from adalora_dist.io.terminal import page
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,6 +62,8 @@ def _parser() -> _Parser:
     _add_ls(commands)
     _add_cp(commands)
     _add_run(commands)
+    _add_schema(commands)
+    _add_completion(commands)
     _add_doctor(commands)
     _add_export(commands)
     _add_inspect(commands)
@@ -90,6 +97,21 @@ def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="as adalora-dist ls shows it, or a file: my_recipe.py")
     parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="FLAGS", help="of the recipe")
     parser.set_defaults(run_command=_run)
+
+
+def _add_schema(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser("schema", help="JSON schema of a recipe's YAML file, for editors", allow_abbrev=False)
+    parser.add_argument("recipe", metavar="RECIPE", help="as adalora-dist ls shows it, or a file: my_recipe.py")
+    parser.set_defaults(run_command=_schema)
+
+
+def _add_completion(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser("completion", help="for a shell's start-up file", allow_abbrev=False)
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help='eval "$(adalora-dist completion bash)"')
+    parser.set_defaults(run_command=_completion)
+    asked = commands.add_parser("complete", add_help=False)  # by the shell, which appends words of its own
+    asked.add_argument("words_of_shell", nargs=argparse.REMAINDER)
+    asked.set_defaults(run_command=lambda arguments: _complete(list(commands.choices)))
 
 
 def _add_doctor(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -183,7 +205,7 @@ def _at_least(limit: int, word: str) -> int:
 def _ls(arguments: argparse.Namespace) -> None:
     from adalora_dist.training.shelf import listing
 
-    print(listing())
+    page(listing())
 
 
 def _cp(arguments: argparse.Namespace) -> None:
@@ -203,11 +225,35 @@ def _run(arguments: argparse.Namespace) -> None:
     start(given.recipe, placement, flags, command)
 
 
+def _schema(arguments: argparse.Namespace) -> None:
+    from adalora_dist.config.json_schema import json_schema
+    from adalora_dist.training.recipe_file import schema_of
+
+    title = f"What {Path(arguments.recipe).stem} reads with --config"
+    page(json.dumps(json_schema(schema_of(arguments.recipe), title), indent=2))
+
+
+def _completion(arguments: argparse.Namespace) -> None:
+    from adalora_dist.training.completion import SCRIPTS
+
+    print(SCRIPTS[arguments.shell])
+
+
+def _complete(commands: list[str]) -> None:
+    from adalora_dist.training.completion import candidates
+
+    line = os.environ.get("COMP_LINE", "")
+    typed = line[: int(os.environ.get("COMP_POINT") or len(line))]
+    options = [option for action in _placement()._actions for option in action.option_strings]
+    shown = [command for command in commands if command != "complete"]
+    print("\n".join(candidates(typed, shown, options)))
+
+
 def _doctor(arguments: argparse.Namespace) -> None:
     from adalora_dist.training.doctor import doctor
 
     text, has_all = doctor()
-    print(text)
+    page(text)
     raise SystemExit(0 if has_all else 1)
 
 

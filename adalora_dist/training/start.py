@@ -22,6 +22,7 @@ from adalora_dist.io.processes import free_port, run_together
 from adalora_dist.io.shipped import own_or_shipped, shipped
 from adalora_dist.io.yaml_file import read_yaml
 from adalora_dist.training.launch import deepspeed_environment, threads_of_each
+from adalora_dist.training.recipe_file import recipe_file
 
 DEFAULT_PORT = 29500
 """Where processes of several machines meet; those of one take any that is free."""
@@ -62,16 +63,6 @@ def start(recipe: str, placement: Placement, flags: Sequence[str], command: Sequ
     if len(environments) == 1:  # nothing to hold together: the process becomes the run
         os.execve(sys.executable, words, environments[0])
     raise SystemExit(run_together(words, environments, EXIT_PREEMPTED))
-
-
-def recipe_file(recipe: str) -> Path:
-    """The file of a recipe.
-
-    Raises:
-        UserError: it is neither shipped nor a file.
-    """
-    path = own_or_shipped(Path(recipe))
-    return path if path.suffix == ".py" and path.is_file() else shipped("recipe", recipe)
 
 
 def environments_of(placement: Placement, surroundings: Mapping[str, str]) -> list[dict[str, str]]:

@@ -13,7 +13,8 @@ from adalora_dist.io.launchers import OWN_COMMAND
 from adalora_dist.io.shipped import files_of
 from adalora_dist.training import run_folder
 from adalora_dist.training import start as module
-from adalora_dist.training.start import Placement, engine_environment, environments_of, recipe_file
+from adalora_dist.training.recipe_file import recipe_file
+from adalora_dist.training.start import Placement, engine_environment, environments_of
 from tests.support.paths import DS_CONFIGS, ROOT
 from tests.support.ranks import free_port
 from tests.support.recipe_runs import run_command
