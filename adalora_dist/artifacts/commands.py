@@ -20,6 +20,7 @@ from adalora_dist.artifacts.tables import rank_table
 from adalora_dist.backbones.dequantized import QuantizedWeight, read_quantization_record
 from adalora_dist.backbones.load import dtype_named
 from adalora_dist.config.formats import EXPORT_FORMATS, ExportFormat
+from adalora_dist.config.methods import METHODS
 from adalora_dist.io.errors import UserError, printable
 from adalora_dist.io.foreign_files import read_object, read_sections
 from adalora_dist.io.markdown import number
@@ -159,6 +160,7 @@ def export_run(
     if out.exists():
         raise UserError(f"--out {out} exists: give another folder, or remove it")
     saved, form = run.saved, FORMATS[to]
+    _check_form(saved, to)
     if base and base != saved.base_model:
         saved = replace(saved, base_model=base, base_revision=None)
     if rank is not None:
@@ -178,6 +180,15 @@ def export_run(
     if said := form.write(saved, out, Options(dtype_named(dtype), base_weights, pad=pad)):
         say(f"{out}: {said}")
     say(f"Wrote {out}. To use it:\n\n{run.usage(to, out, saved.base_model)}")
+
+
+def _check_form(saved: SavedAdapter, to: ExportFormat) -> None:
+    """Whether the method can be written so: a configuration is asked before training, and a folder here."""
+    method = saved.adapters[0].method if saved.adapters else ""
+    if method and to not in METHODS[method].formats:
+        able = " or ".join(form for form in EXPORT_FORMATS if form in METHODS[method].formats)
+        remedy = f"use --to {able}" if able else "load its adapter folder with load_adapter(model, folder)"
+        raise UserError(f"--to {to}: what method {method} leaves cannot be written so; {remedy}")
 
 
 def _quantized(run: FinishedRun, saved: SavedAdapter) -> dict[str, QuantizedWeight] | None:

@@ -13,8 +13,23 @@ from pydantic import BeforeValidator, SerializeAsAny, ValidationError
 from pydantic_core import InitErrorDetails
 
 from adalora_dist.config.methods.adalora import AdaLoraConfig
-from adalora_dist.config.methods.base import METHODS, LowRankConfig, MethodConfig, TargetsConfig, methods_with
+from adalora_dist.config.methods.base import (
+    METHODS,
+    LowRankConfig,
+    MethodConfig,
+    SizedConfig,
+    TargetsConfig,
+    methods_with,
+)
 from adalora_dist.config.methods.bitfit import BitFitConfig
+from adalora_dist.config.methods.bottleneck import (
+    AdapterDropConfig,
+    BottleneckConfig,
+    HoulsbyConfig,
+    ParallelConfig,
+    PfeifferConfig,
+    SeriesConfig,
+)
 from adalora_dist.config.methods.dora import DoraConfig
 from adalora_dist.config.methods.dylora import DyloraConfig
 from adalora_dist.config.methods.full import FullConfig
@@ -33,6 +48,11 @@ METHODS.update(
     dvora=DvoraConfig,
     hydra=HydraConfig,
     dylora=DyloraConfig,
+    houlsby=HoulsbyConfig,
+    pfeiffer=PfeifferConfig,
+    adapterdrop=AdapterDropConfig,
+    series=SeriesConfig,
+    parallel=ParallelConfig,
     bitfit=BitFitConfig,
     head=HeadConfig,
     full=FullConfig,
@@ -80,18 +100,25 @@ __all__ = [
     "DEFAULT_METHOD",
     "METHODS",
     "AdaLoraConfig",
+    "AdapterDropConfig",
     "AnyMethodConfig",
     "BitFitConfig",
+    "BottleneckConfig",
     "DoraConfig",
     "DvoraConfig",
     "DyloraConfig",
     "FullConfig",
     "HeadConfig",
+    "HoulsbyConfig",
     "HydraConfig",
     "LoraConfig",
     "LoraFaConfig",
     "LowRankConfig",
     "MethodConfig",
+    "ParallelConfig",
+    "PfeifferConfig",
+    "SeriesConfig",
+    "SizedConfig",
     "TargetsConfig",
     "VeraConfig",
     "is_method",
