@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -171,11 +172,15 @@ def export_run(
     say(f"Wrote {out}. To use it:\n\n{run.usage(to, out, saved.base_model)}")
 
 
+def _forms_of(saved: SavedAdapter) -> Collection[str]:
+    method = saved.adapters[0].method if saved.adapters else ""
+    return METHODS[method].formats if method else EXPORT_FORMATS
+
+
 def _check_form(saved: SavedAdapter, to: ExportFormat) -> None:
     """Whether the method can be written so: a configuration is asked before training, and a folder here."""
-    method = saved.adapters[0].method if saved.adapters else ""
-    if method and to not in METHODS[method].formats:
-        able = " or ".join(form for form in EXPORT_FORMATS if form in METHODS[method].formats)
+    if to not in (formats := _forms_of(saved)):
+        method, able = saved.adapters[0].method, " or ".join(form for form in EXPORT_FORMATS if form in formats)
         remedy = f"use --to {able}" if able else "load its adapter folder with load_adapter(model, folder)"
         raise UserError(f"--to {to}: what method {method} leaves cannot be written so; {remedy}")
 
@@ -235,8 +240,11 @@ def inspect_run(path: Path, picture_format: Literal["svg", "png", "none"] = "svg
     for name in found:
         say(f"\nTo use {path / name}:\n\n{run.usage(name, path / name, run.saved.base_model)}")
     if not found:
-        *others, last = EXPORT_FORMATS
-        say(f"\nNot exported yet: adalora-dist export {path} --to {', '.join(others)} or {last}")
+        able = [form for form in EXPORT_FORMATS if form in _forms_of(run.saved)]
+        how = (
+            f"adalora-dist export {path} --to {' or '.join(able)}" if able else f"load_adapter(model, '{path}/adapter')"
+        )
+        say(f"\n{'Not exported yet' if able else 'To use it'}: {how}")
     if picture_format != "none":
         drawn = [path / f"ranks.{picture_format}"]
         draw_rank_map(pattern, drawn[0])
