@@ -12,7 +12,7 @@ from adalora_dist.artifacts.adapter_files import checked_task
 from adalora_dist.artifacts.auto_classes import auto_class
 from adalora_dist.artifacts.checkpoints.content import stored_adapters
 from adalora_dist.artifacts.checkpoints.files import step_of
-from adalora_dist.artifacts.checkpoints.writer import checkpoint_at
+from adalora_dist.artifacts.checkpoints.writer import checkpoint_at, newest_checkpoint
 from adalora_dist.artifacts.export import SavedAdapter, read_adapter
 from adalora_dist.artifacts.formats import FORMATS, Options, as_lora
 from adalora_dist.artifacts.hub.pictures import draw_history, draw_rank_map, read_history
@@ -62,6 +62,17 @@ class FinishedRun:
         settings = read_sections(file) if (file := path / "config.yaml").is_file() else {}
         facts = read_object(file) if (file := path / "run.json").is_file() else {}
         return cls(path, saved, settings, facts)
+
+    @classmethod
+    def read_latest(cls, path: Path) -> FinishedRun:
+        """A finished run, or of one that was interrupted, or is under way, its newest whole checkpoint.
+
+        Raises:
+            UserError: it is no run, or has come to no checkpoint yet.
+        """
+        is_finished = any((folder / "adapter.json").is_file() for folder in (path, path / "adapter"))
+        newest = None if is_finished else newest_checkpoint(path / "checkpoints")
+        return cls.read(path if newest is None else newest.path)
 
     @classmethod
     def _read_checkpoint(cls, path: Path) -> FinishedRun:
@@ -211,12 +222,16 @@ def _within(adapters: list[AdapterWeights], max_rank: int, fold_ranks: bool) -> 
 def inspect_run(path: Path, picture_format: Literal["svg", "png", "none"] = "svg") -> None:
     """Print ranks, sizes and how to use a run; draw ranks and history into its folder, as SVG or PNG.
 
+    Of a run that was interrupted, or is under way, ranks and sizes are those of its newest checkpoint.
+
     Raises:
         UserError: the run cannot be read, or matplotlib is not installed.
     """
     if step_of(path) is not None:
         raise UserError(f"{path} is a checkpoint: give the run's folder, {path.absolute().parents[1]}")
-    run = FinishedRun.read(path)
+    run = FinishedRun.read_latest(path)
+    if (step := step_of(run.path)) is not None:
+        say(f"The run is not finished: this is its newest checkpoint, after step {step:,}\n")
     pattern = {a.name: a.rank for a in run.saved.adapters}
     say("Active ranks\n" + rank_table(pattern) + "\n")
     active = sum(tensor.numel() for a in run.saved.adapters for tensor in a.tensors().values())
@@ -241,10 +256,13 @@ def inspect_run(path: Path, picture_format: Literal["svg", "png", "none"] = "svg
         say(f"\nTo use {path / name}:\n\n{run.usage(name, path / name, run.saved.base_model)}")
     if not found:
         able = [form for form in EXPORT_FORMATS if form in _forms_of(run.saved)]
-        how = (
-            f"adalora-dist export {path} --to {' or '.join(able)}" if able else f"load_adapter(model, '{path}/adapter')"
-        )
-        say(f"\n{'Not exported yet' if able else 'To use it'}: {how}")
+        into = "" if step is None else " --out FOLDER"
+        if able:
+            say(f"\nNot exported yet: adalora-dist export {run.path}{into} --to {' or '.join(able)}")
+        elif step is None:
+            say(f"\nTo use it: load_adapter(model, {str(run.path / 'adapter')!r})")
+        else:
+            say("\nIts adapter folder is written when the run is finished")
     if picture_format != "none":
         drawn = [path / f"ranks.{picture_format}"]
         draw_rank_map(pattern, drawn[0])

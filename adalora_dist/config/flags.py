@@ -23,12 +23,12 @@ from pydantic import Field, ValidationError, create_model
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from adalora_dist.config.methods import METHODS, is_method, settings_of
+from adalora_dist.config.methods import METHODS, SizedConfig, is_method, settings_of
 from adalora_dist.config.methods.base import FOREIGN, methods_with
 from adalora_dist.config.presets import PresetTable
 from adalora_dist.config.run_file import Origins, RunFile
 from adalora_dist.config.sections import RunConfig
-from adalora_dist.config.settings import Setting, legal, method_setting, near, remedy, settings_by_flag
+from adalora_dist.config.settings import Setting, is_union, legal, method_setting, near, remedy, settings_by_flag
 from adalora_dist.io.ending import EXIT_PREEMPTED, leave, repeat_last, tell_error
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.launchers import follow, unfollow
@@ -164,8 +164,9 @@ def _parse(schema: type[ConfigT], arguments: Sequence[str], path: Path | None) -
     if table is not None and picked:
         for axis in (a for a in table.axes if a not in picks):  # a setting that picks rows, too
             section, name, _ = all_settings[axis]
-            own = file.value(section, name, getattr(defaults[section], name))
-            picked[axis] = given[axis][0] if axis in given else str(own)
+            own = file.value(section, name, getattr(defaults[section], name, None))
+            word = given[axis][0] if axis in given else own
+            picked |= {axis: str(word)} if word is not None else {}
         for section, content in table.resolve(picked).items():
             values[section] |= content
 
@@ -181,11 +182,33 @@ def _parse(schema: type[ConfigT], arguments: Sequence[str], path: Path | None) -
         section, name, info = all_settings[flag]
         values[section][name] = _flag_value(info, words)
         origins[section, name] = f"--{flag} {' '.join(words)}"
+    if "budget" in picked:  # a table's word for one of its rows, which says the ranks
+        values["adapter"].pop("budget", None)
+    values["adapter"] = _sized_once(values["adapter"], origins)
     try:
         return schema.model_validate(values)
     except ValidationError as error:
         infos = {(section, name): info for section, name, info in settings.values()}
         raise UserError(_explain(error, infos, origins)) from None
+
+
+def _sized_once(adapter: dict[str, Any], origins: Origins) -> dict[str, Any]:
+    """A budget over ranks that a file, a preset or the recipe gives, as a flag is over a file.
+
+    Both in one place, or ranks after a budget, stay and are refused.
+    """
+    budget = origins.get(("adapter", "budget"))
+    if budget is None or adapter.get("budget") is None or not is_method(adapter["method"]):
+        return adapter
+    config = METHODS[adapter["method"]]
+    if not issubclass(config, SizedConfig):  # which has no budget, and says so
+        return adapter
+    given = {name: origin for (section, name), origin in origins.items() if section == "adapter"}
+    return config.give_way(adapter, {n for n, origin in given.items() if n != "budget" and _is_as_late(origin, budget)})
+
+
+def _is_as_late(origin: str, other: str) -> bool:
+    return origin.startswith("--") or not other.startswith("--")
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -253,7 +276,9 @@ def _flag_value(info: FieldInfo, words: list[str]) -> Any:
 def _explain(error: ValidationError, infos: Mapping[tuple[str, str], FieldInfo], origins: Origins) -> str:
     """The first mistake in one line, and how many more there are."""
     details = error.errors(include_url=False)
-    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    of_unions = {place for place, info in infos.items() if is_union(info)}  # of which each type says why not
+    places = {d["loc"][:2] if d["loc"][:2] in of_unions else (number, d["loc"]) for number, d in enumerate(details)}
+    more = f" (and {len(places) - 1} more)" if len(places) > 1 else ""
     return _explain_one(details[0], infos, origins) + more
 
 
@@ -274,6 +299,6 @@ def _explain_one(detail: ErrorDetails, infos: Mapping[tuple[str, str], FieldInfo
     if detail["type"] == "extra_forbidden":  # of a table: flags and files have been looked through
         return f"{origin}: no method has such a setting; correct the table of presets"
     info = infos[section, name]
-    element = f"{detail['input']} is wrong, " if len(location) > 2 else ""
+    element = f"{detail['input']} is wrong, " if len(location) > 2 and not is_union(info) else ""
     finite = "finite, " if detail["type"] == "finite_number" else ""
     return f"{origin}: {element}must be {finite}{legal(info)}; {remedy(info, detail['input'])}"

@@ -26,6 +26,7 @@ from adalora_dist.methods.branch import BranchStep
 from adalora_dist.methods.positions import find_parts, layer_of, norm_behind
 from adalora_dist.methods.protocol import Adapter, Method, Step, adapters_of
 from adalora_dist.methods.sites import find_targets, put_around, put_in_place
+from adalora_dist.methods.sizes import Sizes, of_ranks
 from adalora_dist.methods.update import Matrix, OfMatrix, Update
 
 
@@ -120,6 +121,15 @@ class BottleneckMethod(Method):
         for layer in layers:
             layer.reset(config.bottleneck_init, generator)
         return list(layers)
+
+    def sizes(self, model: nn.Module) -> Sizes:
+        ends = []
+        for name, form in self.sites(model).items():
+            d_in, d_out = self.shape_at(model, name) or (0, 0)
+            ends.append(widths(form, (d_out, d_in)))
+        num_biases = len(ends) if self.config.adapter_biases else 0
+        fixed = sum(written for _, written in ends) if num_biases else 0
+        return of_ranks(ends, sum(map(sum, ends)) + num_biases, fixed, "bottleneck_size")
 
     def undecayed(self, model: nn.Module) -> list[torch.Tensor]:
         return [

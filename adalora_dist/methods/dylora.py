@@ -18,7 +18,8 @@ from adalora_dist.config.methods.dylora import DyloraConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.branch import BranchLinear, BranchStep, drawn_number
 from adalora_dist.methods.protocol import Adapter, Method, Step
-from adalora_dist.methods.sites import find_targets, put_around, put_in_place
+from adalora_dist.methods.sites import find_targets, put_around, put_in_place, target_shapes
+from adalora_dist.methods.sizes import Sizes, of_ranks
 from adalora_dist.methods.update import AdapterWeights, Matrix, OfMatrix, Update
 from adalora_dist.sharding.base import ShardEngine, State
 
@@ -215,6 +216,11 @@ class Dylora(Method):
         for layer in layers:
             layer.reset(generator)
         return list(layers)
+
+    def sizes(self, model: nn.Module) -> Sizes:
+        """By its largest rank, all of which is trained."""
+        shapes = target_shapes(model, self.config.targets)
+        return of_ranks(shapes, sum(d_in + d_out for d_in, d_out in shapes), smallest=self.config.min_rank)
 
     def step(self, adapters: Sequence[Adapter], total_steps: int) -> Step:
         return DyloraStep(cast(Sequence[DyloraLinear], adapters), self.config.frozen == "algorithm")

@@ -84,6 +84,7 @@ def test_who_has_which_settings() -> None:
     assert own["full"] == set() and own["head"] == {"train_modules"}
     assert own["lora"] == {
         "train_modules",
+        "budget",
         "init_rank",
         "alpha",
         "rslora",

@@ -13,7 +13,14 @@ from pydantic import BeforeValidator, SerializeAsAny, ValidationError
 from pydantic_core import InitErrorDetails
 
 from adalora_dist.config.methods.adalora import AdaLoraConfig
-from adalora_dist.config.methods.base import METHODS, LowRankConfig, MethodConfig, TargetsConfig, methods_with
+from adalora_dist.config.methods.base import (
+    METHODS,
+    LowRankConfig,
+    MethodConfig,
+    SizedConfig,
+    TargetsConfig,
+    methods_with,
+)
 from adalora_dist.config.methods.bitfit import BitFitConfig
 from adalora_dist.config.methods.bottleneck import (
     AdapterDropConfig,
@@ -111,6 +118,7 @@ __all__ = [
     "ParallelConfig",
     "PfeifferConfig",
     "SeriesConfig",
+    "SizedConfig",
     "TargetsConfig",
     "VeraConfig",
     "is_method",

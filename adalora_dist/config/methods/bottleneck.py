@@ -6,13 +6,13 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from adalora_dist.config.methods.base import MethodConfig, ModulePatterns
+from adalora_dist.config.methods.base import ModulePatterns, SizedConfig
 
 Activation = Literal["relu", "swish", "gelu", "tanh"]
 BottleneckInit = Literal["normal", "truncated", "zero"]
 
 
-class BottleneckConfig(MethodConfig):
+class BottleneckConfig(SizedConfig):
     """One whose adapters are U f(D x): down to a few numbers, through a non-linear function, and up again."""
 
     bottleneck_size: int = Field(64, ge=1)
@@ -32,6 +32,7 @@ class BottleneckConfig(MethodConfig):
     formats: ClassVar[frozenset[str]] = frozenset()
     formats_from_files: ClassVar[frozenset[str]] = frozenset()
     has_adapters: ClassVar[bool] = True
+    sized_by: ClassVar[tuple[str, ...]] = ("bottleneck_size",)
 
     @property
     def size(self) -> str:
