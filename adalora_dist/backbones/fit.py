@@ -177,3 +177,20 @@ def check_lengths(model: PreTrainedModel, lengths: Sequence[Length]) -> None:
             "%s=%d: %s was made for %d positions (max_position_embeddings), and may be worse beyond them: %s stays "
             "within", setting, tokens, type(model).__name__, limit.length, flag,
         )  # fmt: skip
+
+
+def check_room(model: PreTrainedModel, num_prompt_tokens: int, max_new_tokens: int) -> None:
+    """Compare the longest prompt of a model with one side, and a reply behind it, with the positions that it has.
+
+    Raises:
+        UserError: they are more than the model has positions.
+    """
+    limit = position_limits(model).get("")
+    if limit is None or not limit.where or num_prompt_tokens + max_new_tokens <= limit.length:
+        return
+    room = limit.length - num_prompt_tokens
+    remedy = f"set --max-new-tokens {room}, or less" if room > 0 else "shorten it"
+    raise UserError(
+        f"max_new_tokens={max_new_tokens} behind the longest prompt of the evaluation, {num_prompt_tokens} tokens: "
+        f"{type(model).__name__} has {limit.length} positions (in {limit.where}): {remedy}"
+    )

@@ -7,83 +7,42 @@ become. ``methods/__init__.py`` has the table of all methods.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 
+from adalora_dist.backbones.experts import stacks_of
+from adalora_dist.backbones.linears import linear_shape
 from adalora_dist.config.methods import MethodConfig
 from adalora_dist.config.sections import TrainConfig
+from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adalora.schedule import BudgetSchedule
+from adalora_dist.methods.adapter import Adapter as Adapter
+from adalora_dist.methods.adapter import TrainedModule as TrainedModule
+from adalora_dist.methods.adapter import adapters_of as adapters_of
+from adalora_dist.methods.adapter import others_trained as others_trained
+from adalora_dist.methods.adapter import plain_path as plain_path
+from adalora_dist.methods.adapter import trained_parameters as trained_parameters
+from adalora_dist.methods.sizes import Sizes
 from adalora_dist.methods.update import AdapterWeights, Update
-from adalora_dist.sharding.base import ShardEngine
+from adalora_dist.sharding.base import ShardEngine, Span
 
 
-class TrainedModule(nn.Module):
-    """A module of a method's that holds trained parameters: an adapter, or what several adapters share."""
+class Kept(NamedTuple):
+    """A rank's part of a tensor of the method's own, which lies along no parameter."""
 
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The trained parameters held here now, by the names that files have, whatever an engine does to paths."""
-        raise NotImplementedError(f"{type(self).__name__}.trained")
-
-    def element_name(self, leaf: str, index: int) -> str:
-        """What a person calls element ``index`` of the flattened parameter ``leaf``, for messages."""
-        raise NotImplementedError(f"{type(self).__name__}.element_name")
-
-
-_OWN_MARKS = ("weights_on_disk", "plain_name")
-"""What the package itself puts on a model's modules."""
-
-
-class Adapter(TrainedModule):
-    """A module in the place of, or around, one of the model's.
-
-    The base is called, never opened; all that the adapter does not hold itself is frozen.
-
-    The adapter answers its base's attributes (``weight``, ``in_features``, what a quantised linear has): model code
-    asks for them, as T5 does for ``wo.weight.dtype``. They are no parameters of the adapter. Code that computes with
-    such a weight goes past the adapter: :mod:`adalora_dist.backbones.bypass` finds it beforehand.
-    """
-
-    name: str
-    """The name that the adapted module has in the plain model. (Engines and compilers change module paths.)"""
-    base: nn.Module
-
-    def __getattr__(self, name: str) -> Any:
-        """Look up in the base what the adapter lacks: data alone, neither methods nor the marks of engines.
-
-        A method of the base would compute without the adapter, and an engine must not take its mark on the base for
-        one on the adapter.
-        """
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            base = self.__dict__.get("_modules", {}).get("base")
-            if base is None or name.startswith(("_", "ds_")) or name in _OWN_MARKS:
-                raise
-            value = getattr(base, name, self)
-            if value is self or inspect.ismethod(value):
-                raise
-            return value
-
-    def description(self) -> dict[str, Any]:
-        """What an export needs to know besides the parameters: sizes, scale; plain data."""
-        raise NotImplementedError(f"{type(self).__name__}.description")
-
-    def held(self) -> list[int]:
-        """Which of its parts (triplets) are left, as ascending indices into those at the start of the run."""
-        raise NotImplementedError(f"{type(self).__name__}.held")
-
-    @property
-    def part_size(self) -> int:
-        """How many trained numbers one of its parts has."""
-        raise NotImplementedError(f"{type(self).__name__}.part_size")
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    span: Span
+    """This rank's elements of it, flattened. Ranks may overlap in equal values; of replicas one has all."""
+    values: torch.Tensor | None = None
+    """Those elements, flat, float32, on the CPU; None where only shape and span are told."""
 
 
 class StepState(NamedTuple):
-    """Everything that a method has learnt between two steps; what differs between ranks is in ``averages`` alone."""
+    """All that a method has learnt between two steps; what differs between ranks is in ``averages`` and ``kept``."""
 
     numbers: dict[str, Any]
     """Plain numbers and lists of them, by name."""
@@ -91,6 +50,8 @@ class StepState(NamedTuple):
     """(selections made, parts) bool: every selection so far; (0, 0) where nothing is selected."""
     averages: list[dict[str, torch.Tensor]]
     """Per parameter of :meth:`Step.parameters` what lies along this rank's span of it, by kind."""
+    kept: dict[str, Kept] = {}
+    """What lies along none of them, by names that no parameter has; the same names on every rank."""
 
 
 class Step:
@@ -112,6 +73,9 @@ class Step:
         """The parameters that it acts on, by name, as the model has them now, in the same order on every rank."""
         return {name: p for adapter in self.adapters for name, p in adapter.trained().items()}
 
+    def look_at(self, model: nn.Module) -> None:
+        """Called once, before all others: the model that is trained, which an engine may have wrapped already."""
+
     def bind(self, engine: ShardEngine) -> torch.Tensor:
         """Called once the engine has taken over :meth:`parameters`, and again after they were exchanged. Collective.
 
@@ -122,6 +86,17 @@ class Step:
         """
         device = next((v.device for v in engine.values()), torch.device("cpu"))
         return torch.zeros(1, dtype=torch.float32, device=device)
+
+    def begin(self, step: int) -> None:
+        """Called before the first forward of ``step``, and once more where a run goes on from there.
+
+        What is drawn for a step is drawn here, from its number: then all ranks, all micro-batches and the second
+        forward of a checkpoint see the same, and a run that goes on elsewhere draws it again.
+        """
+
+    def rate_factor(self, step: int) -> float:
+        """What the hooks multiply the learning rate of ``step`` by, whoever sets it."""
+        return 1.0
 
     def sums(self, step: int) -> None:
         """Called first in a step: write this rank's part of the vector of :meth:`bind`, all but its last element."""
@@ -163,12 +138,20 @@ class Step:
         """
         return ""
 
+    def whole(self, name: str) -> torch.Tensor | None:
+        """A tensor of ``kept``, complete, on the CPU; None where there is none of that name."""
+        return None
+
     def state(self, spans: Any) -> StepState:
         """A copy, on the CPU, between two steps."""
         return StepState({}, torch.zeros(0, 0, dtype=torch.bool), [{} for _ in spans])
 
+    def kept(self, numbers: Mapping[str, Any]) -> dict[str, Kept]:
+        """What :meth:`load_state` needs of ``kept`` on this rank, of a state with these numbers; without values."""
+        return {}
+
     def load_state(self, state: StepState) -> None:
-        """Continue from ``state``, whose averages are of this rank's spans now."""
+        """Continue from ``state``, whose averages are of this rank's spans now, and what :meth:`kept` asks for."""
 
     def problem(self, step: int) -> str | None:
         """Why the run, if it ended now, would not keep what it promised; None if it does."""
@@ -187,7 +170,7 @@ class Step:
 
     def facts(self) -> dict[str, Any]:
         """What run.json says of the method's plan."""
-        return {"num_matrices": len(self.adapters)} if self.adapters else {}
+        return {"num_matrices": sum(len(a.matrix_names()) for a in self.adapters)} if self.adapters else {}
 
     def plan(self) -> str:
         """The plan in a few words for the console; "" without one."""
@@ -234,6 +217,10 @@ class Method:
         """
         return []
 
+    def sizes(self, model: nn.Module) -> Sizes:
+        """The sizes that its adapters can have in a plain ``model``, which may be on meta, for a parameter budget."""
+        raise NotImplementedError(f"{type(self).__name__}.sizes")
+
     def groups(self, model: nn.Module) -> dict[float, list[torch.Tensor]]:
         """The trainable parameters of ``model``, by the factor on their learning rate."""
         return {1.0: [p for p in model.parameters() if p.requires_grad]}
@@ -264,6 +251,14 @@ class Method:
             fused=train.precision != "fp16",  # its kernel would unscale gradients after the hooks have seen them
         )
 
+    def check_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Raise a ``UserError`` for a torch optimizer under which this method would not do what it says."""
+        if missing := self.groups(model).keys() - {group.get("lr_ratio", 1.0) for group in optimizer.param_groups}:
+            raise UserError(
+                f"lora_plus_ratio={max(missing):g}, but the optimizer gives P and Q one learning rate: make it over "
+                "parameter_groups(model, config, learning_rate), or leave lora_plus_ratio at 1"
+            )
+
     def step(self, adapters: Sequence[Adapter], total_steps: int) -> Step:
         """Make what acts at each of ``total_steps`` optimizer steps.
 
@@ -274,6 +269,10 @@ class Method:
 
     def shrink(self, adapters: Sequence[Adapter], held: Mapping[str, Sequence[int]]) -> None:
         """Reduce adapters to the parts that a checkpoint has of them, before an engine takes the parameters over."""
+
+    def lacks(self, adapters: Sequence[Adapter], form: str) -> str | None:
+        """Why what these adapters leave could not be written in a form that the method otherwise has; None: it can."""
+        return None
 
     @classmethod
     def updates(
@@ -294,52 +293,13 @@ class Method:
         return []
 
     @classmethod
+    def shape_at(cls, model: nn.Module, name: str) -> tuple[int, int] | None:
+        """(d_in, d_out) of what an update of this name is of, in its plain backbone; None: that has no such thing."""
+        found = dict(model.named_modules()).get(name)
+        of_experts = {n: (stack.d_in, stack.d_out) for stack in stacks_of(model) for n in stack.matrix_names()}
+        return of_experts.get(name) if found is None else linear_shape(found)
+
+    @classmethod
     def place(cls, model: nn.Module, updates: Sequence[Update]) -> list[Adapter]:
         """Put what :meth:`updates` gave into its plain backbone, in whose shapes it is."""
         raise NotImplementedError(f"{cls.__name__}.place")
-
-
-def adapters_of(model: nn.Module) -> list[Adapter]:
-    """The adapters that a model has, in canonical order."""
-    return [module for module in model.modules() if isinstance(module, Adapter)]
-
-
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
-
-
-def plain_path(path: str) -> str:
-    """The path of a module or parameter without what engines, compilers and checkpointing put into it."""
-    path = path.removeprefix("module.")
-    for wrapper in _WRAPPERS:
-        path = path.replace(wrapper, "")
-    return path
-
-
-def trained_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All trainable parameters as the model holds them now, by names that no engine changes."""
-    own = {
-        id(p): name
-        for module in model.modules()
-        if isinstance(module, TrainedModule)
-        for name, p in module.trained().items()
-    }
-    found: dict[str, torch.Tensor] = {}
-    for path, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            name = own.get(id(parameter))
-            if name is None:
-                name = plain_path(path)
-            found[name] = parameter
-    return found
-
-
-def others_trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name in the plain model, parameter) of what is trained besides adapters, of an unwrapped model.
-
-    A tied weight comes under each of its names.
-    """
-    for path, module in model.named_modules():
-        if not isinstance(module, TrainedModule):
-            for leaf, parameter in module.named_parameters(recurse=False):
-                if parameter.requires_grad:
-                    yield (f"{path}.{leaf}" if path else leaf), parameter

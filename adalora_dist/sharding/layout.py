@@ -2,7 +2,7 @@
 
 Bodies of equal shape lie side by side, so that a sum or a product over all of them is one batched operation on a view;
 fragments lie at the buffer's end. So every quantity takes a constant number of operations, whatever the number of
-matrices. What is too large to lie in memory twice is worked on block by block, in one small buffer.
+matrices. What is too large to lie in memory twice is worked on portion by portion, in one small buffer.
 """
 
 from __future__ import annotations
@@ -34,14 +34,16 @@ class Group(NamedTuple):
     rank: int
     flat_start: int
     factors: tuple[int, ...]
+    blocks: tuple[int, ...]
+    """Columns of each matrix within a factor, as :attr:`Factor.widths`; the same in all of them."""
 
     @property
     def numel(self) -> int:
         return len(self.factors) * self.rows * self.rank
 
 
-class Block(NamedTuple):
-    """Neighbouring groups and their pieces; the last block has the fragments, too."""
+class Portion(NamedTuple):
+    """Neighbouring groups and their pieces; the last portion has the fragments, too."""
 
     groups: range
     pieces: range
@@ -51,15 +53,15 @@ class Block(NamedTuple):
 
 
 class FlatBuffer:
-    """A vector over the elements of a block, zero at first, and the views of it that the sums need, made once.
+    """A vector over the elements of a portion, zero at first, and the views of it that the sums need, made once.
 
-    ``pieces``: a view for each piece of the block, 1-D, or in the local tensor's shape if the piece is all of it;
+    ``pieces``: a view for each piece of the portion, 1-D, or in the local tensor's shape if the piece is all of it;
     ``bodies``: a view for each group, (number of factors, rows, rank); ``transposed``: the same, (.., rank, rows);
-    ``fragments``: a view of the rest, 1-D, or None in a block that has none of it.
+    ``fragments``: a view of the rest, 1-D, or None in a portion that has none of it.
 
     Args:
-        block: of the layout; None: all.
-        storage: memory to lie in, at least as long as the block, which other blocks' buffers may use at other times.
+        portion: of the layout; None: all.
+        storage: memory to lie in, at least as long as the portion, which others' buffers use at other times.
     """
 
     def __init__(
@@ -68,24 +70,28 @@ class FlatBuffer:
         shapes: Sequence[torch.Size] | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        block: Block | None = None,
+        portion: Portion | None = None,
         storage: torch.Tensor | None = None,
     ) -> None:
-        self.block = block = block or layout.all
-        length = block.stop - block.start
+        self.portion = portion = portion or layout.all
+        length = portion.stop - portion.start
         self.data = torch.zeros(length, device=device, dtype=dtype) if storage is None else storage[:length]
-        pieces = [layout.pieces[k] for k in block.pieces]
-        self.pieces = [self.data.narrow(0, p.flat_start - block.start, p.length) for p in pieces]
+        pieces = [layout.pieces[k] for k in portion.pieces]
+        self.pieces = [self.data.narrow(0, p.flat_start - portion.start, p.length) for p in pieces]
         if shapes is not None:
             pairs = zip(self.pieces, pieces, strict=True)
             self.pieces = [view.view(shapes[p.factor]) if p.is_whole else view for view, p in pairs]
-        groups = [layout.groups[k] for k in block.groups]
+        groups = [layout.groups[k] for k in portion.groups]
         self.bodies = [
-            self.data.narrow(0, g.flat_start - block.start, g.numel).view(-1, g.rows, g.rank) for g in groups
+            self.data.narrow(0, g.flat_start - portion.start, g.numel).view(-1, g.rows, g.rank) for g in groups
         ]
         self.transposed = [body.transpose(1, 2) for body in self.bodies]
-        is_last = block.stop == layout.num_elements
-        self.fragments = self.data[layout.fragments_start - block.start :] if is_last else None
+        is_last = portion.stop == layout.num_elements
+        self.fragments = self.data[layout.fragments_start - portion.start :] if is_last else None
+
+    def body(self, group: int) -> torch.Tensor:
+        """Of a group of the layout by its number; the group is in the portion."""
+        return self.bodies[group - self.portion.groups.start]
 
 
 class SpanLayout:
@@ -94,11 +100,11 @@ class SpanLayout:
     Args:
         factors: all adapter parameters, in the same order on every rank.
         spans: this rank's span of each.
-        max_block: elements that a block may have, if it has more than one body; None: all lie in one block.
+        max_portion: elements that a portion may have, if it has more than one body; None: all lie in one portion.
     """
 
-    def __init__(self, factors: Sequence[Factor], spans: Sequence[Span], max_block: int | None = None) -> None:
-        self._max_block = max_block
+    def __init__(self, factors: Sequence[Factor], spans: Sequence[Span], max_portion: int | None = None) -> None:
+        self._max_portion = max_portion
         self.factors = tuple(factors)
         self.num_triplets = max((f.first_triplet + f.rank for f in factors), default=0)
         self.pieces: list[Piece] = []
@@ -106,16 +112,16 @@ class SpanLayout:
         self._place(spans)
 
     def _place(self, spans: Sequence[Span]) -> None:
-        bodies: dict[tuple[str, int, int], list[int]] = {}
+        bodies: dict[tuple[str, int, int, tuple[int, ...]], list[int]] = {}
         rows_of: dict[int, tuple[int, int]] = {}
         for k, (factor, span) in enumerate(zip(self.factors, spans, strict=True)):
             _, rows, _ = cut(factor, span)
             if rows[1] > rows[0]:
                 rows_of[k] = rows
-                bodies.setdefault((factor.kind, rows[1] - rows[0], factor.rank), []).append(k)
+                bodies.setdefault((factor.kind, rows[1] - rows[0], factor.rank, factor.widths), []).append(k)
         flat = 0
-        for kind, num_rows, rank, members in self._within_blocks(bodies):
-            self.groups.append(Group(kind, num_rows, rank, flat, tuple(members)))
+        for kind, num_rows, rank, blocks, members in self._within_portions(bodies):
+            self.groups.append(Group(kind, num_rows, rank, flat, tuple(members), blocks))
             for k in members:
                 start, length = rows_of[k][0] * rank - spans[k].start, num_rows * rank
                 self.pieces.append(Piece(k, start, length, flat, length == spans[k].stop - spans[k].start))
@@ -128,43 +134,43 @@ class SpanLayout:
             self.pieces.append(Piece(fragment.factor, start, length, flat, length == span.stop - span.start))
             flat += length
         self.num_elements = flat
-        self.all = Block(range(len(self.groups)), range(len(self.pieces)), 0, flat)
-        self.blocks = self._cut_blocks()
-        """Of at most ``max_block`` elements, but for single bodies and fragments; all elements, in order."""
+        self.all = Portion(range(len(self.groups)), range(len(self.pieces)), 0, flat)
+        self.portions = self._cut_portions()
+        """Of at most ``max_portion`` elements, but for single bodies and fragments; all elements, in order."""
 
-    def _within_blocks(
-        self, bodies: dict[tuple[str, int, int], list[int]]
-    ) -> Iterator[tuple[str, int, int, list[int]]]:
-        """Bodies of one shape, as many as a block holds at a time."""
-        for (kind, num_rows, rank), members in bodies.items():
-            count = len(members) if self._max_block is None else max(1, self._max_block // (num_rows * rank))
+    def _within_portions(
+        self, bodies: dict[tuple[str, int, int, tuple[int, ...]], list[int]]
+    ) -> Iterator[tuple[str, int, int, tuple[int, ...], list[int]]]:
+        """Bodies of one shape, as many as a portion holds at a time."""
+        for (kind, num_rows, rank, blocks), members in bodies.items():
+            count = len(members) if self._max_portion is None else max(1, self._max_portion // (num_rows * rank))
             for first in range(0, len(members), count):
-                yield kind, num_rows, rank, members[first : first + count]
+                yield kind, num_rows, rank, blocks, members[first : first + count]
 
-    def _cut_blocks(self) -> list[Block]:
-        first_piece, firsts = 0, [(0, 0, 0)]  # group, piece and element that a block begins with
+    def _cut_portions(self) -> list[Portion]:
+        first_piece, firsts = 0, [(0, 0, 0)]  # group, piece and element that a portion begins with
         for number, group in enumerate(self.groups):
             stop = group.flat_start + group.numel
             if (
-                self._max_block is not None
+                self._max_portion is not None
                 and group.flat_start > firsts[-1][2]
-                and (stop - firsts[-1][2] > self._max_block)
+                and (stop - firsts[-1][2] > self._max_portion)
             ):
                 firsts.append((number, first_piece, group.flat_start))
             first_piece += len(group.factors)
         ends = [*firsts[1:], (len(self.groups), len(self.pieces), self.num_elements)]
-        return [Block(range(a[0], b[0]), range(a[1], b[1]), a[2], b[2]) for a, b in zip(firsts, ends, strict=True)]
+        return [Portion(range(a[0], b[0]), range(a[1], b[1]), a[2], b[2]) for a, b in zip(firsts, ends, strict=True)]
 
     def views(
         self, locals_: Sequence[torch.Tensor | None], flat: FlatBuffer, orthogonal: bool = False
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Views of local spans, and of the same elements in ``flat``, as far as they are in its block.
+        """Views of local spans, and of the same elements in ``flat``, as far as they are in its portion.
 
         Args:
             locals_: the local span of each parameter; None: leave it out.
             orthogonal: leave out lambda.
         """
-        pieces = (self.pieces[k] for k in flat.block.pieces)
+        pieces = (self.pieces[k] for k in flat.portion.pieces)
         chosen = [
             (local if p.is_whole else local.view(-1).narrow(0, p.local_start, p.length), view)
             for p, view in zip(pieces, flat.pieces, strict=True)

@@ -23,10 +23,12 @@ from adalora_dist.sharding.tensors import gather_for, put_back_shards
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.losses import LossSum
 from adalora_dist.training.engine import engine_name
+from adalora_dist.training.evaluations import Evaluate, Evaluations
 from adalora_dist.training.faults.guard import Guard
 from adalora_dist.training.faults.nonfinite import BadSteps, find_origin
 from adalora_dist.training.prepared import Prepared, learning_rate, total_steps
-from adalora_dist.training.resume import METRICS, RunCheckpoints, compare_data
+from adalora_dist.training.resume import METRICS, compare_data
+from adalora_dist.training.run_checkpoints import RunCheckpoints
 from adalora_dist.training.run_folder import RunFolder
 
 
@@ -40,20 +42,20 @@ def train(
     report: Callable[[str], None],
     guard: Guard | None = None,
     notes: Mapping[str, Any] | None = None,
-    evaluate: Callable[[], Mapping[str, float]] | None = None,
-    eval_every: int = 0,
+    evaluate: Evaluate | None = None,
 ) -> list[float]:
     """Run all steps that are left; returns the loss of each of the run (mean over the targets of the global batch).
 
+    Afterwards the model is that of the last step, or the best one, if ``keep_best`` asks for it.
+
     Args:
         notes: what checkpoints shall keep for the recipe.
-        evaluate: scores of the model as it is, called on all processes together; they are logged with the step's loss,
-            as ``eval_NAME``.
-        eval_every: steps between its calls; none after the last step, when the recipe evaluates. 0: never.
+        evaluate: scores of the model as it is, called on all processes together every ``eval_every`` steps; they are
+            logged with the step's loss, as ``eval_NAME``.
 
     Raises:
         UserError: too many steps in a row with a loss or gradients that are not finite; the run that is continued had
-            other training rows.
+            other training rows; as :class:`~adalora_dist.training.evaluations.Evaluations`.
         RuntimeError: the method did not reach its budget, or its patterns differ between processes.
         SystemExit: a signal asked for an early end.
     """
@@ -66,7 +68,10 @@ def train(
     if prepared.resumed is not None:
         compare_data(prepared.resumed, plan, config)
         losses = [json.loads(line)["loss"] for line in prepared.resumed.read(METRICS).splitlines()]
-    checkpoints = RunCheckpoints(accelerator, prepared, plan, config, num_steps, notes or {})
+    evaluations = Evaluations(prepared, config.evaluation, num_steps, evaluate)
+    keep_best = bool(config.evaluation.keep_best)
+    checkpoints = RunCheckpoints(accelerator, prepared, plan, config, num_steps, notes or {}, keep_best)
+    evaluations.check_name()
     first_step = len(losses)
     unread: list[torch.Tensor] = []  # loss sums of this process, read together at every log line
     bad_steps = BadSteps(settings.max_nonfinite_steps, hooks.num_skipped_steps)
@@ -76,6 +81,8 @@ def train(
     if guard is not None:
         guard.begin(prepared, first_step)
     for step in range(first_step, num_steps):
+        if evaluations.ended:  # before the run was interrupted
+            break
         _seed_step(settings.seed, step, accelerator.process_index)
         for group in prepared.inner_optimizer.param_groups:
             group["lr"] = group["lr_ratio"] * learning_rate(settings, step, num_steps)
@@ -105,12 +112,9 @@ def train(
         num_tokens += sum(plan.lengths[row] for row in plan.batch(step))
         bar.update()
         stops = guard is not None and guard.stops_after(step + 1)
-        scores: dict[str, float] = {}
-        if evaluate is not None and eval_every and (step + 1) % eval_every == 0 and step + 1 < num_steps:
-            paused = time.monotonic()
-            scores = {f"eval_{name}": score for name, score in evaluate().items()}
-            put_back_shards(model)
-            started += time.monotonic() - paused
+        paused = time.monotonic()
+        scores = evaluations.after(step + 1)
+        started += time.monotonic() - paused
         if (
             scores
             or (step + 1) % settings.log_every == 0
@@ -139,16 +143,26 @@ def train(
             if not sys.stderr.isatty():
                 left = bar.format_interval(seconds / (step + 1 - first_step) * (num_steps - step - 1))
                 report(f"step {step + 1}/{num_steps}: {status}, {left} left")
-        if stops or checkpoints.due(step + 1):
+        if evaluations.improved(step + 1, scores):
+            checkpoints.save_best(step + 1, evaluations.record or {})
+        checkpoints.note_best(evaluations.record)
+        if stops or checkpoints.due(step + 1, evaluations.ended):
             checkpoints.save(step + 1)
         if stops and guard is not None:
             checkpoints.finish()
             guard.leave_preempted(step + 1)
+        if evaluations.ended:
+            break
     bar.close()
     if guard is not None:
         guard.end()
     checkpoints.finish()
     hooks.finish()
+    if (best := evaluations.best) is not None:
+        if best.step < len(losses):
+            evaluations.restore(checkpoints.best_checkpoint(best.step))
+        report(evaluations.sentence(len(losses)))
+        folder.write_json("best.json", {**best.model_dump(), "num_steps": len(losses)})
     return losses
 
 
@@ -182,12 +196,13 @@ def _records(
     tokens_per_second: float,
 ) -> Iterator[dict[str, Any]]:
     """One record of metrics per step since the last log line."""
+    method_step = prepared.hooks.method_step
     for step, loss in enumerate(losses, first_step):
         record: dict[str, Any] = {
             "step": step,
             "loss": loss,
-            "learning_rate": learning_rate(config.train, step, num_steps),
+            "learning_rate": learning_rate(config.train, step, num_steps) * method_step.rate_factor(step),
             "tokens_per_second": round(tokens_per_second, 1),
         }
-        record |= prepared.hooks.method_step.record(step)
+        record |= method_step.record(step)
         yield record

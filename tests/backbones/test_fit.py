@@ -14,6 +14,7 @@ from adalora_dist.artifacts.export import task_settings, with_task
 from adalora_dist.backbones.fit import (
     Length,
     check_lengths,
+    check_room,
     fit_tokenizer,
     lengths_of,
     padding_token,
@@ -162,6 +163,14 @@ def test_what_each_recipe_puts_through(config, expected):
 def test_a_given_reply_length_counts():
     config = CommonsenseConfig(evaluation={"max_new_tokens": 9})
     assert Length("max_new_tokens", 9, "") in lengths_of(config)
+
+
+@pytest.mark.parametrize(("prompt", "reply", "remedy"), [(8, 5, "--max-new-tokens 4,"), (12, 1, "shorten it")])
+def test_a_reply_has_room_behind_the_longest_prompt(prompt, reply, remedy):
+    model = made("GPT2LMHeadModel", GPT)
+    check_room(model, POSITIONS - 4, 4)
+    assert remedy in refusal(check_room, model, prompt, reply)
+    check_room(made("LlamaForCausalLM", LLAMA), POSITIONS, 4)  # rotary
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizer

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from adalora_dist.methods.adalora import bound, layers
-from adalora_dist.methods.adalora.bound import block_elements, state_bytes
+from adalora_dist.methods.adalora.bound import portion_elements, state_bytes
 from adalora_dist.methods.hooks import attach
 from adalora_dist.methods.inject import adapt
 from tests.support.memory import peak_bytes
@@ -17,11 +17,11 @@ from tests.support.ranks import run_ranks
 from tests.support.tiny_language_model import tiny_llama
 
 
-def run_in_blocks(rank: int, world_size: int, min_block: int, changes: dict[str, Any]) -> list[Any]:
-    """Losses and patterns of a run in blocks of at least so many elements, and the number of blocks."""
+def run_in_portions(rank: int, world_size: int, min_portion: int, changes: dict[str, Any]) -> list[Any]:
+    """Losses and patterns of a run in portions of at least so many elements, and the number of portions."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bound, "MIN_BLOCK", min_block)
-        patch.setattr(layers, "_SIDE_BY_SIDE", min_block)
+        patch.setattr(bound, "MIN_PORTION", min_portion)
+        patch.setattr(layers, "_SIDE_BY_SIDE", min_portion)
         settings = config(compact=False, **changes)
         model = adapted_net(settings)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.03)
@@ -34,7 +34,7 @@ def run_in_blocks(rank: int, world_size: int, min_block: int, changes: dict[str,
             optimizer.step()
             optimizer.zero_grad()
         patterns = [allocation.keep.tolist() for allocation in hooks.method_step.allocations]
-        return [losses, patterns, len(hooks.method_step.bound.layout.blocks)]
+        return [losses, patterns, len(hooks.method_step.bound.layout.portions)]
 
 
 @pytest.mark.parametrize(
@@ -42,22 +42,22 @@ def run_in_blocks(rank: int, world_size: int, min_block: int, changes: dict[str,
     [{}, {"orthogonality": 0.0}, {"importance": "magnitude"}],
     ids=["default", "no regulariser", "magnitude"],
 )
-def test_a_step_in_blocks_is_the_same_step(changes):
-    in_one, in_many = (run_ranks(1, run_in_blocks, block, changes)[0] for block in (2**22, 25))
+def test_a_step_in_portions_is_the_same_step(changes):
+    in_one, in_many = (run_ranks(1, run_in_portions, portion, changes)[0] for portion in (2**22, 25))
     assert in_one[2] == 1 and in_many[2] > 5
     torch.testing.assert_close(torch.tensor(in_many[0]), torch.tensor(in_one[0]), rtol=1e-5, atol=0)
     assert in_many[1] == in_one[1]  # products of fewer matrices at a time are rounded otherwise
 
 
-def test_blocks_are_few_and_a_sixteenth():
-    assert block_elements(1000) == 2**22 and block_elements(2**30) == 2**26
+def test_portions_are_few_and_a_sixteenth():
+    assert portion_elements(1000) == 2**22 and portion_elements(2**30) == 2**26
     assert sum(state_bytes(2**30).values()) == 24.5 * 2**30
 
 
 def step_peaks(rank: int, world_size: int, method: str) -> tuple[int, int]:
     """(elements, peak bytes of a step, all that is trained with counted) of adapters that weigh more than the model."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bound, "MIN_BLOCK", 1)
+        patch.setattr(bound, "MIN_PORTION", 1)
         patch.setattr(layers, "_SIDE_BY_SIDE", 2**14)
         model = tiny_llama(16, 128)
         settings = config(method, init_rank=48, target_rank=24, targets=("all-linear",), compact=False)

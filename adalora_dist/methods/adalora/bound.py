@@ -21,38 +21,38 @@ from adalora_dist.sharding.base import ShardEngine
 from adalora_dist.sharding.layout import FlatBuffer, SpanLayout
 from adalora_dist.sharding.spans import Factor, Span
 
-MIN_BLOCK, MAX_BLOCKS = 2**22, 16
-"""Elements of a block, 16 MiB, at least, so that small adapters have one; and how many blocks there are at most."""
+MIN_PORTION, MAX_PORTIONS = 2**22, 16
+"""Elements of a portion, 16 MiB, at least, so that small adapters have one; and how many portions there are at most."""
 
 
-def block_elements(num_elements: int) -> int:
-    """Elements that a block may have, of all that a rank holds."""
-    return max(MIN_BLOCK, -(-num_elements // MAX_BLOCKS))
+def portion_elements(num_elements: int) -> int:
+    """Elements that a portion may have, of all that a rank holds."""
+    return max(MIN_PORTION, -(-num_elements // MAX_PORTIONS))
 
 
 def state_bytes(num_elements: int) -> dict[str, int]:
     """Bytes that training P, Q and lambda takes on a rank that holds so many elements of them, by purpose.
 
     All is float32: ``parameters``, ``gradients``, the two ``moments`` of AdamW, the two averages of ``importance``
-    until the pattern is frozen, and the ``blocks`` that a step works in.
+    until the pattern is frozen, and the ``portions`` that a step works in.
     """
     of_element = {"parameters": 4, "gradients": 4, "moments": 8, "importance": 8}
-    blocks = 8 * min(num_elements, block_elements(num_elements))
-    return {purpose: size * num_elements for purpose, size in of_element.items()} | {"blocks": blocks}
+    portions = 8 * min(num_elements, portion_elements(num_elements))
+    return {purpose: size * num_elements for purpose, size in of_element.items()} | {"portions": portions}
 
 
 class BoundTriplets:
     """The spans that this rank holds of all factors, laid out flat.
 
-    What lasts are the two averages, 8 bytes for each element. A step works block by block, in the same memory one after
-    the other, so that few elements (``block_elements``) lie in memory twice:
+    What lasts are the two averages, 8 bytes for each element. A step works portion by portion, in the same memory one
+    after the other, so that few elements (``portion_elements``) lie in memory twice:
 
     - ``values``: the elements w as the step begins, for the regulariser; then, in their place, w g, which the averages
       take in (with ``importance_order`` after, g until the weights have been stepped);
     - ``scratch``: the regulariser's gradient until it has been added; in an allocation the element scores.
 
-    All is one block where values have to last: from one firing of the optimizer to the next (ZeRO with sub-groups), or
-    until the weights have been stepped.
+    All is one portion where values have to last: from one firing of the optimizer to the next (ZeRO with sub-groups),
+    or until the weights have been stepped.
 
     Args:
         factors: in canonical order.
@@ -77,9 +77,9 @@ class BoundTriplets:
         if engine.shard_group is not None:
             spans_of_ranks = [[]] * dist.get_world_size(engine.shard_group)
             dist.all_gather_object(spans_of_ranks, self.spans, group=engine.shard_group)
-        one_block = engine.num_firings > 1 or config.importance_order == "after"
+        in_one = engine.num_firings > 1 or config.importance_order == "after"
         num_elements = sum(span.stop - span.start for span in self.spans)
-        self.layout = SpanLayout(factors, self.spans, None if one_block else block_elements(num_elements))
+        self.layout = SpanLayout(factors, self.spans, None if in_one else portion_elements(num_elements))
         self.sums = TripletSums(
             self.layout,
             spans_of_ranks,
@@ -89,17 +89,17 @@ class BoundTriplets:
         )
         self.skip = self.sums.partials[-1]  # 1 where this step has a non-finite gradient
         self.digest = PatternDigest(sum(ranks), device)
-        longest = max(block.stop - block.start for block in self.layout.blocks)
+        longest = max(portion.stop - portion.start for portion in self.layout.portions)
         shapes, memory = [v.shape for v in values], torch.zeros(2, longest, dtype=torch.float32, device=device)
         self._values, self._scratch = (
-            [FlatBuffer(self.layout, shapes, device, block=block, storage=part) for block in self.layout.blocks]
+            [FlatBuffer(self.layout, shapes, device, portion=portion, storage=part) for portion in self.layout.portions]
             for part in memory
         )
         num_scored = self.layout.num_elements if measures else 0
         self.sensitivity = torch.zeros(num_scored, dtype=torch.float32, device=device)
         self.uncertainty = torch.zeros(num_scored, dtype=torch.float32, device=device)
-        of_blocks = [slice(block.start, block.stop) for block in self.layout.blocks]
-        self._of_blocks = [(self.sensitivity[part], self.uncertainty[part]) for part in of_blocks]
+        of_portions = [slice(portion.start, portion.stop) for portion in self.layout.portions]
+        self._of_portions = [(self.sensitivity[part], self.uncertainty[part]) for part in of_portions]
         # The triplets of each P that this rank holds a part of, and lambda, if it holds a part of that.
         self.row_cuts = {k: f.rank for k, f in enumerate(factors) if f.kind == "P"}
         self.ps = [k for k in self.row_cuts if values[k].numel()]
@@ -118,7 +118,7 @@ class BoundTriplets:
             self.sums.gram_partials(values)
 
     def collect_values(self) -> None:
-        """Copy local elements to ``values``, as float32, if they lie there in one block: others wait for their turn."""
+        """Copy local elements to ``values``, as float32, if they are one portion: others wait for their turn."""
         if len(self._values) == 1:
             self.layout.collect(self.engine.values(), self._values[0])
 
@@ -141,7 +141,7 @@ class BoundTriplets:
             is_last: whether it is the step's last firing.
         """
         held = self.engine.values() if len(self._values) > 1 else []
-        for values, scratch, averages in zip(self._values, self._scratch, self._of_blocks, strict=True):
+        for values, scratch, averages in zip(self._values, self._scratch, self._of_portions, strict=True):
             if held:
                 self.layout.collect(held, values)
                 if regularised:
@@ -163,7 +163,7 @@ class BoundTriplets:
         """With ``importance_order`` after: advance the averages by w g, w as it is now."""
         [values] = self._values
         self._multiply(values, self.engine.values())
-        self._update_averages(values, *self._of_blocks)
+        self._update_averages(values, *self._of_portions)
 
     def _multiply(self, values: FlatBuffer, others: Sequence[torch.Tensor | None]) -> None:
         local, flat = self.layout.views(others, values)
@@ -171,7 +171,7 @@ class BoundTriplets:
             torch._foreach_mul_(flat, local)
 
     def _update_averages(self, values: FlatBuffer, averages: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Advance a block's averages by w g, which stands in ``values``."""
+        """Advance a portion's averages by w g, which stands in ``values``."""
         beta1, beta2 = self._config.beta1, self._config.beta2
         compiled = self._config.importance_kernel == "compiled"
         update_averages(*averages, values.data, beta1, beta2, self.skip, compiled)
@@ -180,7 +180,7 @@ class BoundTriplets:
         """This rank's part of the triplet scores, float64, by the configured importance."""
         of_values = self._config.importance == "magnitude"
         held = self.engine.values() if of_values else []
-        for values, scratch, averages in zip(self._values, self._scratch, self._of_blocks, strict=True):
+        for values, scratch, averages in zip(self._values, self._scratch, self._of_portions, strict=True):
             if of_values:
                 self.layout.collect(held, values)
                 torch.abs(values.data, out=scratch.data)
@@ -235,7 +235,7 @@ class BoundTriplets:
         def attempt() -> None:
             self.skip.fill_(1)
             try:
-                for values, averages in zip(self._values, self._of_blocks, strict=True):
+                for values, averages in zip(self._values, self._of_portions, strict=True):
                     self._update_averages(values, averages)
             except Exception as error:  # whatever compiler it is that fails
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
