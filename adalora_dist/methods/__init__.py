@@ -14,6 +14,7 @@ from adalora_dist.methods.head import Head
 from adalora_dist.methods.hydra import Hydra
 from adalora_dist.methods.lora import Lora
 from adalora_dist.methods.lora_fa import LoraFa
+from adalora_dist.methods.prefix import PrefixTuning
 from adalora_dist.methods.protocol import Method
 from adalora_dist.methods.vera import Vera
 
@@ -31,6 +32,7 @@ METHODS: dict[str, type[Method]] = {
     "adapterdrop": AdapterDrop,
     "series": Series,
     "parallel": Parallel,
+    "prefix": PrefixTuning,
     "bitfit": BitFit,
     "head": Head,
     "full": Full,

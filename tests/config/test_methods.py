@@ -30,11 +30,25 @@ from adalora_dist.tasks.glue.config import GlueConfig
 from tests.support.paths import ROOT
 from tests.support.shipped import schema_of
 
-BOTTLENECKS = ("houlsby", "pfeiffer", "adapterdrop", "series", "parallel")
-ALL = ("adalora", "lora", "lora_fa", "dora", "vera", "dvora", "hydra", "dylora", *BOTTLENECKS, "bitfit", "head", "full")
 WITH_TARGETS = ("adalora", "lora", "lora_fa", "dora", "vera", "dvora", "hydra", "dylora")
+BOTTLENECKS = ("houlsby", "pfeiffer", "adapterdrop", "series", "parallel")
+ALL = (
+    "adalora",
+    "lora",
+    "lora_fa",
+    "dora",
+    "vera",
+    "dvora",
+    "hydra",
+    "dylora",
+    *BOTTLENECKS,
+    "prefix",
+    "bitfit",
+    "head",
+    "full",
+)
 WITH_ALPHA = ("adalora", "lora", "lora_fa", "dora", "dylora")
-WITH_MODULES = (*WITH_TARGETS, *BOTTLENECKS, "bitfit", "head")
+WITH_MODULES = (*WITH_TARGETS, *BOTTLENECKS, "prefix", "bitfit", "head")
 DEMOS = sorted((ROOT / "recipes" / "configs").glob("*_demo.yaml"))
 
 
@@ -180,7 +194,7 @@ FLAGS = {
     "--method": f"--method has no value: give it one of {', '.join(ALL)}",
     "--method head --train-modules none": "method head with no train_modules",
     "--method full --export-formats peft": "export_formats peft with method full: it cannot be written so (adalora, "
-    "lora, lora_fa, dora, vera can be)",
+    "lora, lora_fa, dora, vera, prefix can be)",
 }
 
 

@@ -37,6 +37,7 @@ from adalora_dist.config.methods.head import HeadConfig
 from adalora_dist.config.methods.hydra import HydraConfig
 from adalora_dist.config.methods.lora import LoraConfig
 from adalora_dist.config.methods.lora_fa import LoraFaConfig
+from adalora_dist.config.methods.prefix import PrefixConfig
 from adalora_dist.config.methods.vera import DvoraConfig, VeraConfig
 
 METHODS.update(
@@ -53,6 +54,7 @@ METHODS.update(
     adapterdrop=AdapterDropConfig,
     series=SeriesConfig,
     parallel=ParallelConfig,
+    prefix=PrefixConfig,
     bitfit=BitFitConfig,
     head=HeadConfig,
     full=FullConfig,
@@ -117,6 +119,7 @@ __all__ = [
     "MethodConfig",
     "ParallelConfig",
     "PfeifferConfig",
+    "PrefixConfig",
     "SeriesConfig",
     "SizedConfig",
     "TargetsConfig",
