@@ -38,7 +38,7 @@ import torch.distributed as dist
 from torch import nn
 
 from adalora_dist.config.methods import AdaLoraConfig
-from adalora_dist.methods.adalora.allocations import Allocation, records
+from adalora_dist.methods.adalora.allocations import Allocation, records, with_next
 from adalora_dist.methods.adalora.bound import BoundTriplets
 from adalora_dist.methods.adalora.checks import PatternWatch, compare_lambdas
 from adalora_dist.methods.adalora.compaction import remove_triplets
@@ -218,15 +218,9 @@ class RankAllocator(Step):
             self.keep, lowest = select_local(scores, self.ranks, budget)
         else:
             self.keep, lowest = select(scores, budget)
-        self.allocations.append(Allocation(step, budget, self.keep, lowest, self._mean_scores(scores)))
+        self.allocations = with_next(self.allocations, Allocation(step, budget, self.keep, lowest, scores))
         self._pending = False
         self.frozen = step >= self.schedule.freeze_step
-
-    def _mean_scores(self, scores: torch.Tensor) -> torch.Tensor:
-        """Of each matrix's triplets, (num_matrices,) float64."""
-        if len(set(self.ranks)) == 1:  # one operation; every run that starts at one init_rank
-            return scores.view(len(self.ranks), -1).mean(dim=1)
-        return torch.stack([part.mean() for part in scores.split(self.ranks)])
 
     # ------------------------------------------------------------------------------------ what a checkpoint holds
 
