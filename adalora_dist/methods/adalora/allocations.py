@@ -35,6 +35,18 @@ def with_next(made: Sequence[Allocation], latest: Allocation) -> list[Allocation
     return [*kept, latest]
 
 
+def spread(made: Allocation, ranks: Sequence[int]) -> dict[str, float]:
+    """``importance_spread``: standard deviation over mean of the matrices' mean scores; {} where scores are not known.
+
+    0: all matrices matter alike, and adapting ranks has nothing to gain. Reads from the device.
+    """
+    if made.scores is None:
+        return {}
+    means = torch.stack([part.mean() for part in made.scores.cpu().split(list(ranks))])
+    ratio = (means.std(correction=0) / means.mean().clamp_min(1e-300)).item()
+    return {"importance_spread": ratio} if math.isfinite(ratio) else {}
+
+
 def records(allocations: Sequence[Allocation], ranks: Sequence[int], first: int) -> list[dict[str, Any]]:
     """For every allocation from number ``first`` on a line of allocations.jsonl. Reads from the device.
 
