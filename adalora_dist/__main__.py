@@ -68,6 +68,7 @@ def _add_export(commands: argparse._SubParsersAction[_Parser]) -> None:
         choices=("original", "dequantized"),
         help="merged, of a quantised run: weights that the adapters are added to; default: as the run was configured",
     )
+    parser.add_argument("--rank", type=_at_least_1, metavar="N", help="dylora: the rank to export, of those trained")
     parser.add_argument("--max-rank", type=_at_least_1, metavar="N", help="refuse matrices of a higher rank")
     parser.add_argument("--fold", action="store_true", help="cut ranks above --max-rank instead, by truncated SVD")
     parser.add_argument("--pad", action="store_true", help="lora: one rank and alpha for all matrices, by adding zeros")
@@ -116,7 +117,8 @@ def _export(arguments: argparse.Namespace) -> None:
     from adalora_dist.artifacts.commands import export_run
 
     export_run(
-        given.run, given.to, given.out, given.base, given.dtype, given.merge_into, given.max_rank, given.fold, given.pad
+        given.run, given.to, given.out, given.base, given.dtype, given.merge_into, given.max_rank, given.fold,
+        given.pad, given.rank,
     )  # fmt: skip
 
 

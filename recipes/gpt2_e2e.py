@@ -85,7 +85,7 @@ def main(config: E2EConfig) -> None:
         columns["before"], _ = evaluate()
 
     # ------------------------------------------------------------------------------------------------------------ train
-    run.train(causal_loss(rows, padding_token(tokenizer), run.device), columns)
+    run.train(causal_loss(rows, padding_token(tokenizer), run.device, run.config.train.logits_chunk), columns)
     columns["after"], texts = evaluate()
 
     # ----------------------------------------------------------------------------------------------------------- export

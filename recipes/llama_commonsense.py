@@ -90,7 +90,7 @@ def main(config: CommonsenseConfig) -> None:
         columns["before"] = evaluate()
 
     # ------------------------------------------------------------------------------------------------------------ train
-    run.train(causal_loss(rows, padding_token(tokenizer), run.device), columns)
+    run.train(causal_loss(rows, padding_token(tokenizer), run.device, run.config.train.logits_chunk), columns)
     columns["after"] = evaluate()
 
     # ----------------------------------------------------------------------------------------------------------- export

@@ -68,7 +68,8 @@ def main(config: SftConfig) -> None:
     # --------------------------------------------------------------------------------------------------------- evaluate
     synced, padding = run.generates_together(), padding_token(tokenizer)
     held_out, prompts = rows.held_out, [prompt for prompt, _ in rows.samples]
-    held_out_loss = causal_loss(held_out, padding, run.device)
+    chunk = run.config.train.logits_chunk
+    held_out_loss = causal_loss(held_out, padding, run.device, chunk)
 
     counts = held_out["num_tokens"][:], held_out["num_targets"][:]
 
@@ -88,7 +89,12 @@ def main(config: SftConfig) -> None:
         found["before"] = evaluate()
 
     # ------------------------------------------------------------------------------------------------------------ train
-    run.train(causal_loss(rows.train, padding, run.device), found, loss_now, settings.eval_every)
+    run.train(
+        causal_loss(rows.train, padding, run.device, run.config.train.logits_chunk),
+        found,
+        loss_now,
+        settings.eval_every,
+    )
     found["after"] = evaluate()
 
     # ----------------------------------------------------------------------------------------------------------- export

@@ -85,7 +85,9 @@ def main(config: SummarizationConfig) -> None:
 
     # ------------------------------------------------------------------------------------------------------------ train
     start = decoder_start_token(run.model)
-    run.train(seq2seq_loss(train_rows, padding_token(tokenizer), start, run.device), columns)
+    run.train(
+        seq2seq_loss(train_rows, padding_token(tokenizer), start, run.device, run.config.train.logits_chunk), columns
+    )
     columns["after"], texts = evaluate()
 
     # ----------------------------------------------------------------------------------------------------------- export

@@ -17,13 +17,14 @@ from adalora_dist.artifacts.formats import FORMATS, Options, as_lora
 from adalora_dist.artifacts.hub.pictures import draw_history, draw_rank_map, read_history
 from adalora_dist.artifacts.peft_format import fold
 from adalora_dist.artifacts.tables import rank_table
-from adalora_dist.backbones.dequantized import read_quantization_record
+from adalora_dist.backbones.dequantized import QuantizedWeight, read_quantization_record
 from adalora_dist.backbones.load import dtype_named
 from adalora_dist.config.formats import EXPORT_FORMATS, ExportFormat
 from adalora_dist.io.errors import UserError, printable
 from adalora_dist.io.foreign_files import read_object, read_sections
 from adalora_dist.io.markdown import number
 from adalora_dist.io.terminal import say
+from adalora_dist.methods.dylora import at_rank
 from adalora_dist.methods.update import AdapterWeights
 
 
@@ -128,6 +129,7 @@ def export_run(
     max_rank: int | None = None,
     fold_ranks: bool = False,
     pad: bool = False,
+    rank: int | None = None,
 ) -> None:
     """Write a run in one of the forms of ``formats.py``, and say how to use it.
 
@@ -140,6 +142,7 @@ def export_run(
         max_rank: refuse adapters with a higher rank.
         fold_ranks: cut ranks above ``max_rank`` by truncated SVD instead, and say what it costs.
         pad: lora with one rank and one alpha for all matrices, see :func:`save_lora`.
+        rank: of adapters that serve at many ranks (dylora), the one to write; default: the largest.
 
     Raises:
         UserError: the run cannot be read, or not written in this form.
@@ -158,12 +161,15 @@ def export_run(
     saved, form = run.saved, FORMATS[to]
     if base and base != saved.base_model:
         saved = replace(saved, base_model=base, base_revision=None)
+    if rank is not None:
+        saved = replace(saved, adapters=at_rank(saved.adapters, rank))
     if max_rank is not None:
-        saved = replace(saved, adapters=_within(as_lora(saved.adapters), max_rank, fold_ranks))
+        of_base = Options(base_weights=_quantized(run, saved))
+        saved = replace(saved, adapters=_within(as_lora(saved, of_base), max_rank, fold_ranks))
     base_weights = None
-    if form.is_adapter and run.is_quantized and any(a.as_lora() is None for a in saved.adapters):
-        base_weights = read_quantization_record(run.folder / "quantized.json")
-    elif not form.is_adapter:
+    if form.is_adapter:
+        base_weights = _quantized(run, saved)
+    else:
         into = merge_into or run.settings.get("export", {}).get("merge_into", "original")
         base_weights = read_quantization_record(run.folder / "quantized.json") if into == "dequantized" else None
         if run.is_quantized and into == "original":
@@ -172,6 +178,13 @@ def export_run(
     if said := form.write(saved, out, Options(dtype_named(dtype), base_weights, pad=pad)):
         say(f"{out}: {said}")
     say(f"Wrote {out}. To use it:\n\n{run.usage(to, out, saved.base_model)}")
+
+
+def _quantized(run: FinishedRun, saved: SavedAdapter) -> dict[str, QuantizedWeight] | None:
+    """What adapters are made of that need the base's weights, where it was quantised."""
+    if not run.is_quantized or all(a.as_lora() is not None for a in saved.adapters):
+        return None
+    return read_quantization_record(run.folder / "quantized.json")
 
 
 def _within(adapters: list[AdapterWeights], max_rank: int, fold_ranks: bool) -> list[AdapterWeights]:

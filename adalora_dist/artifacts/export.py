@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +28,7 @@ from adalora_dist.artifacts.adapter_files import (
     read_description,
 )
 from adalora_dist.artifacts.adapter_files import task_settings as task_settings
+from adalora_dist.artifacts.base_weights import BaseWeight as BaseWeight
 from adalora_dist.artifacts.whole import check_files, check_whole, is_model_file
 from adalora_dist.backbones.files import base_folder_of as base_folder_of
 from adalora_dist.backbones.files import refuse_foreign_link, weight_files
@@ -143,7 +144,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
     kind, matrices, parts = METHODS[method].update, [], {}
     for name, rank in described.rank_pattern.items():
         matrix = Matrix(name, described.shapes[name], rank, described.scales[name], name in described.transposed)
-        shapes = kind.shapes(matrix)
+        shapes = kind.shapes(matrix, settings)
         for part, shape in shapes.items():
             if (key := f"{name}.{part}") not in tensors or tensors[key].shape != shape:
                 raise UserError(
@@ -185,19 +186,6 @@ def load_adapter(model: nn.Module, folder: Path) -> list[Adapter]:
     return layers
 
 
-class BaseWeight(Protocol):
-    """What the merged model has of the backbone in place of a tensor of its files."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the tensor in the files."""
-        ...
-
-    def __call__(self, stored: torch.Tensor) -> torch.Tensor:
-        """The weight, float32 on the CPU, in the layout of the files."""
-        ...
-
-
 def merge(
     adapters: Sequence[Update],
     base_folder: Path,
@@ -237,11 +225,15 @@ def merge(
     check_base(base_folder)
     shards = weight_files(base_folder)
     settings = read_object(base_folder / "config.json")
-    replaced = {f"{a.name}.weight": a for a in adapters if a.rank}
+    replaced: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
     whole = dict(trained or {})
     bases = dict(base_weights or {})
     names = names_in(base_folder, task or {}) if names is None else names
-    shapes = {name: base.shape for name, base in bases.items()} | {n: weight_shape(a) for n, a in replaced.items()}
+    shapes: dict[str, tuple[int, ...]] = {name: base.shape for name, base in bases.items()}
+    for adapter in (a for a in adapters if a.rank):
+        replaced[name := f"{adapter.name}.weight"], shapes[name] = adapter.merged, weight_shape(adapter)
+        if adapter.changes_bias and names.source_of(name := f"{adapter.name}.bias") is not None:
+            replaced[name], shapes[name] = adapter.merged_bias, adapter.matrix.shape[:1]
     places, new = names.places(shapes, whole, base_folder)
     added = {name: whole[name].contiguous() for name in sorted(new)}
     if dtype is not None:
@@ -254,7 +246,7 @@ def merge(
             tensor = whole[name].to(tensor.dtype)
         elif name is not None:
             weight = bases[name](tensor) if name in bases else tensor.to(torch.float32, copy=True)
-            tensor = (replaced[name].merged(weight) if name in replaced else weight).to(dtype or tensor.dtype)
+            tensor = (replaced[name](weight) if name in replaced else weight).to(dtype or tensor.dtype)
         return (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).contiguous()
 
     def write(shard: Path, target: Path) -> dict[str, int]:
@@ -284,25 +276,6 @@ def merge(
         if tokenizer is not None:
             save_tokenizer(tokenizer, scratch)
         check_whole(scratch, weights)
-
-
-def row_norms(
-    adapters: Sequence[Update], base_folder: Path, names: FileNames, base_weights: Mapping[str, BaseWeight] | None
-) -> dict[str, torch.Tensor]:
-    """By the name of each adapted matrix the lengths (d_out,) of its base's rows, float32; arguments as of merge."""
-    bases = dict(base_weights or {})
-    matrices = {f"{a.name}.weight": a for a in adapters}
-    places, _ = names.places({name: weight_shape(a) for name, a in matrices.items()}, (), base_folder)
-    found = {}
-    for shard in weight_files(base_folder):
-        with safe_open(shard, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (not a dictionary)
-                if (name := places.get(key)) is not None:
-                    stored = file.get_tensor(key)
-                    weight = bases[name](stored) if name in bases else stored.float()
-                    matrix = matrices[name].matrix
-                    found[matrix.name] = torch.linalg.vector_norm(weight, dim=0 if matrix.is_transposed else 1)
-    return found
 
 
 def with_task(settings: Mapping[str, Any], task: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,17 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from adalora_dist.artifacts.export import BaseWeight, SavedAdapter, base_folder_of, merge, row_norms
+from adalora_dist.artifacts.base_weights import BaseWeight, of_base
+from adalora_dist.artifacts.export import SavedAdapter, base_folder_of, merge
 from adalora_dist.artifacts.peft_check import not_verified
 from adalora_dist.artifacts.peft_format import save_adalora, save_dora, save_lora, save_vera, vllm_options
 from adalora_dist.backbones.names import FileNames, names_in, plain_model
 from adalora_dist.config.formats import ExportFormat
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.dora import DoraUpdate
+from adalora_dist.methods.hydra import HydraUpdate
 from adalora_dist.methods.update import AdapterWeights, Update
 from adalora_dist.methods.vera import VeraUpdate
 
@@ -76,7 +78,7 @@ def _write_adapter(
 
 
 def _write_lora(saved: SavedAdapter, folder: Path, options: Options) -> str:
-    return _write_adapter(partial(save_lora, pad=options.pad), as_lora(saved.adapters), saved, folder, options)
+    return _write_adapter(partial(save_lora, pad=options.pad), as_lora(saved, options), saved, folder, options)
 
 
 def _write_peft(saved: SavedAdapter, folder: Path, options: Options) -> str:
@@ -96,26 +98,47 @@ def _write_vera(saved: SavedAdapter, folder: Path, options: Options) -> str:
 
 
 def _write_dora(saved: SavedAdapter, folder: Path, options: Options) -> str:
-    base = base_folder_of(saved.base_model, saved.base_revision)
-    names = options.names or names_in(base, saved.task)
-    lengths = row_norms(saved.adapters, base, names, options.base_weights)
+    lengths = of_base(
+        saved.adapters, *_base_files(saved, options), lambda _, weight: torch.linalg.vector_norm(weight, dim=1)
+    )
     return _write_adapter(partial(save_dora, lengths=lengths), saved.adapters, saved, folder, options)
 
 
-def as_lora(adapters: Sequence[Update]) -> list[AdapterWeights]:
+def _base_files(saved: SavedAdapter, options: Options) -> tuple[Path, FileNames, Mapping[str, BaseWeight] | None]:
+    base = base_folder_of(saved.base_model, saved.base_revision)
+    return base, options.names or names_in(base, saved.task), options.base_weights
+
+
+def as_lora(saved: SavedAdapter, options: Options) -> list[AdapterWeights]:
     """What was trained as plain LoRA of the same function.
 
     Raises:
         UserError: the method's updates are no sums of low rank.
     """
-    found = [adapter.as_lora() for adapter in adapters]
-    for adapter, lora in zip(adapters, found, strict=True):
+    if saved.adapters and saved.adapters[0].method == HydraUpdate.method:
+        return _hydra_as_lora(cast(Sequence[HydraUpdate], saved.adapters), *_base_files(saved, options))
+    found = [adapter.as_lora() for adapter in saved.adapters]
+    for adapter, lora in zip(saved.adapters, found, strict=True):
         if lora is None:
             raise UserError(
                 f"the update of {adapter.name} ({adapter.formula}) is of full rank, no plain LoRA: export the merged "
                 "model, or PEFT's own form"
             )
     return [lora for lora in found if lora is not None]
+
+
+def _hydra_as_lora(
+    adapters: Sequence[HydraUpdate],
+    folder: Path,
+    names: FileNames,
+    base_weights: Mapping[str, BaseWeight] | None,
+) -> list[AdapterWeights]:
+    """Its sequential branch reads W0 x, so its A is made of W0."""
+    for adapter in adapters:
+        if names.source_of(f"{adapter.name}.bias") is not None:
+            raise UserError(HydraUpdate.no_lora(adapter.name))
+    read = of_base(adapters, folder, names, base_weights, lambda adapter, weight: adapter.V @ weight)
+    return [adapter.lora_with(read[adapter.name]) for adapter in adapters]
 
 
 def _plain_base(saved: SavedAdapter) -> PreTrainedModel | None:

@@ -28,7 +28,7 @@ from adalora_dist.config.methods.base import FOREIGN, methods_with
 from adalora_dist.config.presets import PresetTable
 from adalora_dist.config.run_file import Origins, RunFile
 from adalora_dist.config.sections import RunConfig
-from adalora_dist.config.settings import Setting, legal, method_setting, near, remedy, settings_by_flag
+from adalora_dist.config.settings import Setting, is_union, legal, method_setting, near, remedy, settings_by_flag
 from adalora_dist.io.ending import EXIT_PREEMPTED, leave, repeat_last, tell_error
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.launchers import follow, unfollow
@@ -253,7 +253,9 @@ def _flag_value(info: FieldInfo, words: list[str]) -> Any:
 def _explain(error: ValidationError, infos: Mapping[tuple[str, str], FieldInfo], origins: Origins) -> str:
     """The first mistake in one line, and how many more there are."""
     details = error.errors(include_url=False)
-    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    of_unions = {place for place, info in infos.items() if is_union(info)}  # of which each type says why not
+    places = {d["loc"][:2] if d["loc"][:2] in of_unions else (number, d["loc"]) for number, d in enumerate(details)}
+    more = f" (and {len(places) - 1} more)" if len(places) > 1 else ""
     return _explain_one(details[0], infos, origins) + more
 
 
@@ -274,6 +276,6 @@ def _explain_one(detail: ErrorDetails, infos: Mapping[tuple[str, str], FieldInfo
     if detail["type"] == "extra_forbidden":  # of a table: flags and files have been looked through
         return f"{origin}: no method has such a setting; correct the table of presets"
     info = infos[section, name]
-    element = f"{detail['input']} is wrong, " if len(location) > 2 else ""
+    element = f"{detail['input']} is wrong, " if len(location) > 2 and not is_union(info) else ""
     finite = "finite, " if detail["type"] == "finite_number" else ""
     return f"{origin}: {element}must be {finite}{legal(info)}; {remedy(info, detail['input'])}"

@@ -77,6 +77,9 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     """Compute type of forward and backward (autocast, or the engine's own mixed precision); auto: bf16 on a GPU that
     computes in it, fp32 elsewhere."""
+    logits_chunk: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    """Target tokens of a micro-batch whose logits are in memory at a time; 0: all; auto: as many as take about 1 GB
+    (523 for 128,256 words), and all where a model changes its logits behind its head."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     group_by_length: bool = True

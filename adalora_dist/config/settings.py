@@ -7,7 +7,7 @@ import itertools
 import re
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -84,7 +84,7 @@ def legal(info: FieldInfo) -> str:
     if get_origin(info.annotation) is tuple:
         return f"one or more of {choices}" if choices else "a list of words (in YAML: [a, b])"
     words = {bool: "true or false", int: "an integer", float: "a number", str: "text (in YAML: in quotes)"}
-    legal = f"one of {choices}" if choices else words[_kind(info)]
+    legal = f"one of {choices}" if choices else ", or ".join([*_words(info), words[_kind(info)]])
     optional = ", or none" if type(None) in get_args(info.annotation) else ""
     return " ".join([legal, " and ".join(_bounds(info))]).strip() + optional
 
@@ -103,13 +103,32 @@ def remedy(info: FieldInfo, value: Any = None) -> str:
 
 def _bounds(info: FieldInfo) -> Iterator[str]:
     symbols = {"gt": ">", "ge": ">=", "lt": "<"}  # annotated_types.Gt has an attribute gt, and so on
-    return (f"{symbols[n]} {getattr(limit, n)}" for limit in info.metadata for n in symbols if hasattr(limit, n))
+    parts = get_args(info.annotation) if is_union(info) else ()
+    of_parts = (
+        field for part in parts for field in getattr(part, "__metadata__", ())
+    )  # of Annotated[int, Field(ge=0)]
+    limits = [*info.metadata, *(limit for field in of_parts for limit in getattr(field, "metadata", ()))]
+    return (f"{symbols[n]} {getattr(limit, n)}" for limit in limits for n in symbols if hasattr(limit, n))
+
+
+def is_union(info: FieldInfo) -> bool:
+    """Whether a setting takes values of several types: a number or none, a word or a number."""
+    return get_origin(info.annotation) in (Union, types.UnionType)
 
 
 def _kind(info: FieldInfo) -> Any:
-    """The type of a setting without the ``None`` that it may also take."""
-    union = get_origin(info.annotation) in (Union, types.UnionType)
-    return next(kind for kind in get_args(info.annotation) if kind is not type(None)) if union else info.annotation
+    """The type of a setting without the ``None``, or the words, that it may also take."""
+    if not is_union(info):
+        return info.annotation
+    kinds = [kind for kind in get_args(info.annotation) if kind is not type(None)]
+    kind = next((kind for kind in kinds if get_origin(kind) is not Literal), kinds[0])
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
+def _words(info: FieldInfo) -> list[str]:
+    """The words that a setting takes besides values of its type."""
+    kinds = get_args(info.annotation) if is_union(info) and get_origin(_kind(info)) is not Literal else ()
+    return [str(word) for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
 
 
 def _choices(info: FieldInfo) -> list[str]:

@@ -7,8 +7,10 @@ from adalora_dist.methods.adalora.method import AdaLora
 from adalora_dist.methods.bitfit import BitFit
 from adalora_dist.methods.dora import Dora
 from adalora_dist.methods.dvora import Dvora
+from adalora_dist.methods.dylora import Dylora
 from adalora_dist.methods.full import Full
 from adalora_dist.methods.head import Head
+from adalora_dist.methods.hydra import Hydra
 from adalora_dist.methods.lora import Lora
 from adalora_dist.methods.lora_fa import LoraFa
 from adalora_dist.methods.protocol import Method
@@ -21,6 +23,8 @@ METHODS: dict[str, type[Method]] = {
     "dora": Dora,
     "vera": Vera,
     "dvora": Dvora,
+    "hydra": Hydra,
+    "dylora": Dylora,
     "bitfit": BitFit,
     "head": Head,
     "full": Full,

@@ -52,7 +52,7 @@ class DoraUpdate(MagnitudeUpdate):
         return {"P": self.P, "Q": self.Q, "dm": self.dm}
 
     @classmethod
-    def shapes(cls, matrix: Matrix) -> dict[str, tuple[int, ...]]:
+    def shapes(cls, matrix: Matrix, settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         (d_out, d_in), r = matrix.shape, matrix.rank
         return {"P": (d_out, r), "Q": (r, d_in), "dm": (d_out,)}
 

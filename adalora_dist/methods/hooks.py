@@ -60,6 +60,7 @@ class MethodHooks:
         self._num_missed = 0  # steps that the engine left out by itself
         self._num_skipped: torch.Tensor | None = None  # those left out here, counted on the device
         self._ended = False
+        method_step.begin(0)
 
     # ------------------------------------------------------------------ the step, seen from the optimizer's hooks
 
@@ -86,6 +87,7 @@ class MethodHooks:
         self._firing = 0
         self.method_step.after(self.step)
         self.step += 1
+        self.method_step.begin(self.step)
 
     def _begin(self, bound: Bound) -> None:
         """What the method sums, and whether all gradients of the step are finite, agreed over the shard group."""
@@ -162,7 +164,8 @@ class MethodHooks:
         for missed in range(self.step, num_steps):
             self.method_step.missed(missed)
             self._num_missed += 1
-        self.step = max(self.step, num_steps)
+            self.step = missed + 1
+            self.method_step.begin(self.step)
 
     @property
     def num_skipped_steps(self) -> int:
@@ -219,6 +222,7 @@ class MethodHooks:
         self.step, self._num_missed = state.numbers["step"], state.numbers["num_skipped_steps"]
         self._num_skipped = None
         self.method_step.load_state(state)
+        self.method_step.begin(self.step)
 
     # ------------------------------------------------------------------------------------------ the end of a run
 

@@ -25,7 +25,7 @@ from adalora_dist.backbones.linears import has_readable_weight, weight_of
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.branch import BranchLinear, BranchStep
 from adalora_dist.methods.protocol import StepState
-from adalora_dist.methods.update import AdapterWeights, Matrix, OfMatrix
+from adalora_dist.methods.update import Matrix, OfMatrix
 from adalora_dist.sharding.tensors import is_whole
 
 
@@ -184,9 +184,3 @@ class MagnitudeUpdate(OfMatrix):
         factors = (lengths + self.dm) / torch.linalg.vector_norm(rows, dim=1)
         rows *= torch.where(lengths == 0, 1.0, factors).unsqueeze(1)
         return weight
-
-    def as_lora(self) -> AdapterWeights | None:
-        return None
-
-    def settings(self) -> dict[str, Any]:
-        return {}

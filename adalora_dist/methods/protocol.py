@@ -7,8 +7,7 @@ become. ``methods/__init__.py`` has the table of all methods.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -17,69 +16,14 @@ from torch import nn
 from adalora_dist.config.methods import MethodConfig
 from adalora_dist.config.sections import TrainConfig
 from adalora_dist.methods.adalora.schedule import BudgetSchedule
+from adalora_dist.methods.adapter import Adapter as Adapter
+from adalora_dist.methods.adapter import TrainedModule as TrainedModule
+from adalora_dist.methods.adapter import adapters_of as adapters_of
+from adalora_dist.methods.adapter import others_trained as others_trained
+from adalora_dist.methods.adapter import plain_path as plain_path
+from adalora_dist.methods.adapter import trained_parameters as trained_parameters
 from adalora_dist.methods.update import AdapterWeights, Update
 from adalora_dist.sharding.base import ShardEngine
-
-
-class TrainedModule(nn.Module):
-    """A module of a method's that holds trained parameters: an adapter, or what several adapters share."""
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The trained parameters held here now, by the names that files have, whatever an engine does to paths."""
-        raise NotImplementedError(f"{type(self).__name__}.trained")
-
-    def element_name(self, leaf: str, index: int) -> str:
-        """What a person calls element ``index`` of the flattened parameter ``leaf``, for messages."""
-        raise NotImplementedError(f"{type(self).__name__}.element_name")
-
-
-_OWN_MARKS = ("weights_on_disk", "plain_name")
-"""What the package itself puts on a model's modules."""
-
-
-class Adapter(TrainedModule):
-    """A module in the place of, or around, one of the model's.
-
-    The base is called, never opened; all that the adapter does not hold itself is frozen.
-
-    The adapter answers its base's attributes (``weight``, ``in_features``, what a quantised linear has): model code
-    asks for them, as T5 does for ``wo.weight.dtype``. They are no parameters of the adapter. Code that computes with
-    such a weight goes past the adapter: :mod:`adalora_dist.backbones.bypass` finds it beforehand.
-    """
-
-    name: str
-    """The name that the adapted module has in the plain model. (Engines and compilers change module paths.)"""
-    base: nn.Module
-
-    def __getattr__(self, name: str) -> Any:
-        """Look up in the base what the adapter lacks: data alone, neither methods nor the marks of engines.
-
-        A method of the base would compute without the adapter, and an engine must not take its mark on the base for
-        one on the adapter.
-        """
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            base = self.__dict__.get("_modules", {}).get("base")
-            if base is None or name.startswith(("_", "ds_")) or name in _OWN_MARKS:
-                raise
-            value = getattr(base, name, self)
-            if value is self or inspect.ismethod(value):
-                raise
-            return value
-
-    def description(self) -> dict[str, Any]:
-        """What an export needs to know besides the parameters: sizes, scale; plain data."""
-        raise NotImplementedError(f"{type(self).__name__}.description")
-
-    def held(self) -> list[int]:
-        """Which of its parts (triplets) are left, as ascending indices into those at the start of the run."""
-        raise NotImplementedError(f"{type(self).__name__}.held")
-
-    @property
-    def part_size(self) -> int:
-        """How many trained numbers one of its parts has."""
-        raise NotImplementedError(f"{type(self).__name__}.part_size")
 
 
 class StepState(NamedTuple):
@@ -122,6 +66,13 @@ class Step:
         """
         device = next((v.device for v in engine.values()), torch.device("cpu"))
         return torch.zeros(1, dtype=torch.float32, device=device)
+
+    def begin(self, step: int) -> None:
+        """Called before the first forward of ``step``, and once more where a run goes on from there.
+
+        What is drawn for a step is drawn here, from its number: then all ranks, all micro-batches and the second
+        forward of a checkpoint see the same, and a run that goes on elsewhere draws it again.
+        """
 
     def sums(self, step: int) -> None:
         """Called first in a step: write this rank's part of the vector of :meth:`bind`, all but its last element."""
@@ -275,6 +226,10 @@ class Method:
     def shrink(self, adapters: Sequence[Adapter], held: Mapping[str, Sequence[int]]) -> None:
         """Reduce adapters to the parts that a checkpoint has of them, before an engine takes the parameters over."""
 
+    def lacks(self, adapters: Sequence[Adapter], form: str) -> str | None:
+        """Why what these adapters leave could not be written in a form that the method otherwise has; None: it can."""
+        return None
+
     @classmethod
     def updates(
         cls,
@@ -297,49 +252,3 @@ class Method:
     def place(cls, model: nn.Module, updates: Sequence[Update]) -> list[Adapter]:
         """Put what :meth:`updates` gave into its plain backbone, in whose shapes it is."""
         raise NotImplementedError(f"{cls.__name__}.place")
-
-
-def adapters_of(model: nn.Module) -> list[Adapter]:
-    """The adapters that a model has, in canonical order."""
-    return [module for module in model.modules() if isinstance(module, Adapter)]
-
-
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
-
-
-def plain_path(path: str) -> str:
-    """The path of a module or parameter without what engines, compilers and checkpointing put into it."""
-    path = path.removeprefix("module.")
-    for wrapper in _WRAPPERS:
-        path = path.replace(wrapper, "")
-    return path
-
-
-def trained_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All trainable parameters as the model holds them now, by names that no engine changes."""
-    own = {
-        id(p): name
-        for module in model.modules()
-        if isinstance(module, TrainedModule)
-        for name, p in module.trained().items()
-    }
-    found: dict[str, torch.Tensor] = {}
-    for path, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            name = own.get(id(parameter))
-            if name is None:
-                name = plain_path(path)
-            found[name] = parameter
-    return found
-
-
-def others_trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name in the plain model, parameter) of what is trained besides adapters, of an unwrapped model.
-
-    A tied weight comes under each of its names.
-    """
-    for path, module in model.named_modules():
-        if not isinstance(module, TrainedModule):
-            for leaf, parameter in module.named_parameters(recurse=False):
-                if parameter.requires_grad:
-                    yield (f"{path}.{leaf}" if path else leaf), parameter

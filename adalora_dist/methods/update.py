@@ -37,6 +37,8 @@ class OfMatrix:
 
     matrix: Matrix
 
+    changes_bias: ClassVar[bool] = False
+
     @property
     def name(self) -> str:
         return self.matrix.name
@@ -44,6 +46,15 @@ class OfMatrix:
     @property
     def rank(self) -> int:
         return self.matrix.rank
+
+    def merged_bias(self, bias: torch.Tensor) -> torch.Tensor:
+        return bias
+
+    def as_lora(self) -> AdapterWeights | None:
+        return None
+
+    def settings(self) -> dict[str, Any]:
+        return {}
 
 
 class Update(Protocol):
@@ -53,6 +64,8 @@ class Update(Protocol):
     """Whose adapter folders hold it; "" for triplets, which several methods leave."""
     formula: ClassVar[str]
     """What adapter.json says of it."""
+    changes_bias: ClassVar[bool]
+    """Whether the bias of the matrix, where it has one, becomes another, too."""
 
     @property
     def matrix(self) -> Matrix:
@@ -73,6 +86,10 @@ class Update(Protocol):
         """The new weight, from the base's in float32, which may be changed in place; both in the files' layout."""
         ...
 
+    def merged_bias(self, bias: torch.Tensor) -> torch.Tensor:
+        """The new bias, from the base's in float32."""
+        ...
+
     def as_lora(self) -> AdapterWeights | None:
         """The same function as W0 + B A; None where it is no such sum of low rank."""
         ...
@@ -86,8 +103,8 @@ class Update(Protocol):
         ...
 
     @classmethod
-    def shapes(cls, matrix: Matrix) -> dict[str, tuple[int, ...]]:
-        """The shape of each of :meth:`tensors`."""
+    def shapes(cls, matrix: Matrix, settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """The shape of each of :meth:`tensors`; arguments and errors as of :meth:`read`."""
         ...
 
     @classmethod
@@ -127,6 +144,7 @@ class AdapterWeights:
 
     method: ClassVar[str] = ""
     formula: ClassVar[str] = "W = W0 + scale * P diag(lam) Q"
+    changes_bias: ClassVar[bool] = False
 
     @property
     def rank(self) -> int:
@@ -150,6 +168,9 @@ class AdapterWeights:
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
         return self.add_to(weight)
 
+    def merged_bias(self, bias: torch.Tensor) -> torch.Tensor:
+        return bias
+
     def delta(self) -> torch.Tensor:
         """s P diag(lambda) Q in the layout of the base's weight, float32."""
         return self.add_to(torch.zeros(self.weight_shape))
@@ -164,7 +185,7 @@ class AdapterWeights:
         return {}
 
     @classmethod
-    def shapes(cls, matrix: Matrix) -> dict[str, tuple[int, ...]]:
+    def shapes(cls, matrix: Matrix, settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         return _shapes(matrix) if matrix.rank else {}
 
     @classmethod

@@ -98,7 +98,7 @@ class SharedUpdate(OfMatrix):
         return vector.unsqueeze(1) * b[:d_out], a[:, :d_in]
 
     @classmethod
-    def shapes(cls, matrix: Matrix) -> dict[str, tuple[int, ...]]:
+    def shapes(cls, matrix: Matrix, settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         return {kind: (matrix.rank if kind == "d" else matrix.shape[0],) for kind in cls.vectors}
 
     @classmethod

@@ -11,8 +11,9 @@ from torch import nn
 
 from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.batches import collate, collate_pairs, pad_columns
-from adalora_dist.tasks.padding import padding_of
+from adalora_dist.tasks.padding import padding_of, without_mask
 from adalora_dist.tasks.rows.tokens import IGNORED, EncodedRow
+from adalora_dist.tasks.token_losses import LogitsChunk, TokenLosses
 
 LossSum = Callable[[nn.Module, list[int]], torch.Tensor]
 """(model, row indices of one micro-batch) -> sum of the losses of their targets, float32, with gradient.
@@ -21,29 +22,24 @@ Without rows it still runs the model, because a forward may be collective, and g
 """
 
 
-def causal_loss(rows: Sequence[EncodedRow], padding_token: int, device: torch.device) -> LossSum:
+def causal_loss(
+    rows: Sequence[EncodedRow], padding_token: int, device: torch.device, logits_chunk: LogitsChunk = "auto"
+) -> LossSum:
     """Next-token losses over the target tokens of ``rows``.
 
-    Logits are made only for positions at which some row has a target: the vocabulary is often the widest matrix.
+    Logits are made only for positions that have a target, and of not too many at a time: see ``token_losses.py``.
     """
+    losses = TokenLosses(logits_chunk)
 
     def loss_sum(model: nn.Module, indices: list[int]) -> torch.Tensor:
         batch = collate([rows[i] for i in indices], padding_token)
-        targets = batch["labels"][:, 1:]
+        targets = batch.pop("labels")[:, 1:]
+        # Only to help models that do not call their head (token_losses.py): the others pick the targets themselves.
         positions = (targets != IGNORED).any(dim=0).nonzero().flatten()
         if not len(positions):
             positions = torch.zeros(1, dtype=torch.long)
-        logits = model(
-            input_ids=batch["input_ids"].to(device),
-            attention_mask=batch["attention_mask"].to(device),
-            logits_to_keep=positions.to(device),
-        ).logits
-        return nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(),
-            targets[:, positions].flatten().to(device),
-            ignore_index=IGNORED,
-            reduction="sum",
-        )
+        inputs = {**without_mask(model, batch), "logits_to_keep": positions}
+        return losses(model, {name: x.to(device) for name, x in inputs.items()}, targets[:, positions])
 
     return loss_sum
 
@@ -101,27 +97,22 @@ def span_loss(
     return loss_sum
 
 
-def seq2seq_loss(rows: Any, padding_token: int, start_token: int, device: torch.device) -> LossSum:
-    """Losses of an encoder-decoder over all labels of ``rows``.
+def seq2seq_loss(
+    rows: Any, padding_token: int, start_token: int, device: torch.device, logits_chunk: LogitsChunk = "auto"
+) -> LossSum:
+    """Losses of an encoder-decoder over all labels of ``rows``, with no logits for padding.
 
     Args:
         rows: indexed by row number, each with input_ids (source) and labels (target).
         start_token: the decoder reads it first, and then each label but the last (``decoder_start_token_id``).
     """
+    losses = TokenLosses(logits_chunk)
 
     def loss_sum(model: nn.Module, indices: list[int]) -> torch.Tensor:
         batch = collate_pairs([rows[i] for i in indices], padding_token)
-        logits = model(
-            input_ids=batch["input_ids"].to(device),
-            attention_mask=batch["attention_mask"].to(device),
-            decoder_input_ids=decoder_inputs(batch["labels"], padding_token, start_token).to(device),
-        ).logits
-        return nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(),
-            batch["labels"].flatten().to(device),
-            ignore_index=IGNORED,
-            reduction="sum",
-        )
+        labels = batch.pop("labels")
+        batch["decoder_input_ids"] = decoder_inputs(labels, padding_token, start_token)
+        return losses(model, {name: x.to(device) for name, x in batch.items()}, labels)
 
     return loss_sum
 

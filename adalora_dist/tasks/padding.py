@@ -14,9 +14,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from adalora_dist.io.errors import UserError
+
+_KNOWN = {"transformers", "torch", "builtins", "abc", "typing"}
 
 
 def unwrapped(model: nn.Module) -> Any:
@@ -38,6 +41,30 @@ def padding_of(model: nn.Module, token: int) -> int:
     if config.is_encoder_decoder and token == config.eos_token_id:
         token = int(token == 0)  # any other: the mask hides it
     return token
+
+
+def is_purely_causal(model: nn.Module) -> bool:
+    """Whether no token of a row sees what follows it, so that padding on the right needs no mask to hide it.
+
+    Only where it is certain: a class of transformers itself, in which every module that says which way it attends
+    (there is one at least) says causal. Cross-attention, image towers and prefixes that are read both ways say not.
+    """
+    inner = unwrapped(model)
+    if not all(kind.__module__.partition(".")[0] in _KNOWN for kind in type(inner).__mro__):
+        return False  # code that came with the model, or the user's
+    if inner.config.is_encoder_decoder or not getattr(inner.config.get_text_config(), "is_causal", True):
+        return False
+    said = [module.is_causal for module in inner.modules() if hasattr(module, "is_causal")]
+    return bool(said) and all(said)
+
+
+def without_mask(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch padded on the right, without its ``attention_mask`` where the model does not need it.
+
+    A mask costs operations, the host's wait for the device, which has to tell whether there is padding at all, and on
+    GPUs the fastest attention kernels.
+    """
+    return {name: x for name, x in batch.items() if name != "attention_mask" or not is_purely_causal(model)}
 
 
 def refuse_uneven_ends(model: nn.Module, inputs: Mapping[str, Sequence[Mapping[str, Sequence[int]]]]) -> None:

@@ -14,6 +14,7 @@ from adalora_dist.backbones.linears import is_conv1d, linear_shape
 from adalora_dist.backbones.names import FileNames
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
+from adalora_dist.methods import method_for
 from adalora_dist.methods.protocol import adapters_of, others_trained
 
 
@@ -41,6 +42,9 @@ def check_backbone(model: nn.Module, config: RunConfig) -> list[str]:
             f"the backbone's files lack {len(random)} frozen parameters ({', '.join(random[:3])}), which would stay "
             f"random: add their modules to train_modules{also}, or use files that have them"
         )
+    for form in config.export.export_formats:
+        if why := method_for(config.adapter).lacks(adapters_of(model), form):
+            raise UserError(f"export_formats {form}: {why}")
     if config.adapter.formats_from_files.intersection(config.export.export_formats):
         _check_merge(names, adapted, trained, config)
     if not names.missing:

@@ -39,7 +39,7 @@ _FREE_FIELDS = (
     *("model.name", "model.revision", "model.trust_remote_code", "model.allow_pickle_weights"),
     *("train.output_dir", "train.overwrite", "train.resume", "train.log_every", "train.trackers"),
     *("train.checkpoint_every", "train.keep_checkpoints", "train.async_checkpoints"),
-    *("train.micro_batch_size", "train.gradient_checkpointing", "train.dry_run"),
+    *("train.micro_batch_size", "train.gradient_checkpointing", "train.logits_chunk", "train.dry_run"),
     "adapter.importance_kernel",
     *("train.max_nonfinite_steps", "train.peer_timeout_seconds", "adapter.compact"),
 )

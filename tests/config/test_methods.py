@@ -30,10 +30,10 @@ from adalora_dist.tasks.glue.config import GlueConfig
 from tests.support.paths import ROOT
 from tests.support.shipped import schema_of
 
-ALL = ("adalora", "lora", "lora_fa", "dora", "vera", "dvora", "bitfit", "head", "full")
-WITH_TARGETS = ("adalora", "lora", "lora_fa", "dora", "vera", "dvora")
-WITH_ALPHA = ("adalora", "lora", "lora_fa", "dora")
-WITH_MODULES = ("adalora", "lora", "lora_fa", "dora", "vera", "dvora", "bitfit", "head")
+ALL = ("adalora", "lora", "lora_fa", "dora", "vera", "dvora", "hydra", "dylora", "bitfit", "head", "full")
+WITH_TARGETS = ("adalora", "lora", "lora_fa", "dora", "vera", "dvora", "hydra", "dylora")
+WITH_ALPHA = ("adalora", "lora", "lora_fa", "dora", "dylora")
+WITH_MODULES = (*WITH_TARGETS, "bitfit", "head")
 DEMOS = sorted((ROOT / "recipes" / "configs").glob("*_demo.yaml"))
 
 

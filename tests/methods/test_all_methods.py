@@ -35,6 +35,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dora": {"init_rank": 3, "alpha": 6},
     "vera": {"init_rank": 5},
     "dvora": {"init_rank": 5},
+    "hydra": {"init_rank": 3, "sequential_rank": 2},
+    "dylora": {"init_rank": 4, "alpha": 3, "frozen": "algorithm"},
     "bitfit": {"train_norms": True},
 }
 """Of each method; those with adapters get ``targets`` besides."""
@@ -102,29 +104,59 @@ def test_the_table_has_every_method_beside_those_that_have_tests_of_their_own() 
     assert len({*said}) == len(said) and all("arxiv.org" in text for text in said)
 
 
-@functools.cache
-def alone(method: str) -> list[float]:
-    """The unbroken run in one process."""
-    [losses] = run_ranks(1, run, method, "single")
+def run_all(
+    rank: int, world_size: int, engine: str, save: Path | None = None, resume: Path | None = None
+) -> dict[str, list[float]]:
+    """:func:`run` of one method after another, in folders of their own."""
+    losses = {}
+    for method in SETTINGS:
+        checkpoint = None if resume is None else next((resume / method).glob("step-*"))
+        losses[method] = run(rank, world_size, method, engine, save and save / method, checkpoint)
     return losses
 
 
+class Runs:
+    """All methods trained on an engine, in one launch of ranks for all of them, when a test first asks for it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @functools.cache  # noqa: B019 (one object, as long as the module)
+    def unbroken(self, engine: str) -> list[dict[str, list[float]]]:
+        """Losses of every rank by method; a checkpoint is written on the way."""
+        return run_ranks(1 if engine == "single" else 2, run_all, engine, self._folder / engine, timeout=600)
+
+    @functools.cache  # noqa: B019
+    def continued(self, start: str, then: str) -> list[dict[str, list[float]]]:
+        """The same after that checkpoint."""
+        self.unbroken(start)
+        return run_ranks(2, run_all, then, None, self._folder / start, timeout=600)
+
+    def alone(self, method: str) -> list[float]:
+        """The unbroken run in one process."""
+        [losses] = self.unbroken("single")
+        return losses[method]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"))
+
+
 @pytest.mark.parametrize("method", SETTINGS)
-def test_losses_are_those_of_one_process(method: str) -> None:
-    assert alone(method)[-1] < alone(method)[0]
+def test_losses_are_those_of_one_process(method: str, runs: Runs) -> None:
+    alone = runs.alone(method)
+    assert alone[-1] < alone[0]
     for engine in ENGINES:
-        for losses in run_ranks(2, run, method, engine):
-            assert losses == pytest.approx(alone(method), rel=1e-5), engine
+        for losses in runs.unbroken(engine):
+            assert losses[method] == pytest.approx(alone, rel=1e-5), engine
 
 
 @pytest.mark.parametrize("method", SETTINGS)
-def test_a_run_goes_on_elsewhere_as_if_it_had_not_stopped(method: str, tmp_path: Path) -> None:
+def test_a_run_goes_on_elsewhere_as_if_it_had_not_stopped(method: str, runs: Runs) -> None:
     for start, then in MOVES:
-        folder = tmp_path / f"{start}-{then}"
-        run_ranks(2, run, method, start, folder)
-        [checkpoint] = folder.glob("step-*")
-        for losses in run_ranks(2, run, method, then, None, checkpoint):
-            assert losses == pytest.approx(alone(method)[STOP:], rel=1e-5), (start, then)
+        for losses in runs.continued(start, then):
+            assert losses[method] == pytest.approx(runs.alone(method)[STOP:], rel=1e-5), (start, then)
 
 
 # ------------------------------------------------------------------------------- as recipes load, prepare and train it

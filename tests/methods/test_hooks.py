@@ -1,5 +1,6 @@
 """The guard that every method has: a step with a non-finite gradient is left out, on every engine."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -61,10 +62,20 @@ def train(rank: int, world_size: int, method: str, engine: str, poisoned: bool) 
     }
 
 
+def train_all(rank: int, world_size: int, engine: str, poisoned: bool) -> dict[str, dict[str, Any]]:
+    """One method after another, in one launch of ranks."""
+    return {method: train(rank, world_size, method, engine, poisoned) for method in METHODS}
+
+
+@functools.cache
+def trained(engine: str, poisoned: bool) -> list[dict[str, dict[str, Any]]]:
+    """What each rank saw of every method."""
+    return run_ranks(WORLD_SIZE[engine], train_all, engine, poisoned, timeout=600)
+
+
 @pytest.mark.parametrize(("method", "engine"), CASES)
 def test_one_nan_does_not_spread(method: str, engine: str) -> None:
-    results = run_ranks(WORLD_SIZE[engine], train, method, engine, True)
-    for result in results:
+    for result in (results[method] for results in trained(engine, True)):
         assert result["trained"] and all(tensor.isfinite().all() for tensor in result["trained"])
         assert result["skipped"] == 1 and result["steps"] == STEPS
         around = zip(result["before"][POISONED_STEP], result["before"][POISONED_STEP + 1], strict=True)
@@ -76,7 +87,8 @@ def test_one_nan_does_not_spread(method: str, engine: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_without_the_guard_there_would_be_something_to_guard(method: str) -> None:
     """The poison reaches the gradients; a clean run leaves out no step."""
-    [clean] = run_ranks(1, train, method, "single", False)
+    [results] = trained("single", False)
+    clean = results[method]
     assert clean["skipped"] == 0
     moved = zip(clean["before"][POISONED_STEP], clean["before"][POISONED_STEP + 1], strict=True)
     assert any(not torch.equal(before, after) for before, after in moved)

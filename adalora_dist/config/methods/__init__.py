@@ -16,8 +16,10 @@ from adalora_dist.config.methods.adalora import AdaLoraConfig
 from adalora_dist.config.methods.base import METHODS, LowRankConfig, MethodConfig, TargetsConfig, methods_with
 from adalora_dist.config.methods.bitfit import BitFitConfig
 from adalora_dist.config.methods.dora import DoraConfig
+from adalora_dist.config.methods.dylora import DyloraConfig
 from adalora_dist.config.methods.full import FullConfig
 from adalora_dist.config.methods.head import HeadConfig
+from adalora_dist.config.methods.hydra import HydraConfig
 from adalora_dist.config.methods.lora import LoraConfig
 from adalora_dist.config.methods.lora_fa import LoraFaConfig
 from adalora_dist.config.methods.vera import DvoraConfig, VeraConfig
@@ -29,6 +31,8 @@ METHODS.update(
     dora=DoraConfig,
     vera=VeraConfig,
     dvora=DvoraConfig,
+    hydra=HydraConfig,
+    dylora=DyloraConfig,
     bitfit=BitFitConfig,
     head=HeadConfig,
     full=FullConfig,
@@ -80,8 +84,10 @@ __all__ = [
     "BitFitConfig",
     "DoraConfig",
     "DvoraConfig",
+    "DyloraConfig",
     "FullConfig",
     "HeadConfig",
+    "HydraConfig",
     "LoraConfig",
     "LoraFaConfig",
     "LowRankConfig",

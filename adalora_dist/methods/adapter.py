@@ -1,0 +1,117 @@
+"""``Adapter``: a module of a method's in a model, and names of its parameters that no engine changes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class TrainedModule(nn.Module):
+    """A module of a method's that holds trained parameters: an adapter, or what several adapters share."""
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trained parameters held here now, by the names that files have, whatever an engine does to paths."""
+        raise NotImplementedError(f"{type(self).__name__}.trained")
+
+    def element_name(self, leaf: str, index: int) -> str:
+        """What a person calls element ``index`` of the flattened parameter ``leaf``, for messages."""
+        raise NotImplementedError(f"{type(self).__name__}.element_name")
+
+
+_OWN_MARKS = ("weights_on_disk", "plain_name")
+"""What the package itself puts on a model's modules."""
+
+
+class Adapter(TrainedModule):
+    """A module in the place of, or around, one of the model's.
+
+    The base is called, never opened; all that the adapter does not hold itself is frozen.
+
+    The adapter answers its base's attributes (``weight``, ``in_features``, what a quantised linear has): model code
+    asks for them, as T5 does for ``wo.weight.dtype``. They are no parameters of the adapter. Code that computes with
+    such a weight goes past the adapter: :mod:`adalora_dist.backbones.bypass` finds it beforehand.
+    """
+
+    name: str
+    """The name that the adapted module has in the plain model. (Engines and compilers change module paths.)"""
+    base: nn.Module
+
+    def __getattr__(self, name: str) -> Any:
+        """Look up in the base what the adapter lacks: data alone, neither methods nor the marks of engines.
+
+        A method of the base would compute without the adapter, and an engine must not take its mark on the base for
+        one on the adapter.
+        """
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base")
+            if base is None or name.startswith(("_", "ds_")) or name in _OWN_MARKS:
+                raise
+            value = getattr(base, name, self)
+            if value is self or inspect.ismethod(value):
+                raise
+            return value
+
+    def description(self) -> dict[str, Any]:
+        """What an export needs to know besides the parameters: sizes, scale; plain data."""
+        raise NotImplementedError(f"{type(self).__name__}.description")
+
+    def held(self) -> list[int]:
+        """Which of its parts (triplets) are left, as ascending indices into those at the start of the run."""
+        raise NotImplementedError(f"{type(self).__name__}.held")
+
+    @property
+    def part_size(self) -> int:
+        """How many trained numbers one of its parts has."""
+        raise NotImplementedError(f"{type(self).__name__}.part_size")
+
+
+def adapters_of(model: nn.Module) -> list[Adapter]:
+    """The adapters that a model has, in canonical order."""
+    return [module for module in model.modules() if isinstance(module, Adapter)]
+
+
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+def plain_path(path: str) -> str:
+    """The path of a module or parameter without what engines, compilers and checkpointing put into it."""
+    path = path.removeprefix("module.")
+    for wrapper in _WRAPPERS:
+        path = path.replace(wrapper, "")
+    return path
+
+
+def trained_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All trainable parameters as the model holds them now, by names that no engine changes."""
+    own = {
+        id(p): name
+        for module in model.modules()
+        if isinstance(module, TrainedModule)
+        for name, p in module.trained().items()
+    }
+    found: dict[str, torch.Tensor] = {}
+    for path, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            name = own.get(id(parameter))
+            if name is None:
+                name = plain_path(path)
+            found[name] = parameter
+    return found
+
+
+def others_trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name in the plain model, parameter) of what is trained besides adapters, of an unwrapped model.
+
+    A tied weight comes under each of its names.
+    """
+    for path, module in model.named_modules():
+        if not isinstance(module, TrainedModule):
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if parameter.requires_grad:
+                    yield (f"{path}.{leaf}" if path else leaf), parameter
