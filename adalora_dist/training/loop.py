@@ -158,10 +158,11 @@ def train(
         guard.end()
     checkpoints.finish()
     hooks.finish()
+    if said := evaluations.sentence(len(losses)):
+        report(said)
     if (best := evaluations.best) is not None:
         if best.step < len(losses):
             evaluations.restore(checkpoints.best_checkpoint(best.step))
-        report(evaluations.sentence(len(losses)))
         folder.write_json("best.json", {**best.model_dump(), "num_steps": len(losses)})
     return losses
 
