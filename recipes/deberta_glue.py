@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from pathlib import Path
 
 from adalora_dist.config.demonstration import or_demonstration
 from adalora_dist.config.flags import parse_config, user_errors
 from adalora_dist.io.errors import UserError
+from adalora_dist.io.shipped import CONFIGS
 from adalora_dist.tasks.glue.config import GlueConfig
 
-TABLE = Path(__file__).parent / "configs" / "tables" / "deberta_glue.yaml"
-ARCHITECTURES = Path(__file__).parent / "configs" / "architectures"
-DEMO_CONFIG = Path(__file__).parent / "configs" / "deberta_glue_demo.yaml"
+TABLE = CONFIGS / "tables" / "deberta_glue.yaml"
+ARCHITECTURES = CONFIGS / "architectures"
+DEMO_CONFIG = CONFIGS / "deberta_glue_demo.yaml"
 
 
 def configuration(argv: list[str]) -> GlueConfig:

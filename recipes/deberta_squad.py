@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from pathlib import Path
 
 from adalora_dist.config.demonstration import or_demonstration
 from adalora_dist.config.flags import parse_config, user_errors
+from adalora_dist.io.shipped import CONFIGS
 from adalora_dist.tasks.squad.config import SquadConfig
 
-TABLE = Path(__file__).parent / "configs" / "tables" / "deberta_squad.yaml"
-ARCHITECTURES = Path(__file__).parent / "configs" / "architectures"
-DEMO_CONFIG = Path(__file__).parent / "configs" / "deberta_squad_demo.yaml"
+TABLE = CONFIGS / "tables" / "deberta_squad.yaml"
+ARCHITECTURES = CONFIGS / "architectures"
+DEMO_CONFIG = CONFIGS / "deberta_squad_demo.yaml"
 
 
 def configuration(argv: list[str]) -> SquadConfig:

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 
 from adalora_dist.config.demonstration import or_demonstration
 from adalora_dist.config.flags import parse_config, user_errors
+from adalora_dist.io.shipped import CONFIGS
 from adalora_dist.tasks.e2e.config import E2EConfig
 
-ARCHITECTURES = Path(__file__).parent / "configs" / "architectures"
-DEMO_CONFIG = Path(__file__).parent / "configs" / "gpt2_e2e_demo.yaml"
+ARCHITECTURES = CONFIGS / "architectures"
+DEMO_CONFIG = CONFIGS / "gpt2_e2e_demo.yaml"
 
 
 def configuration(argv: list[str]) -> E2EConfig:

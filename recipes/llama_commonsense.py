@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from adalora_dist.config.demonstration import or_demonstration
 from adalora_dist.config.flags import parse_config, user_errors
+from adalora_dist.io.shipped import CONFIGS
 from adalora_dist.tasks.commonsense.config import COMMONSENSE_TASKS, CommonsenseConfig
 
-ARCHITECTURES = Path(__file__).parent / "configs" / "architectures"
-DEMO_CONFIG = Path(__file__).parent / "configs" / "llama_commonsense_demo.yaml"
+ARCHITECTURES = CONFIGS / "architectures"
+DEMO_CONFIG = CONFIGS / "llama_commonsense_demo.yaml"
 
 
 def configuration(argv: list[str]) -> CommonsenseConfig:

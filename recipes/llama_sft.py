@@ -11,14 +11,14 @@ launch/accelerate/{ddp,fsdp2,zero2,zero3}.yaml to ``accelerate launch``, or run 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from adalora_dist.config.demonstration import or_demonstration
 from adalora_dist.config.flags import parse_config, user_errors
+from adalora_dist.io.shipped import CONFIGS
 from adalora_dist.tasks.sft.config import SftConfig
 
-ARCHITECTURES = Path(__file__).parent / "configs" / "architectures"
-DEMO_CONFIG = Path(__file__).parent / "configs" / "llama_sft_demo.yaml"
+ARCHITECTURES = CONFIGS / "architectures"
+DEMO_CONFIG = CONFIGS / "llama_sft_demo.yaml"
 
 
 def configuration(argv: list[str]) -> SftConfig:

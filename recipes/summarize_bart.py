@@ -11,15 +11,15 @@ launch/accelerate/{ddp,fsdp2,zero2,zero3}.yaml] recipes/summarize_bart.py`` take
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from adalora_dist.config.demonstration import or_demonstration
 from adalora_dist.config.flags import parse_config, user_errors
+from adalora_dist.io.shipped import CONFIGS
 from adalora_dist.tasks.summarization.config import SummarizationConfig
 
-TABLE = Path(__file__).parent / "configs" / "tables" / "summarize_bart.yaml"
-ARCHITECTURES = Path(__file__).parent / "configs" / "architectures"
-DEMO_CONFIG = Path(__file__).parent / "configs" / "summarize_bart_demo.yaml"
+TABLE = CONFIGS / "tables" / "summarize_bart.yaml"
+ARCHITECTURES = CONFIGS / "architectures"
+DEMO_CONFIG = CONFIGS / "summarize_bart_demo.yaml"
 
 
 def configuration(argv: list[str]) -> SummarizationConfig:

@@ -94,8 +94,11 @@ class TrainConfig(Section):
     """End the run after so many steps in a row with a loss or gradients that are not finite; each is left out."""
     peer_timeout_seconds: float = Field(60.0, ge=2)
     """All processes end when one has not been heard of for so long: it, or its machine, was stopped."""
-    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Experiment trackers to report to besides metrics.jsonl."""
+    trackers: tuple[
+        Literal["tensorboard", "wandb", "trackio", "mlflow", "swanlab", "comet_ml", "aim", "clearml", "dvclive"], ...
+    ] = ()
+    """Experiment trackers to report to besides metrics.jsonl: those of accelerate. What each needs is installed by its
+    own name."""
     checkpoint_every: int = Field(200, ge=0)
     """Optimizer steps between checkpoints; one is written before the first step and one at the end, too. 0: none."""
     keep_checkpoints: int = Field(2, ge=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ import yaml
 from adalora_dist.artifacts.checkpoints.content import Checkpoint
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
-from adalora_dist.io.launchers import launchers
+from adalora_dist.io.launchers import OWN_COMMAND, launchers
 from adalora_dist.io.publish import discard, open_to_append, refuse_link, write_whole, writing
 from adalora_dist.io.redaction import redacted, redacted_command
 from adalora_dist.methods.protocol import Step
@@ -155,8 +156,9 @@ def _changed(config: RunConfig) -> dict[str, Any]:
 
 def _launcher_command() -> list[str] | None:
     """What was typed, where that was not the recipe's own command: a launcher hands on a part of it. None without."""
-    found = launchers()
-    return redacted_command(found[-1][1]) if found else None
+    if found := launchers():
+        return redacted_command(found[-1][1])
+    return redacted_command(json.loads(os.environ[OWN_COMMAND])) if OWN_COMMAND in os.environ else None
 
 
 def _provenance() -> dict[str, Any]:

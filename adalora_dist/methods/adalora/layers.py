@@ -24,6 +24,7 @@ from torch import nn
 
 from adalora_dist.backbones.linears import is_conv1d
 from adalora_dist.io.errors import UserError
+from adalora_dist.methods.dropout import Dropout
 from adalora_dist.methods.protocol import Adapter, TrainedModule
 from adalora_dist.sharding.tensors import is_whole
 
@@ -61,7 +62,7 @@ class TripletLayer(Adapter):
         self.name, self.d_in, self.d_out, self.scale = name, d_in, d_out, scale
         self.init_ranks, self.init_rank = tuple(ranks), sum(ranks)
         self.rank, self.triplets = self.init_rank, tuple(range(self.init_rank))
-        self.dropout = nn.Dropout(dropout) if dropout else None
+        self.dropout = Dropout(dropout) if dropout else None
         if self.rank:
             self.P = nn.Parameter(torch.empty(d_out, self.rank, dtype=torch.float32, device=device))
             self.Qt = nn.Parameter(torch.empty(d_in, self.rank, dtype=torch.float32, device=device))
@@ -135,10 +136,12 @@ class SVDLinear(TripletLayer):
         tokens = x.reshape(-1, self.d_in)
         y: torch.Tensor = self.base(tokens)
         if self.rank:
-            branch_in = tokens if self.dropout is None else self.dropout(tokens)
             # lam goes into P, not into the hidden values: backward then needs one (tokens, r) tensor, as LoRA's does.
             weight = self.lambdas.weight(self).to(y.dtype)
-            hidden = branch_in.to(y.dtype) @ self.Qt.to(y.dtype)  # (tokens, r)
+            if self.dropout is None:
+                hidden = tokens.to(y.dtype) @ self.Qt.to(y.dtype)  # (tokens, r)
+            else:
+                hidden = self.dropout.product(tokens, self.Qt, y.dtype)
             y = y.addmm_(hidden.to(y.dtype), weight.T)  # under autocast the product has its type, whatever y has
         return y.view(*x.shape[:-1], self.d_out)
 
