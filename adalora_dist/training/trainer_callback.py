@@ -44,9 +44,8 @@ class AdaLoraCallback(TrainerCallback):
     the orthogonality gradient is added inside the optimizer's step, so that neither gradient accumulation nor
     ``average_tokens_across_devices`` scales it.
 
-    Logs of training steps get ``budget`` (active triplets) and ``mean_rank`` (triplets per matrix), as does
-    ``trainer.state.log_history``. Trackers that ``report_to`` names run before callbacks of the user's and so miss
-    both: give ``report_to="none"`` and put the tracker's own callback behind this one in ``callbacks``.
+    Logs of training steps get ``budget`` (active triplets) and ``mean_rank`` (triplets per matrix), and so do
+    ``trainer.state.log_history`` and the trackers that ``report_to`` names: the callback moves before theirs.
 
     ``trainer.save_model()``, checkpoints and ``push_to_hub`` write the adapter, which PEFT loads, and no backbone.
     Checkpoints hold what ``resume_from_checkpoint`` needs to go on exactly, on another engine and number of processes,
@@ -94,6 +93,10 @@ class AdaLoraCallback(TrainerCallback):
         """Serve a Trainer that was made without this callback, before it trains."""
         if not any(known is self for known in trainer.callback_handler.callbacks):
             trainer.add_callback(self)
+        callbacks = trainer.callback_handler.callbacks
+        # First, so that trackers see what it adds to the logs. Trainer may be going through the list at this moment:
+        # those after this one keep their places.
+        callbacks.insert(0, callbacks.pop(callbacks.index(self)))
         self._trainer = trainer
         take_over(trainer, self)
 
