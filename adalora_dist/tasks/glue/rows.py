@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adalora_dist.config.row_files import names_file
 from adalora_dist.tasks.glue.config import GlueDataConfig
@@ -46,9 +46,13 @@ class Task:
     classes: tuple[str, ...] = ()
 
     @property
-    def numbers(self) -> dict[str, int]:
-        """The number of each class, by its name."""
-        return {name: number for number, name in enumerate(self.classes)}
+    def settings(self) -> dict[str, Any]:
+        """What the configuration of a model for this task says of it."""
+        kind = {"num_labels": self.num_labels, "problem_type": "regression" if self.num_labels == 1 else None}
+        if not self.classes:
+            return kind
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        return kind | {"id2label": dict(enumerate(self.classes)), "label2id": numbers}
 
 
 _DEV = {"dev": ("validation", "dev")}
