@@ -111,20 +111,11 @@ def plan_run(
     plan = BatchPlan([1] * num_rows, [1] * num_rows, config.train.batch_size, config.train.seed)
     num_steps = total_steps(config.train, plan)
     schedule = method_for(adapter).step(adapters, num_steps).schedule
-    sizes, shares = tuple(adapter.part_size for adapter in adapters), weight_shares(model)
+    sizes = tuple(adapter.part_size for adapter in adapters for _ in adapter.matrix_names())
     return DryRun(
-        name,
-        num_parameters,
-        num_rows,
-        num_steps,
-        len(adapters),
-        trained - others,
-        others,
-        sizes,
-        shares,
-        schedule,
-        fitted,
-    )
+        name, num_parameters, num_rows, num_steps, len(sizes), trained - others, others, sizes, weight_shares(model),
+        schedule, fitted,
+    )  # fmt: skip
 
 
 def dry_run(
@@ -142,7 +133,7 @@ def dry_run(
         tasks: of ``PUBLIC_ROWS``, whose rows are counted there where the data is the Hub's.
         load: the training rows where it is not.
     """
-    num_rows = count_rows(cast(Any, config).data, tasks, load)
+    num_rows = count_rows(cast(Any, config).data, tasks, load, config.evaluation.eval_every > 0)
     run = plan_run(config, auto_class, num_rows, architectures, demo, **changes)
     if os.environ.get("RANK", "0") == "0":
         print(plan_text(run, config))

@@ -46,13 +46,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bitfit": {"train_norms": True},
 }
 """Of each method; those with adapters get ``targets`` besides."""
+VARIANTS_OF = {"lora_fa projected": ("lora_fa", {"init_rank": 3, "alpha": 6, "projected": True})}
+"""More rows for losses and resume: settings under which a method does something else at every step."""
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 MOVES = (("fsdp2", "zero3"), ("zero3", "ddp"), ("zero2", "fsdp2"))
 STEPS, STOP, GLOBAL_BATCH = 8, 4, 24
 
 
-def section(method: str, **changes: Any) -> MethodConfig:
-    return method_config(method, **{**SETTINGS[method], **changes})
+def section(row: str, **changes: Any) -> MethodConfig:
+    method, settings = VARIANTS_OF.get(row) or (row, SETTINGS[row])
+    return method_config(method, **{**settings, **changes})
 
 
 def run(
@@ -106,7 +109,7 @@ def run(
 
 
 def test_the_table_has_every_method_beside_those_that_have_tests_of_their_own() -> None:
-    assert {*SETTINGS} == {*METHODS} - {"adalora", "lora", "head", "full"}
+    assert {*SETTINGS} == {*METHODS} - {"adalora", "lora", "head", "full", "galore", "relora", "low_rank"}
     said = [METHODS[name].said for name in SETTINGS]
     assert len({*said}) == len(said) and all("arxiv.org" in text for text in said)
 
@@ -116,7 +119,7 @@ def run_all(
 ) -> dict[str, list[float]]:
     """:func:`run` of one method after another, in folders of their own."""
     losses = {}
-    for method in SETTINGS:
+    for method in (*SETTINGS, *VARIANTS_OF):
         checkpoint = None if resume is None else next((resume / method).glob("step-*"))
         losses[method] = run(rank, world_size, method, engine, save and save / method, checkpoint)
     return losses
@@ -150,7 +153,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("runs"))
 
 
-@pytest.mark.parametrize("method", SETTINGS)
+@pytest.mark.parametrize("method", [*SETTINGS, *VARIANTS_OF])
 def test_losses_are_those_of_one_process(method: str, runs: Runs) -> None:
     alone = runs.alone(method)
     assert alone[-1] < alone[0]
@@ -159,7 +162,7 @@ def test_losses_are_those_of_one_process(method: str, runs: Runs) -> None:
             assert losses[method] == pytest.approx(alone, rel=1e-5), engine
 
 
-@pytest.mark.parametrize("method", SETTINGS)
+@pytest.mark.parametrize("method", [*SETTINGS, *VARIANTS_OF])
 def test_a_run_goes_on_elsewhere_as_if_it_had_not_stopped(method: str, runs: Runs) -> None:
     for start, then in MOVES:
         for losses in runs.continued(start, then):
