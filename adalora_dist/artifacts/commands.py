@@ -11,7 +11,7 @@ from adalora_dist.artifacts.adapter_files import checked_task
 from adalora_dist.artifacts.auto_classes import auto_class
 from adalora_dist.artifacts.checkpoints.content import stored_adapters
 from adalora_dist.artifacts.checkpoints.files import step_of
-from adalora_dist.artifacts.checkpoints.writer import checkpoint_at
+from adalora_dist.artifacts.checkpoints.writer import checkpoint_at, newest_checkpoint
 from adalora_dist.artifacts.export import SavedAdapter, read_adapter
 from adalora_dist.artifacts.formats import FORMATS, Options, as_lora
 from adalora_dist.artifacts.hub.pictures import draw_history, draw_rank_map, read_history
@@ -20,6 +20,7 @@ from adalora_dist.artifacts.tables import rank_table
 from adalora_dist.backbones.dequantized import QuantizedWeight, read_quantization_record
 from adalora_dist.backbones.load import dtype_named
 from adalora_dist.config.formats import EXPORT_FORMATS, ExportFormat
+from adalora_dist.config.methods import METHODS
 from adalora_dist.io.errors import UserError, printable
 from adalora_dist.io.foreign_files import read_object, read_sections
 from adalora_dist.io.markdown import number
@@ -60,6 +61,17 @@ class FinishedRun:
         settings = read_sections(file) if (file := path / "config.yaml").is_file() else {}
         facts = read_object(file) if (file := path / "run.json").is_file() else {}
         return cls(path, saved, settings, facts)
+
+    @classmethod
+    def read_latest(cls, path: Path) -> FinishedRun:
+        """A finished run, or of one that was interrupted, or is under way, its newest whole checkpoint.
+
+        Raises:
+            UserError: it is no run, or has come to no checkpoint yet.
+        """
+        is_finished = any((folder / "adapter.json").is_file() for folder in (path, path / "adapter"))
+        newest = None if is_finished else newest_checkpoint(path / "checkpoints")
+        return cls.read(path if newest is None else newest.path)
 
     @classmethod
     def _read_checkpoint(cls, path: Path) -> FinishedRun:
@@ -148,6 +160,7 @@ def export_run(
     if out.exists():
         raise UserError(f"--out {out} exists: give another folder, or remove it")
     saved, form = run.saved, FORMATS[to]
+    _check_form(saved, to)
     if base and base != saved.base_model:
         saved = replace(saved, base_model=base, base_revision=None)
     if rank is not None:
@@ -167,6 +180,15 @@ def export_run(
     if said := form.write(saved, out, Options(dtype_named(dtype), base_weights, pad=pad)):
         say(f"{out}: {said}")
     say(f"Wrote {out}. To use it:\n\n{run.usage(to, out, saved.base_model)}")
+
+
+def _check_form(saved: SavedAdapter, to: ExportFormat) -> None:
+    """Whether the method can be written so: a configuration is asked before training, and a folder here."""
+    method = saved.adapters[0].method if saved.adapters else ""
+    if method and to not in METHODS[method].formats:
+        able = " or ".join(form for form in EXPORT_FORMATS if form in METHODS[method].formats)
+        remedy = f"use --to {able}" if able else "load its adapter folder with load_adapter(model, folder)"
+        raise UserError(f"--to {to}: what method {method} leaves cannot be written so; {remedy}")
 
 
 def _quantized(run: FinishedRun, saved: SavedAdapter) -> dict[str, QuantizedWeight] | None:
@@ -195,12 +217,16 @@ def _within(adapters: list[AdapterWeights], max_rank: int, fold_ranks: bool) -> 
 def inspect_run(path: Path, picture_format: Literal["svg", "png", "none"] = "svg") -> None:
     """Print ranks, sizes and how to use a run; draw ranks and history into its folder, as SVG or PNG.
 
+    Of a run that was interrupted, or is under way, ranks and sizes are those of its newest checkpoint.
+
     Raises:
         UserError: the run cannot be read, or matplotlib is not installed.
     """
     if step_of(path) is not None:
         raise UserError(f"{path} is a checkpoint: give the run's folder, {path.absolute().parents[1]}")
-    run = FinishedRun.read(path)
+    run = FinishedRun.read_latest(path)
+    if (step := step_of(run.path)) is not None:
+        say(f"The run is not finished: this is its newest checkpoint, after step {step:,}\n")
     pattern = {a.name: a.rank for a in run.saved.adapters}
     say("Active ranks\n" + rank_table(pattern) + "\n")
     active = sum(tensor.numel() for a in run.saved.adapters for tensor in a.tensors().values())
@@ -225,7 +251,8 @@ def inspect_run(path: Path, picture_format: Literal["svg", "png", "none"] = "svg
         say(f"\nTo use {path / name}:\n\n{run.usage(name, path / name, run.saved.base_model)}")
     if not found:
         *others, last = EXPORT_FORMATS
-        say(f"\nNot exported yet: adalora-dist export {path} --to {', '.join(others)} or {last}")
+        out = "" if step is None else " --out FOLDER"
+        say(f"\nNot exported yet: adalora-dist export {run.path}{out} --to {', '.join(others)} or {last}")
     if picture_format != "none":
         drawn = [path / f"ranks.{picture_format}"]
         draw_rank_map(pattern, drawn[0])

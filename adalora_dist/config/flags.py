@@ -23,7 +23,7 @@ from pydantic import Field, ValidationError, create_model
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from adalora_dist.config.methods import METHODS, is_method, settings_of
+from adalora_dist.config.methods import METHODS, SizedConfig, is_method, settings_of
 from adalora_dist.config.methods.base import FOREIGN, methods_with
 from adalora_dist.config.presets import PresetTable
 from adalora_dist.config.run_file import Origins, RunFile
@@ -164,8 +164,9 @@ def _parse(schema: type[ConfigT], arguments: Sequence[str], path: Path | None) -
     if table is not None and picked:
         for axis in (a for a in table.axes if a not in picks):  # a setting that picks rows, too
             section, name, _ = all_settings[axis]
-            own = file.value(section, name, getattr(defaults[section], name))
-            picked[axis] = given[axis][0] if axis in given else str(own)
+            own = file.value(section, name, getattr(defaults[section], name, None))
+            word = given[axis][0] if axis in given else own
+            picked |= {axis: str(word)} if word is not None else {}
         for section, content in table.resolve(picked).items():
             values[section] |= content
 
@@ -181,11 +182,33 @@ def _parse(schema: type[ConfigT], arguments: Sequence[str], path: Path | None) -
         section, name, info = all_settings[flag]
         values[section][name] = _flag_value(info, words)
         origins[section, name] = f"--{flag} {' '.join(words)}"
+    if "budget" in picked:  # a table's word for one of its rows, which says the ranks
+        values["adapter"].pop("budget", None)
+    values["adapter"] = _sized_once(values["adapter"], origins)
     try:
         return schema.model_validate(values)
     except ValidationError as error:
         infos = {(section, name): info for section, name, info in settings.values()}
         raise UserError(_explain(error, infos, origins)) from None
+
+
+def _sized_once(adapter: dict[str, Any], origins: Origins) -> dict[str, Any]:
+    """A budget over ranks that a file, a preset or the recipe gives, as a flag is over a file.
+
+    Both in one place, or ranks after a budget, stay and are refused.
+    """
+    budget = origins.get(("adapter", "budget"))
+    if budget is None or adapter.get("budget") is None or not is_method(adapter["method"]):
+        return adapter
+    config = METHODS[adapter["method"]]
+    if not issubclass(config, SizedConfig):  # which has no budget, and says so
+        return adapter
+    given = {name: origin for (section, name), origin in origins.items() if section == "adapter"}
+    return config.give_way(adapter, {n for n, origin in given.items() if n != "budget" and _is_as_late(origin, budget)})
+
+
+def _is_as_late(origin: str, other: str) -> bool:
+    return origin.startswith("--") or not other.startswith("--")
 
 
 # ------------------------------------------------------------------------------------------------ the command line

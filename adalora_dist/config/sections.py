@@ -68,6 +68,8 @@ class TrainConfig(Section):
     """AdamW weight decay."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Decay after the learning-rate warm-up."""
+    lr_end_ratio: float = Field(0.0, ge=0, le=1)
+    """Share of learning_rate that the decay ends at."""
     lr_warmup_ratio: float = Field(0.05, ge=0, lt=1)
     """Share of the steps over which the learning rate rises from 0."""
     lr_warmup_steps: int | None = Field(None, ge=0)
@@ -143,7 +145,7 @@ class EvaluationConfig(Section):
 class ExportConfig(Section):
     export_formats: tuple[ExportFormat, ...] = ("merged",)
     """What to write besides the adapter: a merged model for plain transformers; plain LoRA for PEFT and vLLM; PEFT's
-    AdaLoRA. All can be had later from the run folder: adalora-dist export."""
+    AdaLoRA. All can be had later from the run folder: adalora-dist export. Default: merged, if the method can be."""
     export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the merged weights; auto: as the backbone's files."""
     lora_pad: bool = False
@@ -237,6 +239,7 @@ class RunConfig(Section):
                 f"method {method} with dtype {self.model.dtype}: small updates of 16-bit weights are rounded away; set "
                 "dtype to float32, and precision to bf16 for speed"
             )
+        self._default_formats()
         if lacking := [form for form in self.export.export_formats if form not in self.adapter.formats]:
             others = ", ".join(name for name, other in METHODS.items() if other.formats.issuperset(lacking))
             remedy = "leave export_formats out" if "merged" in self.adapter.formats else "set export_formats to none"
@@ -246,6 +249,14 @@ class RunConfig(Section):
             )
         self.adapter.check(self)
         return self
+
+    def _default_formats(self) -> None:
+        """Where nobody has asked for a form, and no upload needs one: those of the default that the method has."""
+        export = self.export
+        if "export_formats" not in export.model_fields_set and not export.push_to_hub:
+            made = tuple(form for form in export.export_formats if form in self.adapter.formats)
+            if made != export.export_formats:
+                self.__dict__["export"] = export.model_copy(update={"export_formats": made})
 
 
 class DataConfig(Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from adalora_dist.config.methods import MethodConfig
 from adalora_dist.methods.adalora.method import AdaLora
 from adalora_dist.methods.bitfit import BitFit
+from adalora_dist.methods.bottleneck import AdapterDrop, Houlsby, Parallel, Pfeiffer, Series
 from adalora_dist.methods.dora import Dora
 from adalora_dist.methods.dvora import Dvora
 from adalora_dist.methods.dylora import Dylora
@@ -28,6 +29,11 @@ METHODS: dict[str, type[Method]] = {
     "dvora": Dvora,
     "hydra": Hydra,
     "dylora": Dylora,
+    "houlsby": Houlsby,
+    "pfeiffer": Pfeiffer,
+    "adapterdrop": AdapterDrop,
+    "series": Series,
+    "parallel": Parallel,
     "relora": Relora,
     "low_rank": LowRank,
     "galore": GaLore,

@@ -91,6 +91,12 @@ class BranchStep(Step):
         return {layer.name: layer.rank for layer in self.layers}
 
 
+def drawn_number(seed: int, step: int, first: int, last: int) -> int:
+    """A number from ``first`` to ``last``, uniform over steps, the same on every machine."""
+    digest = hashlib.sha256(f"{seed} {step}".encode()).digest()
+    return first + int.from_bytes(digest[:8], "big") % (last - first + 1)
+
+
 class Drawn:
     """Frozen random matrices that ``draw`` gives, float32 on the CPU, alike on every process; in use as copies.
 

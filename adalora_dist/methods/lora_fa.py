@@ -16,7 +16,8 @@ from adalora_dist.config.methods.lora_fa import LoraFaConfig
 from adalora_dist.methods.adalora.method import TripletMethod
 from adalora_dist.methods.branch import BranchLinear, BranchStep, Drawn
 from adalora_dist.methods.protocol import Adapter, Method, Step
-from adalora_dist.methods.sites import find_targets, put_around
+from adalora_dist.methods.sites import find_targets, put_around, target_shapes
+from adalora_dist.methods.sizes import Sizes, of_ranks
 from adalora_dist.methods.update import AdapterWeights, Update
 
 
@@ -56,6 +57,10 @@ class LoraFa(Method):
     def adapt(self, model: nn.Module, generator: torch.Generator) -> list[Adapter]:
         make = partial(LoraFaLinear, config=self.config, generator=generator)
         return list(put_around(model, find_targets(model, self.config.targets), make))
+
+    def sizes(self, model: nn.Module) -> Sizes:
+        shapes = target_shapes(model, self.config.targets)
+        return of_ranks(shapes, sum(d_out for _, d_out in shapes))
 
     def step(self, adapters: Sequence[Adapter], total_steps: int) -> Step:
         return BranchStep(cast(Sequence[BranchLinear], adapters))

@@ -13,6 +13,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
+from adalora_dist.backbones.experts import stacks_of
+from adalora_dist.backbones.linears import linear_shape
 from adalora_dist.config.methods import MethodConfig
 from adalora_dist.config.sections import TrainConfig
 from adalora_dist.io.errors import UserError
@@ -23,6 +25,7 @@ from adalora_dist.methods.adapter import adapters_of as adapters_of
 from adalora_dist.methods.adapter import others_trained as others_trained
 from adalora_dist.methods.adapter import plain_path as plain_path
 from adalora_dist.methods.adapter import trained_parameters as trained_parameters
+from adalora_dist.methods.sizes import Sizes
 from adalora_dist.methods.update import AdapterWeights, Update
 from adalora_dist.sharding.base import ShardEngine, Span
 
@@ -167,7 +170,7 @@ class Step:
 
     def facts(self) -> dict[str, Any]:
         """What run.json says of the method's plan."""
-        return {"num_matrices": len(self.adapters)} if self.adapters else {}
+        return {"num_matrices": sum(len(a.matrix_names()) for a in self.adapters)} if self.adapters else {}
 
     def plan(self) -> str:
         """The plan in a few words for the console; "" without one."""
@@ -213,6 +216,10 @@ class Method:
             UserError: a target without a match, or one that cannot be adapted.
         """
         return []
+
+    def sizes(self, model: nn.Module) -> Sizes:
+        """The sizes that its adapters can have in a plain ``model``, which may be on meta, for a parameter budget."""
+        raise NotImplementedError(f"{type(self).__name__}.sizes")
 
     def groups(self, model: nn.Module) -> dict[float, list[torch.Tensor]]:
         """The trainable parameters of ``model``, by the factor on their learning rate."""
@@ -284,6 +291,13 @@ class Method:
             whole: the parameter of that name, complete, float32, on the CPU; None where there is none.
         """
         return []
+
+    @classmethod
+    def shape_at(cls, model: nn.Module, name: str) -> tuple[int, int] | None:
+        """(d_in, d_out) of what an update of this name is of, in its plain backbone; None: that has no such thing."""
+        found = dict(model.named_modules()).get(name)
+        of_experts = {n: (stack.d_in, stack.d_out) for stack in stacks_of(model) for n in stack.matrix_names()}
+        return of_experts.get(name) if found is None else linear_shape(found)
 
     @classmethod
     def place(cls, model: nn.Module, updates: Sequence[Update]) -> list[Adapter]:

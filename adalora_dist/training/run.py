@@ -36,6 +36,7 @@ from adalora_dist.backbones.quantization import bitsandbytes_config
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.redaction import redacted
 from adalora_dist.methods.inject import adapt
+from adalora_dist.methods.parameter_budget import fit
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.losses import LossSum
 from adalora_dist.tasks.rows.bad_rows import BadRows
@@ -183,9 +184,14 @@ class Run(Generic[Config]):
         if self.resumed is not None:  # before the folder is made, which changes what is in it
             compare_data(self.resumed, plan, config)
         model, num_steps = self.model, total_steps(config.train, plan)
-        adapt(model, config.adapter, config.train.seed)
-        prepared = prepare(accelerator, model, config, num_steps, self.resumed)
+        fitted = fit(model, config.adapter)
+        sized = config if fitted is None else config.model_copy(update={"adapter": fitted.config})
+        adapt(model, sized.adapter, config.train.seed)
+        prepared = prepare(accelerator, model, sized, num_steps, self.resumed)
         facts = run_facts(config, self.engine, accelerator.num_processes, num_steps, prepared, self.bad_rows)
+        if fitted is not None:
+            self.say(f"Budget: {fitted.as_sentence()}")
+            facts |= {"parameter_budget": fitted.as_record()}
         self.folder = RunFolder(config, self.is_main, facts, self.resumed)
         start_trackers(accelerator, config)
         self.say(facts_line(facts, prepared.hooks.method_step.plan()))

@@ -68,7 +68,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"output_dir={self.path} cannot be written ({error}): choose another folder") from error
         first_step = {} if resumed is None else {"resumed_from": str(resumed.path), "first_step": resumed.step}
-        about = {**_provenance(), **facts, **first_step}
+        about = {**_provenance(), **facts, **first_step, "changed_settings": _changed(config)}
         with writing(self.path):
             text = yaml.safe_dump(redacted(config.model_dump(mode="json")), sort_keys=False)
             write_whole(self.path / "config.yaml", text)
@@ -137,6 +137,12 @@ def _empty(folder: Path) -> None:
             shutil.rmtree(path)
         elif not path.name.startswith(".lock"):
             path.unlink()
+
+
+def _changed(config: RunConfig) -> dict[str, Any]:
+    """Sections with the settings that differ from the recipe's defaults; the method is told in any case."""
+    changed = config.model_dump(mode="json", exclude_defaults=True)
+    return changed | {"adapter": {"method": config.adapter.method, **changed.get("adapter", {})}}
 
 
 def _launcher_command() -> list[str] | None:

@@ -100,6 +100,10 @@ def test_nothing_is_written_into_a_checkpoint(
             main(words)
         [line] = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ") and says in line
+    main(["inspect", str(tmp_path / "run"), "--pictures", "none"])  # the run has not come to its end
+    said = capsys.readouterr().out
+    assert f"newest checkpoint, after step {int(folder.name[5:])}" in said and "Active ranks" in said
+    assert f"adalora-dist export {folder} --out FOLDER --to" in said
     (tmp_path / "run" / "run.json").write_text('{"base_commit": "c0ffee"}')
     monkeypatch.chdir(folder.parent)
     main(["export", folder.name, "--to", "lora", "--out", str(tmp_path / "lora")])

@@ -30,25 +30,12 @@ from adalora_dist.tasks.glue.config import GlueConfig
 from tests.support.paths import ROOT
 from tests.support.shipped import schema_of
 
-ALL = (
-    "adalora",
-    "lora",
-    "lora_fa",
-    "dora",
-    "vera",
-    "dvora",
-    "hydra",
-    "dylora",
-    "relora",
-    "galore",
-    "bitfit",
-    "head",
-    "full",
-)
-WITH_ADAPTERS = ("adalora", "lora", "lora_fa", "dora", "vera", "dvora", "hydra", "dylora", "relora")
-WITH_TARGETS = (*WITH_ADAPTERS, "low_rank", "galore")
+BOTTLENECKS = ("houlsby", "pfeiffer", "adapterdrop", "series", "parallel")
+LOW_RANK = ("adalora", "lora", "lora_fa", "dora", "vera", "dvora", "hydra", "dylora")
+ALL = (*LOW_RANK, *BOTTLENECKS, "relora", "low_rank", "galore", "bitfit", "head", "full")
+WITH_TARGETS = (*LOW_RANK, "relora", "low_rank", "galore")
 WITH_ALPHA = ("adalora", "lora", "lora_fa", "dora", "dylora", "relora")
-WITH_MODULES = (*WITH_ADAPTERS, "bitfit", "head")
+WITH_MODULES = (*LOW_RANK, *BOTTLENECKS, "relora", "bitfit", "head")
 DEMOS = sorted((ROOT / "recipes" / "configs").glob("*_demo.yaml"))
 
 
@@ -98,6 +85,7 @@ def test_who_has_which_settings() -> None:
     assert own["full"] == set() and own["head"] == {"train_modules"}
     assert own["lora"] == {
         "train_modules",
+        "budget",
         "init_rank",
         "alpha",
         "rslora",
@@ -339,7 +327,12 @@ def help_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     with pytest.raises(SystemExit) as stopped:
         glue(*words, "--help")
     assert stopped.value.code == 0
-    return capsys.readouterr().out
+    return _joined(capsys.readouterr().out)
+
+
+def _joined(shown: str) -> str:
+    """A list of words that is broken over lines of the box, in one."""
+    return re.sub(r",[ │]*\n[ │]*", ",", shown)
 
 
 def test_help_is_about_the_method_that_is_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from adalora_dist.artifacts.checkpoints.content import load_checkpoint
 from adalora_dist.artifacts.checkpoints.writer import CheckpointWriter, checkpoint_at
 from adalora_dist.artifacts.export import load_adapter, merge, read_adapter, save_adapter
 from adalora_dist.config.methods import MethodConfig, method_config
+from adalora_dist.io.errors import UserError
 from adalora_dist.methods import METHODS
 from adalora_dist.methods.hooks import attach
 from adalora_dist.methods.inject import adapt, parameter_groups
@@ -37,6 +38,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dvora": {"init_rank": 5},
     "hydra": {"init_rank": 3, "sequential_rank": 2},
     "dylora": {"init_rank": 4, "alpha": 3, "frozen": "algorithm"},
+    "houlsby": {"bottleneck_size": 5, "bottleneck_init": "zero"},
+    "pfeiffer": {"bottleneck_size": 5, "bottleneck_init": "zero"},
+    "adapterdrop": {"bottleneck_size": 5, "bottleneck_init": "zero", "drop": "random", "drop_layers": 1},
+    "series": {"bottleneck_size": 5, "bottleneck_init": "zero", "side": "before"},
+    "parallel": {"bottleneck_size": 5, "bottleneck_init": "zero"},
     "bitfit": {"train_norms": True},
 }
 """Of each method; those with adapters get ``targets`` besides."""
@@ -56,7 +62,8 @@ def run(
     torch.manual_seed(0)
     settings = section(method)
     if settings.has_adapters:
-        settings = section(method, targets=("up", "down"))
+        where = "targets" if "targets" in type(settings).model_fields else "positions"
+        settings = section(method, **{where: ("up", "down")})
     model: Any = Net()
     adapt(model, settings, seed=3)
     if engine == "fsdp2":
@@ -170,8 +177,15 @@ VARIANTS: dict[str, dict[str, bool]] = {
 """Of recipes' settings each engine gets some."""
 
 
+SLOW = ("hydra", "dylora", "houlsby", "pfeiffer", "adapterdrop", "series", "parallel")
+"""Nothing that they do has to do with a backbone's files, or with how it is quantised, but what the others do, too."""
+
+
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-@pytest.mark.parametrize("method", [name for name in SETTINGS if name != "bitfit"])
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in SETTINGS if name != "bitfit"],
+)
 def test_over_a_backbone_from_files(method: str, quantization: str, tmp_path: Path) -> None:
     if quantization != "none":
         pytest.importorskip("bitsandbytes")
@@ -210,13 +224,20 @@ def exported(rank: int, world_size: int, method: str, kind: str, folder: Path) -
     updates = hooks.updates()
     trained = {name: p.detach() for name, p in others_trained(model)}
     found = {"plain": plain, "start": start, "trained": logits(model)}
-    merge(updates, folder / "base", folder / "merged", trained=trained, show_progress=False)
-    found["merged"] = logits(AutoModelForCausalLM.from_pretrained(folder / "merged"))
+    merges = "merged" in settings.formats
+    if merges:
+        merge(updates, folder / "base", folder / "merged", trained=trained, show_progress=False)
+        found["merged"] = logits(AutoModelForCausalLM.from_pretrained(folder / "merged"))
     if updates:
         save_adapter(updates, folder / "adapter", str(folder / "base"), None)
         loaded: Any = MODELS[kind]()
         load_adapter(loaded, folder / "adapter")
         found["loaded"] = logits(loaded)
+    if not merges:
+        with pytest.raises(UserError, match="load_adapter"):
+            merge(read_adapter(folder / "adapter").adapters, folder / "base", folder / "again", show_progress=False)
+        assert not (folder / "again").exists()
+    elif updates:
         merge(read_adapter(folder / "adapter").adapters, folder / "base", folder / "again", show_progress=False)
         found["merged from the folder"] = logits(AutoModelForCausalLM.from_pretrained(folder / "again"))
     return found

@@ -138,11 +138,11 @@ def run(
     except Stopped:
         prepared.hooks.detach()
         return None
-    allocator = prepared.hooks.method_step
+    allocations = getattr(prepared.hooks.method_step, "allocations", [])  # AdaLoRA's alone
     return Result(
         losses,
         (folder.path / "metrics.jsonl").read_text(),
-        [(a.step, a.budget, a.keep.tolist()) for a in allocator.allocations],
+        [(a.step, a.budget, a.keep.tolist()) for a in allocations],
         {a.name: a.delta() for a in prepared.hooks.updates()},
         whole_state(prepared),
         prepared.hooks.state().averages,

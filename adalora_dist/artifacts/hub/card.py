@@ -18,6 +18,7 @@ from adalora_dist.artifacts.adapter_files import checked_task
 from adalora_dist.artifacts.auto_classes import auto_class
 from adalora_dist.artifacts.hub.files import without_tokens
 from adalora_dist.artifacts.hub.pictures import draw_history, draw_rank_map, read_history
+from adalora_dist.artifacts.results import records_in, scores_of, subject_of
 from adalora_dist.config.hub_names import is_repo_id
 from adalora_dist.config.methods import DEFAULT_METHOD
 from adalora_dist.io.foreign_files import read_object, read_records, read_sections
@@ -178,36 +179,15 @@ def _results(run: Path) -> str:
     if not (run / "results.json").is_file():
         return ""
     content = read_object(run / "results.json")
-    before, after = ({_subject(r): _scores(r) for r in _records(content.get(when))} for when in ("before", "after"))
+    before, after = (
+        {subject_of(r): scores_of(r) for r in records_in(content.get(when))} for when in ("before", "after")
+    )
     rows = [
         {**dict(subject), "metric": text(metric), "before": _score(before.get(subject, {}).get(metric)),
          "after": _score(value)}
         for subject, scores in after.items() for metric, value in scores.items()
     ]  # fmt: skip
     return "## Results\n\n" + table(rows) if rows else ""
-
-
-def _records(value: Any) -> list[Mapping[str, Any]]:
-    return [record for record in (value if isinstance(value, list) else [value]) if isinstance(record, dict)]
-
-
-def _subject(record: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """What a record is about: its words (task, method) and its number of rows."""
-    words = [(text(key), text(value)) for key, value in record.items() if isinstance(value, str)]
-    return (*words, *([("rows", number(record["num_rows"]))] if "num_rows" in record else []))
-
-
-def _scores(record: Mapping[str, Any]) -> dict[str, float]:
-    """Its other numbers, those of a mapping within it too; counts become shares of ``num_rows``."""
-    scores: dict[str, float] = {}
-    for key, value in record.items():
-        scores |= _scores(value) if isinstance(value, dict) else {key: value}
-    scores = {k: v for k, v in scores.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    num_rows = scores.pop("num_rows", None)
-    for count, share in (("num_correct", "accuracy"), ("num_parse_failures", "unparsed")):
-        if num_rows and count in scores:
-            scores[share] = scores.pop(count) / num_rows
-    return scores
 
 
 def _score(value: float | None) -> str:

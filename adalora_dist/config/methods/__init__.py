@@ -13,8 +13,23 @@ from pydantic import BeforeValidator, SerializeAsAny, ValidationError
 from pydantic_core import InitErrorDetails
 
 from adalora_dist.config.methods.adalora import AdaLoraConfig
-from adalora_dist.config.methods.base import METHODS, LowRankConfig, MethodConfig, TargetsConfig, methods_with
+from adalora_dist.config.methods.base import (
+    METHODS,
+    LowRankConfig,
+    MethodConfig,
+    SizedConfig,
+    TargetsConfig,
+    methods_with,
+)
 from adalora_dist.config.methods.bitfit import BitFitConfig
+from adalora_dist.config.methods.bottleneck import (
+    AdapterDropConfig,
+    BottleneckConfig,
+    HoulsbyConfig,
+    ParallelConfig,
+    PfeifferConfig,
+    SeriesConfig,
+)
 from adalora_dist.config.methods.dora import DoraConfig
 from adalora_dist.config.methods.dylora import DyloraConfig
 from adalora_dist.config.methods.full import FullConfig
@@ -36,6 +51,11 @@ METHODS.update(
     dvora=DvoraConfig,
     hydra=HydraConfig,
     dylora=DyloraConfig,
+    houlsby=HoulsbyConfig,
+    pfeiffer=PfeifferConfig,
+    adapterdrop=AdapterDropConfig,
+    series=SeriesConfig,
+    parallel=ParallelConfig,
     relora=ReloraConfig,
     low_rank=FactorisedConfig,
     galore=GaLoreConfig,
@@ -86,8 +106,10 @@ __all__ = [
     "DEFAULT_METHOD",
     "METHODS",
     "AdaLoraConfig",
+    "AdapterDropConfig",
     "AnyMethodConfig",
     "BitFitConfig",
+    "BottleneckConfig",
     "DoraConfig",
     "DvoraConfig",
     "DyloraConfig",
@@ -95,11 +117,16 @@ __all__ = [
     "FullConfig",
     "GaLoreConfig",
     "HeadConfig",
+    "HoulsbyConfig",
     "HydraConfig",
     "LoraConfig",
     "LoraFaConfig",
     "LowRankConfig",
     "MethodConfig",
+    "ParallelConfig",
+    "PfeifferConfig",
+    "SeriesConfig",
+    "SizedConfig",
     "ReloraConfig",
     "TargetsConfig",
     "VeraConfig",
