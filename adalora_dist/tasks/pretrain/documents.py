@@ -126,7 +126,8 @@ def _plain_rows(path: Path, column: str) -> Rows:
     refuse_zeros(path)
     with opened(path) as raw:
         lines = cast(BinaryIO, gzip.open(raw)) if path.name.endswith(".gz") else raw
-        block, first, length = [], 1, 0
+        block: list[str] = []
+        first, length = 1, 0
         for number, line in enumerate(iter(lambda: lines.readline(_MAX_DOCUMENT_CHARACTERS), b""), start=1):
             text = line.decode("utf-8", errors="replace")
             if text.strip():

@@ -111,9 +111,9 @@ def _tokenizer(config: PretrainConfig, say: Callable[[str], None]) -> PreTrained
     name = config.model.tokenizer
     if not name:
         folder = _made_tokenizer(config.data, SHAPES[config.model.size]["vocabulary"], config.data.bad_rows, say)
-        return AutoTokenizer.from_pretrained(folder)  # type: ignore[no-any-return]
+        return AutoTokenizer.from_pretrained(folder)
     try:
-        return AutoTokenizer.from_pretrained(name)  # type: ignore[no-any-return]
+        return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(

@@ -14,13 +14,13 @@ _ROUNDS = 4
 
 
 class Constant(Sequence[int]):
-    """``count`` times one number."""
+    """One number, ``count`` times."""
 
     def __init__(self, value: int, count: int) -> None:
-        self.value, self.count = value, count
+        self._value, self._count = value, count
 
     def __len__(self) -> int:
-        return self.count
+        return self._count
 
     @overload
     def __getitem__(self, index: int) -> int: ...
@@ -28,8 +28,8 @@ class Constant(Sequence[int]):
     def __getitem__(self, index: slice) -> Sequence[int]: ...
     def __getitem__(self, index: int | slice) -> int | Sequence[int]:
         if isinstance(index, slice):
-            return Constant(self.value, len(range(*index.indices(self.count))))
-        return self.value
+            return Constant(self._value, len(range(*index.indices(self._count))))
+        return self._value
 
 
 class WindowPlan(BatchPlan):

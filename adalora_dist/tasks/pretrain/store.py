@@ -107,7 +107,7 @@ def token_store(
                 f"data: {index[side]} tokens to {_SIDES[side]}, not one sequence of max_length={data.max_length}: give "
                 "more text, a larger --eval-share, or a smaller --max-length"
             )
-    return TokenStore(*sides, content)
+    return TokenStore(sides[0], sides[1], content)
 
 
 _SIDES = {"train": "train on", "eval": "validate on"}
@@ -133,7 +133,7 @@ def _build(
         files: dict[str, BinaryIO] = {"train": train_file, "eval": eval_file}
 
         def write(side: str, texts: list[str], most: int | None) -> None:
-            for tokens in tokenizer(texts, add_special_tokens=False)["input_ids"]:
+            for tokens in tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ():
                 room = None if most is None else most - counts[side]
                 array = np.array([*tokens, *eos][:room], dtype=dtype)
                 files[side].write(array.tobytes())
