@@ -88,11 +88,16 @@ def load_glue(
     return train, sets
 
 
+def hub_data(task: str) -> HubData:
+    """Where a task lies on the Hub."""
+    return HubData("nyu-mll/glue", task)
+
+
 def _load(data: GlueDataConfig, bad: BadRows, hub_split: str, file_names: tuple[str, ...]) -> list[LabelledText]:
     parse = partial(labelled_text, TASKS[data.task])
     if data.source == "hub":
         instead = f"--data FOLDER with FOLDER/{data.task}/train.jsonl and FOLDER/{data.task}/dev.jsonl"
-        hub = HubData("nyu-mll/glue", data.task)
+        hub = hub_data(data.task)
         return checked_rows(hub.where(hub_split), hub.rows(hub_split, instead), parse, bad)
     split = local_split(task_folder(data.source, data.task, tuple(TASKS)), file_names)
     return checked_rows(split.where, split.rows(), parse, bad)
