@@ -291,8 +291,8 @@ class TripletSums:
 
     def make_factors(self, form: OrthogonalityForm, gamma: float, keep: torch.Tensor | None = None) -> None:
         """What :meth:`times_factors` multiplies by; arguments as of :meth:`orthogonality_gradient`."""
-        for r, slots in self._split_slots.items():
-            rows, grams = self._rows[r], self._whole_grams(r)
+        for r in self._split_slots:
+            grams = self._whole_grams(r)
             active, real = None if keep is None else keep[self._gram_triplets[r]], self._is_triplet[r]
             if real is not None:
                 active = real if active is None else active & real
