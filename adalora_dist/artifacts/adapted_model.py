@@ -139,7 +139,7 @@ class SaveAdapter:
                 "transformers model inside of it"
             )
         for path, module in model.named_modules():
-            if isinstance(module, Adapter) and plain_path(path) != module.name:
+            if isinstance(module, Adapter) and plain_path(path) != module.path:
                 raise UserError(
                     f"the adapter of {module.name} lies at {path} of {type(model).__name__}, of which a part was "
                     "adapted: save that part"
@@ -184,8 +184,9 @@ class SaveAdapter:
         return [plain_path(name) for name, _ in others_trained(self._model)]
 
     def _is_base(self, path: str) -> bool:
-        """Whether a parameter is one of a matrix that an adapter lies around."""
-        return any(path.startswith(f"{adapter.name}.base.") for adapter in adapters_of(self._model))
+        """Whether a parameter is one of a matrix that an adapter lies around, or a stack of experts with one."""
+        names = [adapter.name for adapter in adapters_of(self._model)]
+        return path in names or path.startswith(tuple(f"{name}.base." for name in names))
 
 
 def _low_rank(update: Update) -> AdapterWeights:

@@ -29,10 +29,10 @@ from adalora_dist.artifacts.adapter_files import (
 )
 from adalora_dist.artifacts.adapter_files import task_settings as task_settings
 from adalora_dist.artifacts.base_weights import BaseWeight as BaseWeight
+from adalora_dist.artifacts.expert_merge import expert_edits
 from adalora_dist.artifacts.whole import check_files, check_whole, is_model_file
 from adalora_dist.backbones.files import base_folder_of as base_folder_of
 from adalora_dist.backbones.files import refuse_foreign_link, weight_files
-from adalora_dist.backbones.linears import linear_shape
 from adalora_dist.backbones.names import FileNames, names_in
 from adalora_dist.backbones.tokenizer import save_tokenizer
 from adalora_dist.io.errors import UserError
@@ -165,11 +165,12 @@ def load_adapter(model: nn.Module, folder: Path) -> list[Adapter]:
     Raises:
         UserError: the folder is not an adapter of this format, or does not fit the model.
     """
-    modules = dict(model.named_modules())
     adapters = read_adapter(folder).adapters
+    if not adapters:
+        return []
+    method = METHODS[adapters[0].method or "adalora"]
     for adapter in adapters:
-        base = modules.get(adapter.name)
-        shape = linear_shape(base) if base is not None else None
+        shape = method.shape_at(model, adapter.name)
         if shape is None:
             raise UserError(f"{folder}: the adapter's matrix {adapter.name} is not in this model: load its base model")
         if shape[::-1] != adapter.matrix.shape:
@@ -178,9 +179,6 @@ def load_adapter(model: nn.Module, folder: Path) -> list[Adapter]:
                 f"{folder}: {adapter.name} is {rows} x {columns} there, but the model's matrix is {d_out} x {d_in}: "
                 "load its base model"
             )
-    if not adapters:
-        return []
-    method = METHODS[adapters[0].method or "adalora"]
     layers = method.place(model, adapters)
     save_as_adapter(model, method)
     return layers
@@ -229,8 +227,9 @@ def merge(
     whole = dict(trained or {})
     bases = dict(base_weights or {})
     names = names_in(base_folder, task or {}) if names is None else names
+    others, edits = expert_edits(adapters, names)
     shapes: dict[str, tuple[int, ...]] = {name: base.shape for name, base in bases.items()}
-    for adapter in (a for a in adapters if a.rank):
+    for adapter in (a for a in others if a.rank):
         replaced[name := f"{adapter.name}.weight"], shapes[name] = adapter.merged, weight_shape(adapter)
         if adapter.changes_bias and names.source_of(name := f"{adapter.name}.bias") is not None:
             replaced[name], shapes[name] = adapter.merged_bias, adapter.matrix.shape[:1]
@@ -247,6 +246,8 @@ def merge(
         elif name is not None:
             weight = bases[name](tensor) if name in bases else tensor.to(torch.float32, copy=True)
             tensor = (replaced[name](weight) if name in replaced else weight).to(dtype or tensor.dtype)
+        elif key in edits:
+            tensor = edits[key](tensor.to(torch.float32, copy=True)).to(dtype or tensor.dtype)
         return (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).contiguous()
 
     def write(shard: Path, target: Path) -> dict[str, int]:

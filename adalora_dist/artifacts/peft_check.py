@@ -68,6 +68,7 @@ def verify(
     tensors: Mapping[str, torch.Tensor],
     trained: Sequence[str] = (),
     target: Path | None = None,
+    parameters: Mapping[str, str] | None = None,
 ) -> None:
     """Load an adapter with PEFT and compare what it has at every matrix with what was written.
 
@@ -79,6 +80,7 @@ def verify(
         tensors: all that was written, by its name in the file.
         trained: parameters that were written whole.
         target: the folder's name in errors, where it has another while it is built.
+        parameters: by the path of an adapter of a stack of experts, which of the module's parameters it is of.
 
     Raises:
         UserError: PEFT does not load it, drops a tensor, puts one elsewhere, or scales it differently.
@@ -107,6 +109,9 @@ def verify(
     if other := sorted(layers.keys() ^ expected.keys()):
         raise _refusal(folder, f"{other[0]} has an adapter in one of the two alone")
     shared = {key.rpartition(".")[2]: t for key, t in tensors.items() if not key.startswith(PREFIX)}
+    for name, parameter in (parameters or {}).items():
+        if (found_there := getattr(layers[name], "parameter_name", None)) != parameter:
+            raise _refusal(folder, f"{name} is an adapter of {found_there}, not of {parameter}")
     for name, factors in expected.items():
         _compare(folder, name, layers[name], factors | shared)
     found: dict[str, torch.Tensor] = dict(loaded.named_parameters())

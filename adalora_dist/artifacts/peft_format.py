@@ -23,6 +23,7 @@ from torch.nn.functional import pad as pad_with_zeros
 
 from adalora_dist.artifacts.peft_check import taken_for_experts, verify
 from adalora_dist.artifacts.peft_config import anchored, common_config
+from adalora_dist.artifacts.peft_experts import expert_lora
 from adalora_dist.artifacts.whole import check_whole
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import read_object
@@ -100,13 +101,21 @@ def save_lora(
         UserError: there is no active triplet; as of :func:`adalora_dist.artifacts.peft_check.verify` and of
             :func:`adalora_dist.io.publish.building`.
     """
+    experts = expert_lora(adapters, model)
+    adapters = experts.others
     kept = [a for a in adapters if a.rank]
-    if not kept:
+    if not kept and not experts.ranks:
         raise UserError("the run ended with rank 0 everywhere: there is no LoRA to write, the base model is the result")
-    largest = max(a.rank for a in kept)
+    if pad and experts.ranks:
+        raise UserError(
+            f"{folder}: one rank for all matrices cannot be had with adapted experts, of which each stack is padded to "
+            "a rank of its own: leave out --pad, or use the merged model"
+        )
+    largest = max([*experts.ranks.values(), *(a.rank for a in kept)])
     # Parameters, where PEFT would take the module for one of the experts that transformers has stacked.
     taken = taken_for_experts([a.name for a in kept], model)
     ranks = {anchored(a.name) + (r"(|\.weight)" if a.name in taken else ""): a.rank for a in kept}
+    ranks |= {anchored(name): rank for name, rank in experts.ranks.items()}
     config = {
         **common_config(adapters, [a for a in kept if a.name not in taken], base_model, base_revision, trained, model),
         "peft_type": "LORA",
@@ -117,9 +126,9 @@ def save_lora(
         "use_rslora": False,
         "use_dora": False,
     }
-    if taken:
-        config["target_parameters"] = [f"{name}.weight" for name in taken]
-    tensors = {}
+    if parameters := [*(f"{name}.weight" for name in taken), *experts.ranks]:
+        config["target_parameters"] = parameters
+    tensors = {key: tensor.to(dtype) for key, tensor in experts.tensors.items()}
     for adapter in kept:
         name = PREFIX + adapter.name
         factor_a, factor_b = adapter.Q, adapter.P * (adapter.scale * adapter.lam)
@@ -128,7 +137,7 @@ def save_lora(
             factor_a, factor_b = pad_with_zeros(factor_a, (0, 0, 0, zeros)), pad_with_zeros(factor_b, (0, zeros))
         tensors[f"{name}.lora_A.weight"] = factor_a.to(dtype)
         tensors[f"{name}.lora_B.weight"] = factor_b.to(dtype)
-    _write(folder, config, tensors, trained, model)
+    _write(folder, config, tensors, trained, model, experts.parameters)
 
 
 def vllm_options(folder: Path) -> str:
@@ -143,6 +152,11 @@ def vllm_options(folder: Path) -> str:
         raise UserError(f"{folder}/adapter_config.json: r is {largest!r:.50}, must be an integer: export again")
     if config.get("modules_to_save"):
         return "takes no adapter with modules that were trained in full (modules_to_save): serve the merged model"
+    if any(not name.endswith(".weight") for name in config.get("target_parameters") or ()):
+        return (
+            "takes adapters of experts (target_parameters) for some models alone, and none where experts are spread "
+            "over GPUs: where it refuses this one, serve the merged model"
+        )
     accepted = next((rank for rank in VLLM_MAX_RANKS if rank >= largest), None)
     if accepted is None:
         return f"takes ranks up to {VLLM_MAX_RANKS[-1]}, not {largest}: export with --max-rank and --fold, or merged"
@@ -161,7 +175,12 @@ def save_adalora(
     """Write PEFT's AdaLoRA of the same function, matrices of rank 0 included. Arguments as of :func:`save_lora`.
 
     The schedule in it is spent: PEFT can train the adapter further with its ranks as they are.
+
+    Raises:
+        UserError: experts of a stack are adapted, which PEFT's AdaLoRA cannot be; as :func:`save_lora`.
     """
+    if experts := expert_lora(adapters, model).ranks:
+        raise UserError(f"{folder}: PEFT has no AdaLoRA of experts ({min(experts)}): use lora, or the merged model")
     init_rank = max(1, *(a.rank for a in adapters))
     alpha = adapters[0].scale * init_rank
     config = {
@@ -275,6 +294,7 @@ def _write(
     tensors: dict[str, torch.Tensor],
     trained: Mapping[str, torch.Tensor] | None,
     model: PreTrainedModel | None,
+    parameters: Mapping[str, str] | None = None,
 ) -> None:
     tensors |= {PREFIX + name: tensor for name, tensor in (trained or {}).items()}
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -283,4 +303,4 @@ def _write(
         (scratch / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         check_whole(scratch, {"adapter_model.safetensors": tensors})
         if model is not None:
-            verify(scratch, model, tensors, sorted(trained or ()), target=folder)
+            verify(scratch, model, tensors, sorted(trained or ()), target=folder, parameters=parameters or {})

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from adalora_dist.backbones.conversions import ConversionRules
 from adalora_dist.backbones.files import Stored, stored_tensors, weight_files
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import read_object
@@ -45,7 +46,7 @@ class FileNames:
     """Parameters that have another shape in the files: this one."""
     unexpected: tuple[str, ...]
     """Tensors of the files for which the model has no place, by the name that they would have."""
-    rules: _Rules | None = None
+    rules: ConversionRules | None = None
     """None where no class is known."""
 
     @classmethod
@@ -59,7 +60,7 @@ class FileNames:
         from transformers.core_model_loading import dot_natural_key
 
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        rules = _Rules(model, shapes)
+        rules = ConversionRules(model, shapes)
         sources: dict[str, tuple[Stored, ...]] = {}
         computed, unexpected = set(), []
         for key in sorted(stored, key=dot_natural_key):  # transformers' order: of two spellings, it keeps the first
@@ -121,6 +122,12 @@ class FileNames:
         unexpected = tuple(sorted(report["unexpected_keys"]))
         return cls(type(model).__name__, {}, frozenset(), tuple(missing), mismatched, unexpected)
 
+    def known_as(self, name: str) -> str:
+        """What a parameter is called here that may have the name of a class with another head."""
+        if name not in self.sources and self.rules is not None:
+            [name, *_], _ = self.rules.names_of(name)
+        return name
+
     def source_of(self, name: str) -> Stored | None:
         """The tensor of the files that parameter ``name`` is a copy of; None if it is in no file.
 
@@ -129,8 +136,7 @@ class FileNames:
         Raises:
             UserError: it is computed from several, or is a part of one, so that none can be replaced.
         """
-        if name not in self.sources and self.rules is not None:
-            [name, *_], _ = self.rules.names_of(name)
+        name = self.known_as(name)
         if name in self.computed:
             keys = ", ".join(source.key for source in self.sources[name][:2])
             more = f" and {n} more" if (n := len(self.sources[name]) - 2) > 0 else ""
@@ -182,34 +188,6 @@ class FileNames:
             else:
                 added.append(name)
         return places, added
-
-
-class _Rules:
-    """transformers' tables for one model, as its loading applies them."""
-
-    def __init__(self, model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-        transforms = get_model_conversion_mapping(model)
-        self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-        self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
-        self._by_pattern = {p: c for c in self._converters for p in c.source_patterns}
-        self._prefix = model.base_model_prefix
-        self._shapes = dict(shapes)
-
-    def names_of(self, key: str) -> tuple[list[str], bool]:
-        """Names in the model of what the tensor ``key`` of the files becomes, and whether that is a plain copy."""
-        from transformers.core_model_loading import rename_source_key
-
-        tables = (self._renamings, self._converters)
-        name, pattern = rename_source_key(key, *tables, self._prefix, self._shapes)
-        if name not in self._shapes and key in self._shapes:  # an old rule that takes a right name for a wrong one
-            name, pattern = rename_source_key(key, [], [], self._prefix, self._shapes)
-        if pattern is None:
-            return [name], True
-        first, *others = self._by_pattern[pattern].target_patterns
-        return [name, *(name.replace(first, other) for other in others)], False
 
 
 def names_in(folder: Path, task: Mapping[str, Any]) -> FileNames:

@@ -9,7 +9,7 @@ Under ZeRO-3 transformers' own loading does the like: every module is partitione
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,13 +18,21 @@ from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from torch import nn
 
+from adalora_dist.backbones.expert_files import ExpertPart, parts_of
+from adalora_dist.backbones.experts import stacks_of
 from adalora_dist.backbones.files import Stored
 from adalora_dist.backbones.names import FileNames
 from adalora_dist.io.errors import UserError
-from adalora_dist.sharding.tensors import first_row, is_whole, local_part
+from adalora_dist.sharding.tensors import first_row, is_whole, local_part, whole_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+Source = Stored | list[ExpertPart]
+"""The tensor that a parameter is a copy of, or what a stack of experts is made of."""
+Sources = dict[str, Source]
+"""Of a module, by the name that a parameter has in it."""
 
 
 def load_on_meta(auto_class: Any, name: str, names: FileNames, **options: Any) -> PreTrainedModel:
@@ -39,22 +47,23 @@ def load_on_meta(auto_class: Any, name: str, names: FileNames, **options: Any) -
     Raises:
         UserError: the model has tensors that transformers computes from others while it loads.
     """
-    if names.computed:
+    model: PreTrainedModel = auto_class.from_pretrained(name, device_map="meta", **options)
+    stacks = {stack.name: parts_of(names, stack) for stack in stacks_of(model) if stack.name in names.computed}
+    if other := names.computed - stacks.keys():
         raise UserError(
-            f"model={name!r}: {min(names.computed)} is computed from several tensors of its files, which is not "
+            f"model={name!r}: {min(other)} is computed from several tensors of its files, which is not "
             "possible row by row under FSDP2: use ZeRO-3 (launch/accelerate/zero3.yaml)"
         )
-    model: PreTrainedModel = auto_class.from_pretrained(name, device_map="meta", **options)
     to_read = []
     new = set(names.missing)
     for path, module in model.named_modules():
         # On the module, because names change when adapters are put around it, and parameters when it is sharded.
-        known: dict[str, Stored] = {}
+        known: Sources = {}
         module.weights_on_disk = known
         prefix = f"{path}." if path else ""
         for leaf, parameter in module.named_parameters(recurse=False):
             if (full := prefix + leaf) in names.sources and full not in new:
-                known[leaf] = names.sources[full][0]
+                known[leaf] = stacks.get(full, names.sources[full][0])
             else:
                 _allocate(parameter, "cpu")
         for leaf, buffer in module.named_buffers(recurse=False):
@@ -74,29 +83,53 @@ def read_trained_modules(model: nn.Module) -> None:
 
     Call it before the optimizer is built: accelerate finds an optimizer's parameters again by their addresses.
     """
-    to_read = []
+    to_read: list[tuple[torch.Tensor, Stored]] = []
     for module in model.modules():
         if not hasattr(module, "weights_on_disk"):  # an adapter, or a model that was loaded in another way
             continue
-        sources = cast(dict[str, Stored], module.weights_on_disk)
+        sources = cast(Sources, module.weights_on_disk)
         for leaf, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and parameter.is_meta:
                 _allocate(parameter, "cpu")
-                to_read.append((parameter, sources[leaf]))
+                to_read += _pieces(parameter, sources[leaf])
     _read(to_read)
+
+
+def whole_weight(module: nn.Module) -> torch.Tensor:
+    """The weight of a module that no optimizer has taken over yet, as its files have it, whole; read if it is on meta.
+
+    On meta where it is nowhere else either. Collective where it is sharded.
+    """
+    weight = cast(torch.Tensor, module.weight)
+    if not weight.is_meta or not hasattr(module, "weights_on_disk"):
+        return whole_tensor(weight)
+    read = torch.empty(weight.shape, dtype=weight.dtype)
+    _read([(read, cast(dict[str, Stored], module.weights_on_disk)["weight"])])
+    return read
 
 
 def read_shards(model: nn.Module) -> None:
     """Read this process's rows of every parameter that is on meta. Does nothing if there is none."""
-    to_read = []
+    to_read: list[tuple[torch.Tensor, Stored]] = []
     # fully_shard has put the adapters where it wants parameters: on the device, or on the CPU if they are offloaded.
     device = next((local_part(p).device for p in model.parameters() if not (p.is_meta or is_whole(p))), "cpu")
     for module in model.modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
                 _allocate(parameter, device)
-                to_read.append((parameter, cast(dict[str, Stored], module.weights_on_disk)[leaf]))
+                to_read += _pieces(parameter, cast(Sources, module.weights_on_disk)[leaf])
     _read(to_read)
+
+
+def _pieces(parameter: torch.Tensor, source: Source) -> Iterator[tuple[torch.Tensor, Stored]]:
+    """What is to be filled from which tensor of the files; of a stack of experts, what this process holds of each."""
+    if isinstance(source, Stored):
+        yield parameter, source
+        return
+    local, first = local_part(parameter), first_row(parameter)
+    for part in source:
+        if first <= (part.expert or 0) < first + len(local):
+            yield local[(part.expert or 0) - first, part.start : part.stop], part.stored
 
 
 def _allocate(parameter: nn.Parameter, device: torch.device | str) -> None:

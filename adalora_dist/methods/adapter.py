@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from adalora_dist.sharding.tensors import full_shape
+
 
 class TrainedModule(nn.Module):
     """A module of a method's that holds trained parameters: an adapter, or what several adapters share."""
@@ -27,7 +29,7 @@ _OWN_MARKS = ("weights_on_disk", "plain_name")
 
 
 class Adapter(TrainedModule):
-    """A module in the place of, or around, one of the model's.
+    """A module in the place of, or around, one of the model's; or beside it, as those of experts are.
 
     The base is called, never opened; all that the adapter does not hold itself is frozen.
 
@@ -37,8 +39,9 @@ class Adapter(TrainedModule):
     """
 
     name: str
-    """The name that the adapted module has in the plain model. (Engines and compilers change module paths.)"""
+    """The name that what is adapted has in the plain model. (Engines and compilers change module paths.)"""
     base: nn.Module
+    """None is there in an adapter beside a module."""
 
     def __getattr__(self, name: str) -> Any:
         """Look up in the base what the adapter lacks: data alone, neither methods nor the marks of engines.
@@ -60,6 +63,24 @@ class Adapter(TrainedModule):
     def description(self) -> dict[str, Any]:
         """What an export needs to know besides the parameters: sizes, scale; plain data."""
         raise NotImplementedError(f"{type(self).__name__}.description")
+
+    @property
+    def path(self) -> str:
+        """Where it lies itself in the adapted model, before an engine changes paths."""
+        return self.name
+
+    def matrix_names(self) -> list[str]:
+        """Names of the matrices that it adapts, each with a rank of its own: one, of the adapter's name."""
+        return [self.name]
+
+    def adapts(self) -> list[tuple[nn.Module, str]]:
+        """(module, name of its parameter) of everything that is adapted."""
+        return [
+            (module, leaf)
+            for module in self.base.modules()
+            for leaf, parameter in module.named_parameters(recurse=False)
+            if leaf == "weight" or len(full_shape(parameter)) > 1
+        ]
 
     def held(self) -> list[int]:
         """Which of its parts (triplets) are left, as ascending indices into those at the start of the run."""

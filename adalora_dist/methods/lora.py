@@ -8,16 +8,18 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from adalora_dist.methods.adalora.layers import SVDLinear
+from adalora_dist.methods.adalora.layers import TripletLayer, ranks_of
 from adalora_dist.methods.adalora.method import TripletMethod
 from adalora_dist.methods.adalora.start import Triplets, with_lambda_in_p
 from adalora_dist.methods.protocol import Adapter, Step
+from adalora_dist.methods.sites import site_shapes
+from adalora_dist.methods.sizes import Sizes, of_ranks
 
 
 class LoraStep(Step):
     """Ranks stay. After a step, layers give up the products that they made of the old P."""
 
-    def __init__(self, layers: Sequence[SVDLinear]) -> None:
+    def __init__(self, layers: Sequence[TripletLayer]) -> None:
         super().__init__(layers)
         self.layers = list(layers)
 
@@ -25,7 +27,7 @@ class LoraStep(Step):
         self.layers[0].lambdas.release()
 
     def rank_pattern(self) -> dict[str, int]:
-        return {layer.name: layer.rank for layer in self.layers}
+        return ranks_of(self.layers)
 
     def facts(self) -> dict[str, Any]:
         total = sum(self.rank_pattern().values())
@@ -37,7 +39,7 @@ class Lora(TripletMethod):
 
     said = "Low-rank adapters (LoRA, [arXiv 2106.09685](https://arxiv.org/abs/2106.09685))"
 
-    def reset(self, layer: SVDLinear, generator: torch.Generator) -> None:
+    def reset(self, layer: TripletLayer, generator: torch.Generator) -> None:
         layer.reset_as_lora(generator)
 
     def begin(self, lam: nn.Parameter) -> None:
@@ -46,5 +48,9 @@ class Lora(TripletMethod):
     def given(self, triplets: Triplets) -> Triplets:
         return with_lambda_in_p(triplets)
 
+    def sizes(self, model: nn.Module) -> Sizes:
+        shapes = site_shapes(model, self.config.targets)
+        return of_ranks(shapes, sum(d_in + d_out for d_in, d_out in shapes))
+
     def step(self, adapters: Sequence[Adapter], total_steps: int) -> Step:
-        return LoraStep(cast(Sequence[SVDLinear], adapters))
+        return LoraStep(cast(Sequence[TripletLayer], adapters))

@@ -28,7 +28,7 @@ def weight_shares(model: nn.Module) -> dict[str, int]:
     """
     heads, towers, routers = output_modules(model), tower_names(model), router_names(model)
     left = {_plain(name): kind for name, kind in left_out(model).items()}
-    adapted = {id(module) for adapter in adapters_of(model) for module in adapter.base.modules()}
+    adapted = {(id(module), leaf) for adapter in adapters_of(model) for module, leaf in adapter.adapts()}
     experts = [_plain(name) for name, module in model.named_modules() if _holds_experts(name, module)]
     seen: set[int] = set()
     counts: dict[str, int] = {}
@@ -41,7 +41,7 @@ def weight_shares(model: nn.Module) -> dict[str, int]:
                 continue
             seen.add(id(parameter))
             dims = len(full_shape(parameter))
-            if id(module) in adapted and (leaf == "weight" or dims > 1):
+            if (id(module), leaf) in adapted:
                 kind = ADAPTED
             elif parameter.requires_grad:
                 kind = TRAINED

@@ -34,6 +34,8 @@ class Group(NamedTuple):
     rank: int
     flat_start: int
     factors: tuple[int, ...]
+    blocks: tuple[int, ...]
+    """Columns of each matrix within a factor, as :attr:`Factor.widths`; the same in all of them."""
 
 
 class FlatBuffer:
@@ -80,16 +82,16 @@ class SpanLayout:
         self._place(spans)
 
     def _place(self, spans: Sequence[Span]) -> None:
-        bodies: dict[tuple[str, int, int], list[int]] = {}
+        bodies: dict[tuple[str, int, int, tuple[int, ...]], list[int]] = {}
         rows_of: dict[int, tuple[int, int]] = {}
         for k, (factor, span) in enumerate(zip(self.factors, spans, strict=True)):
             _, rows, _ = cut(factor, span)
             if rows[1] > rows[0]:
                 rows_of[k] = rows
-                bodies.setdefault((factor.kind, rows[1] - rows[0], factor.rank), []).append(k)
+                bodies.setdefault((factor.kind, rows[1] - rows[0], factor.rank, factor.widths), []).append(k)
         flat = 0
-        for (kind, num_rows, rank), members in bodies.items():
-            self.groups.append(Group(kind, num_rows, rank, flat, tuple(members)))
+        for (kind, num_rows, rank, blocks), members in bodies.items():
+            self.groups.append(Group(kind, num_rows, rank, flat, tuple(members), blocks))
             for k in members:
                 start, length = rows_of[k][0] * rank - spans[k].start, num_rows * rank
                 self.pieces.append(Piece(k, start, length, flat, length == spans[k].stop - spans[k].start))

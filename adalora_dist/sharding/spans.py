@@ -1,7 +1,8 @@
 """Spans: what a rank holds of each adapter parameter, and the rows that it holds only in part. Pure.
 
 Every adapter parameter is a row-major matrix with a column per triplet: of each adapted matrix P (d_out rows) and Q^T
-(d_in rows), and of the whole model lambda (1 row). A span of it is a run of whole rows, the *body*, with at most one
+(d_in rows), and of the whole model lambda (1 row). Matrices that are one parameter of the model (experts) have theirs
+side by side. A span of it is a run of whole rows, the *body*, with at most one
 partial row at either end, the *fragments* (flat slices cut rows, and every engine that shards cuts lambda's).
 """
 
@@ -32,6 +33,13 @@ class Factor:
     rows: int
     rank: int
     first_triplet: int
+    blocks: tuple[int, ...] = ()
+    """How many of the columns each matrix has that lies in it, of those with columns; (): all belong to one."""
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """``blocks``, also of one matrix."""
+        return self.blocks or (self.rank,)
 
     @property
     def numel(self) -> int:

@@ -6,12 +6,16 @@ A tensor is either whole on this process (one process, DDP, ZeRO-1 and -2, and w
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from adalora_dist.sharding.spans import Span
 
 
 def is_whole(tensor: torch.Tensor) -> bool:
@@ -33,6 +37,20 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds for good, detached, as a view: all of it, rows (FSDP2), or a flat slice (ZeRO-3)."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else getattr(tensor, "ds_tensor", tensor)
     return local.detach()
+
+
+def local_elements(tensor: torch.Tensor) -> tuple[torch.Tensor, Span]:
+    """What this process holds for good, flat and without padding, as a view; and which elements of the whole it is."""
+    local = local_part(tensor).view(-1)
+    if isinstance(tensor, DTensor):
+        start = first_row(tensor) * tensor.shape[1:].numel() if local.numel() else 0
+    elif hasattr(tensor, "ds_tensor"):
+        marked: Any = tensor
+        start = min(dist.get_rank(marked.ds_process_group) * marked.ds_tensor.ds_numel, full_numel(tensor))
+        local = local[: full_numel(tensor) - start]
+    else:
+        start = 0
+    return local, Span(start, start + local.numel())
 
 
 def first_row(tensor: torch.Tensor) -> int:

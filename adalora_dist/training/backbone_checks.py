@@ -10,11 +10,14 @@ from typing import cast
 from torch import nn
 
 from adalora_dist.artifacts.export import check_base
+from adalora_dist.backbones.expert_files import parts_of
+from adalora_dist.backbones.experts import ExpertStack
 from adalora_dist.backbones.linears import is_conv1d, linear_shape
 from adalora_dist.backbones.names import FileNames
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods import method_for
+from adalora_dist.methods.adalora.experts import ExpertTriplets
 from adalora_dist.methods.protocol import adapters_of, others_trained
 
 
@@ -46,7 +49,8 @@ def check_backbone(model: nn.Module, config: RunConfig) -> list[str]:
         if why := method_for(config.adapter).lacks(adapters_of(model), form):
             raise UserError(f"export_formats {form}: {why}")
     if config.adapter.formats_from_files.intersection(config.export.export_formats):
-        _check_merge(names, adapted, trained, config)
+        stacks = [adapter.stack for adapter in adapters_of(model) if isinstance(adapter, ExpertTriplets)]
+        _check_merge(names, adapted, stacks, trained, config)
     if not names.missing:
         return []
     shapes = {n.rpartition(".")[0]: " x ".join(map(str, s)) for n, s in names.mismatched.items() if len(s) > 1}
@@ -55,7 +59,13 @@ def check_backbone(model: nn.Module, config: RunConfig) -> list[str]:
     return [f"Not in the model's files, so new and trained in full: {listed}"]
 
 
-def _check_merge(names: FileNames, adapted: dict[str, tuple[int, int]], trained: set[str], config: RunConfig) -> None:
+def _check_merge(
+    names: FileNames,
+    adapted: dict[str, tuple[int, int]],
+    stacks: list[ExpertStack],
+    trained: set[str],
+    config: RunConfig,
+) -> None:
     files = {source.file for sources in names.sources.values() for source in sources}
     if not files:
         raise UserError(
@@ -65,12 +75,16 @@ def _check_merge(names: FileNames, adapted: dict[str, tuple[int, int]], trained:
     folder = min(files).parent
     check_base(folder)
     names.places(adapted, trained, folder)
+    for stack in stacks:
+        parts_of(names, stack)
 
 
 def _adapted(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Shape of the weight of each adapted matrix in the files, by parameter name."""
     found = {}
     for adapter in adapters_of(model):
+        if isinstance(adapter, ExpertTriplets):
+            continue
         d_in, d_out = linear_shape(adapter.base) or (0, 0)
         found[f"{adapter.name}.weight"] = (d_in, d_out) if is_conv1d(adapter.base) else (d_out, d_in)
     return found

@@ -21,11 +21,13 @@ from adalora_dist.sharding.tensors import gather_for, put_back_shards
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.losses import LossSum
 from adalora_dist.training.engine import engine_name
+from adalora_dist.training.evaluations import Evaluate, Evaluations
 from adalora_dist.training.faults.guard import Guard
 from adalora_dist.training.faults.nonfinite import BadSteps, find_origin
 from adalora_dist.training.metrics import StepMetrics, log_ranks
 from adalora_dist.training.prepared import Prepared, learning_rate, total_steps
-from adalora_dist.training.resume import METRICS, RunCheckpoints, compare_data
+from adalora_dist.training.resume import METRICS, compare_data
+from adalora_dist.training.run_checkpoints import RunCheckpoints
 from adalora_dist.training.run_folder import RunFolder
 
 
@@ -39,20 +41,20 @@ def train(
     report: Callable[[str], None],
     guard: Guard | None = None,
     notes: Mapping[str, Any] | None = None,
-    evaluate: Callable[[], Mapping[str, float]] | None = None,
-    eval_every: int = 0,
+    evaluate: Evaluate | None = None,
 ) -> list[float]:
     """Run all steps that are left; returns the loss of each of the run (mean over the targets of the global batch).
 
+    Afterwards the model is that of the last step, or the best one, if ``keep_best`` asks for it.
+
     Args:
         notes: what checkpoints shall keep for the recipe.
-        evaluate: scores of the model as it is, called on all processes together; they are logged with the step's loss,
-            as ``eval_NAME``.
-        eval_every: steps between its calls; none after the last step, when the recipe evaluates. 0: never.
+        evaluate: scores of the model as it is, called on all processes together every ``eval_every`` steps; they are
+            logged with the step's loss, as ``eval_NAME``.
 
     Raises:
         UserError: too many steps in a row with a loss or gradients that are not finite; the run that is continued had
-            other training rows.
+            other training rows; as :class:`~adalora_dist.training.evaluations.Evaluations`.
         RuntimeError: the method did not reach its budget, or its patterns differ between processes.
         SystemExit: a signal asked for an early end.
     """
@@ -66,7 +68,10 @@ def train(
         compare_data(prepared.resumed, plan, config)
         past = prepared.resumed.read(METRICS).splitlines()
     metrics = StepMetrics(accelerator, prepared, settings, plan, num_steps, past)
-    checkpoints = RunCheckpoints(accelerator, prepared, plan, config, num_steps, notes or {})
+    evaluations = Evaluations(prepared, config.evaluation, num_steps, evaluate)
+    keep_best = bool(config.evaluation.keep_best)
+    checkpoints = RunCheckpoints(accelerator, prepared, plan, config, num_steps, notes or {}, keep_best)
+    evaluations.check_name()
     first_step = len(metrics.losses)
     bad_steps = BadSteps(settings.max_nonfinite_steps, hooks.num_skipped_steps)
     bar = progress_bar(total=num_steps, initial=first_step, desc="train", unit="step", show=accelerator.is_main_process)
@@ -74,6 +79,8 @@ def train(
     if guard is not None:
         guard.begin(prepared, first_step)
     for step in range(first_step, num_steps):
+        if evaluations.ended:  # before the run was interrupted
+            break
         _seed_step(settings.seed, step, accelerator.process_index)
         for group in prepared.inner_optimizer.param_groups:
             group["lr"] = group["lr_ratio"] * learning_rate(settings, step, num_steps)
@@ -102,11 +109,8 @@ def train(
         metrics.add(step, loss_of_step / num_targets, norm)
         bar.update()
         stops = guard is not None and guard.stops_after(step + 1)
-        scores: dict[str, float] = {}
-        if evaluate is not None and eval_every and (step + 1) % eval_every == 0 and step + 1 < num_steps:
-            with metrics.paused():
-                scores = {f"eval_{name}": score for name, score in evaluate().items()}
-                put_back_shards(model)
+        with metrics.paused():
+            scores = evaluations.after(step + 1)
         if (
             scores
             or (step + 1) % settings.log_every == 0
@@ -134,11 +138,16 @@ def train(
             bar.set_postfix_str(status)
             if not sys.stderr.isatty():
                 report(f"step {step + 1}/{num_steps}: {status}, {duration(metrics.seconds_left)} left")
-        if stops or checkpoints.due(step + 1):
+        if evaluations.improved(step + 1, scores):
+            checkpoints.save_best(step + 1, evaluations.record or {})
+        checkpoints.note_best(evaluations.record)
+        if stops or checkpoints.due(step + 1, evaluations.ended):
             checkpoints.save(step + 1)
         if stops and guard is not None:
             checkpoints.finish()
             guard.leave_preempted(step + 1)
+        if evaluations.ended:
+            break
     bar.close()
     if guard is not None:
         guard.end()
@@ -146,6 +155,11 @@ def train(
     hooks.finish()
     if first_step < num_steps:
         report(metrics.summary())
+    if (best := evaluations.best) is not None:
+        if best.step < len(metrics.losses):
+            evaluations.restore(checkpoints.best_checkpoint(best.step))
+        report(evaluations.sentence(len(metrics.losses)))
+        folder.write_json("best.json", {**best.model_dump(), "num_steps": len(metrics.losses)})
     return metrics.losses
 
 

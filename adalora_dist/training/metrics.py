@@ -81,12 +81,12 @@ class StepMetrics:
         self._peak_gib = self._peak()
         seconds = self.seconds
         each = (seconds - self._seconds_read) / len(losses)  # only the time of log lines is measured
-        records = []
+        records, method_step = [], self._prepared.hooks.method_step
         for k, (step, loss) in enumerate(enumerate(losses, first)):
             record: dict[str, Any] = {
                 "step": step,
                 "loss": loss,
-                "learning_rate": learning_rate(self._train, step, self._num_steps),
+                "learning_rate": learning_rate(self._train, step, self._num_steps) * method_step.rate_factor(step),
                 "tokens_per_second": round(self.tokens_per_second, 1),
                 "epoch": round((step + 1) / self._steps_per_epoch, 4),
                 "seconds": round(self._seconds_before + self._seconds_read + each * (k + 1), 2),
@@ -94,8 +94,8 @@ class StepMetrics:
             }
             if known[k] and math.isfinite(squares[k]):
                 record["gradient_norm"] = math.sqrt(squares[k])
-            records.append(record | self._prepared.hooks.method_step.record(step))
-        records[-1] |= self._prepared.hooks.method_step.report()
+            records.append(record | method_step.record(step))
+        records[-1] |= method_step.report()
         self.losses += losses
         self._seconds_read = seconds
         return records

@@ -47,8 +47,8 @@ def adapted_net(config: MethodConfig, seed: int = 0, **sizes: int) -> Net:
 def config(method: str = "adalora", **changes) -> Any:
     """Rank 3 on every matrix, pruned to half; large learning signals so that patterns move."""
     values = dict(
-        init_rank=3, target_rank=1.5, alpha=6, targets=("up", "down"), start="paper", init="orthonormal",
-        initial_warmup_steps=4, final_steps=12, mask_interval_steps=3, orthogonality=0.1,
+        init_rank=3, target_rank=1.5, alpha=6, targets=("up", "down"), positions=("up", "down"), start="paper",
+        init="orthonormal", initial_warmup_steps=4, final_steps=12, mask_interval_steps=3, orthogonality=0.1,
     )  # fmt: skip
     return adapter_section(method, **{**values, **changes})
 

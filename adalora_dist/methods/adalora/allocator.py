@@ -44,7 +44,7 @@ from adalora_dist.methods.adalora.checks import PatternWatch, compare_lambdas
 from adalora_dist.methods.adalora.compaction import remove_triplets
 from adalora_dist.methods.adalora.growth import growth, growth_line
 from adalora_dist.methods.adalora.importance import select, select_local
-from adalora_dist.methods.adalora.layers import LAMBDAS_NAME, SVDLinear
+from adalora_dist.methods.adalora.layers import LAMBDAS_NAME, TripletLayer, ranks_of
 from adalora_dist.methods.adalora.schedule import BudgetSchedule
 from adalora_dist.methods.protocol import Step, StepState
 from adalora_dist.sharding.base import ShardEngine, sum_over
@@ -52,7 +52,7 @@ from adalora_dist.sharding.spans import FACTORS_OF_MATRIX, Factor, Span
 
 
 class RankAllocator(Step):
-    """Adapts the ranks of a model's :class:`SVDLinear` layers while any training loop runs.
+    """Adapts the ranks of a model's :class:`TripletLayer` layers while any training loop runs.
 
     Args:
         layers: all that the model has, in canonical order.
@@ -60,13 +60,13 @@ class RankAllocator(Step):
         schedule: of this run.
     """
 
-    def __init__(self, layers: Sequence[SVDLinear], config: AdaLoraConfig, schedule: BudgetSchedule) -> None:
+    def __init__(self, layers: Sequence[TripletLayer], config: AdaLoraConfig, schedule: BudgetSchedule) -> None:
         super().__init__(layers)
         self.layers, self.config = list(layers), config
         self.schedule: BudgetSchedule = schedule
         self.lambdas = layers[0].lambdas
         """Lambda of all matrices."""
-        self.ranks = [layer.init_rank for layer in layers]
+        self.ranks = [rank for layer in layers for rank in layer.init_ranks]
         """Triplets of each matrix at the start of the run; patterns are about these, removed ones included."""
         self.allocations: list[Allocation] = []
         self.frozen = False
@@ -87,7 +87,7 @@ class RankAllocator(Step):
         first = 0
         for layer in (layer for layer in self.layers if layer.rank):
             for kind, rows in zip(FACTORS_OF_MATRIX, (layer.d_out, layer.d_in), strict=True):
-                factors.append(Factor(kind, rows, layer.rank, first))
+                factors.append(Factor(kind, rows, layer.rank, first, tuple(r for r in layer.ranks if r)))
             first += layer.rank
         factors.append(Factor("lam", 1, first, 0))
         self._bound = BoundTriplets(factors, engine, self.ranks, self.config, measures=not self.compacted)
@@ -289,14 +289,15 @@ class RankAllocator(Step):
 
     def rank_pattern(self) -> dict[str, int]:
         if self.keep is None:
-            return {layer.name: layer.rank for layer in self.layers}
-        parts = self.keep.cpu().split(self.ranks)
-        return {layer.name: int(part.sum()) for layer, part in zip(self.layers, parts, strict=True)}
+            return ranks_of(self.layers)
+        names = (name for layer in self.layers for name in layer.matrix_names())
+        return {name: int(part.sum()) for name, part in zip(names, self.keep.cpu().split(self.ranks), strict=True)}
 
     def facts(self) -> dict[str, Any]:
         """Budgets, and the rank of each matrix at the start of the run, by name in canonical order."""
         budgets = {"initial_budget": self.schedule.initial_budget, "target_budget": self.schedule.target_budget}
-        ranks = {layer.name: rank for layer, rank in zip(self.layers, self.ranks, strict=True)}
+        names = (name for layer in self.layers for name in layer.matrix_names())
+        ranks = dict(zip(names, self.ranks, strict=True))
         return super().facts() | budgets | {"initial_ranks": ranks}
 
     def plan(self) -> str:
@@ -315,7 +316,7 @@ class RankAllocator(Step):
     def report(self) -> dict[str, float]:
         """The budget, ranks, and how far P and Q are from what the regulariser asks for."""
         ranks = self.rank_pattern().values()
-        found: dict[str, float] = {"budget": self.budget, "mean_rank": self.budget / len(self.layers)}
+        found: dict[str, float] = {"budget": self.budget, "mean_rank": self.budget / len(self.ranks)}
         found |= {"min_rank": min(ranks), "max_rank": max(ranks)}
         if self._regularised and self._bound is not None:
             found["orthogonality"] = self.bound.sums.mean_defect(self.config.regulariser)

@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 from adalora_dist.io.errors import UserError
-from adalora_dist.methods.adalora.layers import SVDLinear
+from adalora_dist.methods.adalora.layers import TripletLayer
 from adalora_dist.sharding.base import Shrink
 from adalora_dist.sharding.shrink import shrink_parameters
 from adalora_dist.sharding.spans import FACTORS_OF_MATRIX
 
 
 @torch.no_grad()
-def remove_triplets(layers: Sequence[SVDLinear], keep: torch.Tensor, model: nn.Module, optimizer: Any) -> Any:
+def remove_triplets(layers: Sequence[TripletLayer], keep: torch.Tensor, model: nn.Module, optimizer: Any) -> Any:
     """Remove the triplets outside of ``keep`` from a running model, its engine and its optimizer. Collective.
 
     Parameters become new objects: lists of them made before (for clipping, say) are stale. Model, torch optimizer, and
@@ -61,7 +61,7 @@ def remove_triplets(layers: Sequence[SVDLinear], keep: torch.Tensor, model: nn.M
 
 
 @torch.no_grad()
-def shrink_layers(layers: Sequence[SVDLinear], kept: Sequence[Sequence[int]]) -> None:
+def shrink_layers(layers: Sequence[TripletLayer], kept: Sequence[Sequence[int]]) -> None:
     """Reduce layers that no engine and no optimizer has taken over yet to some of their triplets.
 
     Args:
@@ -85,5 +85,5 @@ def shrink_layers(layers: Sequence[SVDLinear], kept: Sequence[Sequence[int]]) ->
     lambdas.index()
 
 
-def _remember(layer: SVDLinear, triplets: Sequence[int]) -> None:
+def _remember(layer: TripletLayer, triplets: Sequence[int]) -> None:
     layer.rank, layer.triplets = len(triplets), tuple(triplets)

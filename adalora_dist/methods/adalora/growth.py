@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from adalora_dist.config.methods import AdaLoraConfig
 from adalora_dist.methods.adalora.bound import BoundTriplets
-from adalora_dist.methods.adalora.layers import SVDLinear
+from adalora_dist.methods.adalora.layers import TripletLayer
 from adalora_dist.methods.adalora.schedule import BudgetSchedule
 from adalora_dist.sharding.base import sum_over
 
@@ -19,7 +19,7 @@ SMALLEST_GROWTH = 0.1
 
 
 @torch.no_grad()
-def growth(bound: BoundTriplets, layers: Sequence[SVDLinear], rates: Sequence[float]) -> float:
+def growth(bound: BoundTriplets, layers: Sequence[TripletLayer], rates: Sequence[float]) -> float:
     """How far the update has left 0, in units of what a LoRA's would have if its steps had no common direction.
 
     The mean over triplets of |lambda_i P_i Q_i|_F over sqrt(sum of rates^2) sqrt(d_out / 3): under Adam an element of

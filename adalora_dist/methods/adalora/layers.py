@@ -14,7 +14,9 @@ they are good for. What it has at a time, when that begins and ends, and where a
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any, cast
 
 import torch
@@ -22,27 +24,29 @@ from torch import nn
 
 from adalora_dist.backbones.linears import is_conv1d
 from adalora_dist.io.errors import UserError
+from adalora_dist.methods.dropout import Dropout
 from adalora_dist.methods.protocol import Adapter, TrainedModule
 from adalora_dist.sharding.tensors import is_whole
 
 
-class SVDLinear(Adapter):
-    """``y = base(x) + scale * P (lam * (Q x))`` over any base module that maps (..., d_in) to (..., d_out).
-
-    The base is called, never opened: ``nn.Linear``, transformers' ``Conv1D`` and quantised linears are alike.
+class TripletLayer(Adapter):
+    """The adapters P diag(lambda) Q of one matrix, or of several that are one parameter of the model.
 
     Parameters (float32, trainable; the paper's names):
-        P: (d_out, r).
+        P: (d_out, r), with a column for every triplet, matrix after matrix.
         Qt: (d_in, r), Q transposed. Engines shard dimension 0; with the long axis there, both Gram matrices P^T P
             and Q Q^T are sums over the rows that a rank holds.
 
-    ``lam`` is this matrix's part of the model's one vector of lambdas; a :class:`Lambdas` takes the layer into it and
+    ``lam`` is this layer's part of the model's one vector of lambdas; a :class:`Lambdas` takes the layer into it and
     must exist before the first forward.
 
-    The branch computes in the type of the base's output. With r = 0 there is no branch and no parameter.
-
     ``rank`` is the number of triplets held now, ``triplets`` says which of the ``init_rank`` original ones they are:
-    compaction removes the others, and the scale does not follow.
+    compaction removes the others, and the scale does not follow. With r = 0 there is no branch and no parameter.
+
+    Args:
+        name: what is adapted, in the plain model: engines and compilers change module paths.
+        ranks: of each matrix at the start.
+        device: of the parameters.
     """
 
     lambdas: Lambdas
@@ -52,34 +56,33 @@ class SVDLinear(Adapter):
     """Which of the layers with triplets it is, counted from 0."""
 
     def __init__(
-        self, base: nn.Module, d_in: int, d_out: int, rank: int, scale: float, dropout: float = 0.0, name: str = ""
+        self, name: str, d_in: int, d_out: int, ranks: Sequence[int], scale: float, dropout: float, device: torch.device
     ) -> None:
         super().__init__()
-        self.base = base
-        self.name = name  # of the base in the plain model: engines and compilers change module paths
-        self.d_in, self.d_out, self.rank, self.scale = d_in, d_out, rank, scale
-        self.init_rank, self.triplets = rank, tuple(range(rank))
-        self.dropout = nn.Dropout(dropout) if dropout else None
-        if rank:
-            # A base on meta is read later; adapters have their values from the start.
-            device = next((p.device for p in base.parameters() if not p.is_meta), torch.device("cpu"))
-            self.P = nn.Parameter(torch.empty(d_out, rank, dtype=torch.float32, device=device))
-            self.Qt = nn.Parameter(torch.empty(d_in, rank, dtype=torch.float32, device=device))
+        self.name, self.d_in, self.d_out, self.scale = name, d_in, d_out, scale
+        self.init_ranks, self.init_rank = tuple(ranks), sum(ranks)
+        self.rank, self.triplets = self.init_rank, tuple(range(self.init_rank))
+        self.dropout = Dropout(dropout) if dropout else None
+        if self.rank:
+            self.P = nn.Parameter(torch.empty(d_out, self.rank, dtype=torch.float32, device=device))
+            self.Qt = nn.Parameter(torch.empty(d_in, self.rank, dtype=torch.float32, device=device))
 
     @property
     def lam(self) -> torch.Tensor:
         """(r,), a view: what is written to it under ``no_grad`` is the model's. Not while an engine shards lambda."""
         return self.lambdas.lam[self.first : self.first + self.rank]
 
+    @property
+    def ranks(self) -> list[int]:
+        """Triplets held now of each matrix."""
+        ends = [bisect_left(self.triplets, stop) for stop in accumulate(self.init_ranks)]
+        return [end - start for start, end in pairwise([0, *ends])]
+
     def trained(self) -> dict[str, nn.Parameter]:
         return {f"{self.name}.{kind}": p for kind, p in self.named_parameters(recurse=False)}
 
     def element_name(self, leaf: str, index: int) -> str:
         return f"{self.name}.{leaf}"
-
-    def description(self) -> dict[str, Any]:
-        sizes = {"d_out": self.d_out, "d_in": self.d_in, "init_rank": self.init_rank}
-        return sizes | {"scale": self.scale, "is_transposed": is_conv1d(self.base)}
 
     def held(self) -> list[int]:
         return list(self.triplets)
@@ -106,21 +109,46 @@ class SVDLinear(Adapter):
         self.P.zero_()
         self.Qt.copy_((2 * torch.rand(self.Qt.shape, generator=generator) - 1) * self.d_in**-0.5)
 
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, scale={self.scale:g}"
+
+
+class SVDLinear(TripletLayer):
+    """``y = base(x) + scale * P (lam * (Q x))`` over any base module that maps (..., d_in) to (..., d_out).
+
+    The base is called, never opened: ``nn.Linear``, transformers' ``Conv1D`` and quantised linears are alike. The
+    branch computes in the type of the base's output.
+    """
+
+    def __init__(
+        self, base: nn.Module, d_in: int, d_out: int, rank: int, scale: float, dropout: float = 0.0, name: str = ""
+    ) -> None:
+        super().__init__(name, d_in, d_out, (rank,), scale, dropout, device_of(base))
+        self.base = base
+
+    def description(self) -> dict[str, Any]:
+        sizes = {"d_out": self.d_out, "d_in": self.d_in, "init_rank": self.init_rank}
+        return sizes | {"scale": self.scale, "is_transposed": is_conv1d(self.base)}
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Two dimensions from here on, so that the add below is in place on the base's own output: no extra pass over
         # [tokens, d_out], and no view whose in-place backward would copy.
         tokens = x.reshape(-1, self.d_in)
         y: torch.Tensor = self.base(tokens)
         if self.rank:
-            branch_in = tokens if self.dropout is None else self.dropout(tokens)
             # lam goes into P, not into the hidden values: backward then needs one (tokens, r) tensor, as LoRA's does.
             weight = self.lambdas.weight(self).to(y.dtype)
-            hidden = branch_in.to(y.dtype) @ self.Qt.to(y.dtype)  # (tokens, r)
+            if self.dropout is None:
+                hidden = tokens.to(y.dtype) @ self.Qt.to(y.dtype)  # (tokens, r)
+            else:
+                hidden = self.dropout.product(tokens, self.Qt, y.dtype)
             y = y.addmm_(hidden.to(y.dtype), weight.T)  # under autocast the product has its type, whatever y has
         return y.view(*x.shape[:-1], self.d_out)
 
-    def extra_repr(self) -> str:
-        return f"rank={self.rank}, scale={self.scale:g}"
+
+def device_of(base: nn.Module) -> torch.device:
+    """Where the parameters of an adapter of ``base`` are made. A base on meta is read later, adapters have values."""
+    return next((p.device for p in base.parameters() if not p.is_meta), torch.device("cpu"))
 
 
 MODULE_NAME = "adalora"
@@ -147,7 +175,7 @@ class Lambdas(TrainedModule):
 
     lam: nn.Parameter
 
-    def __init__(self, layers: Sequence[SVDLinear]) -> None:
+    def __init__(self, layers: Sequence[TripletLayer]) -> None:
         super().__init__()
         self.layers = tuple(layers)  # in a tuple: they are submodules of the model, not of this one
         device = next((layer.P.device for layer in layers if layer.rank), None)
@@ -193,7 +221,7 @@ class Lambdas(TrainedModule):
         scaled: torch.Tensor = torch.ops.aten.mul.Scalar(self.lam, self._scale)
         return scaled
 
-    def weight(self, layer: SVDLinear) -> torch.Tensor:
+    def weight(self, layer: TripletLayer) -> torch.Tensor:
         """scale * P diag(lambda) of one layer, (d_out, r)."""
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler fuses what is written out
             return layer.P * self._own(layer)
@@ -205,14 +233,14 @@ class Lambdas(TrainedModule):
         made = self._made[layer.position]
         return made if self._is_whole else layer.P * made
 
-    def _own(self, layer: SVDLinear) -> torch.Tensor:
+    def _own(self, layer: TripletLayer) -> torch.Tensor:
         lams: torch.Tensor = self()
         return lams[layer.first : layer.first + layer.rank]
 
-    def _edits(self, layer: SVDLinear) -> int:
+    def _edits(self, layer: TripletLayer) -> int:
         return layer.P._version + self.lam._version
 
-    def _make(self, first: SVDLinear) -> None:
+    def _make(self, first: TripletLayer) -> None:
         """For this forward, every layer's weight, or where P are sharded its part of lambda times scale.
 
         Args:
@@ -280,7 +308,12 @@ def lambda_gradients(ps: list[torch.Tensor], gradients: list[torch.Tensor]) -> l
     return [found[k] for k in range(len(ps))]
 
 
-def add_lambdas(model: nn.Module, layers: Sequence[SVDLinear]) -> Lambdas:
+def ranks_of(layers: Sequence[TripletLayer]) -> dict[str, int]:
+    """The triplets held now of every matrix, by its name."""
+    return {name: rank for layer in layers for name, rank in zip(layer.matrix_names(), layer.ranks, strict=True)}
+
+
+def add_lambdas(model: nn.Module, layers: Sequence[TripletLayer]) -> Lambdas:
     """Give ``layers``, all that the model has, their lambdas: one vector, on the model itself.
 
     Raises:

@@ -5,6 +5,7 @@ W = W0 + s P diag(lambda) Q, with s = alpha / init_rank (rsLoRA: alpha / sqrt(in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -12,27 +13,30 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from adalora_dist.backbones.experts import ExpertStack, place_of, stacks_of
 from adalora_dist.backbones.linears import linear_shape
 from adalora_dist.config.methods import AdaLoraConfig, LowRankConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adalora.allocator import RankAllocator
 from adalora_dist.methods.adalora.compaction import shrink_layers
-from adalora_dist.methods.adalora.layers import LAMBDAS_NAME, SVDLinear, add_lambdas
+from adalora_dist.methods.adalora.experts import ExpertTriplets, parts_of, put_beside
+from adalora_dist.methods.adalora.layers import LAMBDAS_NAME, SVDLinear, TripletLayer, add_lambdas
 from adalora_dist.methods.adalora.schedule import BudgetSchedule
 from adalora_dist.methods.adalora.start import Triplets, read_peft, start_with, with_lambda_in_p
 from adalora_dist.methods.protocol import Adapter, Method, Step, adapters_of
-from adalora_dist.methods.sites import find_targets, put_around, put_in_place
+from adalora_dist.methods.sites import find_sites, put_around, put_in_place, site_shapes
+from adalora_dist.methods.sizes import Sizes
 from adalora_dist.methods.update import AdapterWeights, Update
 
 
 class TripletMethod(Method):
-    """A method whose adapters are :class:`SVDLinear`."""
+    """A method whose adapters are :class:`TripletLayer`: around linear maps, and beside stacks of experts."""
 
     config: LowRankConfig
 
     def adapt(self, model: nn.Module, generator: torch.Generator) -> list[Adapter]:
         config = self.config
-        names = find_targets(model, config.targets)
+        names, stacks = find_sites(model, config.targets)
         start = read_peft(Path(config.init_from), config.scale) if config.init_from else {}
         if unknown := sorted(start.keys() - set(names)):
             raise UserError(
@@ -40,13 +44,19 @@ class TripletMethod(Method):
                 "among the targets: name them there, and use the adapter's own base model"
             )
 
-        def make(base: nn.Module, name: str) -> SVDLinear:
+        def make(base: nn.Module, name: str) -> TripletLayer:
             d_in, d_out = linear_shape(base) or (0, 0)
-            layer = SVDLinear(base, d_in, d_out, config.init_rank, config.scale, config.dropout, name)
-            self.reset(layer, generator)
-            return layer
+            return SVDLinear(base, d_in, d_out, config.init_rank, config.scale, config.dropout, name)
 
-        layers = put_around(model, names, make)
+        def make_of_experts(experts: nn.Module, stack: ExpertStack) -> ExpertTriplets:
+            ranks = [config.init_rank] * stack.num_experts
+            return ExpertTriplets(experts, stack, ranks, config.scale, config.dropout)
+
+        put_around(model, names, make)
+        put_beside(model, stacks, make_of_experts)
+        layers = [layer for layer in adapters_of(model) if isinstance(layer, TripletLayer)]
+        for layer in layers:
+            self.reset(layer, generator)
         with torch.no_grad():
             self.begin(add_lambdas(model, layers).lam)
         for layer in layers:
@@ -60,10 +70,10 @@ class TripletMethod(Method):
         trained: list[torch.Tensor] = [p for p in model.parameters() if p.requires_grad]
         if ratio == 1:
             return {1.0: trained}
-        of_p = {id(layer.P) for layer in adapters_of(model) if isinstance(layer, SVDLinear) and layer.rank}
+        of_p = {id(layer.P) for layer in adapters_of(model) if isinstance(layer, TripletLayer) and layer.rank}
         return {1.0: [p for p in trained if id(p) not in of_p], ratio: [p for p in trained if id(p) in of_p]}
 
-    def reset(self, layer: SVDLinear, generator: torch.Generator) -> None:
+    def reset(self, layer: TripletLayer, generator: torch.Generator) -> None:
         """Fill P and Q of a new layer with what the run starts from."""
         raise NotImplementedError(f"{type(self).__name__}.reset")
 
@@ -74,8 +84,14 @@ class TripletMethod(Method):
         """Bring triplets read from ``init_from`` into the form that this method trains."""
         return triplets
 
+    def lacks(self, adapters: Sequence[Adapter], form: str) -> str | None:
+        experts = (adapter.name for adapter in adapters if isinstance(adapter, ExpertTriplets))
+        if form != "peft" or (name := next(experts, None)) is None:
+            return None
+        return f"PEFT has no AdaLoRA of experts ({name}): use lora or merged"
+
     def shrink(self, adapters: Sequence[Adapter], held: Mapping[str, Sequence[int]]) -> None:
-        shrink_layers(cast(Sequence[SVDLinear], adapters), [held[adapter.name] for adapter in adapters])
+        shrink_layers(cast(Sequence[TripletLayer], adapters), [held[adapter.name] for adapter in adapters])
 
     @classmethod
     def updates(
@@ -85,7 +101,9 @@ class TripletMethod(Method):
         keep: torch.Tensor | None,
         whole: Callable[[str], torch.Tensor | None],
     ) -> list[AdapterWeights]:
-        """The active triplets of every matrix: those of the last selection; before the first, all."""
+        """The active triplets of every matrix: those of the last selection; before the first, all. Of a stack of
+        experts each is a matrix.
+        """
         num_triplets = [matrix["init_rank"] for matrix in described.values()]
         if keep is None:
             keep = torch.ones(sum(num_triplets), dtype=torch.bool)
@@ -94,31 +112,54 @@ class TripletMethod(Method):
         lams = (torch.ones(sum(ranks)) if lam is None else lam).split(ranks)  # plain LoRA does not train lambda
         updates = []
         for (name, matrix), kept, lam in zip(described.items(), keep.split(num_triplets), lams, strict=True):
-            kept = kept[list(held[name])]
             p, qt = whole(f"{name}.P"), whole(f"{name}.Qt")
-            p = torch.empty(matrix["d_out"], 0) if p is None else p[:, kept].contiguous()
-            qt = torch.empty(matrix["d_in"], 0) if qt is None else qt[:, kept]
-            updates.append(
-                AdapterWeights(name, p, lam[kept], qt.T.contiguous(), matrix["scale"], matrix["is_transposed"])
-            )
+            p = torch.empty(matrix["d_out"], 0) if p is None else p
+            qt = torch.empty(matrix["d_in"], 0) if qt is None else qt
+            indices = torch.tensor(held[name], dtype=torch.long)
+            form = matrix["scale"], matrix["is_transposed"]
+            for part, first, stop in parts_of(name, matrix):
+                own = kept[indices] & (indices >= first) & (indices < stop)
+                updates.append(AdapterWeights(part, p[:, own].contiguous(), lam[own], qt[:, own].T.contiguous(), *form))
         return updates
 
     @classmethod
     @torch.no_grad()
     def place(cls, model: nn.Module, updates: Sequence[Update]) -> list[Adapter]:
         """Every matrix at its own rank (0: no branch)."""
-        triplets, layers = cast(Sequence[AdapterWeights], updates), []
+        triplets = cast(Sequence[AdapterWeights], updates)
+        stacks = {stack.name: stack for stack in stacks_of(model)}
+        of_stacks: dict[str, dict[int, AdapterWeights]] = {}
+        given: dict[str, list[AdapterWeights]] = {}
         for update in triplets:
+            place = place_of(update.name)
+            if place is not None and place[0] in stacks:
+                of_stacks.setdefault(place[0], {})[place[1]] = update
+                continue
             base = model.get_submodule(update.name)
             d_in, d_out = linear_shape(base) or (0, 0)
-            layer = SVDLinear(base, d_in, d_out, update.rank, update.scale, name=update.name)
-            if update.rank:
-                layer.P.copy_(update.P)
-                layer.Qt.copy_(update.Q.T)
-            layers.append(put_in_place(model, layer))
+            given[update.name] = [update]
+            put_in_place(model, SVDLinear(base, d_in, d_out, update.rank, update.scale, name=update.name))
+
+        def make(experts: nn.Module, stack: ExpertStack) -> ExpertTriplets:
+            found = of_stacks[stack.name]
+            given[stack.name] = [found[expert] for expert in sorted(found)]
+            ranks = [found[e].rank if e in found else 0 for e in range(stack.num_experts)]
+            return ExpertTriplets(experts, stack, ranks, given[stack.name][0].scale)
+
+        put_beside(model, [stacks[name] for name in stacks if name in of_stacks], make)
+        layers = [layer for layer in adapters_of(model) if isinstance(layer, TripletLayer)]
+        for layer in layers:
+            if layer.rank:
+                layer.P.copy_(torch.cat([update.P for update in given[layer.name]], dim=1))
+                layer.Qt.copy_(torch.cat([update.Q.T for update in given[layer.name]], dim=1))
         if layers:
-            add_lambdas(model, layers).lam.copy_(torch.cat([update.lam for update in triplets]))
+            lams = [update.lam for layer in layers for update in given[layer.name]]
+            add_lambdas(model, layers).lam.copy_(torch.cat(lams))
         return list(layers)
+
+
+START_OF_TARGET = 1.5
+"""b(0) over b(T), as in the paper."""
 
 
 class AdaLora(TripletMethod):
@@ -127,7 +168,19 @@ class AdaLora(TripletMethod):
     config: AdaLoraConfig
     said = "Adaptive-rank adapters (AdaLoRA, [arXiv 2303.10512](https://arxiv.org/abs/2303.10512))"
 
-    def reset(self, layer: SVDLinear, generator: torch.Generator) -> None:
+    def sizes(self, model: nn.Module) -> Sizes:
+        """In triplets that are left in the end, counted as if spread evenly over the matrices; it starts with half as
+        many more."""
+        shapes = site_shapes(model, self.config.targets)
+        num, each = len(shapes), sum(d_in + d_out + 1 for d_in, d_out in shapes)
+        largest = max(min(shape) for shape in shapes)
+
+        def settings(budget: int) -> dict[str, Any]:
+            return {"init_rank": min(largest, math.ceil(START_OF_TARGET * budget / num)), "target_budget": budget}
+
+        return Sizes(lambda b: -(-b * each // num), settings, num * largest, "the full rank of the largest matrix")
+
+    def reset(self, layer: TripletLayer, generator: torch.Generator) -> None:
         if self.config.start == "matched":
             layer.reset_as_lora(generator)
         else:
@@ -142,21 +195,21 @@ class AdaLora(TripletMethod):
         return with_lambda_in_p(triplets) if self.config.start == "matched" else triplets
 
     def step(self, adapters: Sequence[Adapter], total_steps: int) -> Step:
-        layers = cast(Sequence[SVDLinear], adapters)
+        layers = cast(Sequence[TripletLayer], adapters)
         return RankAllocator(layers, self.config, self.schedule(layers, total_steps))
 
-    def schedule(self, layers: Sequence[SVDLinear], total_steps: int) -> BudgetSchedule:
+    def schedule(self, layers: Sequence[TripletLayer], total_steps: int) -> BudgetSchedule:
         """The budget of a run of ``total_steps`` over ``layers``.
 
         Raises:
             UserError: it does not fit the number of steps, or of triplets.
         """
         config = self.config
-        target = config.target_budget
+        target, num_matrices = config.target_budget, sum(len(layer.init_ranks) for layer in layers)
         return BudgetSchedule.for_run(
             total_steps=total_steps,
             initial_budget=sum(layer.init_rank for layer in layers),
-            target_budget=round(config.target_rank * len(layers)) if target is None else target,
+            target_budget=round(config.target_rank * num_matrices) if target is None else target,
             initial_warmup_steps=config.initial_warmup_steps,
             final_steps=config.final_steps,
             mask_interval_steps=config.mask_interval_steps,

@@ -22,7 +22,7 @@ from adalora_dist.backbones.files import is_module_pattern
 from adalora_dist.config.methods import LowRankConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import check_tensors, read_object
-from adalora_dist.methods.adalora.layers import SVDLinear
+from adalora_dist.methods.adalora.layers import TripletLayer
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of the plain model."""
@@ -157,7 +157,7 @@ def with_lambda_in_p(triplets: Triplets) -> Triplets:
 
 
 @torch.no_grad()
-def start_with(layer: SVDLinear, triplets: Triplets, config: LowRankConfig) -> None:
+def start_with(layer: TripletLayer, triplets: Triplets, config: LowRankConfig) -> None:
     """Put given triplets before the fresh ones, which add nothing at the start.
 
     Raises:

@@ -87,65 +87,98 @@ class TripletSums:
         self._score_index = torch.tensor(filled, dtype=torch.long, device=device).view(self.layout.num_triplets, width)
 
     def _index_grams(self, spans_of_ranks: Sequence[Sequence[Span]], device: torch.device | str) -> None:
-        """Gram matrices and split rows are kept per rank size r, so that each size is one batch.
+        """Gram matrices and split rows are kept per size r, so that each size is one batch.
 
-        Within it factors of one shape lie side by side, so that a group's matrices usually are one slice.
+        Within it factors of one shape lie side by side, so that a group's matrices usually are one slice. The matrices
+        of one factor have the size of the widest of them; a narrower one's last columns are no triplets, and left out.
         """
-        self._slot: dict[int, tuple[int, int]] = {}  # factor -> (r, index among the factors of that r)
+        self._slot: dict[int, tuple[int, int]] = {}  # factor -> (r, index of its first matrix among those of that r)
         self._num_of_rank: dict[int, int] = {}
+        columns: dict[int, list[list[int]]] = {}  # r -> of every matrix the triplets of its columns, -1: none
         for k, factor in sorted(enumerate(self.layout.factors), key=lambda item: (item[1].kind, item[1].rows)):
             if factor.orthogonal and factor.rank:
-                index = self._num_of_rank.get(factor.rank, 0)
-                self._slot[k] = (factor.rank, index)
-                self._num_of_rank[factor.rank] = index + 1
-        firsts: dict[int, list[int]] = {r: [] for r in self._num_of_rank}
-        for k, (r, _) in self._slot.items():
-            firsts[r].append(self.layout.factors[k].first_triplet)
-        self._gram_triplets = {  # (matrices, r): the triplet of each column
-            r: (torch.tensor(first)[:, None] + torch.arange(r)).to(device) for r, first in firsts.items()
+                r, first = max(factor.widths), factor.first_triplet
+                of_r = columns.setdefault(r, [])
+                self._slot[k] = r, len(of_r)
+                for width in factor.widths:
+                    of_r.append([*range(first, first + width), *[-1] * (r - width)])
+                    first += width
+        self._num_of_rank = {r: len(of_r) for r, of_r in columns.items()}
+        self._gram_triplets = {r: torch.tensor(of_r).clamp(min=0).to(device) for r, of_r in columns.items()}
+        self._is_triplet = {
+            r: (torch.tensor(of_r) >= 0).to(device) if any(-1 in of_one for of_one in of_r) else None
+            for r, of_r in columns.items()
         }
+        self._index_blocks(device)
         split = {(f.factor, f.row) for spans in spans_of_ranks for f in cut_rows(self.layout.factors, spans)}
         self.split_rows = sorted((k, row) for k, row in split if k in self._slot)
         position: dict[tuple[int, int], int] = {}
-        count: dict[int, int] = {}
+        self._num_split_of_rank = dict.fromkeys(self._num_of_rank, 0)
+        split_slots: dict[int, list[int]] = {r: [] for r in self._num_of_rank}
         for key in self.split_rows:
-            r = self.layout.factors[key[0]].rank
-            position[key] = count.get(r, 0)
-            count[r] = position[key] + 1
-        self._num_split_of_rank = {r: count.get(r, 0) for r in self._num_of_rank}
+            r, slots = self._slots_of(key[0])
+            position[key] = self._num_split_of_rank[r]
+            self._num_split_of_rank[r] += len(slots)
+            split_slots[r] += slots
+        self._split_slots = {r: torch.tensor(of_r, dtype=torch.long, device=device) for r, of_r in split_slots.items()}
+        # Per r: fragment elements in the flat buffer, and their places in the (split rows, r) matrix.
+        flat_index: dict[int, list[int]] = {r: [] for r in self._num_of_rank}
+        row_index: dict[int, list[int]] = {r: [] for r in self._num_of_rank}
+        flat = self.layout.fragments_start
+        for f in self.layout.fragments:
+            if f.factor in self._slot:
+                r, start = self._slot[f.factor][0], position[f.factor, f.row]
+                flat_index[r] += range(flat, flat + f.stop - f.start)
+                places = _padded_places(self.layout.factors[f.factor].widths)
+                row_index[r] += [start * r + place for place in places[f.start : f.stop]]
+            flat += f.stop - f.start
+        self._split_elements = {
+            r: tuple(torch.tensor(index[r], dtype=torch.long, device=device) for index in (flat_index, row_index))
+            for r in self._num_of_rank
+        }
+
+    def _slots_of(self, k: int) -> tuple[int, list[int]]:
+        """The size of a factor's matrices, and which they are among those of that size."""
+        r, first = self._slot[k]
+        return r, list(range(first, first + len(self.layout.factors[k].widths)))
+
+    def _index_blocks(self, device: torch.device | str) -> None:
+        """Of every group: its matrices, and where they are of unequal width, their columns as if they were not."""
         self._group_slots: list[slice | torch.Tensor | None] = []
+        self._padding: list[tuple[torch.Tensor, torch.Tensor] | None] = []
         for group in self.layout.groups:
-            slots = [self._slot[k][1] for k in group.factors] if group.kind != "lam" else []
+            slots = [s for k in group.factors for s in self._slots_of(k)[1]] if group.kind != "lam" else []
             if not slots:
                 self._group_slots.append(None)
             elif slots == list(range(slots[0], slots[-1] + 1)):
                 self._group_slots.append(slice(slots[0], slots[-1] + 1))
             else:
                 self._group_slots.append(torch.tensor(slots, device=device))
-        self._split_slots = {
-            r: torch.tensor(
-                [self._slot[k][1] for k, _ in self.split_rows if self.layout.factors[k].rank == r],
-                dtype=torch.long,
-                device=device,
-            )
-            for r in self._num_of_rank
-        }
-        # Per r: fragment elements in the flat buffer, and their places in the (split rows, r) matrix.
-        self._split_elements: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        for r in self._num_of_rank:
-            flat_index: list[int] = []
-            row_index: list[int] = []
-            flat = self.layout.fragments_start
-            for f in self.layout.fragments:
-                if f.factor in self._slot and self.layout.factors[f.factor].rank == r:
-                    flat_index += range(flat, flat + f.stop - f.start)
-                    start = position[f.factor, f.row] * r
-                    row_index += range(start + f.start, start + f.stop)
-                flat += f.stop - f.start
-            self._split_elements[r] = (
-                torch.tensor(flat_index, dtype=torch.long, device=device),
-                torch.tensor(row_index, dtype=torch.long, device=device),
-            )
+            self._padding.append(None)
+            if len(set(group.blocks)) > 1:
+                places = _padded_places(group.blocks)
+                padded = torch.zeros(len(group.blocks) * max(group.blocks), dtype=torch.long)
+                padded[places] = torch.arange(group.rank)
+                self._padding[-1] = padded.to(device), torch.tensor(places, device=device)
+
+    def _matrices(self, values: FlatBuffer, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The (matrices, rows, r) of group k, and transposed; a copy where several lie in one factor."""
+        group, padding = self.layout.groups[k], self._padding[k]
+        if len(group.blocks) == 1:
+            return values.bodies[k], values.transposed[k]
+        body = values.bodies[k] if padding is None else values.bodies[k].index_select(2, padding[0])
+        by_matrix = body.view(len(body), group.rows, len(group.blocks), -1).transpose(1, 2)
+        matrices = by_matrix.reshape(-1, group.rows, max(group.blocks))
+        return matrices, matrices.transpose(1, 2)
+
+    def _put(self, gradients: torch.Tensor, k: int, out: FlatBuffer) -> None:
+        """What :meth:`_matrices` of a group with several matrices in a factor gave, back into their places."""
+        group, padding, body = self.layout.groups[k], self._padding[k], out.bodies[k]
+        by_row = gradients.view(len(body), len(group.blocks), group.rows, -1).transpose(1, 2)
+        if padding is None:
+            body.view(by_row.shape).copy_(by_row)
+        else:
+            torch.index_select(by_row.flatten(2), 2, padding[1], out=body)
 
     def _view_partials(self, device: torch.device | str, dtype: torch.dtype) -> None:
         size = self.num_gram_elements + self.num_split_row_elements + 1
@@ -160,7 +193,7 @@ class TripletSums:
         self._gram_factors = {r: torch.zeros_like(grams) for r, grams in self._grams.items()}
         self._group_grams, self._group_factors = (
             [
-                of_rank[group.rank][slots] if isinstance(slots, slice) else None
+                of_rank[max(group.blocks)][slots] if isinstance(slots, slice) else None
                 for group, slots in zip(self.layout.groups, self._group_slots, strict=True)
             ]
             for of_rank in (self._grams, self._gram_factors)
@@ -194,10 +227,13 @@ class TripletSums:
         if not self._all_written:
             self.partials.zero_()
         for k, (group, slots) in enumerate(zip(self.layout.groups, self._group_slots, strict=True)):
+            if slots is None:
+                continue
+            matrices, transposed = self._matrices(values, k)
             if (grams := self._group_grams[k]) is not None:
-                torch.bmm(values.transposed[k], values.bodies[k], out=grams)
-            elif slots is not None:
-                self._grams[group.rank][slots] = torch.bmm(values.transposed[k], values.bodies[k])
+                torch.bmm(transposed, matrices, out=grams)
+            else:
+                self._grams[max(group.blocks)][slots] = torch.bmm(transposed, matrices)
         for r, (flat_index, row_index) in self._split_elements.items():
             if len(flat_index):
                 self._rows[r].view(-1)[row_index] = values.data[flat_index]
@@ -220,6 +256,8 @@ class TripletSums:
         for r in self._split_slots:
             grams = self._whole_grams(r)
             off = grams - torch.diag_embed(grams.diagonal(dim1=-2, dim2=-1)) if form == "directions" else defect(grams)
+            if (real := self._is_triplet[r]) is not None:
+                off = off * (real.unsqueeze(-1) & real.unsqueeze(-2))
             total += off.norm(dim=(-2, -1)).sum().item()
         return total / self._num_matrices
 
@@ -237,15 +275,28 @@ class TripletSums:
         """
         for r, slots in self._split_slots.items():
             rows, grams = self._rows[r], self._whole_grams(r)
-            active = None if keep is None else keep[self._gram_triplets[r]]
+            active, real = None if keep is None else keep[self._gram_triplets[r]], self._is_triplet[r]
+            if real is not None:
+                active = real if active is None else active & real
             factor = gradient_factor(grams, form, gamma, self._num_matrices, active, out=self._gram_factors[r])
             flat_index, row_index = self._split_elements[r]
             if len(flat_index):
                 row_gradients = torch.bmm(rows.unsqueeze(1), factor[slots])
                 out.data[flat_index] = row_gradients.flatten()[row_index]
         for k, (group, group_slots) in enumerate(zip(self.layout.groups, self._group_slots, strict=True)):
-            if group_slots is not None:
-                of_group = self._group_factors[k]
-                factor = self._gram_factors[group.rank][group_slots] if of_group is None else of_group
-                torch.bmm(values.bodies[k], factor, out=out.bodies[k])
+            if group_slots is None:
+                continue
+            of_group = self._group_factors[k]
+            factor = self._gram_factors[max(group.blocks)][group_slots] if of_group is None else of_group
+            matrices, _ = self._matrices(values, k)
+            if len(group.blocks) == 1:
+                torch.bmm(matrices, factor, out=out.bodies[k])
+            else:
+                self._put(torch.bmm(matrices, factor), k, out)
         return out
+
+
+def _padded_places(widths: Sequence[int]) -> list[int]:
+    """Where each column lies if every matrix had as many as the widest: (2, 1) gives [0, 1, 2]."""
+    widest = max(widths)
+    return [k * widest + column for k, width in enumerate(widths) for column in range(width)]

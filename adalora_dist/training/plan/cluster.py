@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 from adalora_dist.config.engines import ENGINES
 from adalora_dist.io.errors import UserError
 
 USABLE = 0.92
-"""Of a GPU's memory: the rest goes to CUDA's own context, the communication library and what the allocator cannot use."""
+"""Of a GPU's memory: the rest goes to CUDA's context, the communication library and what the allocator cannot use."""
 FLOPS = 400e12
 """Operations per second of a GPU in 16 bits, sustained: 40 % of what an H100's data sheet has without sparsity."""
 LINK_IN_NODE = 200e9
@@ -52,8 +53,10 @@ class Cluster:
         if engine not in ENGINES:
             raise UserError(f"--engine {engine}: must be one of {', '.join(ENGINES)}")
         if engine == "single" and world > 1:
-            raise UserError(f"--engine single with {world} GPUs: one process uses one; give --gpus 1x80GB, or ddp or fsdp2")
-        return cls(count, float(match[2]), nodes, engine, **{k: v for k, v in rates.items() if v is not None})  # type: ignore[arg-type]
+            raise UserError(
+                f"--engine single with {world} GPUs: one process uses one; give --gpus 1x80GB, or ddp or fsdp2"
+            )
+        return cls(count, float(match[2]), nodes, engine, **{k: v for k, v in rates.items() if v is not None})
 
     @property
     def world_size(self) -> int:
@@ -66,3 +69,7 @@ class Cluster:
     def said(self) -> str:
         machines = f"{self.nodes} machines with " if self.nodes > 1 else ""
         return f"{self.engine} on {machines}{self.gpus_per_node} x {self.gigabytes:g} GB"
+
+
+PLANNED: ContextVar[Cluster | None] = ContextVar("PLANNED", default=None)
+"""What ``adalora-dist plan`` asks a recipe's dry run to plan for."""

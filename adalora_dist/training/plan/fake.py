@@ -107,7 +107,9 @@ def _measured(config: RunConfig, auto_class: Any, settings: Any, dtype: torch.dt
     with live, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with mode:
-            model = auto_class.from_config(copy.deepcopy(settings), dtype=torch.float32 if section.trains_backbone else dtype)
+            model = auto_class.from_config(
+                copy.deepcopy(settings), dtype=torch.float32 if section.trains_backbone else dtype
+            )
             num_parameters = sum(p.numel() for p in model.parameters())
             adapt(model, section, train.seed)
             if train.gradient_checkpointing:
@@ -137,6 +139,12 @@ def _measured(config: RunConfig, auto_class: Any, settings: Any, dtype: torch.dt
 
 def _autocast(precision: str) -> AbstractContextManager[Any]:
     return nullcontext() if precision == "fp32" else torch.autocast("cpu", torch.bfloat16)  # both types have 16 bits
+
+
+def longest(config: RunConfig) -> int:
+    """Tokens of the longest sequence that the settings allow; with two sides those of both."""
+    lengths = {setting: tokens for setting, tokens, _ in lengths_of(config)}
+    return lengths.get("max_length") or lengths.get("max_source_length", 512) + lengths.get("max_target_length", 0)
 
 
 def _loss(config: RunConfig, auto_class: Any, model: Any, micro_batch: int) -> tuple[Any, list[int]]:

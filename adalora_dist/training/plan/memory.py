@@ -3,7 +3,7 @@
 Per process, N processes; W weights of the backbone, A what is trained (float32), both in bytes:
 
     single, ddp   W and A whole; moments 2 A, importance 4 A; ddp: buckets of A besides
-    fsdp2         rows of each tensor, ceil(rows / N); gathered, two groups at a time: the one that computes and the next
+    fsdp2         rows of each tensor, ceil(rows / N); gathered, two groups at a time: the one in use and the next
     zero1, zero2  W and A whole; a float32 copy and moments of A / N, importance of A / N; reduction buckets
     zero3         flat slices of W and A, ceil(elements / N); a float32 copy besides; gathered, up to a thousand million
                   elements (``stage3_max_live_parameters``); reduction bucket
@@ -23,7 +23,7 @@ from adalora_dist.training.plan.fake import StepBytes
 FLOAT32 = 4
 BITS = {"nf4": 4, "fp4": 4, "int8": 8}
 _DOUBLE_QUANT, _SCALES = 0.127, 0.5
-"""Bits per 4-bit weight for its block's scale, itself quantised or not; int8 has a float32 per row, which is nothing."""
+"""Bits per 4-bit weight for its block's scale, itself quantised or not; int8 has a number per row, which is nothing."""
 ZERO_LIVE = 1_000_000_000
 """DeepSpeed's default for elements that stay gathered."""
 ZERO_BUCKET = 500_000_000
@@ -101,8 +101,12 @@ def memory_of(
         micro_steps: forward and backward passes per optimizer step.
     """
     engine, world = cluster.engine, cluster.world_size
+    if quantization == "none":
+        tensors = [replace(t, is_quantized=False) for t in tensors]
     shares = [(t, t.share(engine, world)) for t in tensors]
-    packed_bits = BITS.get(quantization, 0) + ((_DOUBLE_QUANT if double_quant else _SCALES) if "4" in quantization else 0)
+    packed_bits = BITS.get(quantization, 0) + (
+        (_DOUBLE_QUANT if double_quant else _SCALES) if "4" in quantization else 0
+    )
     quantized = round(sum(n for t, n in shares if t.is_quantized) * packed_bits / 8)
     weights = quantized + element_bytes * sum(n for t, n in shares if not t.is_trained and not t.is_quantized)
     trained = FLOAT32 * sum(n for t, n in shares if t.is_trained)
@@ -117,8 +121,8 @@ def memory_of(
         adapters += trained  # reduction buckets, kept
     buffers = 4 if method == "adalora" else 0
     activations = alone.activations + (gradients if micro_steps > 1 else 0)
-    if quantization != "none":  # a weight is dequantised for its product
-        activations += compute_bytes * max((t.numel for t in tensors if t.is_quantized), default=0)
+    # A quantised weight is dequantised for its product.
+    activations += compute_bytes * max((t.numel for t in tensors if t.is_quantized), default=0)
     gathered = _gathered(tensors, engine, compute_bytes, packed_bits / 8)
     return Memory(
         weights, quantized, adapters, 2 * stepped, buffers * stepped, gradients, gathered, activations

@@ -1,0 +1,62 @@
+"""transformers' tables of names and conversions, as its loading applies them to one model: asked here only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Conversion(NamedTuple):
+    """How a tensor of the files gets into a parameter."""
+
+    pattern: str
+    """Which of the rule's patterns it is found by; * stands for a number."""
+    position: int
+    """Of that pattern among the rule's."""
+    operations: tuple[str, ...]
+    """Name and dimension of each that the rule applies, in order: "MergeModulelist 0"."""
+
+
+class ConversionRules:
+    """transformers' tables for one model, as its loading applies them."""
+
+    def __init__(self, model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        transforms = get_model_conversion_mapping(model)
+        self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        self._by_pattern = {p: c for c in self._converters for p in c.source_patterns}
+        self._prefix = model.base_model_prefix
+        self._shapes = dict(shapes)
+
+    def conversion_of(self, key: str) -> Conversion | None:
+        """How the tensor ``key`` of the files is converted; None for a plain copy."""
+        _, pattern = self._renamed(key)
+        if pattern is None:
+            return None
+        converter = self._by_pattern[pattern]
+        operations = tuple(f"{type(o).__name__} {getattr(o, 'dim', '')}" for o in converter.operations)
+        return Conversion(pattern, list(converter.source_patterns).index(pattern), operations)
+
+    def names_of(self, key: str) -> tuple[list[str], bool]:
+        """Names in the model of what the tensor ``key`` of the files becomes, and whether that is a plain copy."""
+        name, pattern = self._renamed(key)
+        if pattern is None:
+            return [name], True
+        first, *others = self._by_pattern[pattern].target_patterns
+        return [name, *(name.replace(first, other) for other in others)], False
+
+    def _renamed(self, key: str) -> tuple[str, str | None]:
+        """A name in the model, and the pattern of the rule that makes more than a copy of the tensor, if any."""
+        from transformers.core_model_loading import rename_source_key
+
+        tables = (self._renamings, self._converters)
+        name, pattern = rename_source_key(key, *tables, self._prefix, self._shapes)
+        if name not in self._shapes and key in self._shapes:  # an old rule that takes a right name for a wrong one
+            name, pattern = rename_source_key(key, [], [], self._prefix, self._shapes)
+        return name, pattern

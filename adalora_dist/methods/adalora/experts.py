@@ -1,0 +1,135 @@
+"""``ExpertTriplets``: the adapters of all experts for one projection, side by side in one P and one Q.
+
+Every expert has its own triplets, and its own rank: to a budget it is a matrix like any other. The base's stack is not
+touched, and no product of the size of a stack is made: each token's expert adds P diag(lambda) Q x, in two grouped
+products over the tokens as they are sorted for the base's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, pairwise
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from adalora_dist.backbones.experts import ExpertStack, grouped_product, run_with
+from adalora_dist.methods.adalora.layers import TripletLayer, device_of
+
+MODULE_NAME = "adapters"
+"""Under which a module of experts has its :class:`ExpertAdapters`."""
+
+
+class ExpertTriplets(TripletLayer):
+    """Adds ``scale * P_e (lam_e * (Q_e x))`` to what expert e makes of its tokens.
+
+    P is (d_out, sum of ranks), Qt (d_in, sum of ranks), expert after expert.
+
+    Args:
+        experts: the module that holds the stack.
+        ranks: of every expert at the start.
+    """
+
+    experts: nn.Module
+
+    def __init__(
+        self, experts: nn.Module, stack: ExpertStack, ranks: Sequence[int], scale: float, dropout: float = 0.0
+    ) -> None:
+        super().__init__(stack.name, stack.d_in, stack.d_out, ranks, scale, dropout, device_of(experts))
+        self.stack = stack
+        self.__dict__["experts"] = experts  # which is the parent, not a part
+        self._columns: tuple[tuple[int, torch.device] | None, torch.Tensor | None] = (None, None)
+
+    @property
+    def path(self) -> str:
+        return f"{self.stack.owner}.{MODULE_NAME}.{self.stack.leaf}"
+
+    def matrix_names(self) -> list[str]:
+        return self.stack.matrix_names()
+
+    def adapts(self) -> list[tuple[nn.Module, str]]:
+        return [(self.experts, self.stack.leaf)]
+
+    def description(self) -> dict[str, Any]:
+        sizes = {"d_out": self.d_out, "d_in": self.d_in, "init_rank": self.init_rank}
+        own = {"scale": self.scale, "is_transposed": self.stack.is_transposed, "init_ranks": list(self.init_ranks)}
+        return {**sizes, **own}
+
+    def forward(self, x: torch.Tensor, offsets: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """What is to be added, (rows, d_out).
+
+        Args:
+            x: (rows, d_in) sorted by expert, whose rows end at ``offsets``; (experts, rows, d_in) without offsets.
+            dtype: of the base's own product.
+        """
+        x = (x if self.dropout is None else self.dropout(x)).to(dtype)
+        q = self._by_expert(self.Qt.to(dtype))
+        p = self._by_expert(self.lambdas.weight(self).to(dtype)).transpose(1, 2)
+        if offsets is None:
+            return torch.bmm(torch.bmm(x, q), p)
+        return grouped_product(grouped_product(x, q, offsets), p, offsets)
+
+    def _by_expert(self, matrix: torch.Tensor) -> torch.Tensor:
+        """(d, r) -> (experts, d, width), where experts of a lower rank have columns of zeros at the end."""
+        columns, num_experts = self._padded(matrix.device), self.stack.num_experts
+        if columns is not None:  # each column is taken once, but for that of zeros: its gradient has one summand
+            zeros = matrix.new_zeros(len(matrix), 1)
+            matrix = torch.cat([matrix, zeros], dim=1).index_select(1, columns)
+        return matrix.view(len(matrix), num_experts, -1).transpose(0, 1)
+
+    def _padded(self, device: torch.device) -> torch.Tensor | None:
+        """Where each column of the padded matrix is taken from; None where experts are of one, fitting rank.
+
+        On a GPU widths are multiples of 8 columns, which grouped products want to begin at 16 bytes.
+        """
+        key = (self.rank, device)  # triplets only ever leave
+        if self._columns[0] != key:
+            ranks = self.ranks
+            unit = 8 if device.type == "cuda" else 1
+            width = -(-max(ranks) // unit) * unit
+            columns = torch.full((len(ranks), width), self.rank)
+            for row, rank, end in zip(columns, ranks, torch.tensor(ranks).cumsum(0).tolist(), strict=True):
+                row[:rank] = torch.arange(end - rank, end)
+            is_uniform = set(ranks) == {width}
+            self._columns = key, None if is_uniform else columns.flatten().to(device)
+        return self._columns[1]
+
+
+class ExpertAdapters(nn.ModuleDict):
+    """By projection, what is added to the experts of one layer. A child of the module that holds their stacks."""
+
+    def add(self, leaf: str, x: torch.Tensor, offsets: torch.Tensor | None, y: torch.Tensor) -> torch.Tensor:
+        """As ``run_with`` wants it."""
+        adapter = self[leaf] if leaf in self else None
+        return y if adapter is None or not adapter.rank else y.add_(adapter(x, offsets, y.dtype))
+
+
+def put_beside(
+    model: nn.Module, stacks: Sequence[ExpertStack], make: Callable[[nn.Module, ExpertStack], ExpertTriplets]
+) -> None:
+    """Add what ``make`` gives for each stack and the module that holds it.
+
+    Raises:
+        UserError: as of :func:`adalora_dist.backbones.experts.run_with`.
+    """
+    for stack in stacks:
+        experts = model.get_submodule(stack.owner)
+        layer = make(experts, stack)
+        getattr(experts, stack.leaf).requires_grad_(False)  # it may lie in a module of train_modules
+        if MODULE_NAME not in experts._modules:
+            adapters = ExpertAdapters()
+            run_with(experts, adapters.add)
+            experts.add_module(MODULE_NAME, adapters)
+        cast(ExpertAdapters, experts._modules[MODULE_NAME])[stack.leaf] = layer
+        layer.train(experts.training)
+
+
+def parts_of(name: str, described: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+    """(name, first and last but one of its triplets at the start) of every matrix of an adapter, from what it said of
+    itself."""
+    if "init_ranks" not in described:
+        return [(name, 0, described["init_rank"])]
+    ends = [0, *accumulate(described["init_ranks"])]
+    owner, _, leaf = name.rpartition(".")
+    return [(f"{owner}.{expert}.{leaf}", first, stop) for expert, (first, stop) in enumerate(pairwise(ends))]

@@ -1,0 +1,96 @@
+"""What a run over experts leaves: merged models, adapter folders, PEFT's form; each computes what was trained."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file
+
+from adalora_dist import AdaLoraConfig, adapt, attach
+from adalora_dist.artifacts.export import load_adapter, merge, read_adapter, save_adapter, task_settings
+from adalora_dist.artifacts.peft_format import save_adalora, save_lora, vllm_options
+from adalora_dist.backbones.names import plain_model
+from tests.support.expert_models import MIXTURES, loss_of, mixture
+from tests.support.refusals import refusal
+
+IDS = torch.arange(3, 23)[None]
+SETTINGS = AdaLoraConfig(
+    init_rank=3, target_rank=1.5, initial_warmup_steps=1, final_steps=2, mask_interval_steps=1, alpha=6
+)
+
+
+def trained(kind: str, folder: Path) -> tuple[torch.Tensor, Any, Any]:
+    """(logits, updates, model) after a run with ragged ranks; its base is in ``folder``."""
+    model = mixture(kind).eval()
+    model.save_pretrained(folder)
+    adapt(model, SETTINGS)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    hooks = attach(model, optimizer, SETTINGS, 6)
+    for step in range(6):
+        loss_of(model, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        hooks.replace(model, optimizer)
+    hooks.finish()
+    return logits_of(model), hooks.updates(), model
+
+
+def loaded(folder: Path) -> Any:
+    model = tf.AutoModelForCausalLM.from_pretrained(folder).eval()
+    model.set_experts_implementation("eager")
+    return model
+
+
+@torch.no_grad()
+def logits_of(model: Any) -> torch.Tensor:
+    return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_every_form_computes_what_was_trained(kind: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    logits, updates, model = trained(kind, tmp_path / "base")
+    assert (logits_of(loaded(tmp_path / "base")) - logits).abs().max() > 0.1
+
+    merge(updates, tmp_path / "base", tmp_path / "merged", task=task_settings(model), show_progress=False)
+    torch.testing.assert_close(logits_of(loaded(tmp_path / "merged")), logits, atol=1e-5, rtol=0)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
+    assert before.keys() == after.keys() and all(before[key].shape == after[key].shape for key in before)
+
+    save_adapter(updates, tmp_path / "adapter", str(tmp_path / "base"), None)
+    plain = loaded(tmp_path / "base")
+    load_adapter(plain, tmp_path / "adapter")
+    torch.testing.assert_close(logits_of(plain), logits, atol=1e-6, rtol=0)
+    assert {u.name: u.rank for u in read_adapter(tmp_path / "adapter").adapters} == {u.name: u.rank for u in updates}
+
+    save_lora(updates, tmp_path / "lora", str(tmp_path / "base"), model=plain_model(tmp_path / "base", {}))
+    of_peft = PeftModel.from_pretrained(loaded(tmp_path / "base"), tmp_path / "lora").eval()
+    torch.testing.assert_close(logits_of(of_peft), logits, atol=1e-5, rtol=0)
+    assert "target_parameters" in vllm_options(tmp_path / "lora")
+
+
+def test_an_adapted_model_saves_itself_for_peft(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    logits, _, model = trained("qwen3_moe", tmp_path / "base")
+    model.save_pretrained(tmp_path / "saved")
+    of_peft = PeftModel.from_pretrained(loaded(tmp_path / "base"), tmp_path / "saved").eval()
+    torch.testing.assert_close(logits_of(of_peft), logits, atol=1e-5, rtol=0)
+
+
+def test_what_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:
+    _, updates, _ = trained("gpt_oss", tmp_path / "base")
+    line = refusal(save_adalora, updates, tmp_path / "x", str(tmp_path / "base"))
+    assert "transposed" in line and "gate_up_proj" in line
+    model = plain_model(tmp_path / "base", {})
+    base = str(tmp_path / "base")
+    line = refusal(partial(save_adalora, model=model), updates, tmp_path / "x", base)
+    assert "no AdaLoRA of experts" in line and "down_proj" in line
+    line = refusal(partial(save_lora, model=model, pad=True), updates, tmp_path / "x", base)
+    assert "--pad" in line
