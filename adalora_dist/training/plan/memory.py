@@ -37,7 +37,7 @@ class Tensor:
     rows: int
     numel: int
     group: int
-    """What FSDP2 gathers together: a block's number; -1: what lies outside of blocks."""
+    """What FSDP2 gathers together: a block's number; -1: what has no group of its own."""
     is_trained: bool
     is_quantized: bool
 

@@ -143,6 +143,10 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
     names = name_blocks(model)
     blocks = [m for m in model.modules() if type(m).__name__ in names]
     group_of = {id(p): k for k, block in enumerate(blocks) for p in block.parameters()}
+    # accelerate makes groups of their own of the embeddings and the head.
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    for k, module in ((len(blocks), head), (len(blocks) + 1, embeddings)):
+        group_of |= {id(p): k for p in (() if module is None else module.parameters())}
     # bitsandbytes replaces the linear maps within blocks, not the head.
     linears = (m for block in blocks for m in block.modules() if linear_shape(m) is not None)
     in_linears = {id(m.weight) for m in linears if isinstance(getattr(m, "weight", None), nn.Parameter)}
