@@ -19,6 +19,7 @@ written out in the recipe, from ``run.accelerator``, ``run.prepared`` and the fu
 from __future__ import annotations
 
 import copy
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
@@ -306,6 +307,8 @@ class Run(Generic[Config]):
         self.say("\n" + table)
         self.say(rank_report(self.prepared, self._pattern))
         self.say(self.folder.listing())
+        path = shlex.quote(str(self.folder.path))
+        self.say(f"Next: adalora-dist report {path} (curves and ranks in one page), export {path} --to lora, or push")
 
     def with_seed(self, seed: int) -> Run[Config]:
         """A run of its own on the same engine and data, in a folder of its own."""

@@ -13,7 +13,7 @@ from typing import get_args
 
 import torch
 
-from adalora_dist.methods.adalora.orthogonality import OrthogonalityForm, gradient_factor
+from adalora_dist.methods.adalora.orthogonality import OrthogonalityForm, defect, gradient_factor
 from adalora_dist.sharding.layout import FlatBuffer, Portion, SpanLayout
 from adalora_dist.sharding.spans import FactorKind, Span, cut_rows
 
@@ -252,6 +252,28 @@ class TripletSums:
                     self._rows[r].view(-1)[row_index] = values.data[_within(portion, flat_index)]
         return self.partials
 
+    def _whole_grams(self, r: int) -> torch.Tensor:
+        """Gram matrices of the factors of rank r, (n, r, r), from the summed ``partials``: split rows included."""
+        slots, rows = self._split_slots[r], self._rows[r]
+        return (
+            self._grams[r].index_add(0, slots, rows.unsqueeze(2) * rows.unsqueeze(1)) if len(slots) else self._grams[r]
+        )
+
+    def mean_defect(self, form: OrthogonalityForm) -> float:
+        """How far P and Q were from orthogonal at the start of the last step, from the summed ``partials``.
+
+        The mean over the 2n matrices of the Frobenius norm of X^T X less its diagonal (``directions``), or of
+        X^T X - I. Reads from the device.
+        """
+        total = 0.0
+        for r in self._split_slots:
+            grams = self._whole_grams(r)
+            off = grams - torch.diag_embed(grams.diagonal(dim1=-2, dim2=-1)) if form == "directions" else defect(grams)
+            if (real := self._is_triplet[r]) is not None:
+                off = off * (real.unsqueeze(-1) & real.unsqueeze(-2))
+            total += off.norm(dim=(-2, -1)).sum().item()
+        return total / self._num_matrices
+
     def orthogonality_gradient(
         self,
         values: FlatBuffer,
@@ -269,10 +291,8 @@ class TripletSums:
 
     def make_factors(self, form: OrthogonalityForm, gamma: float, keep: torch.Tensor | None = None) -> None:
         """What :meth:`times_factors` multiplies by; arguments as of :meth:`orthogonality_gradient`."""
-        for r, slots in self._split_slots.items():
-            rows, grams = self._rows[r], self._grams[r]
-            if len(slots):
-                grams = grams.index_add(0, slots, rows.unsqueeze(2) * rows.unsqueeze(1))
+        for r in self._split_slots:
+            grams = self._whole_grams(r)
             active, real = None if keep is None else keep[self._gram_triplets[r]], self._is_triplet[r]
             if real is not None:
                 active = real if active is None else active & real
