@@ -62,7 +62,7 @@ def main(config: PretrainConfig) -> None:
 
     # ------------------------------------------------------------------------------------------------------- evaluate
     settings, padding = run.config.evaluation, padding_token(tokenizer)
-    held_out_loss = causal_loss(store.held_out, padding, run.device)
+    held_out_loss = causal_loss(store.held_out, padding, run.device, train.logits_chunk)
     counts = [length] * len(store.held_out), [length - 1] * len(store.held_out)
 
     def perplexity() -> dict[str, float]:
@@ -73,7 +73,7 @@ def main(config: PretrainConfig) -> None:
         found["before"] = perplexity()
 
     # ---------------------------------------------------------------------------------------------------------- train
-    run.train(causal_loss(store.train, padding, run.device), found, perplexity, settings.eval_every)
+    run.train(causal_loss(store.train, padding, run.device, train.logits_chunk), found, perplexity)
     found["after"] = perplexity()
 
     # --------------------------------------------------------------------------------------------------------- export
