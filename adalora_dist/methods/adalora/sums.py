@@ -46,6 +46,7 @@ class TripletSums:
         num_replicas: int = 1,
     ) -> None:
         self.layout = layout
+        self._stacked_in: FlatBuffer | None = None
         self._index_triplets(device, num_replicas)
         self._index_grams(spans_of_ranks, device)
         self._num_matrices = sum(self._num_of_rank.values()) if num_matrices is None else num_matrices
@@ -95,7 +96,7 @@ class TripletSums:
         self._slot: dict[int, tuple[int, int]] = {}  # factor -> (r, index of its first matrix among those of that r)
         self._num_of_rank: dict[int, int] = {}
         columns: dict[int, list[list[int]]] = {}  # r -> of every matrix the triplets of its columns, -1: none
-        for k, factor in sorted(enumerate(self.layout.factors), key=lambda item: (item[1].kind, item[1].rows)):
+        for k, factor in sorted(enumerate(self.layout.factors), key=lambda item: item[1].rows):
             if factor.orthogonal and factor.rank:
                 r, first = max(factor.widths), factor.first_triplet
                 of_r = columns.setdefault(r, [])
@@ -147,7 +148,7 @@ class TripletSums:
         self._group_slots: list[slice | torch.Tensor | None] = []
         self._padding: list[tuple[torch.Tensor, torch.Tensor] | None] = []
         for group in self.layout.groups:
-            slots = [s for k in group.factors for s in self._slots_of(k)[1]] if group.kind != "lam" else []
+            slots = [s for k in group.factors for s in self._slots_of(k)[1]] if group.orthogonal else []
             if not slots:
                 self._group_slots.append(None)
             elif slots == list(range(slots[0], slots[-1] + 1)):
@@ -161,24 +162,36 @@ class TripletSums:
                 padded[places] = torch.arange(group.rank)
                 self._padding[-1] = padded.to(device), torch.tensor(places, device=device)
 
-    def _matrices(self, values: FlatBuffer, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The (matrices, rows, r) of group k, and transposed; a copy where several lie in one factor."""
+    def _stack(self, values: FlatBuffer, work: FlatBuffer) -> None:
+        """Where factors hold several matrices of one width, copy them to ``work`` one behind the other."""
+        if self._stacked_in is not work:
+            pairs = zip(work.stacked, values.stacked, strict=True)
+            several = [(to.as_if, source.in_place) for to, source in pairs if to is not None and source is not None]
+            if several:
+                torch._foreach_copy_([to for to, _ in several], [source for _, source in several])
+        self._stacked_in = work
+
+    def _matrices(self, values: FlatBuffer, k: int, work: FlatBuffer) -> tuple[torch.Tensor, torch.Tensor]:
+        """The (matrices, rows, r) of group k, and transposed. Where factors hold several, a copy, which :meth:`_stack`
+        has made if they are of one width."""
         group, padding = self.layout.groups[k], self._padding[k]
         if len(group.blocks) == 1:
             return values.bodies[k], values.transposed[k]
-        body = values.bodies[k] if padding is None else values.bodies[k].index_select(2, padding[0])
-        by_matrix = body.view(len(body), group.rows, len(group.blocks), -1).transpose(1, 2)
-        matrices = by_matrix.reshape(-1, group.rows, max(group.blocks))
+        if (stacked := work.stacked[k]) is not None:
+            return stacked.matrices, stacked.transposed
+        assert padding is not None
+        by_row = values.bodies[k].index_select(2, padding[0]).view(-1, group.rows, len(group.blocks), max(group.blocks))
+        matrices = by_row.transpose(1, 2).flatten(0, 1)
         return matrices, matrices.transpose(1, 2)
 
     def _put(self, gradients: torch.Tensor, k: int, out: FlatBuffer) -> None:
-        """What :meth:`_matrices` of a group with several matrices in a factor gave, back into their places."""
-        group, padding, body = self.layout.groups[k], self._padding[k], out.bodies[k]
-        by_row = gradients.view(len(body), len(group.blocks), group.rows, -1).transpose(1, 2)
-        if padding is None:
-            body.view(by_row.shape).copy_(by_row)
-        else:
-            torch.index_select(by_row.flatten(2), 2, padding[1], out=body)
+        """The (matrices, rows, r) of group k with several in a factor, into their places."""
+        group, padding = self.layout.groups[k], self._padding[k]
+        by_factor = gradients.view(-1, len(group.blocks), group.rows, max(group.blocks))
+        if (target := out.stacked[k]) is not None:
+            target.in_place.copy_(by_factor)
+        elif padding is not None:
+            torch.index_select(by_factor.transpose(1, 2).flatten(2), 2, padding[1], out=out.bodies[k])
 
     def _view_partials(self, device: torch.device | str, dtype: torch.dtype) -> None:
         size = self.num_gram_elements + self.num_split_row_elements + 1
@@ -222,14 +235,22 @@ class TripletSums:
         weighted = self._sums * (self._score_weights if kind is None else self._weights_of_kind[kind])
         return weighted[self._score_index].sum(dim=1)
 
-    def gram_partials(self, values: FlatBuffer) -> torch.Tensor:
-        """Write this rank's part of Gram matrices and split rows to ``partials``, all but the last; returns it."""
+    def gram_partials(self, values: FlatBuffer, work: FlatBuffer | None = None) -> torch.Tensor:
+        """Write this rank's part of Gram matrices and split rows to ``partials``, all but the last; returns it.
+
+        Args:
+            work: what it holds is lost. :meth:`orthogonality_gradient` of the same values need not copy them once more
+                if it is the ``out`` there, untouched.
+        """
+        self._stacked_in = None
+        work = FlatBuffer(self.layout, device=values.data.device, dtype=values.data.dtype) if work is None else work
+        self._stack(values, work)
         if not self._all_written:
             self.partials.zero_()
         for k, (group, slots) in enumerate(zip(self.layout.groups, self._group_slots, strict=True)):
             if slots is None:
                 continue
-            matrices, transposed = self._matrices(values, k)
+            matrices, transposed = self._matrices(values, k, work)
             if (grams := self._group_grams[k]) is not None:
                 torch.bmm(transposed, matrices, out=grams)
             else:
@@ -251,6 +272,7 @@ class TripletSums:
 
         With ``keep``, (num_triplets,) bool, R is about the columns of these triplets alone.
         """
+        self._stack(values, out)
         for r, slots in self._split_slots.items():
             rows, grams = self._rows[r], self._grams[r]
             if len(slots):
@@ -268,11 +290,12 @@ class TripletSums:
                 continue
             of_group = self._group_factors[k]
             factor = self._gram_factors[max(group.blocks)][group_slots] if of_group is None else of_group
-            matrices, _ = self._matrices(values, k)
+            matrices, _ = self._matrices(values, k, out)
             if len(group.blocks) == 1:
                 torch.bmm(matrices, factor, out=out.bodies[k])
             else:
                 self._put(torch.bmm(matrices, factor), k, out)
+        self._stacked_in = None
         return out
 
 
