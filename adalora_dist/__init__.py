@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from adalora_dist.methods.hooks import MethodHooks as MethodHooks
     from adalora_dist.methods.hooks import attach as attach
     from adalora_dist.methods.inject import parameter_groups as parameter_groups
+    from adalora_dist.methods.parameter_budget import within_budget as within_budget
     from adalora_dist.training.trainer_callback import AdaLoraCallback as AdaLoraCallback
 
 _HOMES = {
@@ -34,6 +35,7 @@ _HOMES = {
     "FullConfig": "config.methods",
     "method_config": "config.methods",
     "UserError": "io.errors",
+    "within_budget": "methods.parameter_budget",
     "adapt": "artifacts.adapted_model",
     "parameter_groups": "methods.inject",
     "attach": "methods.hooks",

@@ -31,10 +31,8 @@ from adalora_dist.artifacts.adapter_files import task_settings as task_settings
 from adalora_dist.artifacts.base_weights import BaseWeight as BaseWeight
 from adalora_dist.artifacts.expert_merge import expert_edits
 from adalora_dist.artifacts.whole import check_files, check_whole, is_model_file
-from adalora_dist.backbones.experts import stacks_of
 from adalora_dist.backbones.files import base_folder_of as base_folder_of
 from adalora_dist.backbones.files import refuse_foreign_link, weight_files
-from adalora_dist.backbones.linears import linear_shape
 from adalora_dist.backbones.names import FileNames, names_in
 from adalora_dist.backbones.tokenizer import save_tokenizer
 from adalora_dist.io.errors import UserError
@@ -167,11 +165,12 @@ def load_adapter(model: nn.Module, folder: Path) -> list[Adapter]:
     Raises:
         UserError: the folder is not an adapter of this format, or does not fit the model.
     """
-    shapes = {n: linear_shape(module) for n, module in model.named_modules()}
-    shapes |= {n: (stack.d_in, stack.d_out) for stack in stacks_of(model) for n in stack.matrix_names()}
     adapters = read_adapter(folder).adapters
+    if not adapters:
+        return []
+    method = METHODS[adapters[0].method or "adalora"]
     for adapter in adapters:
-        shape = shapes.get(adapter.name)
+        shape = method.shape_at(model, adapter.name)
         if shape is None:
             raise UserError(f"{folder}: the adapter's matrix {adapter.name} is not in this model: load its base model")
         if shape[::-1] != adapter.matrix.shape:
@@ -180,9 +179,6 @@ def load_adapter(model: nn.Module, folder: Path) -> list[Adapter]:
                 f"{folder}: {adapter.name} is {rows} x {columns} there, but the model's matrix is {d_out} x {d_in}: "
                 "load its base model"
             )
-    if not adapters:
-        return []
-    method = METHODS[adapters[0].method or "adalora"]
     layers = method.place(model, adapters)
     save_as_adapter(model, method)
     return layers
@@ -221,9 +217,11 @@ def merge(
         tokenizer: takes the place of the base's.
 
     Raises:
-        UserError: as :func:`check_base`; the base lacks the weight of an adapted matrix in its shape; as of
-            :func:`adalora_dist.io.publish.building`.
+        UserError: the updates are no matrices; as :func:`check_base`; the base lacks the weight of an adapted matrix in
+            its shape; as of :func:`adalora_dist.io.publish.building`.
     """
+    if adapters and adapters[0].not_merged:
+        raise UserError(f"{adapters[0].name}: {adapters[0].not_merged}")
     check_base(base_folder)
     shards = weight_files(base_folder)
     settings = read_object(base_folder / "config.json")

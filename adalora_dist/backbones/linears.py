@@ -21,6 +21,14 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def norm_width(module: nn.Module) -> int | None:
+    """How many numbers a normalisation layer reads; None: the module has no vector of weights."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor) or linear_shape(module) is not None or len(full_shape(weight)) != 1:
+        return None
+    return full_shape(weight)[0]
+
+
 def is_conv1d(base: nn.Module) -> bool:
     """Whether the files have the weight as (d_in, d_out). A quantised linear remembers what it has replaced."""
     return hasattr(base, "nf") or getattr(base, "source_cls", type(base)).__name__ == "Conv1D"

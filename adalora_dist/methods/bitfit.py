@@ -10,7 +10,8 @@ from adalora_dist.config.methods.bitfit import BitFitConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.protocol import Adapter, Method
 from adalora_dist.methods.sites import matching_modules, train_in_place
-from adalora_dist.sharding.tensors import full_shape
+from adalora_dist.methods.sizes import Sizes
+from adalora_dist.sharding.tensors import full_numel, full_shape
 
 
 class BitFit(Method):
@@ -24,6 +25,20 @@ class BitFit(Method):
 
         Raises:
             UserError: there are none, or one of them is not float32.
+        """
+        train_in_place("bitfit", self._chosen(model))
+        return []
+
+    def sizes(self, model: nn.Module) -> Sizes:
+        """There is one."""
+        count = sum(full_numel(parameter) for _, parameter in self._chosen(model))
+        return Sizes(lambda _: count, lambda _: {}, 1, "all that it is asked to train")
+
+    def _chosen(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        """(name, parameter) of what is trained.
+
+        Raises:
+            UserError: there is nothing.
         """
         patterns = self.config.bias_modules
         named = None if "all" in patterns else matching_modules(model, patterns, "bias_modules")
@@ -39,8 +54,7 @@ class BitFit(Method):
             where = "" if named is None else f" in {', '.join(patterns)}"
             also = "" if self.config.train_norms else ", set train_norms to train the weights of its norms,"
             raise UserError(f"method=bitfit: {type(model).__name__} has no biases{where}{also} or take another method")
-        train_in_place("bitfit", chosen)
-        return []
+        return chosen
 
     def undecayed(self, model: nn.Module) -> list[torch.Tensor]:
         """Vectors: a decay of them would be one of the pre-trained values, not of what was learnt."""

@@ -13,7 +13,8 @@ from torch import nn
 from adalora_dist.config.methods.dora import DoraConfig
 from adalora_dist.methods.magnitude import MagnitudeLinear, MagnitudeStep, MagnitudeUpdate
 from adalora_dist.methods.protocol import Adapter, Method, Step, adapters_of
-from adalora_dist.methods.sites import find_targets, put_around, put_in_place
+from adalora_dist.methods.sites import find_targets, put_around, put_in_place, target_shapes
+from adalora_dist.methods.sizes import Sizes, of_ranks
 from adalora_dist.methods.update import Matrix, Update
 
 
@@ -77,6 +78,10 @@ class Dora(Method):
         for layer in layers:
             layer.reset(generator)
         return list(layers)
+
+    def sizes(self, model: nn.Module) -> Sizes:
+        shapes = target_shapes(model, self.config.targets)
+        return of_ranks(shapes, sum(d_in + d_out for d_in, d_out in shapes), sum(d_out for _, d_out in shapes))
 
     def undecayed(self, model: nn.Module) -> list[torch.Tensor]:
         return [cast(DoraLinear, layer).dm for layer in adapters_of(model)]

@@ -7,7 +7,6 @@ of being cut off: then all steps compute in the same shapes.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -17,17 +16,12 @@ from torch import nn
 
 from adalora_dist.config.methods.dylora import DyloraConfig
 from adalora_dist.io.errors import UserError
-from adalora_dist.methods.branch import BranchLinear, BranchStep
+from adalora_dist.methods.branch import BranchLinear, BranchStep, drawn_number
 from adalora_dist.methods.protocol import Adapter, Method, Step
-from adalora_dist.methods.sites import find_targets, put_around, put_in_place
+from adalora_dist.methods.sites import find_targets, put_around, put_in_place, target_shapes
+from adalora_dist.methods.sizes import Sizes, of_ranks
 from adalora_dist.methods.update import AdapterWeights, Matrix, OfMatrix, Update
 from adalora_dist.sharding.base import ShardEngine, State
-
-
-def drawn_number(seed: int, step: int, first: int, last: int) -> int:
-    """A number from ``first`` to ``last``, uniform over steps, the same on every machine."""
-    digest = hashlib.sha256(f"{seed} {step}".encode()).digest()
-    return first + int.from_bytes(digest[:8], "big") % (last - first + 1)
 
 
 class Ranks:
@@ -222,6 +216,11 @@ class Dylora(Method):
         for layer in layers:
             layer.reset(generator)
         return list(layers)
+
+    def sizes(self, model: nn.Module) -> Sizes:
+        """By its largest rank, all of which is trained."""
+        shapes = target_shapes(model, self.config.targets)
+        return of_ranks(shapes, sum(d_in + d_out for d_in, d_out in shapes), smallest=self.config.min_rank)
 
     def step(self, adapters: Sequence[Adapter], total_steps: int) -> Step:
         return DyloraStep(cast(Sequence[DyloraLinear], adapters), self.config.frozen == "algorithm")

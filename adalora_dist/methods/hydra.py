@@ -17,10 +17,13 @@ from adalora_dist.config.methods.hydra import HydraConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.branch import BranchLinear, BranchStep
 from adalora_dist.methods.protocol import Adapter, Method, Step
-from adalora_dist.methods.sites import find_targets, put_around, put_in_place
+from adalora_dist.methods.sites import find_targets, put_around, put_in_place, target_shapes
+from adalora_dist.methods.sizes import Sizes
 from adalora_dist.methods.update import AdapterWeights, Matrix, OfMatrix, Update
 
 _KINDS = ("P", "Qt", "U", "Vt")
+SEQUENTIAL_OF_PARALLEL = 2
+"""Ranks of the branches, as published (8 and 4); where a parameter budget says both."""
 
 
 class HydraLinear(BranchLinear):
@@ -138,6 +141,17 @@ class Hydra(Method):
         for layer in layers:
             layer.reset(generator)
         return list(layers)
+
+    def sizes(self, model: nn.Module) -> Sizes:
+        """The sequential branch at twice the rank of the parallel one, as published."""
+        shapes = target_shapes(model, self.config.targets)
+        each = sum(d_in + d_out + 2 * SEQUENTIAL_OF_PARALLEL * d_out for d_in, d_out in shapes)
+        largest = max(min(shape) for shape in shapes)
+
+        def settings(rank: int) -> dict[str, int]:
+            return {"init_rank": rank, "sequential_rank": SEQUENTIAL_OF_PARALLEL * rank}
+
+        return Sizes(lambda rank: each * rank, settings, largest, "the full rank of the largest matrix")
 
     def lacks(self, adapters: Sequence[Adapter], form: str) -> str | None:
         biased = (adapter.name for adapter in adapters if getattr(adapter.base, "bias", None) is not None)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from adalora_dist.config.methods import MethodConfig
+from adalora_dist.config.methods import MethodConfig, SizedConfig
+from adalora_dist.io.errors import UserError
 from adalora_dist.methods import method_for
 from adalora_dist.methods.protocol import Adapter
 from adalora_dist.methods.sites import trained_modules
@@ -23,8 +24,11 @@ def adapt(model: nn.Module, config: MethodConfig, seed: int = 0) -> list[Adapter
     Raises:
         UserError: a target or train module that matches nothing, is not a linear map, is shared between two places,
             or has a weight tied to another module's; ``full`` with weights that are not float32; an ``init_from`` that
-            does not fit the targets.
+            does not fit the targets; a ``budget``, which :func:`~adalora_dist.methods.parameter_budget.within_budget`
+            turns into sizes.
     """
+    if isinstance(config, SizedConfig) and config.budget is not None:
+        raise UserError(f"budget={config.budget}: sizes come first: adapt(model, within_budget(model, config))")
     method = method_for(config)
     trained = trained_modules(model, config)
     for parameter in model.parameters():

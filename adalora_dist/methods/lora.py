@@ -12,6 +12,8 @@ from adalora_dist.methods.adalora.layers import TripletLayer, ranks_of
 from adalora_dist.methods.adalora.method import TripletMethod
 from adalora_dist.methods.adalora.start import Triplets, with_lambda_in_p
 from adalora_dist.methods.protocol import Adapter, Step
+from adalora_dist.methods.sites import site_shapes
+from adalora_dist.methods.sizes import Sizes, of_ranks
 
 
 class LoraStep(Step):
@@ -45,6 +47,10 @@ class Lora(TripletMethod):
 
     def given(self, triplets: Triplets) -> Triplets:
         return with_lambda_in_p(triplets)
+
+    def sizes(self, model: nn.Module) -> Sizes:
+        shapes = site_shapes(model, self.config.targets)
+        return of_ranks(shapes, sum(d_in + d_out for d_in, d_out in shapes))
 
     def step(self, adapters: Sequence[Adapter], total_steps: int) -> Step:
         return LoraStep(cast(Sequence[TripletLayer], adapters))

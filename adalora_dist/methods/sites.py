@@ -47,22 +47,25 @@ def trained_modules(model: nn.Module, config: MethodConfig) -> list[str]:
     return [*matched, *heads, *new_backbone_modules(model)]
 
 
-def find_targets(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
+def find_targets(model: nn.Module, targets: tuple[str, ...], setting: str = "targets") -> list[str]:
     """Names of the linear maps that ``targets`` asks for, in the order of ``model.named_modules()``.
 
     For methods that adapt linear maps alone: all-linear leaves stacks of experts as they are.
 
+    Args:
+        setting: what users call it, for messages.
+
     Raises:
         UserError: as :func:`find_sites`; a target is a stack of experts.
     """
-    names, stacks = _chosen(model, targets)
+    names, stacks = _chosen(model, targets, setting)
     if stacks and "all-linear" not in targets or "experts" in targets:
         what = stacks[0].name if stacks else "experts"
         raise UserError(
-            f"targets: {what} is adapted by the methods adalora and lora alone: leave experts out of targets, or set "
-            "method to adalora or lora"
+            f"{setting}: {what} is adapted by the methods adalora and lora alone: leave experts out of {setting}, or "
+            "set method to adalora or lora"
         )
-    return _checked(model, names, [])
+    return _checked(model, names, [], setting)
 
 
 def find_sites(model: nn.Module, targets: tuple[str, ...]) -> tuple[list[str], list[ExpertStack]]:
@@ -76,11 +79,11 @@ def find_sites(model: nn.Module, targets: tuple[str, ...]) -> tuple[list[str], l
         UserError: a pattern that matches nothing, or something that is no linear map, is shared between two places, or
             has a weight tied to another module's.
     """
-    names, stacks = _chosen(model, targets)
-    return _checked(model, names, stacks), stacks
+    names, stacks = _chosen(model, targets, "targets")
+    return _checked(model, names, stacks, "targets"), stacks
 
 
-def _chosen(model: nn.Module, targets: tuple[str, ...]) -> tuple[list[str], list[ExpertStack]]:
+def _chosen(model: nn.Module, targets: tuple[str, ...], setting: str) -> tuple[list[str], list[ExpertStack]]:
     """The modules, which may be no linear maps, and the stacks of experts that are asked for."""
     if any(isinstance(module, Adapter) for module in model.modules()):
         raise UserError("the model already has adapters: inject into the plain backbone")
@@ -94,7 +97,7 @@ def _chosen(model: nn.Module, targets: tuple[str, ...]) -> tuple[list[str], list
         within = [name for name, _ in model.named_modules() if name.rpartition(".")[2] == "experts"]
         maps = {name for name in _linear_maps(model) if is_under(name, within)}
         if not stacks and not maps:
-            raise UserError(f"targets: {type(model).__name__} has no experts that can be adapted: leave experts out")
+            raise UserError(f"{setting}: {type(model).__name__} has no experts that can be adapted: leave experts out")
         matched, chosen = matched | maps, chosen | {stack.name for stack in stacks}
     for pattern in targets:
         if pattern in ("all-linear", "experts"):
@@ -103,12 +106,12 @@ def _chosen(model: nn.Module, targets: tuple[str, ...]) -> tuple[list[str], list
         chosen |= {stack.name for stack in found}
         owners = {stack.owner for stack in found}
         if not found or any(_matches(pattern, name) and name not in owners for name, _ in model.named_modules()):
-            matched |= set(matching_modules(model, (pattern,), "targets")) - owners
+            matched |= set(matching_modules(model, (pattern,), setting)) - owners
     names = [name for name, _ in model.named_modules() if name in matched]
     return names, [stack for stack in stacks if stack.name in chosen]
 
 
-def _checked(model: nn.Module, names: list[str], stacks: Sequence[ExpertStack]) -> list[str]:
+def _checked(model: nn.Module, names: list[str], stacks: Sequence[ExpertStack], setting: str) -> list[str]:
     """``names``, if an adapter can serve them and the stacks."""
     matched = {*names, *(stack.owner for stack in stacks)}
     owners: dict[int, str] = {}
@@ -116,30 +119,42 @@ def _checked(model: nn.Module, names: list[str], stacks: Sequence[ExpertStack]) 
     for name, module in model.named_modules(remove_duplicate=False):
         if targeted.get(id(module), name) != name:
             raise UserError(
-                f"targets: {name} and {targeted[id(module)]} are one shared module; an adapter there would count "
-                "twice: leave both out of targets"
+                f"{setting}: {name} and {targeted[id(module)]} are one shared module; an adapter there would count "
+                f"twice: leave both out of {setting}"
             )
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             other = owners.setdefault(id(parameter), name)
             if other != name and (name in matched or other in matched):
                 raise UserError(
-                    f"targets: the weight of {name} is tied to {other}; merging an adapter would change both: "
-                    f"leave {name if name in matched else other} out of targets"
+                    f"{setting}: the weight of {name} is tied to {other}; merging an adapter would change both: "
+                    f"leave {name if name in matched else other} out of {setting}"
                 )
     for name in names:
         module = model.get_submodule(name)
         if linear_shape(module) is None or not is_plain_linear(module):
             raise UserError(
-                f"targets: {name} is a {type(module).__name__}, not a linear map (nn.Linear, Conv1D or a quantised "
-                "linear): leave it out of targets"
+                f"{setting}: {name} is a {type(module).__name__}, not a linear map (nn.Linear, Conv1D or a quantised "
+                f"linear): leave it out of {setting}"
             )
     for name, where in weights_read_directly(model, names).items():
         raise UserError(
-            f"targets: the model computes with the weight of {name} itself (in {where}), past an adapter there: leave "
-            f"{name.rpartition('.')[2]} out of targets"
+            f"{setting}: the model computes with the weight of {name} itself (in {where}), past an adapter there: "
+            f"leave {name.rpartition('.')[2]} out of {setting}"
         )
     return names
+
+
+def target_shapes(model: nn.Module, targets: tuple[str, ...]) -> list[tuple[int, int]]:
+    """(d_in, d_out) of each of :func:`find_targets`; raises as that."""
+    return [linear_shape(model.get_submodule(name)) or (0, 0) for name in find_targets(model, targets)]
+
+
+def site_shapes(model: nn.Module, targets: tuple[str, ...]) -> list[tuple[int, int]]:
+    """(d_in, d_out) of each matrix of :func:`find_sites`, every expert's too; raises as that."""
+    names, stacks = find_sites(model, targets)
+    shapes = [linear_shape(model.get_submodule(name)) or (0, 0) for name in names]
+    return shapes + [(stack.d_in, stack.d_out) for stack in stacks for _ in range(stack.num_experts)]
 
 
 def _matches(pattern: str, name: str) -> bool:

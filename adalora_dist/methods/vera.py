@@ -20,7 +20,8 @@ from adalora_dist.config.methods.vera import SharedConfig, VeraConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.branch import BranchLinear, BranchStep, Drawn
 from adalora_dist.methods.protocol import Adapter, Method, Step, adapters_of
-from adalora_dist.methods.sites import find_targets, put_around, put_in_place
+from adalora_dist.methods.sites import find_targets, put_around, put_in_place, target_shapes
+from adalora_dist.methods.sizes import Sizes, of_ranks
 from adalora_dist.methods.update import AdapterWeights, Matrix, OfMatrix, Update
 
 
@@ -169,6 +170,12 @@ class SharedMethod(Method):
             return self.layer(base, name, shared, *sizes)
 
         return list(put_around(model, names, make))
+
+    def sizes(self, model: nn.Module) -> Sizes:
+        """One rank more is one number per matrix: all else is vectors of d_out numbers."""
+        shapes = target_shapes(model, self.config.targets)
+        num_vectors = sum(kind != "d" for kind in self.update.vectors)
+        return of_ranks(shapes, len(shapes), num_vectors * sum(d_out for _, d_out in shapes))
 
     def undecayed(self, model: nn.Module) -> list[torch.Tensor]:
         return [p for layer in adapters_of(model) for p in layer.parameters(recurse=False)]

@@ -22,6 +22,7 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.methods import method_for
 from adalora_dist.methods.adalora.schedule import BudgetSchedule
 from adalora_dist.methods.inject import adapt
+from adalora_dist.methods.parameter_budget import Fitted, fit
 from adalora_dist.methods.protocol import others_trained
 from adalora_dist.methods.shares import shares_line, weight_shares
 from adalora_dist.tasks.batches import BatchPlan
@@ -51,6 +52,8 @@ class DryRun:
     """Numbers of the model by what becomes of them, see ``weight_shares``."""
     schedule: BudgetSchedule | None
     """None where no budget falls: every method but adalora."""
+    fitted: Fitted | None = None
+    """None where no budget of parameters is set."""
 
     @property
     def allocations(self) -> list[tuple[int, int]]:
@@ -65,7 +68,7 @@ class DryRun:
         """Adapter parameters at the end, if the final budget is spread evenly over the matrices."""
         if self.schedule is None:
             return self.num_adapter_parameters
-        return round(self.schedule.target_budget * sum(self.sizes) / len(self.sizes))
+        return -(-self.schedule.target_budget * sum(self.sizes) // len(self.sizes))  # rounded up
 
     def final_range(self, init_rank: int) -> tuple[int, int]:
         """Fewest and most adapter parameters that the final budget can leave: all in small matrices, or in large."""
@@ -91,25 +94,27 @@ def plan_run(
         UserError: the model's configuration cannot be had, or what the run itself would refuse.
     """
     name = config.model.name or demo
-    settings = _architecture(config, name, architectures)
+    architecture = _architecture(config, name, architectures)
     for key, value in changes.items():
-        setattr(settings, key, value)
+        setattr(architecture, key, value)
     with torch.device("meta"):
-        model = auto_class.from_config(settings)
+        model = auto_class.from_config(architecture)
     check_lengths(model, lengths_of(config))
     num_parameters = sum(p.numel() for p in model.parameters())
     if config.adapter.trains_backbone:
         model.float()
-    adapters = adapt(model, config.adapter, config.train.seed)
+    fitted = fit(model, config.adapter)
+    adapter = config.adapter if fitted is None else fitted.config
+    adapters = adapt(model, adapter, config.train.seed)
     others = sum(p.numel() for p in {p for _, p in others_trained(model)})  # tied weights have several names
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     plan = BatchPlan([1] * num_rows, [1] * num_rows, config.train.batch_size, config.train.seed)
     num_steps = total_steps(config.train, plan)
-    schedule = method_for(config.adapter).step(adapters, num_steps).schedule
+    schedule = method_for(adapter).step(adapters, num_steps).schedule
     sizes = tuple(adapter.part_size for adapter in adapters for _ in adapter.matrix_names())
     return DryRun(
         name, num_parameters, num_rows, num_steps, len(sizes), trained - others, others, sizes, weight_shares(model),
-        schedule,
+        schedule, fitted,
     )  # fmt: skip
 
 
@@ -128,7 +133,7 @@ def dry_run(
         tasks: of ``PUBLIC_ROWS``, whose rows are counted there where the data is the Hub's.
         load: the training rows where it is not.
     """
-    num_rows = count_rows(cast(Any, config).data, tasks, load)
+    num_rows = count_rows(cast(Any, config).data, tasks, load, config.evaluation.eval_every > 0)
     run = plan_run(config, auto_class, num_rows, architectures, demo, **changes)
     if os.environ.get("RANK", "0") == "0":
         print(plan_text(run, config))
@@ -140,7 +145,7 @@ def plan_text(run: DryRun, config: RunConfig) -> str:
     def share(count: int) -> str:
         return f"{count:,} ({count / run.num_parameters:.2%} of the model)"
 
-    adapter, train = config.adapter, config.train
+    adapter, train = config.adapter if run.fitted is None else run.fitted.config, config.train
     length = f"{train.epochs:g} epochs" if train.max_steps is None else "max_steps"
     lines = [
         "Dry run: no weights are read, nothing is trained or written.",
@@ -149,8 +154,10 @@ def plan_text(run: DryRun, config: RunConfig) -> str:
         f"Method     {adapter.method}, {run.num_matrices} matrices",
     ]
     lines.append(f"Weights    {shares_line(run.shares, run.num_matrices)}")
-    if isinstance(adapter, TargetsConfig):
-        lines.append(f"Adapters   {share(run.num_adapter_parameters)} at rank {adapter.init_rank}")
+    if run.fitted is not None:
+        lines.append(f"Within     {run.fitted.as_sentence()}")
+    if adapter.has_adapters:
+        lines.append(f"Adapters   {share(run.num_adapter_parameters)} at {adapter.size}")
     if run.num_other_trained:
         lines.append(f"Besides    {share(run.num_other_trained)} trained in full")
     if isinstance(adapter, TargetsConfig) and (schedule := run.schedule) is not None:

@@ -30,10 +30,12 @@ from adalora_dist.tasks.glue.config import GlueConfig
 from tests.support.paths import ROOT
 from tests.support.shipped import schema_of
 
-ALL = ("adalora", "lora", "lora_fa", "dora", "vera", "dvora", "hydra", "dylora", "bitfit", "head", "full")
-WITH_TARGETS = ("adalora", "lora", "lora_fa", "dora", "vera", "dvora", "hydra", "dylora")
-WITH_ALPHA = ("adalora", "lora", "lora_fa", "dora", "dylora")
-WITH_MODULES = (*WITH_TARGETS, "bitfit", "head")
+BOTTLENECKS = ("houlsby", "pfeiffer", "adapterdrop", "series", "parallel")
+WITH_ADAPTERS = ("adalora", "lora", "lora_fa", "dora", "vera", "dvora", "hydra", "dylora", "relora")
+ALL = (*WITH_ADAPTERS, *BOTTLENECKS, "prefix", "low_rank", "galore", "bitfit", "head", "full")
+WITH_TARGETS = (*WITH_ADAPTERS, "low_rank", "galore")
+WITH_ALPHA = ("adalora", "lora", "lora_fa", "dora", "dylora", "relora")
+WITH_MODULES = (*WITH_ADAPTERS, *BOTTLENECKS, "prefix", "bitfit", "head")
 DEMOS = sorted((ROOT / "recipes" / "configs").glob("*_demo.yaml"))
 
 
@@ -83,6 +85,7 @@ def test_who_has_which_settings() -> None:
     assert own["full"] == set() and own["head"] == {"train_modules"}
     assert own["lora"] == {
         "train_modules",
+        "budget",
         "init_rank",
         "alpha",
         "rslora",
@@ -178,7 +181,7 @@ FLAGS = {
     "--method": f"--method has no value: give it one of {', '.join(ALL)}",
     "--method head --train-modules none": "method head with no train_modules",
     "--method full --export-formats peft": "export_formats peft with method full: it cannot be written so (adalora, "
-    "lora, lora_fa, dora, vera can be)",
+    "lora, lora_fa, dora, vera, prefix can be)",
 }
 
 
@@ -324,7 +327,12 @@ def help_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     with pytest.raises(SystemExit) as stopped:
         glue(*words, "--help")
     assert stopped.value.code == 0
-    return capsys.readouterr().out
+    return _joined(capsys.readouterr().out)
+
+
+def _joined(shown: str) -> str:
+    """A list of words that is broken over lines of the box, in one."""
+    return re.sub(r",[ │]*\n[ │]*", ",", shown)
 
 
 def test_help_is_about_the_method_that_is_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -333,6 +341,7 @@ def test_help_is_about_the_method_that_is_chosen(tmp_path: Path, capsys: pytest.
     assert "--target-rank" in help_of(capsys) and "--target-rank" in help_of(capsys, "--method", "lorra")
     for words in (["--method", "lora"], ["--method=lora"], ["--config", str(file)], ["--alpa", "--method", "lora"]):
         shown = help_of(capsys, *words)
-        assert "--init-rank" in shown and "--target-rank" not in shown and f"{{{','.join(ALL)}}}" in shown
+        assert "--init-rank" in shown and "--target-rank" not in shown
+        assert f"{{{','.join(ALL)}}}" in shown.translate(str.maketrans("", "", " │\n"))  # however lines are broken
     assert "--init-rank" not in help_of(capsys, "--method", "head", "--config", str(file))
     assert "--target-rank" in help_of(capsys, "--config", str(tmp_path / "none.yaml"))

@@ -142,7 +142,7 @@ def test_there_are_files_to_check() -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
 def test_shipped_file_is_read_by_what_it_is_for(path: Path) -> None:
     if path.parent.name == "architectures":
-        assert AutoConfig.from_pretrained(path).model_type in ("llama", "deberta-v2", "bert", "bart", "gpt2")
+        assert AutoConfig.from_pretrained(path).model_type in ("llama", "deberta-v2", "bert", "bart", "gpt2", "roberta")
     elif path.suffix == ".json":
         assert json.loads(path.read_text(encoding="utf-8"))["zero_optimization"]["stage"] in (1, 2, 3)
     elif path.parent.name == "accelerate":
@@ -209,6 +209,17 @@ def test_deeper_settings_win_and_flags_over_all(small: Path, tmp_path: Path) -> 
     assert (run.adapter.alpha, run.adapter.init_rank, run.adapter.target_rank, run.data.task) == (5, 8, 2, "cola")
 
 
+def test_a_budget_is_a_row_of_a_preset_or_a_number_without_one(small: Path, tmp_path: Path) -> None:
+    words = ["--task", "cola", "--budget", "0.3M"]
+    run = parse_config(GlueConfig, words, table=small)
+    assert run.adapter.budget == "0.3M" and run.data.max_length == GlueConfig().data.max_length  # no row was taken
+    run = parse_config(GlueConfig, [*words, "--preset", "paper"], table=small)
+    assert (run.adapter.budget, run.adapter.init_rank, run.adapter.target_rank) == (None, 4, 2)
+    file = tmp_path / "own.yaml"
+    file.write_text("adapter: {budget: 0.3M}\n")
+    assert parse_config(GlueConfig, [*words[:2], "--preset", "paper", "--config", str(file)], table=small) == run
+
+
 def test_rows_are_all_that_resolve_and_nothing_else_does(small: Path) -> None:
     table = PresetTable(small, tuple(GlueConfig.model_fields))
     rows = list(table.rows())
@@ -220,7 +231,6 @@ def test_rows_are_all_that_resolve_and_nothing_else_does(small: Path) -> None:
 
 MISTAKES = {
     "--preset paper --task cola": ["--budget is not set", "0.3M"],
-    "--budget 0.3M --task cola": ["--preset is not set", "paper, code"],
     "--preset paper --task cola --budget 0.4M": ["--budget 0.4M has no row in small.yaml", "0.3M"],
     "--preset papr --task cola --budget 0.3M": ["--preset papr has no row", "paper, code"],
     "--preset paper --task mnli --budget 0.3M": ["--task mnli has no row", "cola, rte"],

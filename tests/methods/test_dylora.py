@@ -12,7 +12,8 @@ from torch import nn
 
 from adalora_dist.config.methods import DyloraConfig
 from adalora_dist.io.errors import UserError
-from adalora_dist.methods.dylora import Dylora, DyloraLinear, at_rank, drawn_number
+from adalora_dist.methods.branch import drawn_number
+from adalora_dist.methods.dylora import Dylora, DyloraLinear, at_rank
 from adalora_dist.methods.hooks import attach
 from adalora_dist.methods.inject import adapt, parameter_groups
 from tests.support.models import Net, global_batch

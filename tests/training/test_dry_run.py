@@ -22,7 +22,7 @@ from adalora_dist.tasks.demo_models.pretrained import BART_SHAPE, GPT2_SHAPE
 from adalora_dist.tasks.rows.public import PUBLIC_ROWS
 from adalora_dist.training.dry_run import DryRun, plan_run, plan_text
 from tests.support.paths import ROOT
-from tests.support.recipe_runs import read_json, run_recipe
+from tests.support.recipe_runs import ENGINES, read_json, run_recipe
 from tests.support.shipped import CONFIGS, NUMBERS, ROWS, SCHEMAS, flags_of, lacking, schema_of
 from tests.support.tiny_text_project import write_summarization
 
@@ -35,8 +35,10 @@ AUTO_CLASSES: dict[str, Any] = {
     "gpt2_e2e": AutoModelForCausalLM,
     "llama_sft": AutoModelForCausalLM,
 }
-FULL_SIZE = [
-    path for path in sorted(CONFIGS.glob("*.yaml")) if not path.stem.endswith("_demo") and "70b" not in path.stem
+FULL_SIZE = [  # (those of llama_pretrain make their models: tests/recipes/test_pretrain.py)
+    path
+    for path in sorted(CONFIGS.glob("*.yaml"))
+    if not path.stem.endswith("_demo") and "70b" not in path.stem and "pretrain" not in path.stem
 ]
 
 
@@ -202,6 +204,33 @@ def test_plan_is_what_the_run_then_does(tmp_path: Path) -> None:
     assert f"{facts['num_matrices']} matrices" in output
     assert f"Adapters   {facts['num_trainable_parameters']:,} (" in output
     assert f"Budget     {facts['initial_budget']} -> {facts['target_budget']} triplets" in output
+
+
+@pytest.mark.slow
+def test_a_budget_is_planned_trained_and_continued_elsewhere(tmp_path: Path) -> None:
+    model, data = write_summarization(tmp_path)
+    flags = ["--model", str(model), "--data", str(data), "--batch-size", "4", "--max-steps", "4", "--budget", "12%"]
+    flags += ["--max-source-length", "96", "--max-new-tokens", "4", "--max-eval-rows", "2", "--no-evaluate-before"]
+    flags += ["--export-formats", "none", "--method", "lora", "--checkpoint-every", "2", "--keep-checkpoints", "9"]
+    code, planned, errors = run_recipe("summarize_bart", 1, [*flags, "--dry-run"])
+    assert code == 0, errors
+    [within] = [line.split(maxsplit=1)[1] for line in planned.splitlines() if line.startswith("Within")]
+    code, output, errors = run_recipe("summarize_bart", 1, [*flags, "--output-dir", str(tmp_path / "first")])
+    assert code == 0 and f"Budget: {within}" in output, errors
+    facts = read_json(tmp_path / "first", "run.json")
+    assert facts["parameter_budget"]["num_trained"] == facts["num_trainable_parameters"]
+    assert facts["num_trainable_parameters"] <= facts["parameter_budget"]["limit"]
+    [checkpoint] = (tmp_path / "first").glob("checkpoints/step-*2")
+    then = ["--resume", str(checkpoint), "--output-dir", str(tmp_path / "then")]
+    code, output, errors = run_recipe("summarize_bart", 2, [*flags, *then], ENGINES["fsdp2"])
+    assert code == 0 and f"Budget: {within}" in output, errors
+    first, second = (
+        [json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("first", "then")
+    )
+    assert second == pytest.approx(first, rel=1e-4) and len(first) == 4
+    code, _, errors = run_recipe("summarize_bart", 1, [*flags, *then[:2], "--budget", "11%", "--output-dir", "x"])
+    assert code == 2 and "adapter.budget 12% -> 11%" in errors
 
 
 @pytest.mark.parametrize("recipe", SCHEMAS)

@@ -13,15 +13,34 @@ from pydantic import BeforeValidator, SerializeAsAny, ValidationError
 from pydantic_core import InitErrorDetails
 
 from adalora_dist.config.methods.adalora import AdaLoraConfig
-from adalora_dist.config.methods.base import METHODS, LowRankConfig, MethodConfig, TargetsConfig, methods_with
+from adalora_dist.config.methods.base import (
+    METHODS,
+    LowRankConfig,
+    MethodConfig,
+    SizedConfig,
+    TargetsConfig,
+    methods_with,
+)
 from adalora_dist.config.methods.bitfit import BitFitConfig
+from adalora_dist.config.methods.bottleneck import (
+    AdapterDropConfig,
+    BottleneckConfig,
+    HoulsbyConfig,
+    ParallelConfig,
+    PfeifferConfig,
+    SeriesConfig,
+)
 from adalora_dist.config.methods.dora import DoraConfig
 from adalora_dist.config.methods.dylora import DyloraConfig
 from adalora_dist.config.methods.full import FullConfig
+from adalora_dist.config.methods.galore import GaLoreConfig
 from adalora_dist.config.methods.head import HeadConfig
 from adalora_dist.config.methods.hydra import HydraConfig
 from adalora_dist.config.methods.lora import LoraConfig
 from adalora_dist.config.methods.lora_fa import LoraFaConfig
+from adalora_dist.config.methods.low_rank import FactorisedConfig
+from adalora_dist.config.methods.prefix import PrefixConfig
+from adalora_dist.config.methods.relora import ReloraConfig
 from adalora_dist.config.methods.vera import DvoraConfig, VeraConfig
 
 METHODS.update(
@@ -33,6 +52,15 @@ METHODS.update(
     dvora=DvoraConfig,
     hydra=HydraConfig,
     dylora=DyloraConfig,
+    relora=ReloraConfig,
+    houlsby=HoulsbyConfig,
+    pfeiffer=PfeifferConfig,
+    adapterdrop=AdapterDropConfig,
+    series=SeriesConfig,
+    parallel=ParallelConfig,
+    prefix=PrefixConfig,
+    low_rank=FactorisedConfig,
+    galore=GaLoreConfig,
     bitfit=BitFitConfig,
     head=HeadConfig,
     full=FullConfig,
@@ -80,18 +108,29 @@ __all__ = [
     "DEFAULT_METHOD",
     "METHODS",
     "AdaLoraConfig",
+    "AdapterDropConfig",
     "AnyMethodConfig",
     "BitFitConfig",
+    "BottleneckConfig",
     "DoraConfig",
     "DvoraConfig",
     "DyloraConfig",
+    "FactorisedConfig",
     "FullConfig",
+    "GaLoreConfig",
     "HeadConfig",
+    "HoulsbyConfig",
     "HydraConfig",
     "LoraConfig",
     "LoraFaConfig",
     "LowRankConfig",
     "MethodConfig",
+    "ParallelConfig",
+    "PfeifferConfig",
+    "PrefixConfig",
+    "ReloraConfig",
+    "SeriesConfig",
+    "SizedConfig",
     "TargetsConfig",
     "VeraConfig",
     "is_method",

@@ -63,6 +63,7 @@ class AdaLoraConfig(LowRankConfig):
     authors' code and published gammas (default with start paper); squared: eq. 4 as printed."""
 
     adapts_ranks: ClassVar[bool] = True
+    sized_by: ClassVar[tuple[str, ...]] = ("init_rank", "target_rank", "target_budget")
 
     @classmethod
     def resolved(cls, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from adalora_dist.config.budget import parse_budget
 from adalora_dist.config.section import Section
 
 METHODS: dict[str, type[MethodConfig]] = {}
@@ -30,6 +39,14 @@ def _regular_expressions(patterns: tuple[str, ...]) -> tuple[str, ...]:
 
 ModulePatterns = Annotated[tuple[str, ...], AfterValidator(_regular_expressions)]
 """Names of modules, or regular expressions that match them."""
+
+
+def _budget_text(value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool):  # as YAML reads 331776
+        value = str(value)
+    if isinstance(value, str):
+        parse_budget(value)
+    return value
 
 
 class MethodConfig(Section):
@@ -55,6 +72,11 @@ class MethodConfig(Section):
     """What it can be exported as: merged, lora, peft."""
     formats_from_files: ClassVar[frozenset[str]] = frozenset({"merged"})
     """Those that are written with the base's safetensors files at hand."""
+
+    @property
+    def size(self) -> str:
+        """How large its adapters are, in words."""
+        return ""
 
     @classmethod
     def resolved(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,7 +109,46 @@ class MethodConfig(Section):
         return values
 
 
-class TargetsConfig(MethodConfig):
+class SizedConfig(MethodConfig):
+    """A method whose number of trained parameters can be asked for."""
+
+    budget: Annotated[str | None, BeforeValidator(_budget_text)] = None
+    """Parameters that the method may train at most, train_modules not counted: 0.3M, 40K, 331776, or 0.32% of the
+    model's. The largest ranks within it follow. With a preset, a word of its table."""
+
+    sized_by: ClassVar[tuple[str, ...]] = ()
+    """Settings that say how large the adapters are, which a budget says instead."""
+
+    def sized(self, settings: Mapping[str, Any]) -> Self:
+        """With what a budget has come to in its place: values of settings that are in ``sized_by``."""
+        return self.model_copy(update={"budget": None, **settings})
+
+    @classmethod
+    def give_way(cls, values: Mapping[str, Any], kept: Collection[str]) -> dict[str, Any]:
+        """Of the section's values, as they were given, those that count with a budget.
+
+        Args:
+            kept: names that were given where the budget was, or later; others of ``sized_by`` are dropped.
+        """
+        return {name: value for name, value in values.items() if name in kept or name not in cls.sized_by}
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        if self.budget is not None and (given := [n for n in self.sized_by if n in self.model_fields_set]):
+            raise ValueError(
+                f"budget {self.budget} with {given[0]} {getattr(self, given[0])}: both say how large the adapters are; "
+                "leave one of them out (on the command line: --budget none)"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_follows(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = handler(self)
+        dropped = self.sized_by if self.budget is not None else ()
+        return {name: value for name, value in content.items() if name not in dropped}
+
+
+class TargetsConfig(SizedConfig):
     """A method that puts an adapter around each of many matrices."""
 
     init_rank: int = Field(12, ge=1)
@@ -98,13 +159,40 @@ class TargetsConfig(MethodConfig):
     """Dropout on the input of the adapter branch (the paper uses 0)."""
 
     has_adapters: ClassVar[bool] = True
+    sized_by: ClassVar[tuple[str, ...]] = ("init_rank",)
+
+    @property
+    def size(self) -> str:
+        return f"rank {self.init_rank}"
+
+    def sized(self, settings: Mapping[str, Any]) -> Self:
+        """Where there is an alpha, at the same scale, so that methods and budgets differ in nothing but size."""
+        made = super().sized(settings)
+        return made.model_copy(update=self._same_scale(dict(self), made.init_rank))
+
+    @classmethod
+    def give_way(cls, values: Mapping[str, Any], kept: Collection[str]) -> dict[str, Any]:
+        """An alpha that was meant for a rank that is dropped becomes that of the default rank, at the same scale."""
+        made = super().give_way(values, kept)
+        follows = "init_rank" not in made and "init_rank" in values and "alpha" not in kept
+        return made | (cls._same_scale(values, cls.model_fields["init_rank"].default) if follows else {})
+
+    @classmethod
+    def _same_scale(cls, values: Mapping[str, Any], rank: int) -> dict[str, float]:
+        """The alpha that scales as that of ``values`` does at their init_rank; {}: there is none, or no number."""
+        if (field := cls.model_fields.get("alpha")) is None:
+            return {}
+        alpha, before = values.get("alpha", field.default), values["init_rank"]
+        if not all(isinstance(number, int | float) and number > 0 for number in (alpha, before)):
+            return {}
+        return {"alpha": alpha * (math.sqrt(rank / before) if values.get("rslora") is True else rank / before)}
 
 
 class ScaledConfig(TargetsConfig):
     """A method that adds a product of two thin matrices, times a scale, to each of many matrices."""
 
     alpha: float = Field(16.0, gt=0)
-    """The branch is scaled by alpha / init_rank for the whole run."""
+    """The branch is scaled by alpha / init_rank for the whole run; with budget, by alpha / 12 at any rank."""
     rslora: bool = False
     """Scale the branch by alpha / sqrt(init_rank) instead (rsLoRA), so that higher ranks learn no more slowly."""
 

@@ -6,10 +6,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from adalora_dist.config.methods.base import MethodConfig, ModulePatterns
+from adalora_dist.config.methods.base import ModulePatterns, SizedConfig
 
 
-class BitFitConfig(MethodConfig):
+class BitFitConfig(SizedConfig):
     """the biases of the model, in place"""
 
     method: Literal["bitfit"] = "bitfit"

@@ -14,11 +14,11 @@ class DyloraConfig(TargetsConfig):
 
     method: Literal["dylora"] = "dylora"
     init_rank: int = Field(8, ge=1)
-    """Largest rank, at which the model is evaluated and exported; adalora-dist export --rank N gives a smaller one."""
+    """Largest rank, at which the model is evaluated and exported; adalora-dist export can give a smaller one."""
     min_rank: int = Field(1, ge=1)
     """Smallest rank that is trained, at most init_rank."""
     alpha: float = Field(16.0, gt=0)
-    """At rank b the branch is scaled by alpha / b."""
+    """At rank b the branch is scaled by alpha / b; with budget, the largest by alpha / 8."""
     frozen: Literal["no", "algorithm", "authors"] = "no"
     """Train of the ranks up to the drawn b only b's own row and column. algorithm: all others stand still, as the paper
     says; authors: they get no gradient, but AdamW's momentum and weight decay move them, as in the authors' code."""

@@ -18,5 +18,6 @@ class HydraConfig(TargetsConfig):
     sequential_rank: int = Field(8, ge=1)
     """Rank of the sequential branch."""
 
+    sized_by: ClassVar[tuple[str, ...]] = ("init_rank", "sequential_rank")
     formats: ClassVar[frozenset[str]] = frozenset({"merged", "lora"})
     formats_from_files: ClassVar[frozenset[str]] = formats

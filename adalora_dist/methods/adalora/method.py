@@ -5,6 +5,7 @@ W = W0 + s P diag(lambda) Q, with s = alpha / init_rank (rsLoRA: alpha / sqrt(in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +24,8 @@ from adalora_dist.methods.adalora.layers import LAMBDAS_NAME, SVDLinear, Triplet
 from adalora_dist.methods.adalora.schedule import BudgetSchedule
 from adalora_dist.methods.adalora.start import Triplets, read_peft, start_with, with_lambda_in_p
 from adalora_dist.methods.protocol import Adapter, Method, Step, adapters_of
-from adalora_dist.methods.sites import find_sites, put_around, put_in_place
+from adalora_dist.methods.sites import find_sites, put_around, put_in_place, site_shapes
+from adalora_dist.methods.sizes import Sizes
 from adalora_dist.methods.update import AdapterWeights, Update
 
 
@@ -156,11 +158,27 @@ class TripletMethod(Method):
         return list(layers)
 
 
+START_OF_TARGET = 1.5
+"""b(0) over b(T), as in the paper."""
+
+
 class AdaLora(TripletMethod):
     """Ranks adapt to a budget that falls over the run."""
 
     config: AdaLoraConfig
     said = "Adaptive-rank adapters (AdaLoRA, [arXiv 2303.10512](https://arxiv.org/abs/2303.10512))"
+
+    def sizes(self, model: nn.Module) -> Sizes:
+        """In triplets that are left in the end, counted as if spread evenly over the matrices; it starts with half as
+        many more."""
+        shapes = site_shapes(model, self.config.targets)
+        num, each = len(shapes), sum(d_in + d_out + 1 for d_in, d_out in shapes)
+        largest = max(min(shape) for shape in shapes)
+
+        def settings(budget: int) -> dict[str, Any]:
+            return {"init_rank": min(largest, math.ceil(START_OF_TARGET * budget / num)), "target_budget": budget}
+
+        return Sizes(lambda b: -(-b * each // num), settings, num * largest, "the full rank of the largest matrix")
 
     def reset(self, layer: TripletLayer, generator: torch.Generator) -> None:
         if self.config.start == "matched":

@@ -13,8 +13,8 @@ from typing import get_args
 
 import torch
 
-from adalora_dist.methods.adalora.orthogonality import OrthogonalityForm, gradient_factor
-from adalora_dist.sharding.layout import FlatBuffer, SpanLayout
+from adalora_dist.methods.adalora.orthogonality import OrthogonalityForm, defect, gradient_factor
+from adalora_dist.sharding.layout import FlatBuffer, Portion, SpanLayout
 from adalora_dist.sharding.spans import FactorKind, Span, cut_rows
 
 
@@ -172,15 +172,14 @@ class TripletSums:
         self._stacked_in = work
 
     def _matrices(self, values: FlatBuffer, k: int, work: FlatBuffer) -> tuple[torch.Tensor, torch.Tensor]:
-        """The (matrices, rows, r) of group k, and transposed. Where factors hold several, a copy, which :meth:`_stack`
-        has made if they are of one width."""
+        """The (matrices, rows, r) of group k, and transposed; a copy where factors hold several (:meth:`_stack`)."""
         group, padding = self.layout.groups[k], self._padding[k]
         if len(group.blocks) == 1:
-            return values.bodies[k], values.transposed[k]
-        if (stacked := work.stacked[k]) is not None:
+            return values.body(k), values.transposed[k - values.portion.groups.start]
+        if (stacked := work.stacked[k - work.portion.groups.start]) is not None:
             return stacked.matrices, stacked.transposed
         assert padding is not None
-        by_row = values.bodies[k].index_select(2, padding[0]).view(-1, group.rows, len(group.blocks), max(group.blocks))
+        by_row = values.body(k).index_select(2, padding[0]).view(-1, group.rows, len(group.blocks), max(group.blocks))
         matrices = by_row.transpose(1, 2).flatten(0, 1)
         return matrices, matrices.transpose(1, 2)
 
@@ -188,10 +187,10 @@ class TripletSums:
         """The (matrices, rows, r) of group k with several in a factor, into their places."""
         group, padding = self.layout.groups[k], self._padding[k]
         by_factor = gradients.view(-1, len(group.blocks), group.rows, max(group.blocks))
-        if (target := out.stacked[k]) is not None:
+        if (target := out.stacked[k - out.portion.groups.start]) is not None:
             target.in_place.copy_(by_factor)
         elif padding is not None:
-            torch.index_select(by_factor.transpose(1, 2).flatten(2), 2, padding[1], out=out.bodies[k])
+            torch.index_select(by_factor.transpose(1, 2).flatten(2), 2, padding[1], out=out.body(k))
 
     def _view_partials(self, device: torch.device | str, dtype: torch.dtype) -> None:
         size = self.num_gram_elements + self.num_split_row_elements + 1
@@ -228,37 +227,72 @@ class TripletSums:
         S_i = s(lambda_i) + (1/d_out) sum_j s(P_ji) + (1/d_in) sum_j s(Q_ij), or of these three the one of ``kind``.
         Partials of all ranks add up to S.
         """
-        for body, sums in zip(elements.bodies, self._group_sums, strict=True):
-            torch.sum(body, dim=1, dtype=torch.float64, out=sums)
-        if self.layout.fragments:
+        self.add_up(elements)
+        return self.summed_scores(kind)
+
+    def add_up(self, elements: FlatBuffer) -> None:
+        """Of a portion of element scores what :meth:`summed_scores` puts together when all have been added up."""
+        for body, k in zip(elements.bodies, elements.portion.groups, strict=True):
+            torch.sum(body, dim=1, dtype=torch.float64, out=self._group_sums[k])
+        if self.layout.fragments and elements.fragments is not None:
             self._fragment_sums.copy_(elements.fragments)
+
+    def summed_scores(self, kind: FactorKind | None = None) -> torch.Tensor:
+        """As :meth:`score_partials`, of what has been added up."""
         weighted = self._sums * (self._score_weights if kind is None else self._weights_of_kind[kind])
         return weighted[self._score_index].sum(dim=1)
 
     def gram_partials(self, values: FlatBuffer, work: FlatBuffer | None = None) -> torch.Tensor:
         """Write this rank's part of Gram matrices and split rows to ``partials``, all but the last; returns it.
 
+        Of several portions, each writes its own part, the first one first.
+
         Args:
-            work: what it holds is lost. :meth:`orthogonality_gradient` of the same values need not copy them once more
-                if it is the ``out`` there, untouched.
+            work: the same portion of another buffer, whose content is lost. :meth:`times_factors` need not copy values
+                once more if it is the next ``out`` there, untouched.
         """
+        portion = values.portion
+        if work is None:
+            work = FlatBuffer(self.layout, None, values.data.device, values.data.dtype, portion)
         self._stacked_in = None
-        work = FlatBuffer(self.layout, device=values.data.device, dtype=values.data.dtype) if work is None else work
         self._stack(values, work)
-        if not self._all_written:
+        if not self._all_written and portion.start == 0:
             self.partials.zero_()
-        for k, (group, slots) in enumerate(zip(self.layout.groups, self._group_slots, strict=True)):
-            if slots is None:
+        for k in portion.groups:
+            if (slots := self._group_slots[k]) is None:
                 continue
             matrices, transposed = self._matrices(values, k, work)
             if (grams := self._group_grams[k]) is not None:
                 torch.bmm(transposed, matrices, out=grams)
             else:
-                self._grams[max(group.blocks)][slots] = torch.bmm(transposed, matrices)
-        for r, (flat_index, row_index) in self._split_elements.items():
-            if len(flat_index):
-                self._rows[r].view(-1)[row_index] = values.data[flat_index]
+                self._grams[max(self.layout.groups[k].blocks)][slots] = torch.bmm(transposed, matrices)
+        if values.fragments is not None:
+            for r, (flat_index, row_index) in self._split_elements.items():
+                if len(flat_index):
+                    self._rows[r].view(-1)[row_index] = values.data[_within(portion, flat_index)]
         return self.partials
+
+    def _whole_grams(self, r: int) -> torch.Tensor:
+        """Gram matrices of the factors of rank r, (n, r, r), from the summed ``partials``: split rows included."""
+        slots, rows = self._split_slots[r], self._rows[r]
+        return (
+            self._grams[r].index_add(0, slots, rows.unsqueeze(2) * rows.unsqueeze(1)) if len(slots) else self._grams[r]
+        )
+
+    def mean_defect(self, form: OrthogonalityForm) -> float:
+        """How far P and Q were from orthogonal at the start of the last step, from the summed ``partials``.
+
+        The mean over the 2n matrices of the Frobenius norm of X^T X less its diagonal (``directions``), or of
+        X^T X - I. Reads from the device.
+        """
+        total = 0.0
+        for r in self._split_slots:
+            grams = self._whole_grams(r)
+            off = grams - torch.diag_embed(grams.diagonal(dim1=-2, dim2=-1)) if form == "directions" else defect(grams)
+            if (real := self._is_triplet[r]) is not None:  # of the others, both rows and columns are 0
+                off = off * real.unsqueeze(-1)
+            total += off.norm(dim=(-2, -1)).sum().item()
+        return total / self._num_matrices
 
     def orthogonality_gradient(
         self,
@@ -272,31 +306,42 @@ class TripletSums:
 
         With ``keep``, (num_triplets,) bool, R is about the columns of these triplets alone.
         """
-        self._stack(values, out)
-        for r, slots in self._split_slots.items():
-            rows, grams = self._rows[r], self._grams[r]
-            if len(slots):
-                grams = grams.index_add(0, slots, rows.unsqueeze(2) * rows.unsqueeze(1))
+        self.make_factors(form, gamma, keep)
+        return self.times_factors(values, out)
+
+    def make_factors(self, form: OrthogonalityForm, gamma: float, keep: torch.Tensor | None = None) -> None:
+        """What :meth:`times_factors` multiplies by; arguments as of :meth:`orthogonality_gradient`."""
+        for r in self._split_slots:
+            grams = self._whole_grams(r)
             active, real = None if keep is None else keep[self._gram_triplets[r]], self._is_triplet[r]
             if real is not None:
                 active = real if active is None else active & real
-            factor = gradient_factor(grams, form, gamma, self._num_matrices, active, out=self._gram_factors[r])
-            flat_index, row_index = self._split_elements[r]
-            if len(flat_index):
-                row_gradients = torch.bmm(rows.unsqueeze(1), factor[slots])
-                out.data[flat_index] = row_gradients.flatten()[row_index]
-        for k, (group, group_slots) in enumerate(zip(self.layout.groups, self._group_slots, strict=True)):
-            if group_slots is None:
+            gradient_factor(grams, form, gamma, self._num_matrices, active, out=self._gram_factors[r])
+
+    def times_factors(self, values: FlatBuffer, out: FlatBuffer) -> FlatBuffer:
+        """Write dR/dw of the elements of a portion to ``out``, the same portion of another buffer."""
+        self._stack(values, out)
+        for k in values.portion.groups:
+            if (slots := self._group_slots[k]) is None:
                 continue
-            of_group = self._group_factors[k]
-            factor = self._gram_factors[max(group.blocks)][group_slots] if of_group is None else of_group
+            group, of_group = self.layout.groups[k], self._group_factors[k]
+            factor = self._gram_factors[max(group.blocks)][slots] if of_group is None else of_group
             matrices, _ = self._matrices(values, k, out)
             if len(group.blocks) == 1:
-                torch.bmm(matrices, factor, out=out.bodies[k])
+                torch.bmm(matrices, factor, out=out.body(k))
             else:
                 self._put(torch.bmm(matrices, factor), k, out)
         self._stacked_in = None
+        if values.fragments is not None:
+            for r, (flat_index, row_index) in self._split_elements.items():
+                if len(flat_index):
+                    row_gradients = torch.bmm(self._rows[r].unsqueeze(1), self._gram_factors[r][self._split_slots[r]])
+                    out.data[_within(values.portion, flat_index)] = row_gradients.flatten()[row_index]
         return out
+
+
+def _within(portion: Portion, index: torch.Tensor) -> torch.Tensor:
+    return index - portion.start if portion.start else index
 
 
 def _padded_places(widths: Sequence[int]) -> list[int]:
