@@ -65,7 +65,7 @@ def model_card(
         f"{_said(config)} {'for' if _is_adapter(export) else 'merged into'} {code(base)}, trained with adalora-dist.",
         "## Use\n\n" + fenced(_usage(run, export, facts, base, commit, repo_id or str(export), revision), "python"),
         "## Base\n\n" + "\n".join(f"- {item}" for item in _base_items(run, export, config, base, commit, data)),
-        _results_table(before, after),
+        _results_table(run, before, after),
         _ranks(run, facts, tuple(pictures)),
         *(_settings(title, config.get(section)) for section, title in _SECTIONS.items()),
         _origin(facts),
@@ -173,7 +173,7 @@ def _results(run: Path) -> tuple[Scores, Scores]:
     return before, after
 
 
-def _results_table(before: Scores, after: Scores) -> str:
+def _results_table(run: Path, before: Scores, after: Scores) -> str:
     rows = [
         {**dict(subject), "metric": text(metric), "before": _score(before.get(subject, {}).get(metric)),
          "after": _score(value)}

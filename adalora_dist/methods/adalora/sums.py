@@ -289,8 +289,8 @@ class TripletSums:
         for r in self._split_slots:
             grams = self._whole_grams(r)
             off = grams - torch.diag_embed(grams.diagonal(dim1=-2, dim2=-1)) if form == "directions" else defect(grams)
-            if (real := self._is_triplet[r]) is not None:  # of the others, both rows and columns are 0
-                off = off * real.unsqueeze(-1)
+            if (real := self._is_triplet[r]) is not None:
+                off = off * (real.unsqueeze(-1) & real.unsqueeze(-2))
             total += off.norm(dim=(-2, -1)).sum().item()
         return total / self._num_matrices
 
