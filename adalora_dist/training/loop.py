@@ -61,7 +61,7 @@ def train(
     num_steps = total_steps(settings, plan)
     num_processes, num_micro = accelerator.num_processes, accelerator.gradient_accumulation_steps
     put_back_shards(model)
-    parameters = [p for group in prepared.inner_optimizer.param_groups for p in group["params"]]
+    parameters = _clipped(model, prepared.inner_optimizer)
     losses: list[float] = []
     if prepared.resumed is not None:
         compare_data(prepared.resumed, plan, config)
@@ -99,7 +99,7 @@ def train(
             report(f"step {step + 1}/{num_steps}: {line}")
         if done := hooks.replace(model, optimizer):
             prepared.parameters = trained_parameters(model)
-            parameters = [p for group in prepared.inner_optimizer.param_groups for p in group["params"]]
+            parameters = _clipped(model, prepared.inner_optimizer)
             report(f"step {step + 1}/{num_steps}: {done}")
         unread.append(loss_of_step / num_targets)
         num_tokens += sum(plan.lengths[row] for row in plan.batch(step))
@@ -150,6 +150,13 @@ def train(
     checkpoints.finish()
     hooks.finish()
     return losses
+
+
+def _clipped(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """What the optimizer updates, in the order of the model: accelerate compares it with the model's, one by one."""
+    updated = [p for group in optimizer.param_groups for p in group["params"]]
+    known = {id(p) for p in updated}
+    return [p for p in model.parameters() if id(p) in known] or updated  # ZeRO's masters are none of the model's
 
 
 def _seed_step(seed: int, step: int, process_index: int) -> None:
