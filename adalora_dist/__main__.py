@@ -1,5 +1,11 @@
-"""The command ``adalora-dist``: what can be done with a run once it is there.
+"""The command ``adalora-dist``: to start a run, and what can be done with one once it is there.
 
+    adalora-dist ls                                    recipes, experiments, engines: all that is shipped
+    adalora-dist cp NAME FILE                          one of them, to be edited
+    adalora-dist run RECIPE [--engine fsdp2 -n 8] ...  train; without flags the recipe's demonstration
+    adalora-dist schema RECIPE                         JSON schema of a recipe's YAML file, for editors
+    adalora-dist completion bash|zsh|fish              the line that lets the shell complete this command
+    adalora-dist doctor                                what is installed, and what is missing for which feature
     adalora-dist inspect RUN                           ranks, history, sizes
     adalora-dist export RUN --to merged|lora|peft      a model for transformers, or an adapter for PEFT and vLLM
     adalora-dist push RUN NAMESPACE/NAME               an export and its model card, to the Hub
@@ -12,6 +18,9 @@ so that ``--help`` and mistakes cost no torch.
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -20,6 +29,7 @@ from adalora_dist.artifacts.report.command import add_report
 from adalora_dist.config.flags import fail, user_errors
 from adalora_dist.config.formats import ADAPTER_FORMATS, EXPORT_FORMATS
 from adalora_dist.io.errors import UserError
+from adalora_dist.io.terminal import page
 
 
 class _Parser(argparse.ArgumentParser):
@@ -27,10 +37,19 @@ class _Parser(argparse.ArgumentParser):
         fail(f"{self.prog}: {message}; see {self.prog} --help")
 
 
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> NoReturn:
+        from adalora_dist.training.doctor import version_line
+
+        print(version_line())
+        parser.exit()
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one subcommand. Mistakes end with code 2 and one line on standard error."""
     with user_errors(resumable=False):
-        arguments = _parser().parse_args(argv)
+        words = sys.argv[1:] if argv is None else list(argv)
+        arguments = _parser().parse_args(words, argparse.Namespace(words=words))
         arguments.run_command(arguments)
 
 
@@ -38,11 +57,80 @@ def _parser() -> _Parser:
     parser = _Parser(
         "adalora-dist", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="of this package, torch, transformers, Python")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_ls(commands)
+    _add_cp(commands)
+    _add_run(commands)
+    _add_schema(commands)
+    _add_completion(commands)
+    _add_doctor(commands)
     _add_export(commands)
     _add_inspect(commands)
     _add_push(commands)
     add_report(commands)
+    return parser
+
+
+def _add_ls(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser("ls", help="recipes, experiments, engines: all that is shipped", allow_abbrev=False)
+    parser.set_defaults(run_command=_ls)
+
+
+def _add_cp(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser("cp", help="copy what is shipped, to be edited", allow_abbrev=False)
+    parser.add_argument("name", metavar="NAME", help="as adalora-dist ls shows it, with or without suffix")
+    parser.add_argument("to", type=Path, nargs="?", metavar="FILE", help="must not exist; default: here, as NAME is")
+    parser.set_defaults(run_command=_cp)
+
+
+def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
+    placement = _placement()
+    parser = commands.add_parser(
+        "run",
+        help="train with a recipe",
+        parents=[placement],
+        allow_abbrev=False,
+        usage="%(prog)s RECIPE [--engine ENGINE] [-n PROCESSES] [--nodes NODES] [FLAGS of the recipe]",
+        epilog="adalora-dist run RECIPE --help shows the flags of a recipe.",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="as adalora-dist ls shows it, or a file: my_recipe.py")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="FLAGS", help="of the recipe")
+    parser.set_defaults(run_command=_run)
+
+
+def _add_schema(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser("schema", help="JSON schema of a recipe's YAML file, for editors", allow_abbrev=False)
+    parser.add_argument("recipe", metavar="RECIPE", help="as adalora-dist ls shows it, or a file: my_recipe.py")
+    parser.set_defaults(run_command=_schema)
+
+
+def _add_completion(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser("completion", help="for a shell's start-up file", allow_abbrev=False)
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help='eval "$(adalora-dist completion bash)"')
+    parser.set_defaults(run_command=_completion)
+    asked = commands.add_parser("complete", add_help=False)  # by the shell, which appends words of its own
+    asked.add_argument("words_of_shell", nargs=argparse.REMAINDER)
+    asked.set_defaults(run_command=lambda arguments: _complete(list(commands.choices)))
+
+
+def _add_doctor(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = commands.add_parser(
+        "doctor", help="versions, devices, launchers, disk, what is missing for which feature", allow_abbrev=False
+    )
+    parser.set_defaults(run_command=_doctor)
+
+
+def _placement() -> _Parser:
+    """Options of ``run`` that say on which processes; they stand before or among the flags of the recipe."""
+    parser = _Parser(prog="adalora-dist run", add_help=False, allow_abbrev=False)
+    add = parser.add_argument
+    add("--engine", metavar="ENGINE", help="single, ddp, fsdp2, zero2, zero3; default: single, or ddp of several")
+    add("-n", "--processes", type=_at_least_1, metavar="N", help="on each machine; default: one per GPU, or one")
+    add("--nodes", type=_at_least_1, metavar="N", help="number of machines; the same line is run on each. default: 1")
+    add("--node-rank", type=_at_least_0, metavar="K", help="number of this machine, from 0; default: SLURM's")
+    add("--main-address", metavar="HOST[:PORT]", help="of machine 0; default: SLURM's first, port 29500")
+    add("--deepspeed-config", type=Path, metavar="FILE", help="in place of the one that zero2 or zero3 has")
     return parser
 
 
@@ -101,9 +189,72 @@ def _add_push(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 
 def _at_least_1(word: str) -> int:
-    if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"{word} must be an integer >= 1")
+    return _at_least(1, word)
+
+
+def _at_least_0(word: str) -> int:
+    return _at_least(0, word)
+
+
+def _at_least(limit: int, word: str) -> int:
+    if not word.isdecimal() or int(word) < limit:
+        raise argparse.ArgumentTypeError(f"{word} must be an integer >= {limit}")
     return int(word)
+
+
+def _ls(arguments: argparse.Namespace) -> None:
+    from adalora_dist.training.shelf import listing
+
+    page(listing())
+
+
+def _cp(arguments: argparse.Namespace) -> None:
+    from adalora_dist.training.shelf import copy
+
+    print(f"Copied: {copy(arguments.name, arguments.to)}")
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from adalora_dist.training.start import Placement, start
+
+    command = ["adalora-dist", *arguments.words]
+    given, flags = _placement().parse_known_args(arguments.flags, arguments)
+    placement = Placement(
+        given.engine, given.processes, given.nodes, given.node_rank, given.main_address, given.deepspeed_config
+    )
+    start(given.recipe, placement, flags, command)
+
+
+def _schema(arguments: argparse.Namespace) -> None:
+    from adalora_dist.config.json_schema import json_schema
+    from adalora_dist.training.recipe_file import schema_of
+
+    title = f"What {Path(arguments.recipe).stem} reads with --config"
+    page(json.dumps(json_schema(schema_of(arguments.recipe), title), indent=2))
+
+
+def _completion(arguments: argparse.Namespace) -> None:
+    from adalora_dist.training.completion import SCRIPTS
+
+    print(SCRIPTS[arguments.shell])
+
+
+def _complete(commands: list[str]) -> None:
+    from adalora_dist.training.completion import candidates
+
+    line = os.environ.get("COMP_LINE", "")
+    typed = line[: int(os.environ.get("COMP_POINT") or len(line))]
+    options = [option for action in _placement()._actions for option in action.option_strings]
+    shown = [command for command in commands if command != "complete"]
+    print("\n".join(candidates(typed, shown, options)))
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from adalora_dist.training.doctor import doctor
+
+    text, has_all = doctor()
+    page(text)
+    raise SystemExit(0 if has_all else 1)
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -16,22 +16,24 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin
+from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
-import tyro
-from pydantic import Field, ValidationError, create_model
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from adalora_dist.config.foreign_names import flag_here
+from adalora_dist.config.help import HELP_FLAGS, print_help
 from adalora_dist.config.methods import METHODS, SizedConfig, is_method, settings_of
 from adalora_dist.config.methods.base import FOREIGN, methods_with
 from adalora_dist.config.presets import PresetTable
 from adalora_dist.config.run_file import Origins, RunFile
 from adalora_dist.config.sections import RunConfig
-from adalora_dist.config.settings import Setting, is_union, legal, method_setting, near, remedy, settings_by_flag
+from adalora_dist.config.settings import Setting, is_union, legal, near, remedy, settings_by_flag
 from adalora_dist.io.ending import EXIT_PREEMPTED, leave, repeat_last, tell_error
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.launchers import follow, unfollow
+from adalora_dist.io.shipped import own_or_shipped
 from adalora_dist.io.signals import SignalListener
 from adalora_dist.io.terminal import keep_writing, let_go_of_terminal
 
@@ -49,15 +51,15 @@ def parse_config(
     Args:
         schema: ``RunConfig`` or a recipe's subclass of it.
         argv: arguments without the program's name; None: ``sys.argv[1:]``.
-        description: first paragraph of ``--help``.
+        description: its first paragraph is that of ``--help``.
         table: YAML file of the recipe's presets; gives it the flags ``--preset`` and what else picks a row.
 
     Raises:
         SystemExit: code 0 after ``--help``; code 2 after a mistake, told in one line on standard error.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
-    if "--help" in arguments or "-h" in arguments:
-        _print_help(schema, arguments, description, table)
+    if any(flag in arguments for flag in HELP_FLAGS):
+        print_help(schema, arguments, description, table)
     try:
         return _parse(schema, arguments, table)
     except UserError as error:
@@ -117,46 +119,12 @@ def _rank() -> str:
     return os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
 
 
-def _print_help(schema: type[RunConfig], arguments: Sequence[str], description: str, path: Path | None) -> NoReturn:
-    config_flag: Any = (
-        Annotated[str, tyro.conf.arg(metavar="FILE.yaml")],
-        Field("", description="YAML file with nested sections; flags override what it sets."),
-    )
-    table = PresetTable(path, tuple(schema.model_fields)) if path else None
-    picks: Any = {}
-    if table is not None:
-        for axis in table.axes_besides(settings_by_flag(schema)):
-            words = ", ".join(table.words(axis))
-            picks[axis] = (str, Field("", description=f"Picks a row of {table.path.name}: {words}."))
-    adapter = _adapter_for_help(schema, arguments)
-    with_config: Any = create_model(
-        schema.__name__, __base__=schema, config=config_flag, adapter=(type(adapter), adapter), **picks
-    )
-    tyro.cli(with_config, args=["--help"], description=description, config=(tyro.conf.OmitArgPrefixes,))
-    raise AssertionError("unreachable: tyro exits after --help")
-
-
-def _adapter_for_help(schema: type[RunConfig], arguments: Sequence[str]) -> Any:
-    """The section of the method that the flags or a file choose, or else of the recipe's own; its method may be any."""
-    words = dict(re.findall(r"--(method|config)[ =](\S+)", " ".join(arguments)))
-    recipes = schema.model_fields["adapter"].get_default(call_default_factory=True)
-    method: Any = words.get("method")
-    if method is None and "config" in words:
-        with contextlib.suppress(UserError):
-            method = RunFile(Path(words["config"]), schema).value("adapter", "method", None)
-    method = method if is_method(method) else recipes.method
-    setting, config = method_setting(method), METHODS[method]
-    any_method: Any = {"method": (setting.annotation, setting)}
-    section: Any = create_model(config.__name__, __base__=config, __doc__=config.__doc__, **any_method)
-    return section(**{**settings_of(method, recipes.model_dump(exclude_unset=True)), "method": method})
-
-
 def _parse(schema: type[ConfigT], arguments: Sequence[str], path: Path | None) -> ConfigT:
     all_settings = settings_by_flag(schema)
     table = PresetTable(path, tuple(schema.model_fields)) if path else None
     picks = table.axes_besides(all_settings) if table else []
     given = _split(arguments, all_settings, picks)
-    file = RunFile(Path(given.pop("config")[0]) if "config" in given else None, schema)
+    file = RunFile(own_or_shipped(Path(given.pop("config")[0]), "config") if "config" in given else None, schema)
     picked = {axis: given.pop(axis)[0] for axis in picks if axis in given}
     defaults = {name: info.get_default(call_default_factory=True) for name, info in schema.model_fields.items()}
     # What a recipe's schema presets in a section must survive when the user sets another field of that section.
@@ -240,6 +208,8 @@ def _split(
         elif not typed.startswith("--") or flag not in (*settings, *picks, "config", "local-rank"):
             alike = near(flag.rpartition(".")[2].lstrip("-"), [*settings, *switches, *picks, "config"])
             hint = f"did you mean --{' or --'.join(alike)}?" if alike else "see --help for all of them"
+            if here := flag_here(flag, settings):
+                hint = f"here: {here}"
             raise UserError(f"{typed} is not a flag: {hint}")
         if flag == "config" and flag in given:
             raise UserError("--config is given twice: give one file, and flags for what differs")

@@ -17,6 +17,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
+from adalora_dist.config.foreign_names import setting_here
 from adalora_dist.config.methods import METHODS, is_method
 from adalora_dist.config.methods.base import foreign_setting, methods_with
 from adalora_dist.config.sections import RunConfig
@@ -69,6 +70,8 @@ class RunFile:
             if section not in self._values:
                 alike = owners(section, self._settings) or near(str(section), list(self._values))
                 hint = f"did you mean {' or '.join(alike)}? " if alike else ""
+                if not owners(section, self._settings) and (here := setting_here(section, self._settings)):
+                    hint = f"here: {here}. "
                 raise UserError(
                     f"{self._where(section)}: {section} is not a section: {hint}Sections are {', '.join(self._values)}"
                 )
@@ -111,6 +114,8 @@ class RunFile:
             lacks = foreign_setting(METHODS[keys[1]], name)
             return f"{group}.{name}: {lacks}, or put it under {keys[0]}.{others[0]}"
         hint = f"did you mean {' or '.join(alike)}?" if alike else f"it has {', '.join(infos) or 'none'}"
+        if not owners(name, self._settings) and (here := setting_here(name, self._settings)):
+            hint = f"here: {here}"
         return f"{name} is not a setting of {group}: {hint}"
 
     def _where(self, *keys: Any) -> str:

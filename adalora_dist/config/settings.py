@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 from pydantic.fields import FieldInfo
 
+from adalora_dist.config.data import Known
 from adalora_dist.config.methods import METHODS, MethodConfig
 from adalora_dist.config.sections import RunConfig
 
-RESERVED = ("config", "local-rank", "help")
+RESERVED = ("config", "local-rank", "help", "help-all")
 """Flags that are no settings."""
 
 
@@ -80,18 +81,18 @@ def near(word: str, candidates: Sequence[str]) -> list[str]:
 
 def legal(info: FieldInfo) -> str:
     """The legal values of a setting, in words: ``a number > 0``, ``one of fp32, bf16, fp16``."""
-    choices = ", ".join(_choices(info))
+    choices = ", ".join(choices_of(info))
     if get_origin(info.annotation) is tuple:
         return f"one or more of {choices}" if choices else "a list of words (in YAML: [a, b])"
     words = {bool: "true or false", int: "an integer", float: "a number", str: "text (in YAML: in quotes)"}
-    legal = f"one of {choices}" if choices else ", or ".join([*_words(info), words[_kind(info)]])
+    legal = f"one of {choices}" if choices else ", or ".join([*_words(info), words[kind_of(info)]])
     optional = ", or none" if type(None) in get_args(info.annotation) else ""
     return " ".join([legal, " and ".join(_bounds(info))]).strip() + optional
 
 
 def remedy(info: FieldInfo, value: Any = None) -> str:
     """What to do about a value that is not legal."""
-    if alike := difflib.get_close_matches(str(value), _choices(info), n=1):
+    if alike := difflib.get_close_matches(str(value), choices_of(info), n=1):
         return f"did you mean {alike[0]}?"
     default = info.get_default()
     if isinstance(default, bool):
@@ -116,7 +117,7 @@ def is_union(info: FieldInfo) -> bool:
     return get_origin(info.annotation) in (Union, types.UnionType)
 
 
-def _kind(info: FieldInfo) -> Any:
+def kind_of(info: FieldInfo) -> Any:
     """The type of a setting without the ``None``, or the words, that it may also take."""
     if not is_union(info):
         return info.annotation
@@ -127,11 +128,14 @@ def _kind(info: FieldInfo) -> Any:
 
 def _words(info: FieldInfo) -> list[str]:
     """The words that a setting takes besides values of its type."""
-    kinds = get_args(info.annotation) if is_union(info) and get_origin(_kind(info)) is not Literal else ()
+    kinds = get_args(info.annotation) if is_union(info) and get_origin(kind_of(info)) is not Literal else ()
     return [str(word) for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
 
 
-def _choices(info: FieldInfo) -> list[str]:
+def choices_of(info: FieldInfo) -> list[str]:
     """The words of a setting (or of each element of a list) that takes one of a few."""
-    kind = get_args(info.annotation)[0] if get_origin(info.annotation) is tuple else _kind(info)
+    kind = get_args(info.annotation)[0] if get_origin(info.annotation) is tuple else kind_of(info)
+    for check in (*info.metadata, *getattr(kind, "__metadata__", ())):
+        if isinstance(known := getattr(check, "func", None), Known):
+            return list(known.names)
     return [str(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []

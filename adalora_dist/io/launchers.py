@@ -11,6 +11,10 @@ from pathlib import Path
 import psutil
 
 POLL_SECONDS = 0.5
+OWN_COMMAND = "ADALORA_DIST_COMMAND"
+"""Environment variable: the words of ``adalora-dist run`` that started this process, as JSON.
+
+That is no launcher like those below: it prints nothing after its processes."""
 _NAMES = ("accelerate", "deepspeed", "torchrun")
 _MODULES = {
     "accelerate.commands.accelerate_cli": "accelerate",

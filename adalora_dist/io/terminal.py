@@ -53,6 +53,16 @@ def say(text: str) -> None:
     print(redacted(text))
 
 
+def page(text: str) -> None:
+    """Print ``text`` for somebody who may look at its beginning alone, ``adalora-dist ls | head``: that is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)  # what the interpreter flushes at its end
+        os.close(null)
+
+
 def let_go_of_terminal() -> None:
     """The terminal is closed, or about to be: from here on what would be written there goes nowhere."""
     for descriptor in (1, 2):

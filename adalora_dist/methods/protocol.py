@@ -181,7 +181,7 @@ class Step:
         return {}
 
     def report(self) -> dict[str, float]:
-        """What logs of a training step get now."""
+        """What logs of a training step get now. Reads from the device; no collective."""
         return {}
 
     def progress(self) -> str:

@@ -26,7 +26,8 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adalora.method import TripletMethod
 from adalora_dist.methods.branch import BranchLinear, BranchStep
 from adalora_dist.methods.protocol import Adapter, Kept, Method, Step, StepState, adapters_of
-from adalora_dist.methods.sites import find_targets, put_around
+from adalora_dist.methods.sites import find_targets, put_around, target_shapes
+from adalora_dist.methods.sizes import Sizes, of_ranks
 from adalora_dist.methods.update import AdapterWeights, Update
 from adalora_dist.sharding.base import ShardEngine, Span, agree_on
 from adalora_dist.sharding.tensors import local_elements, release_gathered
@@ -109,6 +110,9 @@ class ReloraStep(BranchStep):
         """W of this rank's elements, from the original and all past cycles."""
         for layer, original in zip(self.relora, self._original, strict=True):
             local, span = local_elements(_weight(layer))
+            if not self._history:
+                local.copy_(original)
+                continue
             p, qt = (self._history[f"{layer.name}.{kind}"].to(local.device) for kind in _KINDS)
             rows, columns = (qt, p) if is_conv1d(layer.base) else (p, qt)
             width = len(columns)
@@ -145,12 +149,12 @@ class ReloraStep(BranchStep):
     @torch.no_grad()
     def load_state(self, state: StepState) -> None:
         super().load_state(state)
-        self.num_restarts = state.numbers["restarts"]
+        merged_before, self.num_restarts = self.num_restarts, state.numbers["restarts"]
         self._history = {
             name.removesuffix(_PAST): cast(torch.Tensor, held.values).view(held.shape)
             for name, held in state.kept.items()
         }
-        if self._history:
+        if self.num_restarts or merged_before:
             self._merge()
             # So that the engine sends round what it keeps whole on every rank.
             values = [value.clone() for value in self._engine.values()]
@@ -207,6 +211,11 @@ class Relora(Method):
             return ReloraLinear(base, name, config.init_rank, config.scale, config.dropout, seeds[name])
 
         return list(put_around(model, names, make))
+
+    def sizes(self, model: nn.Module) -> Sizes:
+        """Of one cycle, which is what is trained at a time."""
+        shapes = target_shapes(model, self.config.targets)
+        return of_ranks(shapes, sum(d_in + d_out for d_in, d_out in shapes))
 
     def parameter_groups(self, model: nn.Module, learning_rate: float) -> list[dict[str, Any]]:
         """Adapters apart from what is trained besides: ZeRO counts the steps of a group, and a restart begins anew."""

@@ -81,6 +81,21 @@ def whole_tensor(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.detach()
 
 
+def norm_share(norm: torch.Tensor) -> torch.Tensor:
+    """This process's share of the square of a gradient's norm: the shares of all processes add up to it.
+
+    Args:
+        norm: from clipping; the whole one, or under FSDP2 what the processes of a mesh still have to put together.
+    """
+    num_replicas = dist.get_world_size() if dist.is_initialized() else 1
+    if not isinstance(norm, DTensor):
+        return norm.square() / num_replicas
+    for dim, placement in enumerate(norm.placements):
+        if placement.is_partial():
+            num_replicas //= norm.device_mesh.size(dim)
+    return norm.to_local().square() / num_replicas
+
+
 def put_back_shards(model: nn.Module) -> None:
     """Put the optimizer's parameters back into their modules. No effect but under FSDP2; no collective.
 

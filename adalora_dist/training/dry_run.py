@@ -133,7 +133,7 @@ def dry_run(
         tasks: of ``PUBLIC_ROWS``, whose rows are counted there where the data is the Hub's.
         load: the training rows where it is not.
     """
-    num_rows = count_rows(cast(Any, config).data, tasks, load)
+    num_rows = count_rows(cast(Any, config).data, tasks, load, config.evaluation.eval_every > 0)
     run = plan_run(config, auto_class, num_rows, architectures, demo, **changes)
     if os.environ.get("RANK", "0") == "0":
         print(plan_text(run, config))

@@ -15,6 +15,12 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import (
     DistributedType,
     GradientAccumulationPlugin,
+    is_aim_available,
+    is_clearml_available,
+    is_comet_ml_available,
+    is_dvclive_available,
+    is_mlflow_available,
+    is_swanlab_available,
     is_tensorboard_available,
     is_trackio_available,
     is_wandb_available,
@@ -23,7 +29,9 @@ from torch import nn
 
 from adalora_dist.config.sections import RunConfig, TrainConfig
 from adalora_dist.io.errors import UserError
+from adalora_dist.io.launchers import OWN_COMMAND
 from adalora_dist.io.redaction import redacted, redacted_command
+from adalora_dist.io.shipped import own_or_shipped
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
@@ -32,6 +40,12 @@ _TRACKER_INSTALLED = {
     "tensorboard": is_tensorboard_available,
     "wandb": is_wandb_available,
     "trackio": is_trackio_available,
+    "mlflow": is_mlflow_available,
+    "swanlab": is_swanlab_available,
+    "comet_ml": is_comet_ml_available,
+    "aim": is_aim_available,
+    "clearml": is_clearml_available,
+    "dvclive": is_dvclive_available,
 }
 
 
@@ -114,6 +128,11 @@ def _port_in_use_named(environment: Mapping[str, str]) -> Iterator[None]:
         if "EADDRINUSE" not in str(error):
             raise
         flag = "--main_process_port" if _from_accelerate(environment) else "--master_port"
+        if OWN_COMMAND in environment:
+            raise UserError(
+                f"port {environment.get('MASTER_PORT')} is in use on this machine, most likely by another run: add a "
+                f"free port from 1024 to 65535, --main-address {environment.get('MASTER_ADDR')}:PORT, on every machine"
+            ) from error
         raise UserError(
             f"port {environment.get('MASTER_PORT')} is in use on this machine, most likely by another run: give the "
             f"launcher {flag} N, a free port from 1024 to 65535"
@@ -124,17 +143,18 @@ def _find_deepspeed_config(environment: Mapping[str, str]) -> None:
     """Paths in launch/accelerate/*.yaml are relative to the repository's root, which need not be the working folder.
 
     Raises:
-        UserError: the file is in neither.
+        UserError: the file is neither there nor among those that are shipped.
     """
     name = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     if name is None or Path(name).is_file():
         return
     at_root = Path(sys.argv[0]).resolve().parents[1] / name
-    if not at_root.is_file():
+    found = at_root if at_root.is_file() else own_or_shipped(Path(name))
+    if not found.is_file():
         raise UserError(
             f"deepspeed_config_file {name}: no such file, here or in {at_root.parents[1]}: give a full path"
         )
-    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(at_root)
+    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(found)
 
 
 def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
@@ -190,7 +210,8 @@ def _installed_trackers(names: Sequence[str]) -> list[str] | None:
     """accelerate drops a tracker that is not installed without a word."""
     for name in names:
         if not _TRACKER_INSTALLED[name]():
-            raise UserError(f"trackers={name} is not installed: pip install 'adalora-dist[track]' or leave it out")
+            package = "'adalora-dist[track]'" if name in ("tensorboard", "wandb", "trackio") else name
+            raise UserError(f"trackers={name} is not installed: pip install {package} or leave it out")
     return list(names) or None  # it warns of an empty list
 
 

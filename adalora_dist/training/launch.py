@@ -15,6 +15,7 @@ from pathlib import Path
 from adalora_dist.config.flags import user_errors
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import read_object
+from adalora_dist.io.shipped import ROOT, own_or_shipped
 
 CONFIG_FLAG = "--deepspeed-config"
 
@@ -23,26 +24,39 @@ def run_recipe(name: str, default_config: str = "zero2") -> None:
     """Run ``recipes/NAME.py`` as the main program, with the flags of this one.
 
     Args:
-        name: of a recipe of the repository that the launch script lies in.
+        name: of a recipe beside the folder that the launch script lies in, or of a shipped one.
         default_config: of ``ds_configs``, without suffix; ``--deepspeed-config FILE`` among the flags names another.
 
     A mistake ends the program with one line and code 2.
     """
     root = Path(sys.argv[0]).resolve().parents[1]
+    root = root if (root / "recipes" / f"{name}.py").is_file() else ROOT  # a script that was copied elsewhere
     with user_errors():
         path, flags = _take_config(sys.argv[1:], root / "ds_configs" / f"{default_config}.json")
-        stage = _zero_stage(path)
-    os.environ.update(
-        ACCELERATE_USE_DEEPSPEED="true",
-        ACCELERATE_DEEPSPEED_CONFIG_FILE=str(path),
-        ACCELERATE_DEEPSPEED_ZERO3_INIT="true" if stage == 3 else "false",
-    )
-    # Else every process of this machine would take all of its cores.
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores // int(os.environ.get("LOCAL_SIZE", 1)))))
+        os.environ.update(deepspeed_environment(own_or_shipped(path)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads_of_each(int(os.environ.get("LOCAL_SIZE", 1)))))
     recipe = root / "recipes" / f"{name}.py"
     sys.argv = [str(recipe), *flags]
     runpy.run_path(str(recipe), run_name="__main__")
+
+
+def deepspeed_environment(path: Path) -> dict[str, str]:
+    """What tells accelerate, in a process's environment, to use DeepSpeed with this configuration.
+
+    Raises:
+        UserError: ``path`` is no DeepSpeed configuration.
+    """
+    return {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path),
+        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true" if _zero_stage(path) == 3 else "false",
+    }
+
+
+def threads_of_each(num_processes: int) -> int:
+    """Of so many processes on this machine; else each would take all of its cores."""
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, num_cores // num_processes)
 
 
 def _take_config(arguments: list[str], default: Path) -> tuple[Path, list[str]]:

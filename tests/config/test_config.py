@@ -152,7 +152,7 @@ def test_help_names_every_flag_and_imports_no_torch(method: str) -> None:
         "try:\n    parse_config(CommonsenseConfig, description='Teaches a model.')\n"
         "finally:\n    print('torch loaded:', 'torch' in sys.modules)\n"
     )
-    done = run_python(program, *([] if method == "adalora" else ["--method", method]), "--help")
+    done = run_python(program, *([] if method == "adalora" else ["--method", method]), "--help-all")
     assert done.returncode == 0 and done.stderr == ""
     assert "torch loaded: False" in done.stdout
     assert "Teaches a model." in done.stdout and "adapter options" in done.stdout

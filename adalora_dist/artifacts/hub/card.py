@@ -187,7 +187,18 @@ def _results(run: Path) -> str:
          "after": _score(value)}
         for subject, scores in after.items() for metric, value in scores.items()
     ]  # fmt: skip
-    return "## Results\n\n" + table(rows) if rows else ""
+    return "## Results\n\n" + table(rows) + _chosen(run) if rows else ""
+
+
+def _chosen(run: Path) -> str:
+    """Which step's model it is, where it was chosen by a score."""
+    if not (run / "best.json").is_file():
+        return ""
+    best = read_object(run / "best.json")
+    return (
+        f"\n\nThe model is that of step {number(best.get('step'))} of {number(best.get('num_steps'))}, which had the "
+        f"best {text(best.get('metric'))} of all evaluations while training: {_score(best.get('score'))}."
+    )
 
 
 def _score(value: float | None) -> str:

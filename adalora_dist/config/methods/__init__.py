@@ -39,6 +39,7 @@ from adalora_dist.config.methods.hydra import HydraConfig
 from adalora_dist.config.methods.lora import LoraConfig
 from adalora_dist.config.methods.lora_fa import LoraFaConfig
 from adalora_dist.config.methods.low_rank import FactorisedConfig
+from adalora_dist.config.methods.prefix import PrefixConfig
 from adalora_dist.config.methods.relora import ReloraConfig
 from adalora_dist.config.methods.vera import DvoraConfig, VeraConfig
 
@@ -51,12 +52,13 @@ METHODS.update(
     dvora=DvoraConfig,
     hydra=HydraConfig,
     dylora=DyloraConfig,
+    relora=ReloraConfig,
     houlsby=HoulsbyConfig,
     pfeiffer=PfeifferConfig,
     adapterdrop=AdapterDropConfig,
     series=SeriesConfig,
     parallel=ParallelConfig,
-    relora=ReloraConfig,
+    prefix=PrefixConfig,
     low_rank=FactorisedConfig,
     galore=GaLoreConfig,
     bitfit=BitFitConfig,
@@ -125,9 +127,10 @@ __all__ = [
     "MethodConfig",
     "ParallelConfig",
     "PfeifferConfig",
+    "PrefixConfig",
+    "ReloraConfig",
     "SeriesConfig",
     "SizedConfig",
-    "ReloraConfig",
     "TargetsConfig",
     "VeraConfig",
     "is_method",

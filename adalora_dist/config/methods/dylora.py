@@ -14,7 +14,7 @@ class DyloraConfig(TargetsConfig):
 
     method: Literal["dylora"] = "dylora"
     init_rank: int = Field(8, ge=1)
-    """Largest rank, at which the model is evaluated and exported; adalora-dist export --rank N gives a smaller one."""
+    """Largest rank, at which the model is evaluated and exported; adalora-dist export can give a smaller one."""
     min_rank: int = Field(1, ge=1)
     """Smallest rank that is trained, at most init_rank."""
     alpha: float = Field(16.0, gt=0)

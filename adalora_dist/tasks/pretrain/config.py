@@ -10,8 +10,6 @@ from pydantic import Field, model_validator
 from adalora_dist.config.methods import AnyMethodConfig, GaLoreConfig
 from adalora_dist.config.sections import (
     DataConfig,
-    EvaluationConfig,
-    ExportConfig,
     ModelConfig,
     RunConfig,
     TrainConfig,
@@ -67,11 +65,6 @@ class PretrainTrainConfig(TrainConfig):
     """Training tokens, from which the number of steps follows; ignored when max_steps is set. None: see epochs."""
 
 
-class PretrainEvaluationConfig(EvaluationConfig):
-    eval_every: int = Field(0, ge=0)
-    """Optimizer steps between measurements of the validation perplexity; 0: before and after alone."""
-
-
 class PretrainConfig(RunConfig):
     model: PretrainModelConfig = PretrainModelConfig()
     adapter: AnyMethodConfig = GaLoreConfig()
@@ -80,8 +73,6 @@ class PretrainConfig(RunConfig):
         epochs=1, batch_size=512, micro_batch_size=32, learning_rate=1e-2, lr_schedule="cosine", lr_warmup_ratio=0.1,
         lr_end_ratio=0.1, precision="auto",
     )  # fmt: skip
-    evaluation: PretrainEvaluationConfig = PretrainEvaluationConfig()
-    export: ExportConfig = ExportConfig()
 
     @model_validator(mode="after")
     def _nothing_stays_random(self) -> PretrainConfig:

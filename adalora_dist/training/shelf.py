@@ -1,0 +1,75 @@
+"""``adalora-dist ls`` and ``adalora-dist cp``: what is shipped beside the code, shown and copied."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+from pathlib import Path
+
+from adalora_dist.io.errors import UserError
+from adalora_dist.io.shipped import KINDS, ROOT, any_shipped, files_of
+
+MAX_CHARACTERS = 118
+
+
+def listing() -> str:
+    """All shipped files by kind: name, and the first sentence that the file says of itself."""
+    parts = []
+    for kind, (title, _) in KINDS.items():
+        files = files_of(kind)
+        named = kind in ("recipe", "config", "engine")
+        names = [path.stem if named else path.relative_to(ROOT).as_posix() for path in files]
+        width = max(map(len, names), default=0)
+        lines = [f"  {name:{width}}  {about(path)}".rstrip() for name, path in zip(names, files, strict=True)]
+        parts.append("\n".join([title, *(line if len(line) <= MAX_CHARACTERS else _cut(line) for line in lines)]))
+    last = f"All are in {ROOT}; adalora-dist cp NAME FILE copies one, to be edited."
+    return "\n\n".join([*parts, last])
+
+
+def about(path: Path) -> str:
+    """What a file says of itself in its first sentence; nothing where it cannot hold a comment."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        text = ast.get_docstring(ast.parse(text)) or ""
+    elif path.suffix in (".yaml", ".sh"):
+        comments = re.match(r"(?:#!.*\n)?((?:#.*\n)*)", text)
+        text = re.sub(r"^# ?", "", comments[1] if comments else "", flags=re.MULTILINE)
+    else:
+        return ""
+    paragraph = " ".join(text.strip().partition("\n\n")[0].split())
+    return re.split(r"(?<=[a-z\])])[.;:] ", paragraph, maxsplit=1)[0].rstrip(".:")
+
+
+def copy(name: str, destination: Path | None) -> Path:
+    """Copy a shipped file.
+
+    Args:
+        name: of the file, with or without suffix, or its path as in a clone.
+        destination: a file that there is not yet, or a folder; default: the working folder.
+
+    Returns:
+        Where it is now.
+
+    Raises:
+        UserError: there is no such file, or the destination exists or cannot be written.
+    """
+    source = any_shipped(name, destination.suffix if destination is not None else "")
+    target = Path(source.name) if destination is None else destination
+    target = target / source.name if target.is_dir() else target
+    try:
+        with target.open("xb") as file, source.open("rb") as original:
+            shutil.copyfileobj(original, file)
+        if source.suffix == ".sh":
+            target.chmod(target.stat().st_mode | 0o111 & ~0o022)
+    except FileExistsError:
+        raise UserError(f"{target} exists already: name another file, such as my_{target.name}") from None
+    except OSError as error:
+        raise UserError(
+            f"{target} cannot be written ({error.strerror}): name a file in a folder that exists"
+        ) from error
+    return target
+
+
+def _cut(line: str) -> str:
+    return line[: MAX_CHARACTERS - 4].rstrip() + " ..."

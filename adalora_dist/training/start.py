@@ -1,0 +1,162 @@
+"""``adalora-dist run``: a recipe on the processes that an engine takes, without a launcher's own words.
+
+What launchers put into the environment of a process is put there, and nothing is printed: a run's own lines, or its
+one line of error, are all there is, and its exit code is this program's. Nothing here imports torch, so that a mistake
+is told at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from adalora_dist.io.ending import EXIT_PREEMPTED
+from adalora_dist.io.errors import UserError
+from adalora_dist.io.launchers import OWN_COMMAND
+from adalora_dist.io.processes import free_port, run_together
+from adalora_dist.io.shipped import own_or_shipped, shipped
+from adalora_dist.io.yaml_file import read_yaml
+from adalora_dist.training.launch import deepspeed_environment, threads_of_each
+from adalora_dist.training.recipe_file import recipe_file
+
+DEFAULT_PORT = 29500
+"""Where processes of several machines meet; those of one take any that is free."""
+_DEVICES = ("/dev/nvidia0", "/dev/kfd", "/dev/dri/renderD128", "/dev/dxg")
+"""One of them is there where a GPU is: without, torch need not be imported to count."""
+
+
+class Placement(NamedTuple):
+    """Which processes run where; None: to be found out."""
+
+    engine: str | None = None
+    num_processes: int | None = None
+    """On each machine."""
+    num_nodes: int | None = None
+    node_rank: int | None = None
+    address: str | None = None
+    """HOST or HOST:PORT of the first machine."""
+    deepspeed_config: Path | None = None
+
+
+def start(recipe: str, placement: Placement, flags: Sequence[str], command: Sequence[str]) -> NoReturn:
+    """Run a recipe, and end as it ends.
+
+    Args:
+        recipe: name of a shipped one, or a Python file.
+        flags: of the recipe.
+        command: what was typed, for the run's folder.
+
+    Raises:
+        UserError: a recipe or an engine that there is not, or a placement that does not say where.
+        SystemExit: with the exit code of the process that failed first, or 0.
+    """
+    path = recipe_file(recipe)
+    common = {**os.environ, OWN_COMMAND: json.dumps(list(command))}
+    environments = [{**common, **own} for own in environments_of(placement, os.environ)]
+    words = [sys.executable, str(path), *flags]
+    sys.stdout.flush()
+    if len(environments) == 1:  # nothing to hold together: the process becomes the run
+        os.execve(sys.executable, words, environments[0])
+    raise SystemExit(run_together(words, environments, EXIT_PREEMPTED))
+
+
+def environments_of(placement: Placement, surroundings: Mapping[str, str]) -> list[dict[str, str]]:
+    """What the environment of each process on this machine has besides ``surroundings``.
+
+    Raises:
+        UserError: see :func:`start`.
+    """
+    num_nodes, node_rank, host = _nodes(placement, surroundings)
+    on_each = placement.num_processes or _num_gpus()
+    engine = placement.engine or ("ddp" if on_each * num_nodes > 1 else "single")
+    if engine == "single" and on_each * num_nodes > 1:
+        raise UserError(
+            f"--engine single with {on_each} processes on {num_nodes} machine(s): it is one process; choose another "
+            "engine, such as ddp or fsdp2"
+        )
+    own = engine_environment(engine, placement.deepspeed_config)
+    if "OMP_NUM_THREADS" not in surroundings:
+        own["OMP_NUM_THREADS"] = str(threads_of_each(on_each))
+    if engine == "single":
+        return [own]
+    name, port = _meeting_point(host, num_nodes)
+    own |= {"MASTER_ADDR": name, "MASTER_PORT": port, "WORLD_SIZE": str(on_each * num_nodes)}
+    own |= {"LOCAL_WORLD_SIZE": str(on_each), "LOCAL_SIZE": str(on_each)}
+    return [
+        {**own, "LOCAL_RANK": str(local), "RANK": str(node_rank * on_each + local)} for local in range(on_each)
+    ]  # fmt: skip
+
+
+def engine_environment(engine: str, deepspeed_config: Path | None = None) -> dict[str, str]:
+    """What the engine's file in launch/accelerate makes accelerate's launcher put into a process's environment.
+
+    Raises:
+        UserError: no such engine, or a DeepSpeed configuration for another one.
+    """
+    config: Mapping[Any, Any] = {} if engine == "single" else read_yaml(shipped("engine", engine))[0]
+    kind = config.get("distributed_type")
+    if deepspeed_config is not None and kind != "DEEPSPEED":
+        raise UserError(f"--deepspeed-config {deepspeed_config} with --engine {engine}: choose zero2 or zero3")
+    if kind == "DEEPSPEED":
+        path = deepspeed_config or Path(config["deepspeed_config"]["deepspeed_config_file"])
+        return deepspeed_environment(own_or_shipped(path, "deepspeed"))
+    if kind == "FSDP":
+        settings = {key.upper(): value for key, value in config["fsdp_config"].items()}
+        words = {key: str(v).lower() if isinstance(v, bool) else str(v) for key, v in settings.items()}
+        return {"ACCELERATE_USE_FSDP": "true", **words}
+    return {}
+
+
+def _nodes(placement: Placement, surroundings: Mapping[str, str]) -> tuple[int, int, str]:
+    """Number of machines, this one's number, address of the first; SLURM's where it started this."""
+    in_job = "SLURM_NODEID" in surroundings and int(surroundings.get("SLURM_NNODES", 1)) > 1
+    num_nodes, rank, host = placement.num_nodes, placement.node_rank, placement.address
+    if in_job and rank is None and num_nodes is not None:
+        rank = int(surroundings["SLURM_NODEID"])
+    if in_job and host is None and num_nodes is not None:
+        host = _first_host(surroundings.get("SLURM_JOB_NODELIST", ""))
+    num_nodes = 1 if num_nodes is None else num_nodes
+    if num_nodes == 1:
+        if rank or host:
+            raise UserError(f"--node-rank {rank or 0} and --main-address {host or ''} without --nodes: say how many")
+        return 1, 0, "127.0.0.1"
+    if rank is None or host is None:
+        lacking = "--node-rank K" if rank is None else "--main-address HOST"
+        raise UserError(
+            f"--nodes {num_nodes} without {lacking}: run the same line on every machine, with its number from 0 and "
+            "the address of machine 0; under srun both are known"
+        )
+    if rank >= num_nodes:
+        raise UserError(f"--node-rank {rank} of --nodes {num_nodes}: must be 0 to {num_nodes - 1}")
+    return num_nodes, rank, host
+
+
+def _first_host(nodes: str) -> str | None:
+    try:
+        done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return next(iter(done.stdout.split()), None)
+
+
+def _meeting_point(host: str, num_nodes: int) -> tuple[str, str]:
+    name, _, port = host.rpartition(":") if host.count(":") == 1 else (host, "", "")
+    if not port:
+        return name, str(free_port() if num_nodes == 1 else DEFAULT_PORT)
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UserError(f"--main-address {host}: the port must be an integer from 1 to 65535; write HOST or HOST:PORT")
+    return name, port
+
+
+def _num_gpus() -> int:
+    """Of this machine, and at least 1."""
+    if not any(Path(device).exists() for device in _DEVICES):
+        return 1
+    import torch
+
+    return max(1, torch.cuda.device_count())

@@ -1,0 +1,128 @@
+"""adalora-dist run: the environment that accelerate's launcher would make, and not a word besides the run's own."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from adalora_dist.io.launchers import OWN_COMMAND
+from adalora_dist.io.shipped import files_of
+from adalora_dist.training import run_folder
+from adalora_dist.training import start as module
+from adalora_dist.training.recipe_file import recipe_file
+from adalora_dist.training.start import Placement, engine_environment, environments_of
+from tests.support.paths import DS_CONFIGS, ROOT
+from tests.support.ranks import free_port
+from tests.support.recipe_runs import run_command
+from tests.support.refusals import refusal
+
+SLURM = {"SLURM_NODEID": "1", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
+
+
+@pytest.mark.parametrize("path", files_of("engine"), ids=lambda path: path.stem)
+def test_an_engine_is_what_accelerate_makes_of_its_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("deepspeed")
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    monkeypatch.chdir(ROOT)
+    words = ["--config_file", str(path), "--main_process_port", free_port(), "recipes/llama_sft.py"]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+    arguments.deepspeed_fields_from_accelerate_config = ""  # as its command does in between
+    theirs = prepare_deepspeed_cmd_env(arguments)[1] if "zero" in path.stem else prepare_multi_gpu_env(arguments)
+    own = engine_environment(path.stem)
+    for name, value in own.items():
+        assert value == theirs[name], name
+    switches = {name for name in theirs if name.startswith("ACCELERATE_USE_") and theirs[name] == "true"}
+    assert switches == {name for name in own if name.startswith("ACCELERATE_USE_")}
+
+
+def test_one_process_needs_nothing() -> None:
+    assert environments_of(Placement(), {"OMP_NUM_THREADS": "1"}) == [{}]
+    [alone] = environments_of(Placement(), {})
+    assert set(alone) == {"OMP_NUM_THREADS"}
+
+
+def test_several_on_one_machine() -> None:
+    first, second = environments_of(Placement(num_processes=2), {})
+    assert (first["RANK"], second["RANK"], second["LOCAL_RANK"], second["WORLD_SIZE"]) == ("0", "1", "1", "2")
+    assert first["MASTER_PORT"] == second["MASTER_PORT"] and "ACCELERATE_USE_FSDP" not in first
+    [only] = environments_of(Placement("fsdp2"), {})
+    assert (only["RANK"], only["WORLD_SIZE"], only["FSDP_VERSION"]) == ("0", "1", "2")
+
+
+def test_several_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    placed = Placement("fsdp2", 4, 3, 2, "10.0.0.1")
+    ranks = environments_of(placed, {})
+    assert [own["RANK"] for own in ranks] == ["8", "9", "10", "11"] and ranks[0]["WORLD_SIZE"] == "12"
+    assert (ranks[0]["MASTER_ADDR"], ranks[0]["MASTER_PORT"]) == ("10.0.0.1", "29500")
+    [own] = environments_of(placed._replace(num_processes=1, address="head:1234"), {})
+    assert (own["MASTER_ADDR"], own["MASTER_PORT"]) == ("head", "1234")
+    monkeypatch.setattr(module, "_first_host", lambda nodes: {"n[1-2]": "n1"}[nodes])
+    [own] = environments_of(Placement("ddp", 1, 2), SLURM)
+    assert (own["RANK"], own["MASTER_ADDR"]) == ("1", "n1")
+    [own] = environments_of(Placement(), SLURM)  # several machines are asked for, never assumed
+    assert "RANK" not in own
+
+
+@pytest.mark.parametrize(
+    ("placement", "says"),
+    [
+        (Placement("single", 2), "--engine single with 2 processes"),
+        (Placement("fsdp", 2), "fsdp is not an engine: did you mean fsdp2?"),
+        (Placement("fsdp2", deepspeed_config=DS_CONFIGS / "zero1.json"), "choose zero2 or zero3"),
+        (Placement("zero2", deepspeed_config=Path("none.json")), "no DeepSpeed configuration"),
+        (Placement("ddp", 1, 2), "--nodes 2 without --node-rank K"),
+        (Placement("ddp", 1, 2, 1), "--nodes 2 without --main-address HOST"),
+        (Placement("ddp", 1, 2, 2, "a"), "--node-rank 2 of --nodes 2: must be 0 to 1"),
+        (Placement("ddp", 1, 2, 1, "a:0"), "the port must be an integer from 1 to 65535"),
+        (Placement("ddp", 1, node_rank=1), "without --nodes: say how many"),
+    ],
+)
+def test_what_does_not_say_where_is_refused(placement: Placement, says: str) -> None:
+    assert says in refusal(environments_of, placement, {})
+
+
+def test_a_configuration_of_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = engine_environment("zero3", Path("ds_configs/zero1.json"))
+    assert own["ACCELERATE_DEEPSPEED_ZERO3_INIT"] == "false"
+    assert own["ACCELERATE_DEEPSPEED_CONFIG_FILE"] == str(DS_CONFIGS / "zero1.json")
+
+
+def test_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert recipe_file("llama_sft") == recipe_file("recipes/llama_sft.py") == ROOT / "recipes" / "llama_sft.py"
+    (tmp_path / "my_recipe.py").touch()
+    assert recipe_file("my_recipe.py") == Path("my_recipe.py")
+    assert "llama_sfd is not a recipe: did you mean llama_sft?" in refusal(recipe_file, "llama_sfd")
+
+
+def test_a_recipe_takes_the_place_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    from adalora_dist.__main__ import main
+
+    calls = []
+    monkeypatch.setattr(os, "execve", lambda *words: calls.append(words))
+    with pytest.raises(SystemExit):  # it is gone where it is not a test's
+        main(["run", "llama_sft", "--engine", "zero2", "--seed", "3", "-n", "1", "--epochs=-1"])
+    [(program, words, environment)] = calls
+    assert program == sys.executable
+    assert words[1:] == [str(ROOT / "recipes/llama_sft.py"), "--seed", "3", "--epochs=-1"]
+    typed = ["adalora-dist", "run", "llama_sft", "--engine", "zero2", "--seed", "3", "-n", "1", "--epochs=-1"]
+    assert json.loads(environment[OWN_COMMAND]) == typed
+    monkeypatch.setenv(OWN_COMMAND, environment[OWN_COMMAND])
+    monkeypatch.setattr(run_folder, "launchers", lambda: [])
+    assert run_folder._launcher_command() == typed
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_typing_error_is_one_line(tmp_path: Path, processes: str) -> None:
+    words = ["run", "llama_commonsense", "-n", processes, "--typo"]
+    done = run_command(sys.executable, "-m", "adalora_dist", *words, folder=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --typo is not a flag: did you mean --dtype?\n"
+    assert list(tmp_path.iterdir()) == []
