@@ -16,6 +16,7 @@ from adalora_dist.config.sections import (
 )
 
 Size = Literal["demo", "60m", "130m", "350m", "1b"]
+DEFAULT_EVAL_SHARE = 0.01
 C4 = "c4"
 """The word of ``--data`` for allenai/c4, English."""
 
@@ -36,26 +37,35 @@ class PretrainDataConfig(DataConfig):
     other; c4: the English part of allenai/c4 from the Hub, as far as it is needed; empty: built-in stories."""
     column: str = "text"
     """Column with the text of a row."""
-    eval_source: str = ""
+    eval_split: str = ""
     """File or folder that the validation perplexity is measured on; empty: a share of the documents (c4: its own)."""
-    eval_share: float = Field(0.01, gt=0, lt=1)
-    """Share of the documents held out for the validation perplexity, by their content."""
+    eval_share: float | None = Field(None, gt=0, lt=1)
+    """Share of the documents held out for the validation perplexity, by their content. Default: 0.01."""
     max_length: int = Field(256, ge=8)
     """Tokens of every sequence."""
     max_eval_tokens: int = Field(1_000_000, ge=1)
     """Measure the validation perplexity on at most so many tokens."""
 
+    @property
+    def always_validates(self) -> bool:
+        return True
+
+    @property
+    def held_out_share(self) -> float:
+        """``eval_share``, or its default."""
+        return DEFAULT_EVAL_SHARE if self.eval_share is None else self.eval_share
+
     @model_validator(mode="after")
     def _of_own_data(self) -> PretrainDataConfig:
-        if self.eval_source and not self.source:
+        if self.eval_split and not self.source:
             raise ValueError(
-                f"eval_source {self.eval_source} without data: the built-in stories have their own; give --data, or "
-                "leave eval_source out"
+                f"eval_split {self.eval_split} without data: the built-in stories have their own; give --data, or "
+                "leave eval_split out"
             )
-        if C4 in self.source and (len(self.source) > 1 or self.eval_source):
+        if C4 in self.source and (len(self.source) > 1 or self.eval_split):
             raise ValueError(
                 f"data {' '.join(self.source)}: c4 is read by itself, with its own validation documents; leave the "
-                "others and eval_source out"
+                "others and eval_split out"
             )
         return self
 
