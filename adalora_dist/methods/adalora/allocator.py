@@ -286,7 +286,8 @@ class RankAllocator(Step):
     def facts(self) -> dict[str, Any]:
         """Budgets, and the rank of each matrix at the start of the run, by name in canonical order."""
         budgets = {"initial_budget": self.schedule.initial_budget, "target_budget": self.schedule.target_budget}
-        ranks = {layer.name: rank for layer, rank in zip(self.layers, self.ranks, strict=True)}
+        names = (name for layer in self.layers for name in layer.matrix_names())
+        ranks = dict(zip(names, self.ranks, strict=True))
         return super().facts() | budgets | {"initial_ranks": ranks}
 
     def plan(self) -> str:

@@ -269,8 +269,8 @@ class TripletSums:
         for r in self._split_slots:
             grams = self._whole_grams(r)
             off = grams - torch.diag_embed(grams.diagonal(dim1=-2, dim2=-1)) if form == "directions" else defect(grams)
-            if (real := self._is_triplet[r]) is not None:  # of the others, both rows and columns are 0
-                off = off * real.unsqueeze(-1)
+            if (real := self._is_triplet[r]) is not None:
+                off = off * (real.unsqueeze(-1) & real.unsqueeze(-2))
             total += off.norm(dim=(-2, -1)).sum().item()
         return total / self._num_matrices
 
@@ -291,8 +291,8 @@ class TripletSums:
 
     def make_factors(self, form: OrthogonalityForm, gamma: float, keep: torch.Tensor | None = None) -> None:
         """What :meth:`times_factors` multiplies by; arguments as of :meth:`orthogonality_gradient`."""
-        for r, slots in self._split_slots.items():
-            rows, grams = self._rows[r], self._whole_grams(r)
+        for r in self._split_slots:
+            grams = self._whole_grams(r)
             active, real = None if keep is None else keep[self._gram_triplets[r]], self._is_triplet[r]
             if real is not None:
                 active = real if active is None else active & real
