@@ -143,11 +143,16 @@ def _load(
     """
     if data.source == "hub":
         instead = f"--data FOLDER with FOLDER/{data.task}/train.jsonl and FOLDER/{data.task}/dev.jsonl"
-        hub = HubData("nyu-mll/glue", data.task)
+        hub = hub_data(data.task)
         return checked_rows(hub.where(split), hub.rows(split, instead), parse, bad)
     where = task_folder(data.source, data.task, tuple(TASKS))
     found = local_split(where, names) if names else split_of(where, split)
     return checked_rows(found.where, found.rows(), parse, bad)
+
+
+def hub_data(task: str) -> HubData:
+    """Where a task lies on the Hub."""
+    return HubData("nyu-mll/glue", task)
 
 
 def labelled_text(task: Task, row: object, origin: str) -> LabelledText:
