@@ -12,7 +12,7 @@ launcher, not here: add --config_file launch/accelerate/{ddp,fsdp2,zero2,zero3}.
 from __future__ import annotations
 
 import sys
-from typing import Any
+from functools import partial
 
 from adalora_dist.config.demonstration import or_demonstration
 from adalora_dist.config.flags import parse_config, user_errors
@@ -40,8 +40,8 @@ def main(config: GlueConfig) -> None:
     from adalora_dist.tasks.evaluation.predict import Outputs, largest_difference, predict
     from adalora_dist.tasks.glue.demo import TASK, demo_sentences, demo_sentences_folder
     from adalora_dist.tasks.glue.metrics import require_metrics
-    from adalora_dist.tasks.glue.rows import TASKS, encode_texts, load_glue
-    from adalora_dist.tasks.glue.scores import majority_scores, score
+    from adalora_dist.tasks.glue.rows import TASKS, encode_texts, load_glue_rows
+    from adalora_dist.tasks.glue.scores import majority_scores, score, validation_scores
     from adalora_dist.tasks.losses import classification_loss
     from adalora_dist.tasks.padding import refuse_uneven_ends
     from adalora_dist.tasks.rows.tokens import padding_token
@@ -50,24 +50,26 @@ def main(config: GlueConfig) -> None:
     from adalora_dist.training.run import Run
     from adalora_dist.training.seeds import each_seed
 
+    built_in, validates = not config.data.source, config.evaluation.eval_every > 0
     if config.train.dry_run:
-        built_in, num_labels = not config.data.source, TASKS[config.data.task].num_labels
+        task = TASKS.get(config.data.task) or load_glue_rows(config.data).task
         return dry_run(
             config, AutoModelForSequenceClassification, ARCHITECTURES, "all-MiniLM-L6-v2", [config.data.task],
-            lambda: demo_sentences("train") if built_in else load_glue(config.data)[0], num_labels=num_labels,
+            lambda: demo_sentences("train") if built_in else load_glue_rows(config.data, None, validates).train,
+            num_labels=task.num_labels,
         )  # fmt: skip
     require_metrics()
+    if built_in and config.data.task != TASK:
+        raise UserError(f"task={config.data.task} needs data: --data FOLDER or --data hub; built in is {TASK} only")
     whole = Run(config)
 
     # ------------------------------------------------------------------------------------------------------------- data
-    task = TASKS[config.data.task]
-    if not config.data.source and config.data.task != TASK:
-        raise UserError(f"task={config.data.task} needs data: --data FOLDER or --data hub; built in is {TASK} only")
-    whole.demo_data("built-in sentences, not SST-2", "--data FOLDER, or --data hub", demo_sentences_folder)
-    train_examples, eval_examples = load_glue(whole.config.data, whole.bad_rows)
+    whole.demo_data("built-in sentences, not SST-2", "--data FOLDER_OR_FILE, or --data hub", demo_sentences_folder)
+    loaded = load_glue_rows(whole.config.data, whole.bad_rows, validates)
+    task, train_examples, eval_examples = loaded.task, loaded.train, loaded.sets
     whole.report_bad_rows()
     sizes = ", ".join(f"{name} {len(examples)}" for name, examples in eval_examples.items())
-    whole.say(f"{len(train_examples)} training rows; evaluation: {sizes}")
+    whole.say_sizes(f"{len(train_examples)} training rows; evaluation: {sizes}", loaded.validation)
 
     # ----------------------------------------------------------------------------------------------------------- tokens
     whole.demo_model("all-MiniLM-L6-v2, 22.7 million parameters", demo_encoder_folder)
@@ -76,6 +78,7 @@ def main(config: GlueConfig) -> None:
     with whole.main_process_first():  # the others find it in the cache
         inputs = encode_texts(train_examples, *common, "tokenise train", whole.is_main)
         eval_inputs = {n: encode_texts(e, *common, f"tokenise {n}", whole.is_main) for n, e in eval_examples.items()}
+        checked = encode_texts(loaded.validation or [], *common, "tokenise validation", whole.is_main)
     labels = [example.label for example in train_examples]
     eval_labels = {name: [example.label for example in examples] for name, examples in eval_examples.items()}
     majority = {"majority": majority_scores(task, eval_labels)}
@@ -90,14 +93,18 @@ def main(config: GlueConfig) -> None:
             scores |= score(name, task, logits[name], eval_labels[name])
         return scores, logits
 
+    def validate(run: Run[GlueConfig]) -> dict[str, float]:
+        size = run.config.evaluation.eval_batch_size
+        logits = predict(run.model, checked, padding, size, **run.ranks, description="validation")
+        return validation_scores(task, logits, [example.label for example in loaded.validation or []])
+
     for run in each_seed(whole, majority):
         # -------------------------------------------------------------------------------------------------------- model
-        problem_type = "regression" if task.num_labels == 1 else None
-        changes: dict[str, Any] = {"num_labels": task.num_labels, "problem_type": problem_type}
+        changes = task.settings
         if config.model.classifier_dropout is not None:  # BERT's name for it, and DeBERTa's
             changes |= dict.fromkeys(("classifier_dropout", "cls_dropout"), config.model.classifier_dropout)
         run.load_model(AutoModelForSequenceClassification, changes)
-        refuse_uneven_ends(run.model, {"training": inputs, **eval_inputs})
+        refuse_uneven_ends(run.model, {"training": inputs, "validation": checked, **eval_inputs})
 
         # ------------------------------------------------------------------------------------------ adapters and engine
         run.prepare(BatchPlan.of_inputs(inputs, [[label] for label in labels], *run.batching))
@@ -106,7 +113,8 @@ def main(config: GlueConfig) -> None:
             columns["before"], _ = evaluate(run)
 
         # -------------------------------------------------------------------------------------------------------- train
-        run.train(classification_loss(inputs, labels, task.num_labels, padding, run.device), columns)
+        loss = classification_loss(inputs, labels, task.num_labels, padding, run.device)
+        run.train(loss, columns, partial(validate, run))
         columns["after"], logits = evaluate(run)
 
         # ------------------------------------------------------------------------------------------------------- export

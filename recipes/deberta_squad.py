@@ -12,6 +12,7 @@ launcher, not here: add --config_file launch/accelerate/{ddp,fsdp2,zero2,zero3}.
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 from adalora_dist.config.demonstration import or_demonstration
 from adalora_dist.config.flags import parse_config, user_errors
@@ -40,27 +41,27 @@ def main(config: SquadConfig) -> None:
     from adalora_dist.tasks.rows.tokens import padding_token
     from adalora_dist.tasks.squad.answers import Answer, find_answers
     from adalora_dist.tasks.squad.demo import demo_passages, demo_passages_folder
-    from adalora_dist.tasks.squad.rows import load_squad, make_windows
-    from adalora_dist.tasks.squad.scores import given_answers, score
+    from adalora_dist.tasks.squad.rows import load_squad_parts, make_windows
+    from adalora_dist.tasks.squad.scores import given_answers, score, windows_loss
     from adalora_dist.training.dry_run import dry_run
     from adalora_dist.training.report import metrics_table
     from adalora_dist.training.run import Run
     from adalora_dist.training.seeds import each_seed
 
-    task = config.data.task
+    task, validates = config.data.task, config.evaluation.eval_every > 0
     if config.train.dry_run:  # a long passage makes several windows: steps are at least these
-        built_in = not config.data.source
+        built_in, own_rows = not config.data.source, (config.data, None, validates)
         return dry_run(
             config, AutoModelForQuestionAnswering, ARCHITECTURES, "all-MiniLM-L6-v2", [task],
-            lambda: demo_passages("train", task == "v2.0") if built_in else load_squad(config.data)[0],
+            lambda: demo_passages("train", task == "v2.0") if built_in else load_squad_parts(*own_rows)[0],
         )  # fmt: skip
     whole = Run(config)
 
     # ------------------------------------------------------------------------------------------------------------- data
-    own = "--data FOLDER, or --data hub"
+    own = "--data FOLDER_OR_FILE, or --data hub"
     whole.demo_data("built-in passages, not SQuAD", own, lambda: demo_passages_folder(task))
     data = whole.config.data
-    train_questions, eval_questions = load_squad(data, whole.bad_rows)
+    train_questions, eval_questions, validation = load_squad_parts(data, whole.bad_rows, validates)
     whole.report_bad_rows()
 
     # ----------------------------------------------------------------------------------------------------------- tokens
@@ -69,16 +70,18 @@ def main(config: SquadConfig) -> None:
     padding = padding_token(tokenizer)
     with whole.main_process_first():  # the others find it in the cache
         windows = make_windows(train_questions, tokenizer, data, "tokenise train", whole.is_main)
-        eval_windows = make_windows(eval_questions, tokenizer, data, "tokenise validation", whole.is_main)
+        eval_windows = make_windows(eval_questions, tokenizer, data, "tokenise evaluation", whole.is_main)
+        checked = make_windows(validation or [], tokenizer, data, "tokenise validation", whole.is_main)
     inputs, eval_inputs = ([window.inputs for window in part] for part in (windows, eval_windows))
     spans = [window.span for window in windows]
-    whole.say(
-        f"{len(train_questions)} training questions in {len(windows)} windows; evaluation: {len(eval_questions)} in "
-        f"{len(eval_windows)}"
+    sizes = f"{len(eval_questions)} in {len(eval_windows)}"
+    whole.say_sizes(
+        f"{len(train_questions)} training questions in {len(windows)} windows; evaluation: {sizes}", validation
     )
 
     # --------------------------------------------------------------------------------------------------------- evaluate
-    common = (eval_inputs, padding, config.evaluation.eval_batch_size)
+    size = config.evaluation.eval_batch_size
+    common = (eval_inputs, padding, size)
     outputs = ("start_logits", "end_logits")
 
     def scored(logits: Outputs) -> tuple[dict[str, float], list[Answer]]:
@@ -86,7 +89,13 @@ def main(config: SquadConfig) -> None:
         return score(data, eval_questions, answers), answers
 
     def evaluate(run: Run[SquadConfig]) -> Outputs:
-        return predict(run.model, *common, **run.ranks, description="validation", outputs=outputs)
+        return predict(run.model, *common, **run.ranks, description="evaluation", outputs=outputs)
+
+    def validate(run: Run[SquadConfig]) -> dict[str, float]:
+        inputs, questions = [window.inputs for window in checked], validation or []
+        logits = predict(run.model, inputs, padding, size, **run.ranks, description="validation", outputs=outputs)
+        answers = find_answers(questions, checked, logits, data.num_best, data.max_answer_length)
+        return {"loss": windows_loss(checked, logits), **score(data, questions, answers)}
 
     for run in each_seed(whole, {}):
         # -------------------------------------------------------------------------------------------------------- model
@@ -99,7 +108,7 @@ def main(config: SquadConfig) -> None:
             columns["before"], _ = scored(evaluate(run))
 
         # -------------------------------------------------------------------------------------------------------- train
-        run.train(span_loss(inputs, spans, padding, run.device), columns)
+        run.train(span_loss(inputs, spans, padding, run.device), columns, partial(validate, run))
         logits = evaluate(run)
         columns["after"], answers = scored(logits)
 

@@ -11,6 +11,7 @@ Engines are chosen by the launcher, not here: add --config_file launch/accelerat
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 
 from adalora_dist.config.demonstration import or_demonstration
 from adalora_dist.config.flags import parse_config, user_errors
@@ -33,7 +34,9 @@ def main(config: E2EConfig) -> None:
     from adalora_dist.tasks.batches import BatchPlan, count_targets
     from adalora_dist.tasks.demo_models.pretrained import demo_gpt2_folder
     from adalora_dist.tasks.e2e.metrics import data_to_text_scores, missing_metrics
-    from adalora_dist.tasks.e2e.rows import by_meaning, encode_rows, load_e2e, prompt_tokens
+    from adalora_dist.tasks.e2e.rows import by_meaning, encode_rows, load_e2e_parts, prompt_tokens
+    from adalora_dist.tasks.evaluation.loss import counts_of, validation_loss
+    from adalora_dist.tasks.evaluation.shown import shown_texts
     from adalora_dist.tasks.evaluation.texts import generate_texts
     from adalora_dist.tasks.losses import causal_loss
     from adalora_dist.tasks.rows.tokens import padding_token
@@ -42,9 +45,11 @@ def main(config: E2EConfig) -> None:
     from adalora_dist.training.run import Run
 
     if config.train.dry_run:
+        validates = config.evaluation.eval_every > 0
         return dry_run(
-            config, AutoModelForCausalLM, ARCHITECTURES, "demo-gpt2", ["e2e"], lambda: load_e2e(config.data, "train")
-        )
+            config, AutoModelForCausalLM, ARCHITECTURES, "demo-gpt2", ["e2e"],
+            lambda: load_e2e_parts(config.data, None, validates)[0],
+        )  # fmt: skip
     missing = missing_metrics()
     run = Run(config)
     run.begin()
@@ -56,37 +61,46 @@ def main(config: E2EConfig) -> None:
     tokenizer = run.load_model(AutoModelForCausalLM)
 
     # ------------------------------------------------------------------------------------------------------------- data
-    run.demo_data("built-in places", "--data FOLDER, or --data hub for E2E NLG")
-    data = run.config.data
-    with run.main_process_first():  # the others find it in the cache
-        rows = encode_rows(load_e2e(data, "train", run.bad_rows), tokenizer, data.max_length, run.is_main)
-    references = by_meaning(load_e2e(data, "test", run.bad_rows))
+    run.demo_data("built-in places", "--data FOLDER_OR_FILE, or --data hub for E2E NLG")
+    data, settings = run.config.data, run.config.evaluation
+    train_pairs, test_pairs, validation_pairs = load_e2e_parts(data, run.bad_rows, run.validates)
     run.report_bad_rows()
-    prompts = prompt_tokens(list(references), tokenizer)
-    run.check_replies(prompts)
-    num_references = sum(len(texts) for texts in references.values())
-    run.say(
-        f"{len(rows):,} training rows; evaluation: {len(prompts):,} lists of facts with {num_references:,} references"
-    )
+    with run.main_process_first():  # the others find it in the cache
+        rows = encode_rows(train_pairs, tokenizer, data.max_length, run.is_main)
+        checked = encode_rows(validation_pairs or [], tokenizer, data.max_length, run.is_main)
+    references, validation = by_meaning(test_pairs), by_meaning(validation_pairs or [])
+    sizes = f"{len(references):,} lists of facts with {len(test_pairs):,} references"
+    run.say_sizes(f"{len(rows):,} training rows; evaluation: {sizes}", validation)
+    run.check_replies(prompt_tokens([*references, *validation], tokenizer))
 
     # ---------------------------------------------------------------------------------------------- adapters and engine
     run.prepare(BatchPlan.of_rows(rows, *run.batching))
 
     # --------------------------------------------------------------------------------------------------------- evaluate
-    lengths, synced = [len(prompt) for prompt in prompts], run.generates_together()
+    synced, padding, chunk = run.generates_together(), padding_token(tokenizer), run.config.train.logits_chunk
 
-    def evaluate() -> tuple[dict[str, float], list[str]]:
-        settings = run.config.evaluation
+    def evaluate(references: Mapping[str, list[str]]) -> tuple[dict[str, float], list[str]]:
+        prompts = prompt_tokens(list(references), tokenizer)
+        lengths = [len(prompt) for prompt in prompts]
         texts = generate_texts(run.model, tokenizer, prompts, lengths, settings, **run.ranks, synced_gpus=synced)
         return data_to_text_scores(texts, list(references.values())), texts
 
+    checked_loss = causal_loss(checked, padding, run.device, chunk)
+
+    def validate() -> dict[str, float]:
+        size = settings.eval_batch_size
+        loss = validation_loss(run.model, checked_loss, *counts_of(checked), size, **run.ranks)
+        scores, texts = evaluate(validation)
+        run.say(shown_texts(list(validation), texts, settings.show_samples))
+        return loss | scores
+
     columns = run.notes
     if run.evaluates_before:
-        columns["before"], _ = evaluate()
+        columns["before"], _ = evaluate(references)
 
     # ------------------------------------------------------------------------------------------------------------ train
-    run.train(causal_loss(rows, padding_token(tokenizer), run.device, run.config.train.logits_chunk), columns)
-    columns["after"], texts = evaluate()
+    run.train(causal_loss(rows, padding, run.device, chunk), columns, validate)
+    columns["after"], texts = evaluate(references)
 
     # ----------------------------------------------------------------------------------------------------------- export
     run.folder.write_json("results.json", columns)

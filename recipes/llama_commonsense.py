@@ -11,6 +11,7 @@ Engines are chosen by the launcher, not here: add --config_file launch/accelerat
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adalora_dist.config.demonstration import or_demonstration
@@ -36,9 +37,10 @@ def main(config: CommonsenseConfig) -> None:
     from adalora_dist.tasks.commonsense.demo import demo_questions, demo_questions_folder
     from adalora_dist.tasks.commonsense.generation import evaluate_generation
     from adalora_dist.tasks.commonsense.prompts import check_questions, encode_examples
-    from adalora_dist.tasks.commonsense.results import TaskResult
-    from adalora_dist.tasks.commonsense.rows import load_tasks
+    from adalora_dist.tasks.commonsense.results import TaskResult, as_scores
+    from adalora_dist.tasks.commonsense.rows import Example, load_tasks_and_validation
     from adalora_dist.tasks.demo_models.smollm2 import demo_model_folder
+    from adalora_dist.tasks.evaluation.loss import counts_of, validation_loss
     from adalora_dist.tasks.losses import causal_loss
     from adalora_dist.tasks.rows.tokens import padding_token
     from adalora_dist.training.dry_run import dry_run
@@ -47,51 +49,65 @@ def main(config: CommonsenseConfig) -> None:
 
     if config.train.dry_run:
         built_in, tasks = not config.data.source, config.data.tasks or COMMONSENSE_TASKS
+        validates = config.evaluation.eval_every > 0
         return dry_run(
             config, AutoModelForCausalLM, ARCHITECTURES, "SmolLM2-135M-Instruct", tasks,
-            lambda: demo_questions("train") if built_in else load_tasks(config.data)[0],
+            lambda: demo_questions("train") if built_in else load_tasks_and_validation(config.data, None, validates)[0],
         )  # fmt: skip
     run = Run(config)
     run.begin()
 
     # ------------------------------------------------------------------------------------------------------------- data
-    own = "--data FOLDER, or --data hub for the eight tasks"
+    own = "--data FOLDER_OR_FILE, or --data hub for the eight tasks"
     run.demo_data("built-in questions", own, demo_questions_folder)
     data = run.config.data
-    train_examples, eval_examples = load_tasks(data, run.bad_rows)
+    train_examples, eval_examples, validation = load_tasks_and_validation(data, run.bad_rows, run.validates)
     run.report_bad_rows()
+    held_out = [row for part in validation.values() for row in part]
     sizes = ", ".join(f"{task} {len(examples)}" for task, examples in eval_examples.items())
-    run.say(f"{len(train_examples)} training rows; evaluation: {sizes}")
+    run.say_sizes(f"{len(train_examples)} training rows; evaluation: {sizes}", held_out)
 
     # ------------------------------------------------------------------------------------------------------------ model
     run.demo_model("SmolLM2-135M-Instruct, dequantised 4-bit weights", demo_model_folder)
     tokenizer = run.load_model(AutoModelForCausalLM)
-    rows = encode_examples(train_examples, tokenizer, data.max_length, data.train_on)
-    check_questions((row for part in eval_examples.values() for row in part), tokenizer, data.max_length)
+    with run.main_process_first():  # the others find its tokens in the cache
+        rows = encode_examples(train_examples, tokenizer, data.max_length, data.train_on)
+        for questions in (held_out, *eval_examples.values()):
+            check_questions(questions, tokenizer, data.max_length)
 
     # ---------------------------------------------------------------------------------------------- adapters and engine
     run.prepare(BatchPlan.of_rows(rows, *run.batching))
 
     # --------------------------------------------------------------------------------------------------------- evaluate
-    settings, synced = run.config.evaluation, run.generates_together()
+    settings, chunk, synced = run.config.evaluation, run.config.train.logits_chunk, run.generates_together()
+    padding = padding_token(tokenizer)
+    packed = run.packs(padding)
 
-    def evaluate() -> list[dict[str, Any]]:
+    def evaluate(questions: Mapping[str, Sequence[Example]]) -> list[TaskResult]:
         results = []
-        for examples in eval_examples.values():
+        for examples in questions.values():
             common = (run.model, tokenizer, examples, settings.eval_batch_size, data.max_length)
             if "likelihood" in settings.evaluate_by:
                 results.append(evaluate_choices(*common, **run.ranks))
             if "generation" in settings.evaluate_by:
                 results.append(evaluate_generation(*common, settings.max_new_tokens, **run.ranks, synced_gpus=synced))
-        return [vars(result) for result in results]
+        return results
 
-    columns = {"before": [], **run.notes}
+    checked = encode_examples(held_out, tokenizer, data.max_length, data.train_on) if held_out else []
+    checked_loss = causal_loss(checked, padding, run.device, chunk)
+
+    def validate() -> dict[str, float]:
+        size = settings.eval_batch_size
+        loss = validation_loss(run.model, checked_loss, *counts_of(checked), size, **run.ranks)
+        return loss | as_scores(evaluate(validation))
+
+    columns: dict[str, Any] = {"before": [], **run.notes}
     if run.evaluates_before:
-        columns["before"] = evaluate()
+        columns["before"] = [vars(result) for result in evaluate(eval_examples)]
 
     # ------------------------------------------------------------------------------------------------------------ train
-    run.train(causal_loss(rows, padding_token(tokenizer), run.device, run.config.train.logits_chunk), columns)
-    columns["after"] = evaluate()
+    run.train(causal_loss(rows, padding, run.device, chunk, packed), columns, validate)
+    columns["after"] = [vars(result) for result in evaluate(eval_examples)]
 
     # ----------------------------------------------------------------------------------------------------------- export
     run.folder.write_json("results.json", columns)

@@ -11,7 +11,6 @@ launch/accelerate/{ddp,fsdp2,zero2,zero3}.yaml to ``accelerate launch``, or run 
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 from adalora_dist.config.demonstration import or_demonstration
 from adalora_dist.config.flags import parse_config, user_errors
@@ -32,13 +31,13 @@ def main(config: SftConfig) -> None:
     from transformers import AutoModelForCausalLM
 
     from adalora_dist.tasks.demo_models.smollm2 import demo_model_folder
-    from adalora_dist.tasks.evaluation.loss import validation_loss
-    from adalora_dist.tasks.evaluation.texts import generate_texts
     from adalora_dist.tasks.losses import causal_loss
     from adalora_dist.tasks.rows.tokens import padding_token
+    from adalora_dist.tasks.sft.answers import answer_questions, read_questions
+    from adalora_dist.tasks.sft.evaluation import SftEvaluation
     from adalora_dist.tasks.sft.preview import preview, show
     from adalora_dist.tasks.sft.rows import load_rows
-    from adalora_dist.tasks.sft.samples import records_of, samples_text, share_exact
+    from adalora_dist.tasks.sft.samples import records_of, samples_text
     from adalora_dist.training.dry_run import dry_run
     from adalora_dist.training.report import metrics_table
     from adalora_dist.training.run import Run
@@ -48,6 +47,7 @@ def main(config: SftConfig) -> None:
         demo = "SmolLM2-135M-Instruct"
         dry_run(config, AutoModelForCausalLM, ARCHITECTURES, demo, ["own"], lambda: range(num_rows))
         return show(first_rows)
+    questions = read_questions(config.evaluation.answer)
     run = Run(config)
     run.begin()
 
@@ -66,38 +66,22 @@ def main(config: SftConfig) -> None:
     run.prepare(rows.plan(*run.batching))
 
     # --------------------------------------------------------------------------------------------------------- evaluate
-    synced, padding = run.generates_together(), padding_token(tokenizer)
-    held_out, prompts = rows.held_out, [prompt for prompt, _ in rows.samples]
-    chunk = run.config.train.logits_chunk
-    held_out_loss = causal_loss(held_out, padding, run.device, chunk)
-
-    counts = held_out["num_tokens"][:], held_out["num_targets"][:]
-
-    def loss_now() -> dict[str, float]:
-        return validation_loss(run.model, held_out_loss, *counts, settings.eval_batch_size, **run.ranks)
-
-    def evaluate() -> dict[str, Any]:
-        scores = loss_now()
-        replies = generate_texts(
-            run.model, tokenizer, prompts, [len(prompt) for prompt in prompts], settings, **run.ranks,
-            synced_gpus=synced, closing=rows.closing,
-        )  # fmt: skip
-        return {"scores": scores | share_exact(replies, rows.samples), "replies": replies}
-
+    padding, chunk, together = padding_token(tokenizer), run.config.train.logits_chunk, run.generates_together()
+    packed = run.packs(padding)
+    evaluate = SftEvaluation(rows, tokenizer, settings, run.device, chunk, run.ranks, together)
     found = {"before": {}, **run.notes}
     if run.evaluates_before:
-        found["before"] = evaluate()
+        found["before"] = evaluate(run.model)
 
     # ------------------------------------------------------------------------------------------------------------ train
-    run.train(
-        causal_loss(rows.train, padding, run.device, run.config.train.logits_chunk),
-        found,
-        loss_now,
-        settings.eval_every,
-    )
-    found["after"] = evaluate()
+    loss = causal_loss(rows.train, padding, run.device, chunk, packed)
+    run.train(loss, found, lambda: evaluate.scores(run.model, run.say))
+    found["after"] = evaluate(run.model)
 
     # ----------------------------------------------------------------------------------------------------------- export
+    name = run.folder.path.name
+    answers = answer_questions(questions, run.model, tokenizer, settings, run.ranks, together, name, rows.closing)
+    run.folder.write_lines("answers.jsonl", answers)
     scores = {when: outcome["scores"] for when, outcome in found.items() if outcome}
     records = records_of(rows.samples, found, tokenizer)
     run.folder.write_json("results.json", scores)

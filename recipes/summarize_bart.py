@@ -29,11 +29,14 @@ def configuration(argv: list[str]) -> SummarizationConfig:
 
 def main(config: SummarizationConfig) -> None:
     # Heavy imports wait until the configuration is known to be right.
+    from datasets import Dataset
     from transformers import AutoModelForSeq2SeqLM
 
     from adalora_dist.tasks.batches import BatchPlan
     from adalora_dist.tasks.demo_models.pretrained import demo_bart_folder
+    from adalora_dist.tasks.evaluation.loss import validation_loss
     from adalora_dist.tasks.evaluation.rouge import rouge_scorer, rouge_scores
+    from adalora_dist.tasks.evaluation.shown import shown_texts
     from adalora_dist.tasks.evaluation.texts import generate_texts
     from adalora_dist.tasks.losses import decoder_start_token, seq2seq_loss
     from adalora_dist.tasks.rows.table import digest_of_tokens
@@ -46,7 +49,7 @@ def main(config: SummarizationConfig) -> None:
     if config.train.dry_run:
         return dry_run(
             config, AutoModelForSeq2SeqLM, ARCHITECTURES, "demo-bart", [config.data.task],
-            lambda: load_summaries(config.data)["train"],
+            lambda: load_summaries(config.data, None, config.evaluation.eval_every > 0)["train"],
         )  # fmt: skip
     rouge_scorer()  # now, not after training
     run = Run(config)
@@ -57,13 +60,14 @@ def main(config: SummarizationConfig) -> None:
     tokenizer = run.load_model(AutoModelForSeq2SeqLM)
 
     # ------------------------------------------------------------------------------------------------------------- data
-    run.demo_data("built-in reports", "--data FOLDER, or --data hub for XSum and CNN/DailyMail")
-    data = run.config.data
+    run.demo_data("built-in reports", "--data FOLDER_OR_FILE, or --data hub for XSum and CNN/DailyMail")
+    data, settings = run.config.data, run.config.evaluation
     with run.main_process_first():  # the others find its work in the cache
-        splits = load_summaries(data, run.bad_rows)
-        train_rows, eval_rows = (encode_summaries(splits[name], tokenizer, data) for name in ("train", "test"))
+        splits = load_summaries(data, run.bad_rows, run.validates)
+        rows = {name: encode_summaries(split, tokenizer, data) for name, split in splits.items()}
+    train_rows, eval_rows, validation = rows["train"], rows["test"], rows.get("validation")
     run.report_bad_rows()
-    run.say(f"{len(train_rows):,} training rows, {len(eval_rows):,} evaluation rows")
+    run.say_sizes(f"{len(train_rows):,} training rows, {len(eval_rows):,} evaluation rows", validation)
     num_source, num_targets = train_rows["num_source"][:], train_rows["num_targets"][:]
     lengths = [sum(pair) for pair in zip(num_source, num_targets, strict=True)]
     plan = BatchPlan(lengths, num_targets, *run.batching, digest_of_tokens(train_rows))
@@ -72,23 +76,30 @@ def main(config: SummarizationConfig) -> None:
     run.prepare(plan)
 
     # --------------------------------------------------------------------------------------------------------- evaluate
-    synced = run.generates_together()
+    synced, padding, start = run.generates_together(), padding_token(tokenizer), decoder_start_token(run.model)
+    chunk = run.config.train.logits_chunk
 
-    def evaluate() -> tuple[dict[str, float], list[str]]:
-        sources, lengths, settings = eval_rows["input_ids"], eval_rows["num_source"][:], run.config.evaluation
+    def evaluate(rows: Dataset) -> tuple[dict[str, float], list[str]]:
+        sources, lengths = rows["input_ids"], rows["num_source"][:]
         texts = generate_texts(run.model, tokenizer, sources, lengths, settings, **run.ranks, synced_gpus=synced)
-        return rouge_scores(texts, eval_rows["summary"], **run.ranks), texts
+        return rouge_scores(texts, rows["summary"], **run.ranks), texts
+
+    def validate() -> dict[str, float]:
+        assert validation is not None
+        loss_sum, counts = seq2seq_loss(validation, padding, start, run.device, chunk), validation["num_targets"][:]
+        lengths, size = validation["num_source"][:], settings.eval_batch_size
+        loss = validation_loss(run.model, loss_sum, lengths, counts, size, **run.ranks)
+        scores, texts = evaluate(validation)
+        run.say(shown_texts(validation["document"], texts, settings.show_samples))
+        return loss | scores
 
     columns = run.notes
     if run.evaluates_before:
-        columns["before"], _ = evaluate()
+        columns["before"], _ = evaluate(eval_rows)
 
     # ------------------------------------------------------------------------------------------------------------ train
-    start = decoder_start_token(run.model)
-    run.train(
-        seq2seq_loss(train_rows, padding_token(tokenizer), start, run.device, run.config.train.logits_chunk), columns
-    )
-    columns["after"], texts = evaluate()
+    run.train(seq2seq_loss(train_rows, padding, start, run.device, chunk), columns, validate)
+    columns["after"], texts = evaluate(eval_rows)
 
     # ----------------------------------------------------------------------------------------------------------- export
     run.folder.write_json("results.json", columns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -182,11 +183,15 @@ def export_run(
     say(f"Wrote {out}. To use it:\n\n{run.usage(to, out, saved.base_model)}")
 
 
+def _forms_of(saved: SavedAdapter) -> Collection[str]:
+    method = saved.adapters[0].method if saved.adapters else ""
+    return METHODS[method].formats if method else EXPORT_FORMATS
+
+
 def _check_form(saved: SavedAdapter, to: ExportFormat) -> None:
     """Whether the method can be written so: a configuration is asked before training, and a folder here."""
-    method = saved.adapters[0].method if saved.adapters else ""
-    if method and to not in METHODS[method].formats:
-        able = " or ".join(form for form in EXPORT_FORMATS if form in METHODS[method].formats)
+    if to not in (formats := _forms_of(saved)):
+        method, able = saved.adapters[0].method, " or ".join(form for form in EXPORT_FORMATS if form in formats)
         remedy = f"use --to {able}" if able else "load its adapter folder with load_adapter(model, folder)"
         raise UserError(f"--to {to}: what method {method} leaves cannot be written so; {remedy}")
 
@@ -250,9 +255,14 @@ def inspect_run(path: Path, picture_format: Literal["svg", "png", "none"] = "svg
     for name in found:
         say(f"\nTo use {path / name}:\n\n{run.usage(name, path / name, run.saved.base_model)}")
     if not found:
-        *others, last = EXPORT_FORMATS
-        out = "" if step is None else " --out FOLDER"
-        say(f"\nNot exported yet: adalora-dist export {run.path}{out} --to {', '.join(others)} or {last}")
+        able = [form for form in EXPORT_FORMATS if form in _forms_of(run.saved)]
+        into = "" if step is None else " --out FOLDER"
+        if able:
+            say(f"\nNot exported yet: adalora-dist export {run.path}{into} --to {' or '.join(able)}")
+        elif step is None:
+            say(f"\nTo use it: load_adapter(model, {str(run.path / 'adapter')!r})")
+        else:
+            say("\nIts adapter folder is written when the run is finished")
     if picture_format != "none":
         drawn = [path / f"ranks.{picture_format}"]
         draw_rank_map(pattern, drawn[0])

@@ -23,7 +23,7 @@ from adalora_dist.backbones.experts import stacks_of
 from adalora_dist.backbones.files import Stored
 from adalora_dist.backbones.names import FileNames
 from adalora_dist.io.errors import UserError
-from adalora_dist.sharding.tensors import first_row, is_whole, local_part
+from adalora_dist.sharding.tensors import first_row, is_whole, local_part, whole_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,6 +93,19 @@ def read_trained_modules(model: nn.Module) -> None:
                 _allocate(parameter, "cpu")
                 to_read += _pieces(parameter, sources[leaf])
     _read(to_read)
+
+
+def whole_weight(module: nn.Module) -> torch.Tensor:
+    """The weight of a module that no optimizer has taken over yet, as its files have it, whole; read if it is on meta.
+
+    On meta where it is nowhere else either. Collective where it is sharded.
+    """
+    weight = cast(torch.Tensor, module.weight)
+    if not weight.is_meta or not hasattr(module, "weights_on_disk"):
+        return whole_tensor(weight)
+    read = torch.empty(weight.shape, dtype=weight.dtype)
+    _read([(read, cast(dict[str, Stored], module.weights_on_disk)["weight"])])
+    return read
 
 
 def read_shards(model: nn.Module) -> None:

@@ -9,11 +9,13 @@ A validator's message is one line: the settings with their values, the rule, the
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from pydantic import Field, model_validator
 
+from adalora_dist.config.data import ColumnsConfig as ColumnsConfig
+from adalora_dist.config.data import DataConfig as DataConfig
 from adalora_dist.config.formats import ExportFormat
 from adalora_dist.config.hub_names import check_branch, check_repo_id
 from adalora_dist.config.methods import METHODS, AdaLoraConfig, AnyMethodConfig
@@ -68,6 +70,8 @@ class TrainConfig(Section):
     """AdamW weight decay."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Decay after the learning-rate warm-up."""
+    lr_end_ratio: float = Field(0.0, ge=0, le=1)
+    """Share of learning_rate that the decay ends at."""
     lr_warmup_ratio: float = Field(0.05, ge=0, lt=1)
     """Share of the steps over which the learning rate rises from 0."""
     lr_warmup_steps: int | None = Field(None, ge=0)
@@ -92,8 +96,11 @@ class TrainConfig(Section):
     """End the run after so many steps in a row with a loss or gradients that are not finite; each is left out."""
     peer_timeout_seconds: float = Field(60.0, ge=2)
     """All processes end when one has not been heard of for so long: it, or its machine, was stopped."""
-    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Experiment trackers to report to besides metrics.jsonl."""
+    trackers: tuple[
+        Literal["tensorboard", "wandb", "trackio", "mlflow", "swanlab", "comet_ml", "aim", "clearml", "dvclive"], ...
+    ] = ()
+    """Experiment trackers to report to besides metrics.jsonl: those of accelerate. What each needs is installed by its
+    own name."""
     checkpoint_every: int = Field(200, ge=0)
     """Optimizer steps between checkpoints; one is written before the first step and one at the end, too. 0: none."""
     keep_checkpoints: int = Field(2, ge=1)
@@ -102,6 +109,12 @@ class TrainConfig(Section):
     """Write checkpoints while training goes on, from a copy in CPU memory."""
     resume: str = Field("never", min_length=1)
     """auto: continue the run in output_dir, or start one; PATH: continue from that checkpoint or run; never."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_every_recipe(cls, value: Any) -> Any:
+        """From Python the settings that all recipes have will do for one that has more."""
+        return value.model_dump(exclude_unset=True) if type(value) is TrainConfig is not cls else value
 
     @model_validator(mode="after")
     def _overwrite_or_resume(self) -> TrainConfig:
@@ -138,6 +151,27 @@ class EvaluationConfig(Section):
     """Also evaluate the model as it is before training."""
     eval_batch_size: int = Field(16, ge=1)
     """Sequences per process in one evaluation forward."""
+    eval_every: int = Field(0, ge=0)
+    """Optimizer steps between evaluations while training, on the validation rows; 0: none."""
+    keep_best: str = ""
+    """Export the model that had the best value of this score (loss, accuracy, ...) in an evaluation while training, of
+    those that meet the budget; empty: the last one."""
+    early_stopping: int = Field(0, ge=0)
+    """End the training after so many evaluations in a row without a better keep_best, counted from the time on when
+    the budget is met; 0: train to the end."""
+
+    @model_validator(mode="after")
+    def _evaluates_while_training(self) -> EvaluationConfig:
+        if self.keep_best and not self.eval_every:
+            raise ValueError(
+                f"keep_best {self.keep_best} with eval_every 0: there is no evaluation to choose by; set eval_every"
+            )
+        if self.early_stopping and not self.keep_best:
+            raise ValueError(
+                f"early_stopping {self.early_stopping} without keep_best: which score is to get better? Set keep_best, "
+                "to loss for one"
+            )
+        return self
 
 
 class ExportConfig(Section):
@@ -256,10 +290,18 @@ class RunConfig(Section):
             if made != export.export_formats:
                 self.__dict__["export"] = export.model_copy(update={"export_formats": made})
 
-
-class DataConfig(Section):
-    bad_rows: Literal["error", "skip"] = "error"
-    """A row that cannot be used: error names file, row and field; skip leaves it out and counts it in run.json."""
+    @model_validator(mode="after")
+    def _validation_rows_are_used(self) -> RunConfig:
+        data = getattr(self, "data", None)
+        if not isinstance(data, DataConfig) or data.always_validates:
+            return self
+        for name in ("eval_split", "eval_share"):
+            if getattr(data, name) and not self.evaluation.eval_every:
+                raise ValueError(
+                    f"{name} {getattr(data, name)} with eval_every 0: no evaluation reads these rows; set eval_every, "
+                    f"or leave {name} out"
+                )
+        return self
 
 
 class EncoderModelConfig(ModelConfig):
@@ -267,6 +309,12 @@ class EncoderModelConfig(ModelConfig):
     """Storage type of the backbone; the head is trained in it. auto: as its files say."""
     classifier_dropout: float | None = Field(None, ge=0, lt=1)
     """Dropout before the classifier; default: as the model's own configuration says."""
+
+
+class PackedTrainConfig(TrainConfig):
+    packing: Literal["auto", "on", "off"] = "off"
+    """Put rows of a micro-batch into one sequence where there would be padding, without their seeing each other; auto:
+    where the model can, and at least a tenth of all positions is saved."""
 
 
 class RepeatedTrainConfig(TrainConfig):
@@ -285,3 +333,5 @@ class GenerationConfig(EvaluationConfig):
     """Scores of beams are divided by length to this power: above 0, larger prefers longer texts."""
     no_repeat_ngram_size: int = Field(0, ge=0)
     """No sequence of this many tokens occurs twice in a text; 0: allowed."""
+    show_samples: int = Field(0, ge=0)
+    """Show so many generated texts at each evaluation while training."""

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 from pydantic.fields import FieldInfo
 
+from adalora_dist.config.data import Known
 from adalora_dist.config.methods import METHODS, MethodConfig
 from adalora_dist.config.sections import RunConfig
 
@@ -134,4 +135,7 @@ def _words(info: FieldInfo) -> list[str]:
 def choices_of(info: FieldInfo) -> list[str]:
     """The words of a setting (or of each element of a list) that takes one of a few."""
     kind = get_args(info.annotation)[0] if get_origin(info.annotation) is tuple else kind_of(info)
+    for check in (*info.metadata, *getattr(kind, "__metadata__", ())):
+        if isinstance(known := getattr(check, "func", None), Known):
+            return list(known.names)
     return [str(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []

@@ -10,11 +10,15 @@ from adalora_dist.methods.dora import Dora
 from adalora_dist.methods.dvora import Dvora
 from adalora_dist.methods.dylora import Dylora
 from adalora_dist.methods.full import Full
+from adalora_dist.methods.galore.method import GaLore
 from adalora_dist.methods.head import Head
 from adalora_dist.methods.hydra import Hydra
 from adalora_dist.methods.lora import Lora
 from adalora_dist.methods.lora_fa import LoraFa
+from adalora_dist.methods.low_rank import LowRank
+from adalora_dist.methods.prefix import PrefixTuning
 from adalora_dist.methods.protocol import Method
+from adalora_dist.methods.relora import Relora
 from adalora_dist.methods.vera import Vera
 
 METHODS: dict[str, type[Method]] = {
@@ -26,11 +30,15 @@ METHODS: dict[str, type[Method]] = {
     "dvora": Dvora,
     "hydra": Hydra,
     "dylora": Dylora,
+    "relora": Relora,
     "houlsby": Houlsby,
     "pfeiffer": Pfeiffer,
     "adapterdrop": AdapterDrop,
     "series": Series,
     "parallel": Parallel,
+    "prefix": PrefixTuning,
+    "low_rank": LowRank,
+    "galore": GaLore,
     "bitfit": BitFit,
     "head": Head,
     "full": Full,

@@ -15,6 +15,7 @@ from torch import nn
 
 from adalora_dist.backbones.linears import is_conv1d, linear_shape
 from adalora_dist.io.errors import UserError
+from adalora_dist.methods.dropout import Dropout
 from adalora_dist.methods.protocol import Adapter, Step
 from adalora_dist.sharding.tensors import full_numel
 
@@ -32,7 +33,7 @@ class BranchLinear(Adapter):
         self.name = name  # of the base in the plain model: engines and compilers change module paths
         self.d_in, self.d_out = linear_shape(base) or (0, 0)
         self.rank, self.scale = rank, scale
-        self.dropout = nn.Dropout(dropout) if dropout else None
+        self.dropout = Dropout(dropout) if dropout else None
 
     def vector(self, *shape: int, value: float = 0.0) -> nn.Parameter:
         """A trained float32 parameter on the base's device."""

@@ -57,6 +57,7 @@ class MethodHooks:
         """Training steps seen so far; the number of the next one."""
         self._bound: Bound | None = None
         self._firing = 0  # of the present step, those that are done
+        self._rates: list[tuple[dict[str, Any], Any]] = []  # of groups whose rate the method has changed for a firing
         self._num_missed = 0  # steps that the engine left out by itself
         self._num_skipped: torch.Tensor | None = None  # those left out here, counted on the device
         self._ended = False
@@ -75,12 +76,19 @@ class MethodHooks:
             )
         if self._firing == 0:
             self._begin(bound)
+        if (factor := self.method_step.rate_factor(self.step)) != 1:
+            self._rates = [(group, group["lr"]) for group in optimizer.param_groups]  # ZeRO: of this firing alone
+            for group, rate in self._rates:
+                group["lr"] = rate * factor
         self.method_step.before(self._firing == bound.engine.num_firings - 1)
         bound.engine.skip_firing_if(bound.skip)
 
     @torch.no_grad()
     def after_firing(self) -> None:
         """The optimizer has fired; a step hook of it."""
+        for group, rate in self._rates:
+            group["lr"] = rate
+        self._rates = []
         self._firing += 1
         if self._firing < self.bound.engine.num_firings:
             return
@@ -195,7 +203,7 @@ class MethodHooks:
         engine, index = self.engine, {name: k for k, name in enumerate(self.method_step.parameters())}
 
         def whole(name: str) -> torch.Tensor | None:
-            return engine.full(index[name]).cpu() if name in index else None
+            return engine.full(index[name]).cpu() if name in index else self.method_step.whole(name)
 
         keep = self.method_step.keep
         return self.method.updates(
@@ -274,12 +282,10 @@ def attach(model: nn.Module, optimizer: Any, config: MethodConfig, total_steps: 
         raise UserError("the model has no adapters: call adapt(model, config) before attach")
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
-    if missing := method.groups(model).keys() - {group.get("lr_ratio", 1.0) for group in optimizer.param_groups}:
-        raise UserError(
-            f"lora_plus_ratio={max(missing):g}, but the optimizer gives P and Q one learning rate: make it over "
-            "parameter_groups(model, config, learning_rate), or leave lora_plus_ratio at 1"
-        )
-    hooks = MethodHooks(model, method, method.step(adapters, total_steps))
+    method.check_optimizer(model, optimizer)
+    method_step = method.step(adapters, total_steps)
+    method_step.look_at(model)
+    hooks = MethodHooks(model, method, method_step)
     optimizer.register_step_pre_hook(lambda opt, *_: hooks.before_firing(opt))
     optimizer.register_step_post_hook(lambda *_: hooks.after_firing())
     atexit.register(_complain_at_exit, weakref.ref(hooks))

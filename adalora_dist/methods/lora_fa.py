@@ -15,6 +15,7 @@ from torch import nn
 from adalora_dist.config.methods.lora_fa import LoraFaConfig
 from adalora_dist.methods.adalora.method import TripletMethod
 from adalora_dist.methods.branch import BranchLinear, BranchStep, Drawn
+from adalora_dist.methods.projection import ProjectedStep
 from adalora_dist.methods.protocol import Adapter, Method, Step
 from adalora_dist.methods.sites import find_targets, put_around, target_shapes
 from adalora_dist.methods.sizes import Sizes, of_ranks
@@ -63,7 +64,10 @@ class LoraFa(Method):
         return of_ranks(shapes, sum(d_out for _, d_out in shapes))
 
     def step(self, adapters: Sequence[Adapter], total_steps: int) -> Step:
-        return BranchStep(cast(Sequence[BranchLinear], adapters))
+        layers = cast(Sequence[LoraFaLinear], adapters)
+        if not self.config.projected:
+            return BranchStep(layers)
+        return ProjectedStep(layers, [layer.drawn.matrices[0] for layer in layers])
 
     @classmethod
     def updates(

@@ -17,6 +17,7 @@ from adalora_dist.backbones.experts import stacks_of
 from adalora_dist.backbones.linears import linear_shape
 from adalora_dist.config.methods import MethodConfig
 from adalora_dist.config.sections import TrainConfig
+from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adalora.schedule import BudgetSchedule
 from adalora_dist.methods.adapter import Adapter as Adapter
 from adalora_dist.methods.adapter import TrainedModule as TrainedModule
@@ -26,11 +27,22 @@ from adalora_dist.methods.adapter import plain_path as plain_path
 from adalora_dist.methods.adapter import trained_parameters as trained_parameters
 from adalora_dist.methods.sizes import Sizes
 from adalora_dist.methods.update import AdapterWeights, Update
-from adalora_dist.sharding.base import ShardEngine
+from adalora_dist.sharding.base import ShardEngine, Span
+
+
+class Kept(NamedTuple):
+    """A rank's part of a tensor of the method's own, which lies along no parameter."""
+
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    span: Span
+    """This rank's elements of it, flattened. Ranks may overlap in equal values; of replicas one has all."""
+    values: torch.Tensor | None = None
+    """Those elements, flat, float32, on the CPU; None where only shape and span are told."""
 
 
 class StepState(NamedTuple):
-    """Everything that a method has learnt between two steps; what differs between ranks is in ``averages`` alone."""
+    """All that a method has learnt between two steps; what differs between ranks is in ``averages`` and ``kept``."""
 
     numbers: dict[str, Any]
     """Plain numbers and lists of them, by name."""
@@ -38,6 +50,8 @@ class StepState(NamedTuple):
     """(selections made, parts) bool: every selection so far; (0, 0) where nothing is selected."""
     averages: list[dict[str, torch.Tensor]]
     """Per parameter of :meth:`Step.parameters` what lies along this rank's span of it, by kind."""
+    kept: dict[str, Kept] = {}
+    """What lies along none of them, by names that no parameter has; the same names on every rank."""
 
 
 class Step:
@@ -59,6 +73,9 @@ class Step:
         """The parameters that it acts on, by name, as the model has them now, in the same order on every rank."""
         return {name: p for adapter in self.adapters for name, p in adapter.trained().items()}
 
+    def look_at(self, model: nn.Module) -> None:
+        """Called once, before all others: the model that is trained, which an engine may have wrapped already."""
+
     def bind(self, engine: ShardEngine) -> torch.Tensor:
         """Called once the engine has taken over :meth:`parameters`, and again after they were exchanged. Collective.
 
@@ -76,6 +93,10 @@ class Step:
         What is drawn for a step is drawn here, from its number: then all ranks, all micro-batches and the second
         forward of a checkpoint see the same, and a run that goes on elsewhere draws it again.
         """
+
+    def rate_factor(self, step: int) -> float:
+        """What the hooks multiply the learning rate of ``step`` by, whoever sets it."""
+        return 1.0
 
     def sums(self, step: int) -> None:
         """Called first in a step: write this rank's part of the vector of :meth:`bind`, all but its last element."""
@@ -117,12 +138,20 @@ class Step:
         """
         return ""
 
+    def whole(self, name: str) -> torch.Tensor | None:
+        """A tensor of ``kept``, complete, on the CPU; None where there is none of that name."""
+        return None
+
     def state(self, spans: Any) -> StepState:
         """A copy, on the CPU, between two steps."""
         return StepState({}, torch.zeros(0, 0, dtype=torch.bool), [{} for _ in spans])
 
+    def kept(self, numbers: Mapping[str, Any]) -> dict[str, Kept]:
+        """What :meth:`load_state` needs of ``kept`` on this rank, of a state with these numbers; without values."""
+        return {}
+
     def load_state(self, state: StepState) -> None:
-        """Continue from ``state``, whose averages are of this rank's spans now."""
+        """Continue from ``state``, whose averages are of this rank's spans now, and what :meth:`kept` asks for."""
 
     def problem(self, step: int) -> str | None:
         """Why the run, if it ended now, would not keep what it promised; None if it does."""
@@ -152,7 +181,7 @@ class Step:
         return {}
 
     def report(self) -> dict[str, float]:
-        """What logs of a training step get now."""
+        """What logs of a training step get now. Reads from the device; no collective."""
         return {}
 
     def progress(self) -> str:
@@ -221,6 +250,14 @@ class Method:
             weight_decay=train.weight_decay,
             fused=train.precision != "fp16",  # its kernel would unscale gradients after the hooks have seen them
         )
+
+    def check_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Raise a ``UserError`` for a torch optimizer under which this method would not do what it says."""
+        if missing := self.groups(model).keys() - {group.get("lr_ratio", 1.0) for group in optimizer.param_groups}:
+            raise UserError(
+                f"lora_plus_ratio={max(missing):g}, but the optimizer gives P and Q one learning rate: make it over "
+                "parameter_groups(model, config, learning_rate), or leave lora_plus_ratio at 1"
+            )
 
     def step(self, adapters: Sequence[Adapter], total_steps: int) -> Step:
         """Make what acts at each of ``total_steps`` optimizer steps.

@@ -225,11 +225,12 @@ def optimizer_gradients(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 def skip_step_if(optimizer: torch.optim.Optimizer, flag: torch.Tensor) -> None:
     """Where ``flag`` (float32 scalar, 1 or 0) is 1, the optimizer's next step leaves weights and state untouched.
 
-    Fused Adam and AdamW look at the flag inside their kernel, as they do for loss scaling. (Fused SGD would, too, but
-    its momentum is uninitialised memory if the first step is skipped.) For others the host reads it: torch optimizers
-    pass over a parameter whose gradient is None.
+    Fused Adam and AdamW look at the flag inside their kernel, as they do for loss scaling; so does a subclass that says
+    ``looks_at_found_inf``. (Fused SGD would, too, but its momentum is uninitialised memory if the first step is
+    skipped.) For others the host reads it: torch optimizers pass over a parameter whose gradient is None.
     """
     looks_itself = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)  # a subclass may have a step of its own
+    looks_itself |= getattr(optimizer, "looks_at_found_inf", False)
     if looks_itself and all(group["fused"] for group in optimizer.param_groups):
         optimizer.found_inf = flag  # type: ignore[attr-defined]
     elif flag.item():
@@ -321,3 +322,15 @@ def sum_over(group: dist.ProcessGroup | None, tensor: torch.Tensor) -> torch.Ten
         return on_device.to(tensor.device)
     dist.all_reduce(tensor, group=group)
     return tensor
+
+
+def agree_on(numbers: torch.Tensor, tolerance: float = 1e-3) -> bool:
+    """Whether all processes have (about) the same ``numbers``, a float64 vector. Collective; reads from the device.
+
+    Replicas on equal hardware have equal bits, on unequal hardware they drift apart.
+    """
+    if not dist.is_initialized():
+        return True
+    mean = sum_over(dist.group.WORLD, numbers.clone()) / dist.get_world_size()
+    differs = ((numbers - mean).abs() > tolerance * (1 + mean.abs())).any().double()
+    return bool(sum_over(dist.group.WORLD, differs) == 0)

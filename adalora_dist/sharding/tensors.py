@@ -6,11 +6,16 @@ A tensor is either whole on this process (one process, DDP, ZeRO-1 and -2, and w
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from adalora_dist.sharding.spans import Span
 
 
 def is_whole(tensor: torch.Tensor) -> bool:
@@ -32,6 +37,20 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds for good, detached, as a view: all of it, rows (FSDP2), or a flat slice (ZeRO-3)."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else getattr(tensor, "ds_tensor", tensor)
     return local.detach()
+
+
+def local_elements(tensor: torch.Tensor) -> tuple[torch.Tensor, Span]:
+    """What this process holds for good, flat and without padding, as a view; and which elements of the whole it is."""
+    local = local_part(tensor).view(-1)
+    if isinstance(tensor, DTensor):
+        start = first_row(tensor) * tensor.shape[1:].numel() if local.numel() else 0
+    elif hasattr(tensor, "ds_tensor"):
+        marked: Any = tensor
+        start = min(dist.get_rank(marked.ds_process_group) * marked.ds_tensor.ds_numel, full_numel(tensor))
+        local = local[: full_numel(tensor) - start]
+    else:
+        start = 0
+    return local, Span(start, start + local.numel())
 
 
 def first_row(tensor: torch.Tensor) -> int:
@@ -60,6 +79,21 @@ def whole_tensor(parameter: torch.Tensor) -> torch.Tensor:
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
     return parameter.detach()
+
+
+def norm_share(norm: torch.Tensor) -> torch.Tensor:
+    """This process's share of the square of a gradient's norm: the shares of all processes add up to it.
+
+    Args:
+        norm: from clipping; the whole one, or under FSDP2 what the processes of a mesh still have to put together.
+    """
+    num_replicas = dist.get_world_size() if dist.is_initialized() else 1
+    if not isinstance(norm, DTensor):
+        return norm.square() / num_replicas
+    for dim, placement in enumerate(norm.placements):
+        if placement.is_partial():
+            num_replicas //= norm.device_mesh.size(dim)
+    return norm.to_local().square() / num_replicas
 
 
 def put_back_shards(model: nn.Module) -> None:

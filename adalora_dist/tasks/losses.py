@@ -11,6 +11,7 @@ from torch import nn
 
 from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.batches import collate, collate_pairs, pad_columns
+from adalora_dist.tasks.packing import is_flat, pack
 from adalora_dist.tasks.padding import padding_of, without_mask
 from adalora_dist.tasks.rows.tokens import IGNORED, EncodedRow
 from adalora_dist.tasks.token_losses import LogitsChunk, TokenLosses
@@ -23,16 +24,24 @@ Without rows it still runs the model, because a forward may be collective, and g
 
 
 def causal_loss(
-    rows: Sequence[EncodedRow], padding_token: int, device: torch.device, logits_chunk: LogitsChunk = "auto"
+    rows: Sequence[EncodedRow],
+    padding_token: int,
+    device: torch.device,
+    logits_chunk: LogitsChunk = "auto",
+    packed: bool = False,
 ) -> LossSum:
     """Next-token losses over the target tokens of ``rows``.
 
     Logits are made only for positions that have a target, and of not too many at a time: see ``token_losses.py``.
+
+    Args:
+        packed: put rows into one sequence where there would be padding; see ``packing.py`` for the models that can.
     """
     losses = TokenLosses(logits_chunk)
 
     def loss_sum(model: nn.Module, indices: list[int]) -> torch.Tensor:
-        batch = collate([rows[i] for i in indices], padding_token)
+        chosen: list[EncodedRow] = [rows[i] for i in indices]
+        batch = pack(chosen, padding_token, is_flat(model)) if packed and chosen else collate(chosen, padding_token)
         targets = batch.pop("labels")[:, 1:]
         # Only to help models that do not call their head (token_losses.py): the others pick the targets themselves.
         positions = (targets != IGNORED).any(dim=0).nonzero().flatten()

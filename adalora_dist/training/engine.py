@@ -15,6 +15,12 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import (
     DistributedType,
     GradientAccumulationPlugin,
+    is_aim_available,
+    is_clearml_available,
+    is_comet_ml_available,
+    is_dvclive_available,
+    is_mlflow_available,
+    is_swanlab_available,
     is_tensorboard_available,
     is_trackio_available,
     is_wandb_available,
@@ -34,6 +40,12 @@ _TRACKER_INSTALLED = {
     "tensorboard": is_tensorboard_available,
     "wandb": is_wandb_available,
     "trackio": is_trackio_available,
+    "mlflow": is_mlflow_available,
+    "swanlab": is_swanlab_available,
+    "comet_ml": is_comet_ml_available,
+    "aim": is_aim_available,
+    "clearml": is_clearml_available,
+    "dvclive": is_dvclive_available,
 }
 
 
@@ -198,7 +210,8 @@ def _installed_trackers(names: Sequence[str]) -> list[str] | None:
     """accelerate drops a tracker that is not installed without a word."""
     for name in names:
         if not _TRACKER_INSTALLED[name]():
-            raise UserError(f"trackers={name} is not installed: pip install 'adalora-dist[track]' or leave it out")
+            package = "'adalora-dist[track]'" if name in ("tensorboard", "wandb", "trackio") else name
+            raise UserError(f"trackers={name} is not installed: pip install {package} or leave it out")
     return list(names) or None  # it warns of an empty list
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,16 +15,19 @@ from torch import nn
 from adalora_dist.config.engines import BACKBONE_SHARDING
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
-from adalora_dist.io.progress import progress_bar
+from adalora_dist.io.progress import duration, progress_bar
 from adalora_dist.methods.protocol import trained_parameters
 from adalora_dist.sharding.tensors import gather_for, put_back_shards
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.losses import LossSum
 from adalora_dist.training.engine import engine_name
+from adalora_dist.training.evaluations import Evaluate, Evaluations
 from adalora_dist.training.faults.guard import Guard
 from adalora_dist.training.faults.nonfinite import BadSteps, find_origin
+from adalora_dist.training.metrics import StepMetrics, log_ranks
 from adalora_dist.training.prepared import Prepared, learning_rate, total_steps
-from adalora_dist.training.resume import METRICS, RunCheckpoints, compare_data
+from adalora_dist.training.resume import METRICS, compare_data
+from adalora_dist.training.run_checkpoints import RunCheckpoints
 from adalora_dist.training.run_folder import RunFolder
 
 
@@ -40,20 +41,20 @@ def train(
     report: Callable[[str], None],
     guard: Guard | None = None,
     notes: Mapping[str, Any] | None = None,
-    evaluate: Callable[[], Mapping[str, float]] | None = None,
-    eval_every: int = 0,
+    evaluate: Evaluate | None = None,
 ) -> list[float]:
     """Run all steps that are left; returns the loss of each of the run (mean over the targets of the global batch).
 
+    Afterwards the model is that of the last step, or the best one, if ``keep_best`` asks for it.
+
     Args:
         notes: what checkpoints shall keep for the recipe.
-        evaluate: scores of the model as it is, called on all processes together; they are logged with the step's loss,
-            as ``eval_NAME``.
-        eval_every: steps between its calls; none after the last step, when the recipe evaluates. 0: never.
+        evaluate: scores of the model as it is, called on all processes together every ``eval_every`` steps; they are
+            logged with the step's loss, as ``eval_NAME``.
 
     Raises:
         UserError: too many steps in a row with a loss or gradients that are not finite; the run that is continued had
-            other training rows.
+            other training rows; as :class:`~adalora_dist.training.evaluations.Evaluations`.
         RuntimeError: the method did not reach its budget, or its patterns differ between processes.
         SystemExit: a signal asked for an early end.
     """
@@ -62,25 +63,29 @@ def train(
     num_processes, num_micro = accelerator.num_processes, accelerator.gradient_accumulation_steps
     put_back_shards(model)
     parameters = [p for group in prepared.inner_optimizer.param_groups for p in group["params"]]
-    losses: list[float] = []
+    past: list[bytes] = []
     if prepared.resumed is not None:
         compare_data(prepared.resumed, plan, config)
-        losses = [json.loads(line)["loss"] for line in prepared.resumed.read(METRICS).splitlines()]
-    checkpoints = RunCheckpoints(accelerator, prepared, plan, config, num_steps, notes or {})
-    first_step = len(losses)
-    unread: list[torch.Tensor] = []  # loss sums of this process, read together at every log line
+        past = prepared.resumed.read(METRICS).splitlines()
+    evaluations = Evaluations(prepared, config.evaluation, num_steps, evaluate)
+    keep_best = bool(config.evaluation.keep_best)
+    checkpoints = RunCheckpoints(accelerator, prepared, plan, config, num_steps, notes or {}, keep_best)
+    evaluations.check_name()
+    metrics = StepMetrics(accelerator, prepared, settings, plan, num_steps, past)
+    first_step = len(metrics.losses)
     bad_steps = BadSteps(settings.max_nonfinite_steps, hooks.num_skipped_steps)
-    num_tokens, started = 0, time.monotonic()
     bar = progress_bar(total=num_steps, initial=first_step, desc="train", unit="step", show=accelerator.is_main_process)
     model.train()
     if guard is not None:
         guard.begin(prepared, first_step)
     for step in range(first_step, num_steps):
+        if evaluations.ended:  # before the run was interrupted
+            break
         _seed_step(settings.seed, step, accelerator.process_index)
         for group in prepared.inner_optimizer.param_groups:
             group["lr"] = group["lr_ratio"] * learning_rate(settings, step, num_steps)
         num_targets = plan.num_target_tokens(step)
-        loss_of_step = torch.zeros((), device=accelerator.device)
+        loss_of_step, norm = torch.zeros((), device=accelerator.device), None
         micro_batches = plan.micro_batches(step, accelerator.process_index, num_processes, settings.micro_batch_size)
         # With fewer rows than batch_size there are fewer; the engine was set up to count to num_micro.
         micro_batches += [[]] * (num_micro - len(micro_batches))
@@ -91,7 +96,7 @@ def train(
                 # Engines average over processes and micro-steps; the loss is one mean over the global batch's targets.
                 accelerator.backward(loss * (num_processes * num_micro / num_targets))
                 if accelerator.sync_gradients and settings.max_grad_norm > 0:
-                    accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+                    norm = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
                 optimizer.step()  # here the method acts, in hooks of the innermost optimizer (methods/hooks.py)
                 optimizer.zero_grad()
         hooks.catch_up(step + 1)
@@ -101,16 +106,11 @@ def train(
             prepared.parameters = trained_parameters(model)
             parameters = [p for group in prepared.inner_optimizer.param_groups for p in group["params"]]
             report(f"step {step + 1}/{num_steps}: {done}")
-        unread.append(loss_of_step / num_targets)
-        num_tokens += sum(plan.lengths[row] for row in plan.batch(step))
+        metrics.add(step, loss_of_step / num_targets, norm)
         bar.update()
         stops = guard is not None and guard.stops_after(step + 1)
-        scores: dict[str, float] = {}
-        if evaluate is not None and eval_every and (step + 1) % eval_every == 0 and step + 1 < num_steps:
-            paused = time.monotonic()
-            scores = {f"eval_{name}": score for name, score in evaluate().items()}
-            put_back_shards(model)
-            started += time.monotonic() - paused
+        with metrics.paused():
+            scores = evaluations.after(step + 1)
         if (
             scores
             or (step + 1) % settings.log_every == 0
@@ -118,15 +118,14 @@ def train(
             or checkpoints.due(step + 1)
             or stops
         ):
-            read = accelerator.reduce(torch.stack(unread), reduction="sum").tolist()
-            seconds = time.monotonic() - started
-            for record in _records(prepared, config, len(losses), read, num_steps, num_tokens / seconds):
-                record |= scores if record["step"] == step else {}
+            records = metrics.read()
+            records[-1] |= scores
+            for record in records:
                 folder.log(record)
                 accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
             folder.log_events(hooks.method_step)
-            losses += read
-            unread = []
+            log_ranks(accelerator, list(hooks.method_step.rank_pattern().values()), step)
+            read = [record["loss"] for record in records]
             if bad_steps.too_many(read, hooks.num_skipped_steps):
                 bar.close()
                 raise UserError(
@@ -134,21 +133,35 @@ def train(
                     f"{bad_steps.in_a_row} steps in a row; {find_origin(accelerator, model, loss_sum, micro_batches)}"
                 )
             found = "".join(f"{name} {score:.4f}, " for name, score in scores.items())
-            status = f"loss {read[-1]:.4f}, {found}{hooks.method_step.progress()}{num_tokens / seconds:.0f} tokens/s"
+            speed = f"{metrics.tokens_per_second:,.0f} tokens/s"
+            status = f"loss {read[-1]:.4f}, {found}{hooks.method_step.progress()}{speed}"
             bar.set_postfix_str(status)
             if not sys.stderr.isatty():
-                left = bar.format_interval(seconds / (step + 1 - first_step) * (num_steps - step - 1))
-                report(f"step {step + 1}/{num_steps}: {status}, {left} left")
-        if stops or checkpoints.due(step + 1):
+                report(f"step {step + 1}/{num_steps}: {status}, {duration(metrics.seconds_left)} left")
+        if evaluations.improved(step + 1, scores):
+            checkpoints.save_best(step + 1, evaluations.record or {})
+        checkpoints.note_best(evaluations.record)
+        if stops or checkpoints.due(step + 1, evaluations.ended):
             checkpoints.save(step + 1)
         if stops and guard is not None:
             checkpoints.finish()
             guard.leave_preempted(step + 1)
+        if evaluations.ended:
+            break
     bar.close()
     if guard is not None:
         guard.end()
     checkpoints.finish()
     hooks.finish()
+    losses = metrics.losses
+    if first_step < len(losses):
+        report(metrics.summary())
+    if said := evaluations.sentence(len(losses)):
+        report(said)
+    if (best := evaluations.best) is not None:
+        if best.step < len(losses):
+            evaluations.restore(checkpoints.best_checkpoint(best.step))
+        folder.write_json("best.json", {**best.model_dump(), "num_steps": len(losses)})
     return losses
 
 
@@ -171,23 +184,3 @@ def generates_together(accelerator: Accelerator, model: nn.Module) -> bool:
     """
     gather_for(model, "generate")
     return is_sharded(accelerator) and accelerator.num_processes > 1
-
-
-def _records(
-    prepared: Prepared,
-    config: RunConfig,
-    first_step: int,
-    losses: list[float],
-    num_steps: int,
-    tokens_per_second: float,
-) -> Iterator[dict[str, Any]]:
-    """One record of metrics per step since the last log line."""
-    for step, loss in enumerate(losses, first_step):
-        record: dict[str, Any] = {
-            "step": step,
-            "loss": loss,
-            "learning_rate": learning_rate(config.train, step, num_steps),
-            "tokens_per_second": round(tokens_per_second, 1),
-        }
-        record |= prepared.hooks.method_step.record(step)
-        yield record

@@ -1,4 +1,4 @@
-"""When a run writes checkpoints, what it keeps in them, and whether it may continue from one."""
+"""Whether a run may continue from a checkpoint, and from which one."""
 
 from __future__ import annotations
 
@@ -13,19 +13,14 @@ from pydantic import BaseModel, FiniteFloat, ValidationError
 
 from adalora_dist.artifacts.checkpoints.content import Checkpoint
 from adalora_dist.artifacts.checkpoints.files import Damaged, step_of
-from adalora_dist.artifacts.checkpoints.writer import (
-    CheckpointWriter,
-    checkpoint_at,
-    newest_checkpoint,
-    set_newer_aside,
-)
-from adalora_dist.artifacts.export import task_settings
+from adalora_dist.artifacts.checkpoints.writer import checkpoint_at, newest_checkpoint, set_newer_aside
 from adalora_dist.config.sections import ModelConfig, RunConfig, TrainConfig
 from adalora_dist.io.errors import UserError, printable
 from adalora_dist.io.foreign_files import read_bytes
 from adalora_dist.io.redaction import redacted
 from adalora_dist.sharding.agreement import agreed, this_rank
 from adalora_dist.tasks.batches import BatchPlan
+from adalora_dist.training.best import BEST, Best
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
@@ -41,6 +36,7 @@ _FREE_FIELDS = (
     *("train.checkpoint_every", "train.keep_checkpoints", "train.async_checkpoints"),
     *("train.micro_batch_size", "train.gradient_checkpointing", "train.logits_chunk", "train.dry_run"),
     "adapter.importance_kernel",
+    "train.packing",
     *("train.max_nonfinite_steps", "train.peer_timeout_seconds", "adapter.compact"),
 )
 _EDGE_BYTES = 1 << 16
@@ -87,6 +83,7 @@ class _RunState(BaseModel):
     config: dict[str, dict[str, Any]]
     backbone: _Backbone
     notes: dict[str, Any]
+    best: Best | None = None
     loss_scale: dict[str, FiniteFloat] | None
 
 
@@ -112,6 +109,7 @@ def set_later_aside(checkpoint: Checkpoint, train: TrainConfig) -> None:
     """In a run that goes on from one of its own checkpoints, rename the later ones. For the main process."""
     if checkpoint.path.parent.resolve() == (Path(train.output_dir) / CHECKPOINTS).resolve():
         set_newer_aside(checkpoint)
+        set_newer_aside(checkpoint, Path(train.output_dir) / BEST)
 
 
 def continues_in_place(train: TrainConfig) -> bool:
@@ -242,60 +240,3 @@ def set_loss_scale(accelerator: Accelerator, optimizer: Any, saved: Mapping[str,
         scaler.cur_scale = saved["scale"]
         scaler.cur_iter, scaler.last_overflow_iter = int(saved["good_steps"]), -1
         scaler.cur_hysteresis = int(saved.get("hysteresis", scaler.cur_hysteresis))
-
-
-# ------------------------------------------------------------------------------------------------------------- writing
-
-
-class RunCheckpoints:
-    """Writes the checkpoints of one run: before its first step, every ``checkpoint_every`` steps, and at its end.
-
-    Args:
-        prepared: what trains (``training/loop.py``).
-        plan: the rows of every step.
-        num_steps: of the whole run.
-        notes: what the recipe wants to find again as ``Checkpoint.run["notes"]``.
-    """
-
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        prepared: Any,
-        plan: BatchPlan,
-        config: RunConfig,
-        num_steps: int,
-        notes: Mapping[str, Any],
-    ) -> None:
-        train = config.train
-        self._accelerator, self._prepared, self._num_steps = accelerator, prepared, num_steps
-        self._every, self._folder = train.checkpoint_every, Path(train.output_dir)
-        self._writer = CheckpointWriter(self._folder / CHECKPOINTS, train.keep_checkpoints, train.async_checkpoints)
-        self._run = {
-            "config": redacted(config.model_dump(mode="json")),
-            "backbone": redacted(backbone_identity(config.model)),
-            "data": plan.fingerprint(),
-            "num_steps": num_steps,
-            "num_processes": accelerator.num_processes,
-            "notes": redacted(dict(notes)),
-            "task": task_settings(accelerator.unwrap_model(prepared.model)),
-        }
-        prepared.hooks.bind(prepared.optimizer)
-        if self._every and prepared.resumed is None:
-            self.save(0)
-
-    def due(self, num_done: int) -> bool:
-        """Whether a checkpoint is to be written after ``num_done`` steps."""
-        return self._every > 0 and (num_done % self._every == 0 or num_done == self._num_steps)
-
-    def save(self, num_done: int) -> None:
-        """Write one after ``num_done`` steps, all of them logged. Collective."""
-        prepared = self._prepared
-        run = {**self._run, "loss_scale": loss_scale(self._accelerator, prepared.optimizer)}
-        logs = {}
-        if self._accelerator.is_main_process:
-            logs = {name: path.read_bytes() for name in LOGS if (path := self._folder / name).exists()}
-        self._writer.save(num_done, prepared.parameters, prepared.optimizer, prepared.hooks, run, logs)
-
-    def finish(self) -> None:
-        """Until the last one is on the disk."""
-        self._writer.wait()

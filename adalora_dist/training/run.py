@@ -19,8 +19,9 @@ written out in the recipe, from ``run.accelerator``, ``run.prepared`` and the fu
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
@@ -37,10 +38,13 @@ from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.redaction import redacted
 from adalora_dist.methods.inject import adapt
 from adalora_dist.methods.parameter_budget import fit
+from adalora_dist.sharding.tensors import put_back_shards
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.losses import LossSum
+from adalora_dist.tasks.packing import decide as decide_packing
 from adalora_dist.tasks.rows.bad_rows import BadRows
 from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers, with_precision
+from adalora_dist.training.evaluations import Evaluate
 from adalora_dist.training.faults.guard import Guard
 from adalora_dist.training.finish import export_trained
 from adalora_dist.training.loop import generates_together, train
@@ -82,8 +86,9 @@ class Run(Generic[Config]):
         self._prepared: Prepared | None = None
 
     def say(self, line: str) -> None:
-        """Print on the main process alone, without secrets."""
-        self.accelerator.print(redacted(line))
+        """Print on the main process alone, without secrets; an empty line is none."""
+        if line:
+            self.accelerator.print(redacted(line))
 
     def begin(self) -> None:
         """Seed everything, and find the checkpoint that ``resume`` asks for.
@@ -96,10 +101,11 @@ class Run(Generic[Config]):
         if self.resumed is not None:
             self.say(f"Continuing after step {self.resumed.step} from {self.resumed.path}")
 
-    def main_process_first(self) -> AbstractContextManager[None]:
-        """The main process does what is in it, then the others, who find its work in the cache."""
-        first: AbstractContextManager[None] = self.accelerator.main_process_first()
-        return first
+    @contextmanager
+    def main_process_first(self) -> Iterator[None]:
+        """The main process does what is in it, then one of each other node, then all, who find that in the cache."""
+        with self.accelerator.main_process_first(), self.accelerator.local_main_process_first():
+            yield
 
     # ------------------------------------------------------------------------------------------------ data and model
 
@@ -137,6 +143,10 @@ class Run(Generic[Config]):
         """One line, if any row has been left out."""
         if summary := self.bad_rows.summary():
             self.say(summary)
+
+    def say_sizes(self, sizes: str, validation: Sized | None) -> None:
+        """How many rows there are: ``sizes``, and those to evaluate on while training, if that is to be."""
+        self.say(f"{sizes}; while training: {len(validation or ())}" if self.validates else sizes)
 
     def load_model(self, auto_class: Any, changes: Mapping[str, Any] | None = None) -> PreTrainedTokenizerBase:
         """The backbone, as :attr:`model`, and its tokenizer. Arguments as of ``load_backbone``.
@@ -206,6 +216,18 @@ class Run(Generic[Config]):
         """Make the model ready to generate; whether processes must take the same number of decoding steps."""
         return generates_together(self.accelerator, self.prepared.model)
 
+    def packs(self, padding_token: int) -> bool:
+        """Whether rows share sequences, as ``train.packing`` asks; says what is saved. Collective.
+
+        Raises:
+            UserError: it is on, and the model cannot.
+        """
+        train = cast(Any, self.config).train
+        world_size = self.accelerator.num_processes
+        decided = decide_packing(self.model, self._plan, train, world_size, padding_token, self.say)
+        put_back_shards(self.prepared.model)
+        return decided
+
     @property
     def notes(self) -> dict[str, Any]:
         """Of a run that is continued, the notes that :meth:`train` was given; of a new one, {}."""
@@ -220,19 +242,24 @@ class Run(Generic[Config]):
         self,
         loss_sum: LossSum,
         notes: Mapping[str, Any],
-        evaluate: Callable[[], Mapping[str, float]] | None = None,
-        eval_every: int = 0,
+        evaluate: Evaluate | None = None,
     ) -> None:
         """All steps that are left. Errors as of :func:`adalora_dist.training.loop.train`.
 
         Args:
             notes: JSON that checkpoints shall keep, for :attr:`notes` of a run that continues from one.
-            evaluate: called on all processes every ``eval_every`` steps but the last (0: never); its scores are logged.
+            evaluate: called on all processes every ``evaluation.eval_every`` steps; its scores are logged, and
+                ``evaluation.keep_best`` chooses by them.
         """
         train(
             self.accelerator, self.prepared, self._plan, loss_sum, self.config, self.folder, self.say, self.guard,
-            notes, evaluate, eval_every,
+            notes, evaluate,
         )  # fmt: skip
+
+    @property
+    def validates(self) -> bool:
+        """Whether evaluations are to be made while training."""
+        return self.config.evaluation.eval_every > 0
 
     # ------------------------------------------------------------------------------------------------- what is left
 
@@ -280,6 +307,8 @@ class Run(Generic[Config]):
         self.say("\n" + table)
         self.say(rank_report(self.prepared, self._pattern))
         self.say(self.folder.listing())
+        path = shlex.quote(str(self.folder.path))
+        self.say(f"Next: adalora-dist report {path} (curves and ranks in one page), export {path} --to lora, or push")
 
     def with_seed(self, seed: int) -> Run[Config]:
         """A run of its own on the same engine and data, in a folder of its own."""

@@ -8,7 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from adalora_dist.io.launchers import OWN_COMMAND, launchers
 from adalora_dist.io.publish import discard, open_to_append, refuse_link, write_whole, writing
 from adalora_dist.io.redaction import redacted, redacted_command
 from adalora_dist.methods.protocol import Step
+from adalora_dist.training.best import BEST
 from adalora_dist.training.resume import (
     ALLOCATIONS,
     CHECKPOINTS,
@@ -63,6 +64,7 @@ class RunFolder:
             if resumed is not None:
                 for form in config.export.export_formats:  # they are made again
                     discard(self.path / form)
+                (self.path / "best.json").unlink(missing_ok=True)
                 set_later_aside(resumed, config.train)
                 self._restore_logs(resumed)
             self._metrics = open_to_append(self.path / METRICS)
@@ -103,6 +105,12 @@ class RunFolder:
         """One line for the end of the run: the folder and what is in it."""
         return f"Files in {self.path}: " + ", ".join(sorted(path.name for path in self.path.glob("[!.]*")))
 
+    def write_lines(self, name: str, records: Sequence[Any]) -> None:
+        """Write the records as JSON lines, NAME in the folder; without any, nothing."""
+        if self._metrics is not None and records:
+            with writing(self.path / name):
+                write_whole(self.path / name, "".join(json.dumps(redacted(record)) + "\n" for record in records))
+
     def write_json(self, name: str, content: Any) -> None:
         """Write ``content`` as NAME in the folder."""
         if self._metrics is not None:
@@ -124,7 +132,7 @@ def refuse_used_folder(config: RunConfig) -> None:
         )
     if config.train.overwrite:
         return
-    for name in (CHECKPOINTS, "adapter", *config.export.export_formats):
+    for name in (CHECKPOINTS, BEST, "adapter", *config.export.export_formats):
         refuse_link(path / name)
     for name in config.export.export_formats:
         if (path / name).exists() and not in_place:

@@ -24,7 +24,7 @@ from adalora_dist.methods.inject import adapt, parameter_groups
 from adalora_dist.methods.protocol import others_trained, trained_parameters
 from tests.support import quantized_runs
 from tests.support.engine_steps import backward_and_step
-from tests.support.models import Net, global_batch
+from tests.support.models import global_batch, net_for
 from tests.support.quantized_runs import Case, write_llama
 from tests.support.ranks import import_deepspeed, run_ranks
 from tests.support.tiny_language_model import logits, tiny_gpt2, tiny_llama
@@ -46,13 +46,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bitfit": {"train_norms": True},
 }
 """Of each method; those with adapters get ``targets`` besides."""
+VARIANTS_OF: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora_fa projected": ("lora_fa", {"init_rank": 3, "alpha": 6, "projected": True}),
+    "prefix": ("prefix", {"prefix_length": 3, "train_modules": ("head",)}),
+}
+"""More rows for losses and resume: what does something else at every step; a prefix, whose start changes the model."""
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 MOVES = (("fsdp2", "zero3"), ("zero3", "ddp"), ("zero2", "fsdp2"))
 STEPS, STOP, GLOBAL_BATCH = 8, 4, 24
 
 
-def section(method: str, **changes: Any) -> MethodConfig:
-    return method_config(method, **{**SETTINGS[method], **changes})
+def section(row: str, **changes: Any) -> MethodConfig:
+    method, settings = VARIANTS_OF.get(row) or (row, SETTINGS[row])
+    return method_config(method, **{**settings, **changes})
 
 
 def run(
@@ -61,10 +67,10 @@ def run(
     """Losses of the steps made: all, or those after ``resume``; with ``save`` a checkpoint is written on the way."""
     torch.manual_seed(0)
     settings = section(method)
-    if settings.has_adapters:
+    if settings.has_adapters and method != "prefix":
         where = "targets" if "targets" in type(settings).model_fields else "positions"
         settings = section(method, **{where: ("up", "down")})
-    model: Any = Net()
+    model = net_for(settings)
     adapt(model, settings, seed=3)
     if engine == "fsdp2":
         for block in model.blocks:
@@ -106,8 +112,10 @@ def run(
 
 
 def test_the_table_has_every_method_beside_those_that_have_tests_of_their_own() -> None:
-    assert {*SETTINGS} == {*METHODS} - {"adalora", "lora", "head", "full"}
-    said = [METHODS[name].said for name in SETTINGS]
+    others = {"adalora", "lora", "head", "full", "galore", "relora", "low_rank", "prefix"}
+    assert {*SETTINGS} == {*METHODS} - others
+    assert {method for method, _ in VARIANTS_OF.values()} <= {*METHODS}
+    said = [METHODS[name].said for name in (*SETTINGS, "prefix")]
     assert len({*said}) == len(said) and all("arxiv.org" in text for text in said)
 
 
@@ -116,7 +124,7 @@ def run_all(
 ) -> dict[str, list[float]]:
     """:func:`run` of one method after another, in folders of their own."""
     losses = {}
-    for method in SETTINGS:
+    for method in (*SETTINGS, *VARIANTS_OF):
         checkpoint = None if resume is None else next((resume / method).glob("step-*"))
         losses[method] = run(rank, world_size, method, engine, save and save / method, checkpoint)
     return losses
@@ -150,7 +158,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("runs"))
 
 
-@pytest.mark.parametrize("method", SETTINGS)
+@pytest.mark.parametrize("method", [*SETTINGS, *VARIANTS_OF])
 def test_losses_are_those_of_one_process(method: str, runs: Runs) -> None:
     alone = runs.alone(method)
     assert alone[-1] < alone[0]
@@ -159,7 +167,7 @@ def test_losses_are_those_of_one_process(method: str, runs: Runs) -> None:
             assert losses[method] == pytest.approx(alone, rel=1e-5), engine
 
 
-@pytest.mark.parametrize("method", SETTINGS)
+@pytest.mark.parametrize("method", [*SETTINGS, *VARIANTS_OF])
 def test_a_run_goes_on_elsewhere_as_if_it_had_not_stopped(method: str, runs: Runs) -> None:
     for start, then in MOVES:
         for losses in runs.continued(start, then):

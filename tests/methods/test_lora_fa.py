@@ -10,6 +10,7 @@ from torch import nn
 
 from adalora_dist.config.methods import LoraConfig, LoraFaConfig
 from adalora_dist.io.errors import UserError
+from adalora_dist.methods.hooks import attach
 from adalora_dist.methods.inject import adapt
 from adalora_dist.methods.lora_fa import LoraFa, LoraFaLinear, frozen_a
 
@@ -67,6 +68,38 @@ def test_it_is_lora_with_that_a() -> None:
     torch.testing.assert_close(
         merged.double(), lora.base_layer.weight + lora.get_delta_weight("default"), atol=1e-5, rtol=0
     )
+
+
+def test_the_projected_forms_first_step_is_that_of_pefts_optimizer() -> None:
+    peft = pytest.importorskip("peft")
+    from peft.optimizers import create_lorafa_optimizer
+    from peft.optimizers import lorafa as theirs
+
+    settings = LoraFaConfig(targets=("0",), init_rank=RANK, alpha=6.0, projected=True)
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(D_IN, D_OUT))
+    base = {name: value.clone() for name, value in model[0].state_dict().items()}
+    adapt(model, settings, seed=5)
+    [a] = model[0].drawn.matrices
+    other = nn.Sequential(nn.Linear(D_IN, D_OUT))
+    other[0].load_state_dict(base)
+    wrapped = peft.get_peft_model(other, peft.LoraConfig(r=RANK, lora_alpha=6, target_modules=["0"]))
+    lora = wrapped.base_model.model[0]
+    with torch.no_grad():
+        lora.lora_A["default"].weight.copy_(a)
+    optimizer = torch.optim.AdamW(model[0].parameters(recurse=False), lr=1e-2, eps=1e-6, weight_decay=0)
+    hooks = attach(model, optimizer, settings, 1)
+    with pytest.MonkeyPatch.context() as patch:  # it rounds to bfloat16 where it can
+        patch.setattr(theirs, "is_bf16_available", lambda: False)
+        of_peft = create_lorafa_optimizer(wrapped, r=RANK, lora_alpha=6, lr=1e-2)
+        x, target = torch.randn(TOKENS, D_IN), torch.randn(TOKENS, D_OUT)
+        for net, stepped in ((model, optimizer), (wrapped, of_peft)):
+            # Large gradients: PEFT's eps counts 31 times as much at the first step.
+            (1000 * (net(x) - target).square().sum()).backward()
+            stepped.step()
+    hooks.finish()
+    assert model[0].P.abs().max() > 5e-3
+    torch.testing.assert_close(model[0].P, lora.lora_B["default"].weight, rtol=0, atol=3e-6)
 
 
 def test_a_is_a_matter_of_the_seed_alone() -> None:

@@ -5,14 +5,20 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from adalora_dist.config.flags import parse_config
+from adalora_dist.tasks.commonsense.config import CommonsenseConfig
+from adalora_dist.tasks.e2e.config import E2EConfig
+from adalora_dist.tasks.glue.config import GlueConfig
 from adalora_dist.tasks.rows.bad_rows import BadRows
 from adalora_dist.tasks.sft.config import SftConfig, SftDataConfig
 from adalora_dist.tasks.sft.forms import FORMS
 from adalora_dist.tasks.sft.rows import load_tables
+from adalora_dist.tasks.squad.config import SquadConfig
+from adalora_dist.tasks.summarization.config import SummarizationConfig
 from tests.support.paths import ROOT
 from tests.support.ranks import import_package
 from tests.support.recipe_runs import losses_of, run_recipe
@@ -20,6 +26,14 @@ from tests.support.tiny_language_model import byte_tokenizer, tiny_llama
 
 import_package()
 
+CONFIGS: dict[str, Any] = {
+    "llama_sft": SftConfig,
+    "llama_commonsense": CommonsenseConfig,
+    "deberta_glue": GlueConfig,
+    "deberta_squad": SquadConfig,
+    "summarize_bart": SummarizationConfig,
+    "gpt2_e2e": E2EConfig,
+}
 PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"```json\n(.*?)\n```", PAGE, re.DOTALL)
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
@@ -39,13 +53,15 @@ def test_every_form_has_a_row_that_is_read_as_it(tmp_path: Path) -> None:
         assert said == [f"{path}: {form.name}; 1 rows"]
 
 
-def test_commands_are_those_of_the_recipe() -> None:
-    assert len(COMMANDS) >= 6
+def test_commands_are_those_of_the_recipes() -> None:
+    of_recipe = dict.fromkeys(CONFIGS, 0)
     for command in COMMANDS:
         words = shlex.split(command)
-        start = next(k for k, word in enumerate(words) if "llama_sft" in word)
+        start, name = next((k, name) for k, word in enumerate(words) for name in CONFIGS if name in word)
         assert (ROOT / words[start]).is_file()
-        parse_config(SftConfig, words[start + 1 :])
+        parse_config(CONFIGS[name], words[start + 1 :])
+        of_recipe[name] += 1
+    assert of_recipe["llama_sft"] >= 6 and all(of_recipe.values())
 
 
 def test_a_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

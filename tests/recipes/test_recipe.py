@@ -116,13 +116,15 @@ def test_tensorboard_gets_every_step(single: tuple[Run, str]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run, _ = single
-    series = {}
+    series, tags = {}, set()
     for file in run.folder.rglob("events.out.tfevents.*"):
         events = EventAccumulator(str(file)).Reload()
         series |= {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+        tags |= set(events.Tags()["histograms"])
     assert [event.step for event in series["loss"]] == list(range(STEPS))
     assert [event.value for event in series["loss"]] == pytest.approx(run.losses.tolist())
-    assert {"learning_rate", "budget"} <= series.keys()
+    assert {"learning_rate", "budget", "gradient_norm", "orthogonality", "peak_memory_gib", "max_rank"} <= series.keys()
+    assert "ranks" in tags
 
 
 # -------------------------------------------------------------------------------------------------- two processes
@@ -148,6 +150,9 @@ def test_two_processes_do_what_one_does(project: Project, single: tuple[Run, str
     assert run.pattern == expected.pattern
     torch.testing.assert_close(run.losses, expected.losses, rtol=0, atol=1e-4)
     assert run.results == expected.results
+    for name in ("gradient_norm", "orthogonality", "importance_spread"):  # whatever part of it a process has
+        theirs = [record[name] for record in expected.metrics if name in record]
+        assert theirs and [record[name] for record in run.metrics if name in record] == pytest.approx(theirs, rel=1e-2)
     tokens = [1, 7, 9, 11]
     models = [AutoModelForCausalLM.from_pretrained(r.folder / "merged") for r in (run, expected)]
     assert (logits(models[0], tokens) - logits(models[1], tokens)).abs().max() < 1e-2

@@ -62,8 +62,11 @@ def test_partials_of_any_partition_add_up(case):
         x @ gradient_factor(x.T @ x, form, 0.2, num_matrices) if f.orthogonal and f.rank else torch.zeros_like(x)
         for f, x in zip(factors, tensors, strict=True)
     ]
+    grams = [x.T @ x for f, x in zip(factors, tensors, strict=True) if f.orthogonal and f.rank]
+    away = [g - torch.diag(g.diagonal()) if form == "directions" else g - torch.eye(len(g)) for g in grams]
     for layout, sums, own, flat in zip(layouts, all_sums, spans, flats, strict=True):
         sums.partials.copy_(reduced)
+        assert not grams or abs(sums.mean_defect(form) - sum(m.norm().item() for m in away) / len(grams)) < 1e-10
         scratch = FlatBuffer(layout, dtype=torch.float64)
         scratch.data.fill_(torch.nan)
         gradient = sums.orthogonality_gradient(flat, form, 0.2, out=scratch)

@@ -31,7 +31,7 @@ STAGES = {
     "loading the model": ("adalora_dist.training.run", "load_backbone"),
     "first step": ("adalora_dist.tasks.losses", "causal_loss"),
     "training": ("adalora_dist.tasks.losses", "causal_loss"),
-    "writing a checkpoint": ("adalora_dist.training.resume", "RunCheckpoints.save"),
+    "writing a checkpoint": ("adalora_dist.training.run_checkpoints", "RunCheckpoints.save"),
     "evaluation": ("adalora_dist.tasks.commonsense.choices", "evaluate_choices"),
     "export": ("adalora_dist.training.run", "export_trained"),
 }

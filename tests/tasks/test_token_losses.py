@@ -245,7 +245,8 @@ def test_the_peak_is_that_of_the_formula(monkeypatch):
 def trained(rank: int, world_size: int, engine: str, size: Any, with_head: bool, folder: str) -> list[float]:
     """Losses of five steps on two processes."""
     rows = some_rows(lengths=(9, 5, 12, 7, 11, 6, 8, 10))
-    adapter = config("lora", init_rank=3, targets=("all-linear",), train_modules=("lm_head",) if with_head else ())
+    head = ("lm_head",) if with_head else ()
+    adapter = config("lora", init_rank=3, targets=("all-linear",), train_modules=head, dropout=0.1)
     training = TrainConfig(
         output_dir=f"{folder}/{engine}-{size}-{with_head}", max_steps=5, batch_size=4, micro_batch_size=4,
         learning_rate=5e-2, lr_warmup_ratio=0, precision="fp32",

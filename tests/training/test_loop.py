@@ -95,19 +95,20 @@ def run_plainly(rank: int, world_size: int, rows: list[EncodedRow], config: Comm
     optimizer = torch.optim.AdamW(trainable, lr=1.0, weight_decay=config.train.weight_decay)
     hooks = attach(model, optimizer, config.adapter, STEPS)
     allocator = hooks.method_step
-    losses = []
+    losses, norms = [], []
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = learning_rate(config.train, step, STEPS)
         loss = model(**collate([rows[i] for i in plan.batch(step)], 0)).loss
         loss.backward()
         if config.train.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(trainable, config.train.max_grad_norm)
+            norms.append(torch.nn.utils.clip_grad_norm_(trainable, config.train.max_grad_norm).item())
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
     hooks.finish()
     return {
         "losses": losses,
+        "norms": norms,
         "ranks": list(allocator.rank_pattern().values()),
         "allocations": [(a.step, a.budget, a.keep.tolist()) for a in allocator.allocations],
         "lam": torch.cat([a.lam for a in hooks.updates()]),
@@ -171,6 +172,15 @@ def test_loop_is_a_plain_training_loop(rows: list[EncodedRow], loop: Any) -> Non
     assert budgets[0] == 42 and budgets[STEPS - 1] == 14
     for step, budget, _ in result["allocations"]:
         assert budgets[step] == budget and result["metrics"][step]["allocated"]
+        assert 0 < result["metrics"][step]["importance_spread"] < 10
+    assert [r["gradient_norm"] for r in result["metrics"]] == pytest.approx(expected["norms"], rel=1e-3)
+    seconds = [record["seconds"] for record in result["metrics"]]
+    assert seconds == sorted(seconds) and seconds[-1] > 0 and result["metrics"][-1]["peak_memory_gib"] > 0.01
+    last, ranks = result["metrics"][-1], result["ranks"]  # a log line measures more
+    assert (last["min_rank"], last["max_rank"]) == (min(ranks), max(ranks)) and last["orthogonality"] >= 0
+    assert last["mean_rank"] == sum(ranks) / len(ranks) and last["epoch"] == pytest.approx(
+        STEPS / plan_of(rows, settings()).num_steps(1.0)
+    )
 
 
 @pytest.mark.parametrize("micro_batch_size", [2, 1])

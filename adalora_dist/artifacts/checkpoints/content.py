@@ -2,8 +2,9 @@
 
 Per trained parameter NAME (for adapters MATRIX.P and MATRIX.Qt, and adalora.lam of all matrices) the spans that a rank
 holds of its values (key NAME), of the optimizer's moments (exp_avg/NAME, ...) and of the importance averages
-(sensitivity/NAME, uncertainty/NAME). Nothing says how the run was sharded: who continues it reads whatever overlaps the
-spans it holds itself, so that engine and number of processes may change.
+(sensitivity/NAME, uncertainty/NAME). What a method keeps besides (kept/NAME) has shapes and spans of its own.
+Nothing says how the run was sharded: who continues it reads whatever overlaps the spans it holds itself, so that engine
+and number of processes may change.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from adalora_dist.sharding.agreement import agreed, this_rank
 from adalora_dist.sharding.base import ShardEngine, Span
 
 _PATTERNS = "patterns"
+_KEPT = "kept"
+"""Kind of what lies along no parameter, which has spans of its own."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,14 @@ def snapshot(step: int, names: Sequence[str], engine: ShardEngine, hooks: Method
             spans[name] = span
             tensors |= {_key(kind, name): value.detach().flatten().to("cpu", copy=True) for kind, value in held.items()}
         table[name] = {"shape": list(shape), "step": float(state["step"]) if state else None, "state": sorted(moments)}
+    for name, kept in learnt.kept.items():
+        if kept.values is not None and kept.span.stop > kept.span.start:
+            spans[name], tensors[_key(_KEPT, name)] = kept.span, kept.values
     description = {
         "step": step,
         "allocator": learnt.numbers,
         "parameters": table,
+        "kept": {name: list(kept.shape) for name, kept in learnt.kept.items()},
         "triplets": {adapter.name: adapter.held() for adapter in adapters},
         "matrices": {adapter.name: adapter.description() for adapter in adapters},
     }
@@ -147,7 +154,9 @@ def load_checkpoint(
             averages = [{kind: stored.part(kind, name, spans[name]) for kind in held} for name, held in kinds]
             # Methods without adapters once kept nothing of their own.
             numbers = {"step": checkpoint.step, "num_skipped_steps": 0} | checkpoint.state["allocator"]
-            return values, states, StepState(numbers, stored.patterns(), averages)
+            asked = hooks.method_step.kept(numbers)
+            kept = {n: k._replace(values=stored.part(_KEPT, n, k.span)) for n, k in asked.items()}
+            return values, states, StepState(numbers, stored.patterns(), averages, kept)
 
     values, states, learnt = agreed(read, keep=False)
     engine.restore(values, states)
@@ -162,6 +171,7 @@ def stored_adapters(checkpoint: Checkpoint) -> tuple[Sequence[Update], dict[str,
         KeyError: the run is of no known method.
     """
     table, described = checkpoint.state["parameters"], checkpoint.state["matrices"]
+    kept: dict[str, list[int]] = checkpoint.state.get("kept", {})
     method = METHODS[checkpoint.run["config"]["adapter"]["method"]]
     of_adapters: set[str] = set()
     with ExitStack() as stack:
@@ -169,6 +179,8 @@ def stored_adapters(checkpoint: Checkpoint) -> tuple[Sequence[Update], dict[str,
 
         def whole(name: str) -> torch.Tensor | None:
             of_adapters.add(name)
+            if name in kept:
+                return stored.part(_KEPT, name, Span(0, math.prod(kept[name]))).view(kept[name])
             if name not in table:
                 return None
             shape = table[name]["shape"]

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,10 +105,12 @@ def publish(partial: Path, files: list[Written]) -> Path:
     return final
 
 
-def rotate(root: Path, keep: int) -> None:
-    """Remove all but the ``keep`` newest checkpoints, and what earlier runs left unfinished or set aside."""
+def rotate(root: Path, keep: int, spared: Collection[int] = ()) -> None:
+    """Remove all but the ``keep`` newest checkpoints and those of the steps ``spared``, and what earlier runs left
+    unfinished or set aside."""
     for folder in checkpoints_in(root)[keep:]:
-        set_aside(folder)
+        if step_of(folder) not in spared:
+            set_aside(folder)
     for name in os.listdir(root):
         if name.endswith((_PARTIAL, _REMOVED)) and name.startswith("step-"):
             _remove(root / name)

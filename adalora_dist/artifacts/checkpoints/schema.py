@@ -51,6 +51,8 @@ class State(_Strict):
     step: NonNegativeInt
     allocator: Counters
     parameters: dict[str, ParameterState]
+    kept: dict[str, Dimensions] = {}
+    """Whole shapes of what the method keeps besides."""
     triplets: dict[str, list[NonNegativeInt]]
     matrices: dict[str, dict[str, Any]]
     """What each adapter says of itself, which is its method's own affair."""
@@ -110,7 +112,7 @@ def _check_shard(path: Path, state: State) -> None:
             spans = parse_object((file.metadata() or {})["spans"].encode(), str(path))
             for name, span in spans.items():
                 start, stop = span
-                size = math.prod(state.parameters[name].shape)
+                size = math.prod(state.kept[name] if name in state.kept else state.parameters[name].shape)
                 if not (type(start) is type(stop) is int and 0 <= start < stop <= size):
                     raise Damaged(f"{path}: the part {printable(span, 60)} of {printable(name, 100)} is none")
             for key in file.keys():  # noqa: SIM118 (not a dictionary)

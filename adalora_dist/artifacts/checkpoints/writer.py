@@ -103,11 +103,28 @@ def _verify(folder: Path, accepts: Accepts | None) -> None:
         accepts(Checkpoint(folder, state["step"], state, names))
 
 
-def set_newer_aside(checkpoint: Checkpoint) -> None:
-    """Rename the later checkpoints beside this one: a run that continues from it writes its own."""
-    for other in files.checkpoints_in(checkpoint.path.parent):
+def set_newer_aside(checkpoint: Checkpoint, root: Path | None = None) -> None:
+    """Rename the later checkpoints beside this one, or in ``root``: a run that continues from it writes its own."""
+    for other in files.checkpoints_in(root or checkpoint.path.parent):
         if (files.step_of(other) or 0) > checkpoint.step:
             files.set_aside(other)
+
+
+def copy_checkpoint(folder: Path, to: Path) -> None:
+    """Copy a verified checkpoint into another run. For the main process.
+
+    Raises:
+        UserError: it is missing or damaged, or cannot be copied; the message names the file.
+    """
+    try:
+        files.verify(folder)
+    except files.Damaged as damage:
+        raise UserError(f"{damage}: bring it back from a copy, or give another checkpoint") from None
+    with writing(to):
+        partial = files.start(to.parent, files.step_of(folder) or 0)
+        for path in (folder / name for name in [*files.read_manifest(folder), files.MANIFEST]):
+            files.write_file(partial / path.name, path.read_bytes())
+        partial.rename(to)
 
 
 def _opened(folder: Path) -> Checkpoint:
@@ -145,6 +162,8 @@ class CheckpointWriter:
 
     def __init__(self, root: Path, keep: int, asynchronous: bool = False) -> None:
         self.root, self.keep, self.asynchronous = root, keep, asynchronous
+        self.spared: set[int] = set()
+        """Steps whose checkpoints stay, besides the newest."""
         # Processes agree over the CPU, and in a thread they must not use the group that training uses.
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._thread: threading.Thread | None = None
@@ -236,7 +255,7 @@ class CheckpointWriter:
 
         def publish() -> None:
             files.publish(partial, written)
-            files.rotate(self.root, self.keep)
+            files.rotate(self.root, self.keep, self.spared)
 
         agreed(lambda: self._in_one_line(publish, needed_bytes) if first else None, self._group)
 

@@ -65,7 +65,7 @@ def model_card(
         f"{_said(config)} {'for' if _is_adapter(export) else 'merged into'} {code(base)}, trained with adalora-dist.",
         "## Use\n\n" + fenced(_usage(run, export, facts, base, commit, repo_id or str(export), revision), "python"),
         "## Base\n\n" + "\n".join(f"- {item}" for item in _base_items(run, export, config, base, commit, data)),
-        _results_table(before, after),
+        _results_table(run, before, after),
         _ranks(run, facts, tuple(pictures)),
         *(_settings(title, config.get(section)) for section, title in _SECTIONS.items()),
         _origin(facts),
@@ -173,13 +173,24 @@ def _results(run: Path) -> tuple[Scores, Scores]:
     return before, after
 
 
-def _results_table(before: Scores, after: Scores) -> str:
+def _results_table(run: Path, before: Scores, after: Scores) -> str:
     rows = [
         {**dict(subject), "metric": text(metric), "before": _score(before.get(subject, {}).get(metric)),
          "after": _score(value)}
         for subject, scores in after.items() for metric, value in scores.items()
     ]  # fmt: skip
-    return "## Results\n\n" + table(rows) if rows else ""
+    return "## Results\n\n" + table(rows) + _chosen(run) if rows else ""
+
+
+def _chosen(run: Path) -> str:
+    """Which step's model it is, where it was chosen by a score."""
+    if not (run / "best.json").is_file():
+        return ""
+    best = read_object(run / "best.json")
+    return (
+        f"\n\nThe model is that of step {number(best.get('step'))} of {number(best.get('num_steps'))}, which had the "
+        f"best {text(best.get('metric'))} of all evaluations while training: {_score(best.get('score'))}."
+    )
 
 
 def _score(value: float | None) -> str:

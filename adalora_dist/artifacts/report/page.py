@@ -18,6 +18,7 @@ from adalora_dist.artifacts.report.ranks import frames_of, matrices_table, rank_
 from adalora_dist.artifacts.report.runs import RunRecord, read_runs
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import NotReadable, opened
+from adalora_dist.io.progress import duration
 from adalora_dist.io.publish import write_whole, writing
 
 _MARK = b'<!doctype html>\n<html lang="en" data-made-by="adalora-dist report">'
@@ -137,14 +138,6 @@ def _summary(runs: Sequence[RunRecord]) -> str:
             rows.setdefault(name, ["–"] * len(runs))[k] = value or "–"
     told = [[name, *cells] for name, cells in rows.items() if set(cells) != {"–"}]
     return table("What each run is", ["", *(said(run.label, 60) for run in runs)], told)
-
-
-def duration(seconds: float) -> str:
-    """1 h 02 min, 3 min 20 s, 45 s."""
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
 
 
 def _charts(runs: Sequence[RunRecord]) -> Iterable[str]:

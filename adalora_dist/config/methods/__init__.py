@@ -33,10 +33,14 @@ from adalora_dist.config.methods.bottleneck import (
 from adalora_dist.config.methods.dora import DoraConfig
 from adalora_dist.config.methods.dylora import DyloraConfig
 from adalora_dist.config.methods.full import FullConfig
+from adalora_dist.config.methods.galore import GaLoreConfig
 from adalora_dist.config.methods.head import HeadConfig
 from adalora_dist.config.methods.hydra import HydraConfig
 from adalora_dist.config.methods.lora import LoraConfig
 from adalora_dist.config.methods.lora_fa import LoraFaConfig
+from adalora_dist.config.methods.low_rank import FactorisedConfig
+from adalora_dist.config.methods.prefix import PrefixConfig
+from adalora_dist.config.methods.relora import ReloraConfig
 from adalora_dist.config.methods.vera import DvoraConfig, VeraConfig
 
 METHODS.update(
@@ -48,11 +52,15 @@ METHODS.update(
     dvora=DvoraConfig,
     hydra=HydraConfig,
     dylora=DyloraConfig,
+    relora=ReloraConfig,
     houlsby=HoulsbyConfig,
     pfeiffer=PfeifferConfig,
     adapterdrop=AdapterDropConfig,
     series=SeriesConfig,
     parallel=ParallelConfig,
+    prefix=PrefixConfig,
+    low_rank=FactorisedConfig,
+    galore=GaLoreConfig,
     bitfit=BitFitConfig,
     head=HeadConfig,
     full=FullConfig,
@@ -107,7 +115,9 @@ __all__ = [
     "DoraConfig",
     "DvoraConfig",
     "DyloraConfig",
+    "FactorisedConfig",
     "FullConfig",
+    "GaLoreConfig",
     "HeadConfig",
     "HoulsbyConfig",
     "HydraConfig",
@@ -117,6 +127,8 @@ __all__ = [
     "MethodConfig",
     "ParallelConfig",
     "PfeifferConfig",
+    "PrefixConfig",
+    "ReloraConfig",
     "SeriesConfig",
     "SizedConfig",
     "TargetsConfig",

@@ -11,5 +11,7 @@ class LoraFaConfig(ScaledConfig):
     """LoRA whose A is drawn once and frozen, so that no input has to be kept for it"""
 
     method: Literal["lora_fa"] = "lora_fa"
+    projected: bool = False
+    """Multiply the gradient of B by (A A^T)^-1 / s^2 before AdamW, so that a step follows full fine-tuning's best."""
 
     formats: ClassVar[frozenset[str]] = frozenset({"merged", "lora", "peft"})

@@ -13,7 +13,7 @@ Once the pattern is frozen, the triplets that were not selected are out of every
 that they have no gradient (nor a part in the clipping norm), and the regulariser leaves them out. ``compaction.py``
 then removes them, which changes nothing but time and memory.
 
-All of this is a constant number of operations on flat buffers, however many matrices there are, and the host waits for
+All of this is a bounded number of operations on flat buffers, however many matrices there are, and the host waits for
 none of them: a step that is left out because of a non-finite gradient is left out on the device, by the optimizer's own
 kernel and by a weight of 0 for the importance averages, and what ranks say of each other's patterns is looked at one
 allocation later.
@@ -38,7 +38,7 @@ import torch.distributed as dist
 from torch import nn
 
 from adalora_dist.config.methods import AdaLoraConfig
-from adalora_dist.methods.adalora.allocations import Allocation, records
+from adalora_dist.methods.adalora.allocations import Allocation, records, spread, with_next
 from adalora_dist.methods.adalora.bound import BoundTriplets
 from adalora_dist.methods.adalora.checks import PatternWatch, compare_lambdas
 from adalora_dist.methods.adalora.compaction import remove_triplets
@@ -107,36 +107,26 @@ class RankAllocator(Step):
     # ------------------------------------------------------------------------------------------------------ the step
 
     def sums(self, step: int) -> None:
-        if self._regularised or self._measures:
-            self.bound.collect_values()
         if self._regularised:
-            self.bound.sums.gram_partials(self.bound.values)
+            self.bound.gram_partials()
+        elif self._measures:
+            self.bound.collect_values()
 
     def summed(self) -> None:
         if self._regularised:
             self.bound.regularise(self.keep if self.frozen and not self.compacted else None)
 
     def before(self, is_last: bool) -> None:
-        bound = self.bound
-        gradients = bound.engine.gradients()
-        if self._regularised:
-            bound.add_regulariser(gradients)
-        if not self._measures:
-            return
-        if self.config.importance_order == "after":
-            bound.layout.collect(gradients, bound.values)
-        else:
-            bound.multiply_values(gradients)
-            if is_last:
-                bound.update_averages()
+        gradients = self.bound.engine.gradients()
+        if self._regularised or self._measures:
+            self.bound.take_in(gradients, self._regularised, self._measures, is_last)
 
     def after(self, step: int) -> None:
         bound = self.bound
         self.lambdas.release()
         self._pending |= self._due(step)
         if self.config.importance_order == "after" and self._measures:
-            bound.multiply_values(bound.engine.values())
-            bound.update_averages()
+            bound.take_in_stepped()
         if self._pending:
             self._allocate(step)
             bound.mask(self._selected, self.frozen)
@@ -218,15 +208,9 @@ class RankAllocator(Step):
             self.keep, lowest = select_local(scores, self.ranks, budget)
         else:
             self.keep, lowest = select(scores, budget)
-        self.allocations.append(Allocation(step, budget, self.keep, lowest, self._mean_scores(scores)))
+        self.allocations = with_next(self.allocations, Allocation(step, budget, self.keep, lowest, scores))
         self._pending = False
         self.frozen = step >= self.schedule.freeze_step
-
-    def _mean_scores(self, scores: torch.Tensor) -> torch.Tensor:
-        """Of each matrix's triplets, (num_matrices,) float64."""
-        if len(set(self.ranks)) == 1:  # one operation; every run that starts at one init_rank
-            return scores.view(len(self.ranks), -1).mean(dim=1)
-        return torch.stack([part.mean() for part in scores.split(self.ranks)])
 
     # ------------------------------------------------------------------------------------ what a checkpoint holds
 
@@ -302,7 +286,8 @@ class RankAllocator(Step):
     def facts(self) -> dict[str, Any]:
         """Budgets, and the rank of each matrix at the start of the run, by name in canonical order."""
         budgets = {"initial_budget": self.schedule.initial_budget, "target_budget": self.schedule.target_budget}
-        ranks = {layer.name: rank for layer, rank in zip(self.layers, self.ranks, strict=True)}
+        names = (name for layer in self.layers for name in layer.matrix_names())
+        ranks = dict(zip(names, self.ranks, strict=True))
         return super().facts() | budgets | {"initial_ranks": ranks}
 
     def plan(self) -> str:
@@ -310,17 +295,30 @@ class RankAllocator(Step):
         return f"budget {first} -> {last} triplets by step {self.schedule.freeze_step + 1}"
 
     def record(self, step: int) -> dict[str, float]:
-        """The budget after the step, and whether it made an allocation."""
+        """The budget after the step, whether it made an allocation, and what was found then."""
         made = [a for a in self.allocations if a.step <= step]
-        budget = made[-1].budget if made else self.schedule.initial_budget
-        return {"budget": budget, "allocated": int(bool(made) and made[-1].step == step)}
+        if not made:
+            return {"budget": self.schedule.initial_budget, "allocated": 0}
+        if made[-1].step != step:
+            return {"budget": made[-1].budget, "allocated": 0}
+        return {"budget": made[-1].budget, "allocated": 1} | spread(made[-1], self.ranks)
 
     def report(self) -> dict[str, float]:
-        return {"budget": self.budget, "mean_rank": self.budget / len(self.ranks)}
+        """The budget, ranks, and how far P and Q are from what the regulariser asks for."""
+        ranks = self.rank_pattern().values()
+        found: dict[str, float] = {"budget": self.budget, "mean_rank": self.budget / len(self.ranks)}
+        found |= {"min_rank": min(ranks), "max_rank": max(ranks)}
+        if self._regularised and self._bound is not None:
+            found["orthogonality"] = self.bound.sums.mean_defect(self.config.regulariser)
+        return found
 
     def progress(self) -> str:
         ranks = list(self.rank_pattern().values())
-        return f"budget {self.budget}, ranks {min(ranks)}/{sum(ranks) / len(ranks):.1f}/{max(ranks)}, "
+        first, last = self.schedule.initial_budget, self.schedule.target_budget
+        return (
+            f"budget {self.budget:,} ({first:,} -> {last:,} triplets), rank of a matrix {min(ranks)} to {max(ranks)}, "
+            f"mean {sum(ranks) / len(ranks):.1f}, "
+        )
 
     def events(self, first: int) -> list[dict[str, Any]]:
         return records(self.allocations, self.ranks, first)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, ClassVar, Literal
 
 import tyro
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from adalora_dist.config.sections import DataConfig, EvaluationConfig, RunConfig
+from adalora_dist.config.data import ColumnsConfig, Known
+from adalora_dist.config.sections import EvaluationConfig, PackedTrainConfig, RunConfig
 
-CommonsenseTask = Literal["boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
-
-COMMONSENSE_TASKS: tuple[str, ...] = get_args(CommonsenseTask)
+COMMONSENSE_TASKS = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 
 
-class CommonsenseDataConfig(DataConfig):
+class CommonsenseDataConfig(ColumnsConfig):
+    known_fields: ClassVar[tuple[str, ...]] = ("question", "choices", "answer")
     source: Annotated[str, tyro.conf.arg(name="data")] = ""
-    """Folder with TASK/train and TASK/test (.jsonl, .json, .parquet), or the word hub; empty: built-in questions."""
-    tasks: tuple[CommonsenseTask, ...] = ()
-    """Which of the eight tasks; default: all that the source has."""
+    """Folder with TASK/train and TASK/test, or train and test (.jsonl, .json, .parquet); one file of any name; or the
+    word hub; empty: built-in questions."""
+    tasks: tuple[Annotated[str, AfterValidator(Known(COMMONSENSE_TASKS))], ...] = ()
+    """Which tasks: of the eight (boolq, piqa, siqa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa), or
+    folders of one's own under any name. Default: those of the eight that the source has, or else all in it."""
     max_length: int = Field(256, ge=8)
     """Longest training sequence in tokens; a longer prompt is cut on its left, the answer never."""
     train_on: Literal["output", "all"] = "output"
@@ -38,4 +40,5 @@ class CommonsenseEvaluationConfig(EvaluationConfig):
 
 class CommonsenseConfig(RunConfig):
     data: CommonsenseDataConfig = CommonsenseDataConfig()
+    train: PackedTrainConfig = PackedTrainConfig()
     evaluation: CommonsenseEvaluationConfig = CommonsenseEvaluationConfig()

@@ -33,25 +33,25 @@ def boolq(raw: Mapping[str, Any]) -> Row:
 def piqa(raw: Mapping[str, Any]) -> Row:
     """baber/piqa: goal, sol1, sol2, label (0 or 1; -1 where hidden)."""
     lead = f"Please choose the correct solution to the question: {raw['goal'].strip()}"
-    return _choice_row(lead, "solution", [raw["sol1"], raw["sol2"]], int(raw["label"]))
+    return choice_row(lead, "solution", [raw["sol1"], raw["sol2"]], int(raw["label"]))
 
 
 def siqa(raw: Mapping[str, Any]) -> Row:
     """lighteval/siqa: context, question, answerA, answerB, answerC, label ("1", "2" or "3")."""
     lead = f"Please choose the correct answer to the question: {raw['context'].strip()} {raw['question'].strip()}"
-    return _choice_row(lead, "answer", [raw["answerA"], raw["answerB"], raw["answerC"]], int(raw["label"]) - 1)
+    return choice_row(lead, "answer", [raw["answerA"], raw["answerB"], raw["answerC"]], int(raw["label"]) - 1)
 
 
 def hellaswag(raw: Mapping[str, Any]) -> Row:
     """Rowan/hellaswag: activity_label, ctx, endings (four), label ("0" to "3"; "" where hidden)."""
     lead = f"Please choose the correct ending of the text: {raw['activity_label'].strip()}: {raw['ctx'].strip()}"
-    return _choice_row(lead, "ending", raw["endings"], int(raw["label"]))
+    return choice_row(lead, "ending", raw["endings"], int(raw["label"]))
 
 
 def winogrande(raw: Mapping[str, Any]) -> Row:
     """allenai/winogrande: sentence with one blank "_", option1, option2, answer ("1" or "2"; "" where hidden)."""
     lead = f"Please choose the correct option for the blank _ in the sentence: {raw['sentence'].strip()}"
-    return _choice_row(lead, "option", [raw["option1"], raw["option2"]], int(raw["answer"]) - 1)
+    return choice_row(lead, "option", [raw["option1"], raw["option2"]], int(raw["answer"]) - 1)
 
 
 def arc(raw: Mapping[str, Any]) -> Row:
@@ -112,10 +112,15 @@ def hub_rows(task: str, split: str) -> Rows:
 def _lettered(question: str, raw: Mapping[str, Any]) -> Row:
     labels = list(raw["choices"]["label"])
     lead = f"Please choose the correct answer to the question: {question.strip()}"
-    return _choice_row(lead, "answer", raw["choices"]["text"], labels.index(raw["answerKey"]))
+    return choice_row(lead, "answer", raw["choices"]["text"], labels.index(raw["answerKey"]))
 
 
-def _choice_row(lead: str, word: str, texts: Sequence[str], correct: int) -> Row:
+def choice_row(lead: str, word: str, texts: Sequence[str], correct: int) -> Row:
+    """The row that asks for one of ``texts``, which are called ``word1``, ``word2``, ...; ``correct`` counts from 0.
+
+    Raises:
+        ValueError: there is no such choice.
+    """
     if not 0 <= correct < len(texts):
         raise ValueError(f"label {correct} of {len(texts)} choices")
     choices = [f"{word}{number}" for number in range(1, len(texts) + 1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,14 @@ class TaskResult:
     def accuracy(self) -> float:
         """Share of right answers, 0 to 1."""
         return self.num_correct / self.num_rows
+
+
+def as_scores(results: Sequence[TaskResult]) -> dict[str, float]:
+    """``accuracy``, the mean of all results, and where there are several each of them as ``TASK METHOD``."""
+    scores = {"accuracy": math.fsum(result.accuracy for result in results) / len(results)} if results else {}
+    if len(results) > 1:
+        scores |= {f"{result.task} {result.method}": result.accuracy for result in results}
+    return scores
 
 
 def task_result(

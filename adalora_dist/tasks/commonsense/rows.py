@@ -1,28 +1,29 @@
 """Commonsense questions: reading and checking rows of instruction, input, output and answer.
 
 A local source is a folder ``SOURCE/TASK/{train,test}.{jsonl,parquet}``, TASK also as LLM-Adapters spells it (ARC-Easy,
-social_i_qa); the word ``hub`` reads the public data sets (see ``hub.py``). Every row is checked on loading, so load
-everything before a model is touched. Importing this file never imports torch.
+social_i_qa) or any other name; ``SOURCE/{train,test}...``; or one file. The word ``hub`` reads the public data sets
+(see ``hub.py``). A row may also have question, choices and answer, and is then put into words as those of ARC are.
+Every row is checked on loading, so load everything before a model is touched. Importing this file never imports torch.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
+from adalora_dist.config.row_files import names_file
 from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.commonsense.config import COMMONSENSE_TASKS, CommonsenseDataConfig
-from adalora_dist.tasks.commonsense.hub import HUB_TASKS, hub_rows, hub_split
+from adalora_dist.tasks.commonsense.hub import HUB_TASKS, choice_row, hub_rows, hub_split
 from adalora_dist.tasks.rows.bad_rows import BadRows
-from adalora_dist.tasks.rows.fields import REMEDY, object_row, refuse_odd_text, shown
-from adalora_dist.tasks.rows.files import TEST, TRAIN, LocalSplit, task_folders
-from adalora_dist.tasks.rows.source import checked_rows, local_split
-
-Split = Literal["train", "test"]
+from adalora_dist.tasks.rows.fields import REMEDY, object_row, refuse_odd_text, shown, text_field
+from adalora_dist.tasks.rows.files import TRAIN, LocalSplit, split_in, task_folders
+from adalora_dist.tasks.rows.held_out import validation_of
+from adalora_dist.tasks.rows.source import checked_rows, renaming, split_of
 
 ALIASES = {"socialiqa": "siqa", "obqa": "openbookqa", "arce": "arc_easy", "arcc": "arc_challenge"}
 """Other names of task folders; see :func:`adalora_dist.tasks.rows.files.task_folders`."""
@@ -72,14 +73,16 @@ def resolve_tasks(data: CommonsenseDataConfig) -> tuple[str, ...]:
     if data.source == "hub":
         return tuple(task for task in COMMONSENSE_TASKS if not data.tasks or task in data.tasks)
     existing = _tasks_in(data.source)
-    tasks = tuple(task for task in COMMONSENSE_TASKS if task in (data.tasks or existing))
+    asked = data.tasks or existing
+    tasks = (*(task for task in COMMONSENSE_TASKS if task in asked), *(t for t in asked if t not in COMMONSENSE_TASKS))
     if not tasks:
         raise UserError(
             f"data={data.source!r}: no task folder found; expected one or more of {_join(COMMONSENSE_TASKS)}"
         )
     for task in tasks:
         find_task(data.source, task, "train")
-        find_task(data.source, task, "test")
+        if not names_file(data.source):
+            find_task(data.source, task, "test")
     return tasks
 
 
@@ -94,12 +97,43 @@ def load_tasks(
     Raises:
         UserError: anything that ``resolve_tasks`` or ``load_task`` refuses.
     """
-    tasks, bad = resolve_tasks(data), bad_rows or BadRows(data.bad_rows)
-    train = [row for task in tasks for row in load_task(data.source, task, "train", bad)[: data.max_train_rows]]
-    return train, {task: load_task(data.source, task, "test", bad)[: data.max_eval_rows] for task in tasks}
+    train, test, _ = load_tasks_and_validation(data, bad_rows)
+    return train, test
 
 
-def load_task(source: str, task: str, split: Split, bad_rows: BadRows | None = None) -> list[Example]:
+def load_tasks_and_validation(
+    data: CommonsenseDataConfig, bad_rows: BadRows | None = None, validates: bool = False
+) -> tuple[list[Example], dict[str, list[Example]], dict[str, list[Example]]]:
+    """As :func:`load_tasks`, and rows by task to evaluate on while training, if ``validates``.
+
+    Of a source that is one file, these are those before and after, too.
+    """
+    bad, train = bad_rows or BadRows(data.bad_rows), list[Example]()
+    test: dict[str, list[Example]] = {}
+    validation: dict[str, list[Example]] = {}
+    for task in resolve_tasks(data):
+
+        def read(split: str, limit: int | None = data.max_eval_rows, task: str = task) -> list[Example]:
+            return load_task(data.source, task, split, bad, data.column_of)[:limit]
+
+        kept, held = validation_of(
+            data, validates, read("train", data.max_train_rows), read,
+            lambda rows: (f"{row.instruction}\n{row.input}" for row in rows),
+            lambda rows, numbers: [rows[number] for number in numbers], data.max_eval_rows,
+        )  # fmt: skip
+        train += kept
+        validation |= {} if held is None else {task: held}
+        test[task] = held if held is not None and names_file(data.source) else read("test")
+    return train, test, validation
+
+
+def load_task(
+    source: str,
+    task: str,
+    split: str,
+    bad_rows: BadRows | None = None,
+    column_of: Mapping[str, str] | None = None,
+) -> list[Example]:
     """All rows of one split of one task.
 
     Split ``test`` falls back to a validation or dev file where no test file exists, with a warning that names it; on
@@ -109,7 +143,7 @@ def load_task(source: str, task: str, split: Split, bad_rows: BadRows | None = N
         UserError: a file is missing, empty or unreadable, the Hub cannot be reached, or a row is not valid and
             ``bad_rows`` does not let it be left out (it does not by default).
     """
-    bad, parse = bad_rows or BadRows("error"), partial(_example, task)
+    bad, parse = bad_rows or BadRows("error"), renaming(partial(_example, task), column_of or {})
     if source == "hub":
         where = HUB_TASKS[task].where(hub_split(task, split))
         return checked_rows(where, hub_rows(task, split), parse, bad)
@@ -117,7 +151,7 @@ def load_task(source: str, task: str, split: Split, bad_rows: BadRows | None = N
     return checked_rows(found.where, found.rows(), parse, bad)
 
 
-def find_task(source: str, task: str, split: Split) -> LocalSplit:
+def find_task(source: str, task: str, split: str) -> LocalSplit:
     """The files that hold a split of a task; for test files, names are tried in the order test, validation, dev.
 
     Raises:
@@ -125,21 +159,31 @@ def find_task(source: str, task: str, split: Split) -> LocalSplit:
     """
     existing = _tasks_in(source)
     try:
-        return local_split(existing.get(task, Path(source) / task), TRAIN if split == "train" else TEST)
+        return split_of(existing.get(task, Path(source) / task), split)
     except UserError as error:
         raise UserError(f"{task}: no {split} file: {error}; tasks in {source}: {_join(existing) or 'none'}") from None
 
 
 def _tasks_in(source: str) -> dict[str, Path]:
-    if not source or not Path(source).is_dir():
+    """Where tasks lie: those of the eight; if there are none, all folders with training rows; or the source itself."""
+    where = Path(source)
+    if names_file(source):
+        return {where.name.partition(".")[0]: where}
+    if not source or not where.is_dir():
         raise UserError(
             f"data={source!r}: no such folder; give a folder with TASK/train.jsonl and TASK/test.jsonl, or the word hub"
         )
-    return task_folders(source, COMMONSENSE_TASKS, ALIASES)
+    if found := task_folders(source, COMMONSENSE_TASKS, ALIASES):
+        return found
+    if split_in(where, TRAIN):
+        return {where.resolve().name: where}
+    return {folder.name: folder for folder in sorted(where.iterdir()) if folder.is_dir() and split_in(folder, TRAIN)}
 
 
 def _example(task: str, row: object, origin: str) -> Example:
     row = object_row(row, origin, FIELDS)
+    if "choices" in row and "instruction" not in row:
+        row = _in_words(row, origin)
     for field in FIELDS:
         if field not in row:
             raise UserError(f"{origin}: field {field} is missing; every row needs {_join(FIELDS)}")
@@ -158,6 +202,36 @@ def _example(task: str, row: object, origin: str) -> Example:
             f"{origin}: field output is {shown(output)}, without the answer; write 'the correct answer is {answer}'"
         )
     return Example(instruction, row["input"], output, answer, choices, task, origin)
+
+
+def _in_words(row: Mapping[str, Any], origin: str) -> Mapping[str, Any]:
+    """A row of question, choices and answer as one of instruction, input, output and answer.
+
+    Choices are a list of texts, or ``{"text": [...], "label": [...]}``. The answer is the text of one, its label, its
+    letter (A: the first), or its number, a number and no text, counted from 0.
+    """
+    question, answer = text_field(row, "question", origin), row.get("answer")
+    given: Any = row["choices"]
+    labels: list[Any] = []
+    if isinstance(given, Mapping):
+        labels = list(given.get("label") or ())
+        given = given.get("text")
+    texts = list(given) if isinstance(given, list | tuple) else []
+    if len(texts) < 2 or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise UserError(f"{origin}: field choices is {shown(row['choices'])}; legal: two texts or more; {REMEDY}")
+    for text in texts:
+        refuse_odd_text(text, "choices", origin)
+    letters = [chr(ord("A") + index) for index in range(min(len(texts), 26))]
+    number: int = answer if isinstance(answer, int) and not isinstance(answer, bool) else -1
+    for names in (texts, labels, letters):
+        if isinstance(answer, str) and names.count(answer) == 1:
+            number = names.index(answer)
+            break
+    if not 0 <= number < len(texts):
+        legal = f"one of the {len(texts)} choices, its letter, or its number from 0 on"
+        raise UserError(f"{origin}: field answer is {shown(answer)}; legal: {legal}; {REMEDY}")
+    lead = f"Please choose the correct answer to the question: {question.strip()}"
+    return choice_row(lead, "answer", texts, number)
 
 
 def _choices(instruction: str, task: str, origin: str) -> tuple[str, ...]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 from pydantic import Field
 
-from adalora_dist.config.sections import DataConfig, GenerationConfig, RunConfig
+from adalora_dist.config.sections import ColumnsConfig, GenerationConfig, RunConfig
 
 
-class E2EDataConfig(DataConfig):
+class E2EDataConfig(ColumnsConfig):
+    known_fields: ClassVar[tuple[str, ...]] = ("mr", "ref")
     source: Annotated[str, tyro.conf.arg(name="data")] = ""
-    """Folder with train and test (.jsonl, .json, .parquet), or the word hub; empty: built-in places."""
+    """Folder with train and test (.jsonl, .json, .parquet); one file of any name (.csv and .tsv, too); or the word hub;
+    empty: built-in places."""
     max_length: int = Field(512, ge=16)
     """Longest training sequence in tokens; longer ones are refused."""
     max_train_rows: int | None = Field(None, ge=1)

@@ -7,8 +7,15 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from adalora_dist.tasks.batches import count_targets
 from adalora_dist.tasks.evaluation.batches import Gather, dealt_batches, evaluating, gather_lists
 from adalora_dist.tasks.losses import LossSum
+from adalora_dist.tasks.rows.tokens import EncodedRow
+
+
+def counts_of(rows: Sequence[EncodedRow]) -> tuple[list[int], list[int]]:
+    """(tokens, target tokens) of each row, as :func:`validation_loss` takes them."""
+    return [len(row["input_ids"]) for row in rows], [count_targets(row["labels"]) for row in rows]
 
 
 def validation_loss(

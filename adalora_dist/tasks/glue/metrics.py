@@ -15,12 +15,14 @@ from adalora_dist.io.errors import UserError
 def classification_metrics(
     names: Sequence[str], predictions: Sequence[float], labels: Sequence[float]
 ) -> dict[str, float]:
-    """Matthews correlation, accuracy, F1 of class 1, Pearson and Spearman correlation: those that are named.
+    """Matthews correlation, accuracy, F1 of class 1 and mean F1 of all classes, Pearson and Spearman correlation, root
+    mean squared error: those that are named.
 
-    Between -1 or 0 and 1. A correlation with a constant is not defined; it counts as 0, as Matthews' does.
+    Between -1 or 0 and 1, but for the last, which is in the labels' own units. A correlation with a constant is not
+    defined; it counts as 0, as Matthews' does.
 
     Args:
-        predictions: class numbers, or numbers for the last two.
+        predictions: class numbers, or numbers for the last three.
 
     Raises:
         UserError: scikit-learn or SciPy is not installed.
@@ -35,6 +37,8 @@ def classification_metrics(
         "matthews": lambda: metrics.matthews_corrcoef(x, y),
         "accuracy": lambda: metrics.accuracy_score(x, y),
         "f1": lambda: metrics.f1_score(x, y, zero_division=0.0),
+        "macro_f1": lambda: metrics.f1_score(x, y, average="macro", zero_division=0.0),
+        "rmse": lambda: float(np.sqrt(np.mean((x - y) ** 2))),
         "pearson": lambda: 0.0 if is_constant else stats.pearsonr(x, y).statistic,
         "spearman": lambda: 0.0 if is_constant else stats.spearmanr(x, y).statistic,
     }

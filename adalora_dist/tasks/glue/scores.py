@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import nn
 
 from adalora_dist.tasks.glue.metrics import classification_metrics
 from adalora_dist.tasks.glue.rows import Task
@@ -25,6 +26,19 @@ def score(
     else:
         guesses = [float(logits.argmax()) for (logits,) in predictions]
     return {f"{name} {metric}": v for metric, v in classification_metrics(task.metrics, guesses, labels).items()}
+
+
+def validation_scores(
+    task: Task, predictions: Sequence[tuple[torch.Tensor, ...]], labels: Sequence[float]
+) -> dict[str, float]:
+    """``loss``, as training has it (the mean over rows), and the task's metrics under their own names."""
+    logits = torch.stack([logits for (logits,) in predictions]).double()
+    if task.num_labels == 1:
+        loss = nn.functional.mse_loss(logits.squeeze(-1), torch.tensor(labels, dtype=torch.float64))
+    else:
+        loss = nn.functional.cross_entropy(logits, torch.tensor(labels).long())
+    scores = score("", task, predictions, labels)
+    return {"loss": float(loss), **{name.strip(): value for name, value in scores.items()}}
 
 
 def majority_scores(task: Task, labels: Mapping[str, Sequence[float]]) -> dict[str, float]:

@@ -40,7 +40,7 @@ def text_field(row: Mapping[str, Any], name: str, origin: str) -> str:
     """
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
-        has = "" if name in row else f" (no column {name}; the row has {_names(row)})"
+        has = "" if name in row else f" (no column {name}; the row has {names_of(row)})"
         raise UserError(f"{origin}: field {name} is {shown(value)}{has}; legal: a text; {REMEDY}")
     refuse_odd_text(value, name, origin)
     return value
@@ -77,13 +77,14 @@ def number_field(
     """
     value = row.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        has = "" if name in row else f" (no column {name}; the row has {_names(row)})"
+        has = "" if name in row else f" (no column {name}; the row has {names_of(row)})"
         raise UserError(f"{origin}: field {name} is {shown(value)}{has}; legal: a number; {REMEDY}")
     if not least <= value <= most or (whole and value != int(value)):  # NaN is not between anything
         raise UserError(f"{origin}: field {name} is {shown(value)}; legal: {least:g} to {most:g}{note}; {REMEDY}")
     return float(value)
 
 
-def _names(row: Mapping[str, Any]) -> str:
+def names_of(row: Mapping[str, Any]) -> str:
+    """The first columns of a row, for an error message."""
     names = [n if isinstance(n, str) and n.isascii() and n.isidentifier() else shown(n) for n in list(row)[:8]]
     return ", ".join([*names, "..."] if len(row) > 8 else names) or "none"

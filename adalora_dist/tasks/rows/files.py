@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from adalora_dist.config.row_files import SUFFIXES as SUFFIXES
+from adalora_dist.config.row_files import TEXT_TABLES as TEXT_TABLES
+from adalora_dist.config.row_files import names_file
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import MAX_BYTES, NotReadable, opened
 from adalora_dist.tasks.rows.bad_rows import Rows
 from adalora_dist.tasks.rows.text_tables import text_table_rows
 
-SUFFIXES = (".jsonl", ".parquet", ".json", ".jsonl.gz", ".json.gz")
-TEXT_TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
-"""With a header; each cell is a text."""
 TRAIN, TEST = ("train",), ("test", "validation", "dev")
 """Names of a split. Only the test split has stand-ins: a folder with train and dev files is common, and dev rows are
 held out as well."""
@@ -86,9 +86,15 @@ def task_folders(source: str, tasks: Sequence[str], aliases: Mapping[str, str] |
 
 
 def task_folder(source: str, task: str, tasks: Sequence[str]) -> Path:
-    """The folder of one task in ``source``, of those in :func:`task_folders`; if there is none, its usual place."""
-    found = task_folders(source, tasks) if Path(source).is_dir() else {}
-    return found.get(task, Path(source) / task)
+    """Where one task's splits lie in ``source``: its folder (:func:`task_folders`), the one file that ``source`` is, or
+    ``source`` itself, if that has a train split and no folder of the task; if there is none of these, its usual place.
+    """
+    where = Path(source)
+    if names_file(source):
+        return where
+    found = task_folders(source, (task, *tasks)) if where.is_dir() else {}
+    usual = found.get(task, where / task)
+    return where if where.is_dir() and not usual.is_dir() and split_in(where, TRAIN) else usual
 
 
 def find_split(folder: Path, names: Sequence[str]) -> LocalSplit:

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 from pydantic import Field, model_validator
 
-from adalora_dist.config.sections import DataConfig, GenerationConfig, RunConfig, TrainConfig
+from adalora_dist.config.sections import ColumnsConfig, GenerationConfig, PackedTrainConfig, RunConfig
 
 FIELDS = (
     *("messages", "conversations", "system", "tools"),
     *("instruction", "input", "output", "prompt", "completion", "text"),
 )
 """What a row can have, by the names that ``columns`` gives to others."""
-DEFAULT_EVAL_SHARE = 0.05
 
 
-class SftDataConfig(DataConfig):
+class SftDataConfig(ColumnsConfig):
+    known_fields: ClassVar[tuple[str, ...]] = FIELDS
     source: Annotated[tuple[str, ...], tyro.conf.arg(name="data")] = ()
     """Files (.jsonl, .json, .parquet, .csv, .tsv; also .gz), folders of them, or hub:ID[:SPLIT], each with =WEIGHT if
     its rows shall count more or less often than once; empty: built-in conversations."""
-    columns: tuple[str, ...] = ()
-    """Columns that have other names, FIELD=COLUMN[,FIELD=COLUMN]: instruction=question,output=answer."""
     eval_split: str = ""
     """What the validation loss is measured on: a file, folder or hub:ID:SPLIT, or the name of a split of the data;
     empty: a folder's own validation files, or else a share of the rows."""
@@ -42,29 +40,8 @@ class SftDataConfig(DataConfig):
     """Measure the validation loss on at most this many rows."""
 
     @property
-    def column_of(self) -> dict[str, str]:
-        """``columns``, by field."""
-        pairs = (pair.partition("=") for word in self.columns for pair in word.split(","))
-        return {field.strip(): column.strip() for field, _, column in pairs}
-
-    @model_validator(mode="after")
-    def _columns_are_pairs(self) -> SftDataConfig:
-        for field, column in self.column_of.items():
-            if field not in FIELDS or not column:
-                raise ValueError(
-                    f"columns {' '.join(self.columns)}: {field}={column} must be FIELD=COLUMN with FIELD one of "
-                    f"{', '.join(FIELDS)}; write instruction=question,output=answer"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _one_validation(self) -> SftDataConfig:
-        if self.eval_split and self.eval_share is not None:
-            raise ValueError(
-                f"eval_split {self.eval_split} with eval_share {self.eval_share:g}: the validation rows are one or the "
-                "other; leave one out"
-            )
-        return self
+    def always_validates(self) -> bool:
+        return True
 
     @model_validator(mode="after")
     def _of_own_data(self) -> SftDataConfig:
@@ -85,15 +62,18 @@ class SftEvaluationConfig(GenerationConfig):
     """Longest sample reply in tokens."""
     eval_batch_size: int = Field(4, ge=1)
     """Sequences per process in one evaluation forward."""
-    eval_every: int = Field(0, ge=0)
-    """Optimizer steps between measurements of the validation loss while training; 0: before and after alone."""
     show_samples: int = Field(3, ge=0)
-    """Reply to the prompts of so many validation rows before and after the training, and show the replies."""
+    """Reply to the prompts of so many validation rows at every evaluation, and show the replies."""
+    answer: str = ""
+    """File of questions of several turns (MT-Bench's question.jsonl), answered when the training is done: answers.jsonl
+    in the run folder, as MT-Bench's judge reads it; empty: none."""
+    answer_tokens: int = Field(1024, ge=1)
+    """Longest of these answers in tokens."""
 
 
 class SftConfig(RunConfig):
     data: SftDataConfig = SftDataConfig()
-    train: TrainConfig = TrainConfig(
+    train: PackedTrainConfig = PackedTrainConfig(
         learning_rate=2e-4, lr_schedule="cosine", lr_warmup_ratio=0.03, micro_batch_size=4, precision="auto"
     )
     evaluation: SftEvaluationConfig = SftEvaluationConfig()

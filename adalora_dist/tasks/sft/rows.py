@@ -18,9 +18,10 @@ from adalora_dist.io.digest import digest_of
 from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.batches import BatchPlan, count_targets
 from adalora_dist.tasks.rows.bad_rows import BadRows
+from adalora_dist.tasks.rows.held_out import border, keys_of
 from adalora_dist.tasks.rows.table import Split, checked_table, digest_of_tokens
 from adalora_dist.tasks.rows.token_cache import rules_of
-from adalora_dist.tasks.sft.config import DEFAULT_EVAL_SHARE, SftDataConfig, SftEvaluationConfig
+from adalora_dist.tasks.sft.config import SftDataConfig, SftEvaluationConfig
 from adalora_dist.tasks.sft.demo import demo_conversations
 from adalora_dist.tasks.sft.forms import Content, Reader, recognise
 from adalora_dist.tasks.sft.samples import Sample
@@ -239,22 +240,13 @@ def _hold_out(
 ) -> tuple[list[list[int]], list[tuple[Table, list[int]]]]:
     """(rows to train on, rows held out) of each table.
 
-    A row is held out by a hash of its content, so that equal rows are on one side, and a row stays on its side when
-    others are added to the file (but for the few at the border).
+    Which, see ``tasks/rows/held_out.py``.
     """
-    share = DEFAULT_EVAL_SHARE if data.eval_share is None else data.eval_share
     keys = [_keys(table.contents)[rows] for table, rows in zip(tables, usable, strict=True)]
-    every = np.sort(np.concatenate(keys))
-    count = min(round(share * len(every)) or 1, data.max_eval_rows, len(every)) if share else 0
-    if count and every[count - 1] == every[-1]:
-        raise UserError(
-            f"data: {len(every)} usable rows, of which a share of {share:g} cannot be held out for validation; give "
-            "more rows that differ, --eval-split, or --eval-share 0"
-        )
-    border = every[count - 1] if count else None
+    last = border(np.concatenate(keys), data.eval_share, data.max_eval_rows)
     kept, held = [], []
     for table, rows, own in zip(tables, usable, keys, strict=True):
-        is_held = own <= border if border is not None else np.zeros(len(own), dtype=bool)
+        is_held = own <= last if last >= 0 else np.zeros(len(own), dtype=bool)
         numbers = np.asarray(rows, dtype=np.int64)
         kept.append(numbers[~is_held].tolist())
         held.append((table, numbers[is_held].tolist()))
@@ -262,9 +254,7 @@ def _hold_out(
 
 
 def _keys(contents: Dataset) -> np.ndarray:
-    """64 bits of the hash of each row's content."""
-    digests = (digest_of([row.encode()]) for part in contents.iter(1000) for row in cast(Any, part)["row"])
-    return np.fromiter((int(digest[:16], 16) for digest in digests), dtype=np.uint64, count=len(contents))
+    return keys_of((row for part in contents.iter(1000) for row in cast(Any, part)["row"]), len(contents))
 
 
 def _num_with_tools(contents: Dataset) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -16,6 +16,13 @@ class Sample(NamedTuple):
 
     prompt: list[int]
     reply: str
+
+
+class Outcome(TypedDict):
+    """What an evaluation has found: scores by name, and the reply to each sample's prompt."""
+
+    scores: dict[str, float]
+    replies: list[str]
 
 
 def share_exact(replies: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:

@@ -199,6 +199,14 @@ class ChatTemplate:
         reply = self._turns(content, origin)[last]["content"]
         return self._tokens(self.render(content, origin, last, asks=True)), reply
 
+    def asking(self, messages: Messages, origin: str) -> list[int]:
+        """Tokens of a conversation that ends with a turn of the user's, and of what asks for the reply.
+
+        Raises:
+            RefusedRow: as :meth:`render`.
+        """
+        return self._tokens(self.render({"messages": messages}, origin, asks=True))
+
     def closing(self, row: EncodedRow) -> list[int]:
         """The token that closes the last reply of a row, if it is one that stands for itself (``<|im_end|>``)."""
         targets = [label for label in row["labels"] if label != IGNORED]

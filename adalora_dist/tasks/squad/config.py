@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 from pydantic import Field, model_validator
 
 from adalora_dist.config.methods import AdaLoraConfig, AnyMethodConfig
-from adalora_dist.config.sections import DataConfig, EncoderModelConfig, RepeatedTrainConfig, RunConfig
+from adalora_dist.config.sections import ColumnsConfig, EncoderModelConfig, RepeatedTrainConfig, RunConfig
 
 
-class SquadDataConfig(DataConfig):
+class SquadDataConfig(ColumnsConfig):
+    known_fields: ClassVar[tuple[str, ...]] = ("id", "question", "context", "answers")
     source: Annotated[str, tyro.conf.arg(name="data")] = ""
-    """Folder with train and validation (.jsonl, .json, .parquet), or the word hub; empty: built-in passages."""
+    """Folder with train and validation, or one file of any name (.jsonl, .json as SQuAD has it, too, .parquet), or the
+    word hub; empty: built-in passages."""
     task: Literal["v1.1", "v2.0"] = "v1.1"
     """v1.1: every question has an answer in its passage; v2.0: some have none."""
     max_length: int = Field(384, ge=16)

@@ -1,23 +1,25 @@
 """SQuAD: questions on passages, cut into windows that overlap.
 
-A local source is a folder ``SOURCE/{train,validation}.{jsonl,parquet}`` with rows ``{"id", "question", "context",
-"answers": {"text": [...], "answer_start": [...]}}``; no texts: the passage has no answer (v2.0). The word ``hub`` reads
-rajpurkar/squad or squad_v2. Importing this file never imports torch.
+A local source is a folder ``SOURCE/{train,validation}.{jsonl,parquet}``, or one file, with rows ``{"id", "question",
+"context", "answers": {"text": [...], "answer_start": [...]}}``; no texts: the passage has no answer (v2.0). A file of
+SQuAD's own, one object with data, paragraphs and qas, is read as its rows; a row without an id gets one of its place.
+The word ``hub`` reads rajpurkar/squad or squad_v2. Importing this file never imports torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adalora_dist.config.row_files import names_file
 from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.rows.bad_rows import BadRows
 from adalora_dist.tasks.rows.fields import REMEDY, object_row, refuse_odd_text, shown, text_field
-from adalora_dist.tasks.rows.files import TRAIN
+from adalora_dist.tasks.rows.held_out import validation_of
 from adalora_dist.tasks.rows.hub import HubData
-from adalora_dist.tasks.rows.source import checked_rows, local_split
+from adalora_dist.tasks.rows.source import checked_rows, renaming, split_of
 from adalora_dist.tasks.rows.token_cache import Columns, cached_columns
 from adalora_dist.tasks.squad.config import SquadDataConfig
 
@@ -65,12 +67,30 @@ def load_squad(data: SquadDataConfig, bad_rows: BadRows | None = None) -> tuple[
     Raises:
         UserError: a file is missing, empty or unreadable, the Hub cannot be reached, or a row is not valid.
     """
+    train, test, _ = load_squad_parts(data, bad_rows)
+    return train, test
+
+
+def load_squad_parts(
+    data: SquadDataConfig, bad_rows: BadRows | None = None, validates: bool = False
+) -> tuple[list[Question], list[Question], list[Question] | None]:
+    """(questions to train on, to evaluate on before and after, and while training, if ``validates``).
+
+    All questions on a passage are in one part. Of a source that is one file, the last two are the same.
+    """
     bad = bad_rows or BadRows(data.bad_rows)
-    train = _load(data, bad, "train", TRAIN)[: data.max_train_rows]
-    return train, _load(data, bad, "validation", ("validation", "dev"))[: data.max_eval_rows]
+    train, validation = validation_of(
+        data, validates, _load(data, bad, "train")[: data.max_train_rows],
+        lambda name: _load(data, bad, name)[: data.max_eval_rows],
+        lambda questions: (question.context for question in questions),
+        lambda questions, numbers: [questions[number] for number in numbers], data.max_eval_rows,
+    )  # fmt: skip
+    if validation is not None and names_file(data.source):
+        return train, validation, validation
+    return train, _load(data, bad, "test")[: data.max_eval_rows], validation
 
 
-def _load(data: SquadDataConfig, bad: BadRows, hub_split: str, file_names: tuple[str, ...]) -> list[Question]:
+def _load(data: SquadDataConfig, bad: BadRows, split: str) -> list[Question]:
     seen: set[str] = set()
 
     def parse(row: object, origin: str) -> Question:
@@ -82,9 +102,26 @@ def _load(data: SquadDataConfig, bad: BadRows, hub_split: str, file_names: tuple
 
     if data.source == "hub":
         hub, instead = HUB[data.task], "--data FOLDER with FOLDER/train.jsonl and FOLDER/validation.jsonl"
+        hub_split = "validation" if split == "test" else split
         return checked_rows(hub.where(hub_split), hub.rows(hub_split, instead), parse, bad)
-    split = local_split(Path(data.source), file_names)
-    return checked_rows(split.where, split.rows(), parse, bad)
+    found = split_of(Path(data.source), split, ("validation", "dev"))
+    rows = (row for origin, row in found.rows() for row in _flat(row, origin))
+    return checked_rows(found.where, rows, renaming(parse, data.column_of), bad)
+
+
+def _flat(row: object, origin: str) -> Iterator[tuple[str, object]]:
+    """The rows in a file as SQuAD publishes them, which is one object; of any other one the row itself."""
+    if not (isinstance(row, Mapping) and isinstance(row.get("data"), list)):
+        yield origin, row
+        return
+    file, number = origin.rpartition(":")[0], 0
+    for article in row["data"]:
+        for passage in article.get("paragraphs", ()) if isinstance(article, Mapping) else ():
+            for question in passage.get("qas", ()) if isinstance(passage, Mapping) else ():
+                number += 1
+                own = dict(question) if isinstance(question, Mapping) else {}
+                own["answers"] = own.get("answers") or {"text": [], "answer_start": []}
+                yield f"{file}:{number}", {**own, "context": passage.get("context")}
 
 
 def question_of(task: str, row: object, origin: str) -> Question:
@@ -95,8 +132,11 @@ def question_of(task: str, row: object, origin: str) -> Question:
             v1.1 has none; naming ``origin``.
     """
     row = object_row(row, origin, _FIELDS)
+    row = {"id": origin, **row}
     name, question, context = (text_field(row, field, origin) for field in ("id", "question", "context"))
     given: Any = row.get("answers")
+    if isinstance(given, list) and given and all(isinstance(answer, Mapping) for answer in given):
+        given = {field: [answer.get(field) for answer in given] for field in ("text", "answer_start")}
     if not isinstance(given, Mapping) or not {"text", "answer_start"} <= given.keys():
         raise UserError(
             f"{origin}: field answers must be an object with lists text and answer_start, both may be empty; it is "
@@ -141,6 +181,8 @@ def make_windows(
     def encode(chunk: Sequence[tuple[Any, ...]]) -> Columns:
         return _windows_of(chunk, tokenizer, data)
 
+    if not questions:
+        return []
     items = [
         (i, q.question, q.context, *((q.answers[0], q.answer_starts[0]) if q.answers else ("", -1)))
         for i, q in enumerate(questions)

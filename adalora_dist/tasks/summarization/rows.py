@@ -1,21 +1,27 @@
 """Documents and their summaries: XSum and CNN/DailyMail from the Hub, or local files, to rows of tokens.
 
-A local source is a folder ``SOURCE/TASK/{train,test}.{jsonl,parquet}`` with the columns document and summary; the word
-``hub`` reads the public data sets; an empty source is the built-in reports. Rows stay on disk until a batch needs them:
+A local source is a folder ``SOURCE/TASK/{train,test}.{jsonl,parquet}`` or ``SOURCE/{train,test}...``, or one file, with
+the columns document and summary, or others that ``columns`` names; the word ``hub`` reads the public data sets; an
+empty source is the built-in reports. Rows stay on disk until a batch needs them:
 those of local files in this package's cache, those of the Hub and all tokens in the caches of ``datasets``.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+import json
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from adalora_dist.config.row_files import names_file
+from adalora_dist.io.digest import digest_of
 from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.rows.bad_rows import BadRows
 from adalora_dist.tasks.rows.fields import object_row, text_field
-from adalora_dist.tasks.rows.files import TEST, TRAIN, task_folder
+from adalora_dist.tasks.rows.files import task_folder
+from adalora_dist.tasks.rows.held_out import validation_of
 from adalora_dist.tasks.rows.hub import HubData
-from adalora_dist.tasks.rows.source import local_split, refuse_nothing
+from adalora_dist.tasks.rows.source import built_in, refuse_nothing, renaming, split_of
 from adalora_dist.tasks.rows.table import checked_table
+from adalora_dist.tasks.rows.token_cache import rules_of
 from adalora_dist.tasks.rows.tokens import refuse_no_tokens
 from adalora_dist.tasks.summarization.config import SummarizationDataConfig
 from adalora_dist.tasks.summarization.demo import demo_reports
@@ -24,8 +30,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-Split = Literal["train", "test"]
-
+_VERSION = 1
+"""Of what texts become; part of the name of what is cached."""
 COLUMNS = ("document", "summary")
 
 
@@ -43,8 +49,13 @@ TASKS = {
 }
 
 
-def load_summaries(data: SummarizationDataConfig, bad_rows: BadRows | None = None) -> dict[Split, Dataset]:
-    """Both splits, with the columns document and summary, in the order of the source.
+def load_summaries(
+    data: SummarizationDataConfig, bad_rows: BadRows | None = None, validates: bool = False
+) -> dict[str, Dataset]:
+    """The splits train and test, with the columns document and summary, in the order of the source.
+
+    With ``validates``, or where the source is one file, also the split validation: rows that are evaluated on while
+    training. Of one file it is the test split, too.
 
     ``max_train_rows`` and ``max_eval_rows`` keep the first rows. ``bad_rows`` (by default with the policy of ``data``)
     counts those left out because one of the two has no text.
@@ -54,10 +65,16 @@ def load_summaries(data: SummarizationDataConfig, bad_rows: BadRows | None = Non
             or no row is left.
     """
     bad = bad_rows or BadRows(data.bad_rows)
-    return {
-        "train": _load(data, bad, "train", data.max_train_rows),
-        "test": _load(data, bad, "test", data.max_eval_rows),
-    }
+    train, validation = validation_of(
+        data, validates, _load(data, bad, "train", data.max_train_rows),
+        lambda name: _load(data, bad, name, data.max_eval_rows),
+        lambda rows: (row for part in rows.iter(1000) for row in cast(Any, part)["document"]),
+        lambda rows, numbers: rows.select(numbers), data.max_eval_rows,
+    )  # fmt: skip
+    splits = {"train": train} | ({} if validation is None else {"validation": validation})
+    if validation is not None and names_file(data.source):
+        return splits | {"test": validation}
+    return splits | {"test": _load(data, bad, "test", data.max_eval_rows)}
 
 
 def encode_summaries(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: SummarizationDataConfig) -> Dataset:
@@ -82,24 +99,26 @@ def encode_summaries(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: Su
             "num_targets": [len(target) for target in targets],
         }
 
-    # A fast tokenizer remembers how it was called last, and datasets' cache is keyed by its whole state.
-    encode({"document": ["a"], "summary": ["a"]})
-    return rows.map(encode, batched=True, desc="tokenise")
+    how = [_VERSION, data.max_source_length, data.max_target_length, rows._fingerprint]
+    # The last: mBART's and NLLB's target language, which summaries begin or end with.
+    rules = [type(tokenizer).__name__, rules_of(tokenizer), tokenizer(text_target="a")["input_ids"]]
+    name = digest_of([json.dumps([how, rules], default=str).encode()])[:32]
+    return rows.map(encode, batched=True, new_fingerprint=name, desc="tokenise")
 
 
-def _load(data: SummarizationDataConfig, bad: BadRows, split: Split, max_rows: int | None) -> Dataset:
+def _load(data: SummarizationDataConfig, bad: BadRows, split: str, max_rows: int | None) -> Dataset:
     from datasets import Dataset
 
     if data.source == "hub":
         return _from_hub(data.task, split, bad, max_rows)
     if data.source:
-        folder = task_folder(data.source, data.task, tuple(TASKS))
-        found = local_split(folder, TRAIN if split == "train" else TEST)
-        return checked_table(found, COLUMNS, _checked, bad, max_rows)
-    return Dataset.from_list([report._asdict() for report in demo_reports(split)[:max_rows]])
+        found = split_of(task_folder(data.source, data.task, tuple(TASKS)), split)
+        how = json.dumps(sorted(data.column_of.items())) if data.columns else ""
+        return checked_table(found, COLUMNS, renaming(_checked, data.column_of), bad, max_rows, how)
+    return Dataset.from_list([report._asdict() for report in demo_reports(built_in(split))[:max_rows]])
 
 
-def _from_hub(name: str, split: Split, bad: BadRows, max_rows: int | None) -> Dataset:
+def _from_hub(name: str, split: str, bad: BadRows, max_rows: int | None) -> Dataset:
     """The first ``max_rows`` rows, without those that cannot be used."""
     hub, *columns = TASKS[name]
     rows = hub.load(split, f"--data FOLDER with FOLDER/{name}/train.jsonl and FOLDER/{name}/test.jsonl")

@@ -1,0 +1,12 @@
+"""The files that rows of data come in, by the ends of their names."""
+
+from __future__ import annotations
+
+SUFFIXES = (".jsonl", ".parquet", ".json", ".jsonl.gz", ".json.gz")
+TEXT_TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+"""With a header; each cell is a text."""
+
+
+def names_file(source: str) -> bool:
+    """Whether ``data`` names one file of rows, and not a folder of splits or the Hub."""
+    return source.endswith((*SUFFIXES, *TEXT_TABLES))
