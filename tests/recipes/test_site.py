@@ -1,4 +1,4 @@
-"""The site of the documentation: every page that it names exists, every message that it explains exists, every command is one."""
+"""The site of the documentation: the pages that it names exist, so do the messages it explains, and its commands."""
 
 from __future__ import annotations
 
