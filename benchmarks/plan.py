@@ -26,9 +26,9 @@ def table(name: str) -> str:
     """One row per engine and number of processes; a sequence of ``LENGTH`` tokens on each process."""
     lines = [
         f"# Plan of {MODELS[name]}\n",
-        f"`python benchmarks/plan.py {name}`: AdaLoRA at rank 12 -> 8 of all linear maps, bf16, one sequence of {LENGTH:,} "
-        "tokens per process and step, gradient checkpointing, machines with 8 GPUs. Counted on fake tensors and by "
-        "formula ([how](../docs/planning.md)), not measured on GPUs; times are a roofline.\n",
+        f"`python benchmarks/plan.py {name}`: AdaLoRA at rank 12 -> 8 of all linear maps, bf16, one sequence of "
+        f"{LENGTH:,} tokens per process and step, gradient checkpointing, machines with 8 GPUs. Counted on fake "
+        "tensors and by formula ([how](../docs/planning.md)), not measured on GPUs; times are a roofline.\n",
         "| engine | processes | weights | trained | optimizer | importance | gathered | activations | peak | after the "
         "freeze | wire per step | of AdaLoRA's | per allocation | s per step |",
         "| --- |" + " ---: |" * 13,
