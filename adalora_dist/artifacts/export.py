@@ -217,9 +217,11 @@ def merge(
         tokenizer: takes the place of the base's.
 
     Raises:
-        UserError: as :func:`check_base`; the base lacks the weight of an adapted matrix in its shape; as of
-            :func:`adalora_dist.io.publish.building`.
+        UserError: the updates are no matrices; as :func:`check_base`; the base lacks the weight of an adapted matrix in
+            its shape; as of :func:`adalora_dist.io.publish.building`.
     """
+    if adapters and adapters[0].not_merged:
+        raise UserError(f"{adapters[0].name}: {adapters[0].not_merged}")
     check_base(base_folder)
     shards = weight_files(base_folder)
     settings = read_object(base_folder / "config.json")

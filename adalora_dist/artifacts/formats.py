@@ -13,12 +13,13 @@ import torch
 from adalora_dist.artifacts.base_weights import BaseWeight, of_base
 from adalora_dist.artifacts.export import SavedAdapter, base_folder_of, merge
 from adalora_dist.artifacts.peft_check import not_verified
-from adalora_dist.artifacts.peft_format import save_adalora, save_dora, save_lora, save_vera, vllm_options
+from adalora_dist.artifacts.peft_format import save_adalora, save_dora, save_lora, save_prefix, save_vera, vllm_options
 from adalora_dist.backbones.names import FileNames, names_in, plain_model
 from adalora_dist.config.formats import ExportFormat
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.dora import DoraUpdate
 from adalora_dist.methods.hydra import HydraUpdate
+from adalora_dist.methods.prefix import PrefixUpdate
 from adalora_dist.methods.update import AdapterWeights, Update
 from adalora_dist.methods.vera import VeraUpdate
 
@@ -97,6 +98,10 @@ def _write_vera(saved: SavedAdapter, folder: Path, options: Options) -> str:
     return _write_adapter(save_vera, saved.adapters, saved, folder, options)
 
 
+def _write_prefix(saved: SavedAdapter, folder: Path, options: Options) -> str:
+    return _write_adapter(save_prefix, saved.adapters, saved, folder, options)
+
+
 def _write_dora(saved: SavedAdapter, folder: Path, options: Options) -> str:
     lengths = of_base(
         saved.adapters, *_base_files(saved, options), lambda _, weight: torch.linalg.vector_norm(weight, dim=1)
@@ -158,6 +163,7 @@ _PEFT_FORMS: dict[str, Write] = {
     AdapterWeights.method: _write_adalora,
     DoraUpdate.method: _write_dora,
     VeraUpdate.method: _write_vera,
+    PrefixUpdate.method: _write_prefix,
 }
 """By what the method's updates say."""
 FORMATS: dict[ExportFormat, Format] = {

@@ -18,6 +18,8 @@ from adalora_dist.methods.adalora.start import PREFIX
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+PROMPT = "prompt_embeddings"
+"""What PEFT's files call a prefix."""
 _EXPERT_NAMES = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 """What PEFT looks for at the end of target_modules, in models with stacked experts."""
 
@@ -112,6 +114,9 @@ def verify(
     for name, parameter in (parameters or {}).items():
         if (found_there := getattr(layers[name], "parameter_name", None)) != parameter:
             raise _refusal(folder, f"{name} is an adapter of {found_there}, not of {parameter}")
+    encoders: Any = getattr(loaded, "prompt_encoder", None)
+    if PROMPT in tensors and not _is_same(encoders["default"].embedding.weight, tensors[PROMPT]):
+        raise _refusal(folder, "the prefix does not arrive")
     for name, factors in expected.items():
         _compare(folder, name, layers[name], factors | shared)
     found: dict[str, torch.Tensor] = dict(loaded.named_parameters())

@@ -32,11 +32,11 @@ def common_config(
         "bias": "none",
         "lora_dropout": 0.0,
         "inference_mode": True,
-        **_task_of(model),
+        **task_of(model),
     }
 
 
-def _task_of(model: PreTrainedModel | None) -> dict[str, Any]:
+def task_of(model: PreTrainedModel | None) -> dict[str, Any]:
     """By which ``AutoPeftModelFor*`` finds the base model's class, or ``AutoPeftModel`` where PEFT has no such task."""
     from transformers.models.auto import modeling_auto
 

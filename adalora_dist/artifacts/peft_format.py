@@ -21,15 +21,17 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.functional import pad as pad_with_zeros
 
-from adalora_dist.artifacts.peft_check import taken_for_experts, verify
-from adalora_dist.artifacts.peft_config import anchored, common_config
+from adalora_dist.artifacts.peft_check import PROMPT, taken_for_experts, verify
+from adalora_dist.artifacts.peft_config import anchored, common_config, task_of
 from adalora_dist.artifacts.peft_experts import expert_lora
 from adalora_dist.artifacts.whole import check_whole
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import read_object
 from adalora_dist.io.publish import building
+from adalora_dist.io.redaction import redacted
 from adalora_dist.methods.adalora.start import PREFIX, RANKNUM_OFFSET
 from adalora_dist.methods.dora import DoraUpdate
+from adalora_dist.methods.prefix import PrefixUpdate
 from adalora_dist.methods.update import AdapterWeights, Update
 from adalora_dist.methods.vera import VeraUpdate
 
@@ -281,6 +283,44 @@ def save_vera(
         tensors[f"{PREFIX}{adapter.name}.vera_lambda_b"] = adapter.b.to(dtype)
         tensors[f"{PREFIX}{adapter.name}.vera_lambda_d"] = adapter.d.to(dtype)
     _write(folder, config, tensors, trained, model)
+
+
+def save_prefix(
+    adapters: Sequence[PrefixUpdate],
+    folder: Path,
+    base_model: str,
+    base_revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    trained: Mapping[str, torch.Tensor] | None = None,
+    model: PreTrainedModel | None = None,
+) -> None:
+    """Write PEFT's prefix of the same function. Arguments as of :func:`save_lora`.
+
+    Raises:
+        UserError: something else was trained, too, which this form cannot hold; as :func:`save_lora`.
+    """
+    if trained:
+        raise UserError(
+            f"{folder}: PEFT's form of a prefix cannot hold {next(iter(trained))}, which was trained in full: load the "
+            "run's adapter folder with load_adapter(model, folder), and its trained.safetensors"
+        )
+    [adapter] = adapters
+    heads = adapter.heads
+    config = {
+        "base_model_name_or_path": redacted(base_model),
+        "revision": base_revision,
+        "inference_mode": True,
+        **({"task_type": "CAUSAL_LM"} if model is None else task_of(model)),
+        "peft_type": "PREFIX_TUNING",
+        "num_virtual_tokens": adapter.rank,
+        "token_dim": heads.num_heads * heads.head_size,
+        "num_transformer_submodules": 1,
+        "num_attention_heads": heads.num_heads,
+        "num_layers": heads.num_layers,
+        "encoder_hidden_size": adapter.matrix.shape[1],
+        "prefix_projection": False,
+    }
+    _write(folder, config, {PROMPT: adapter.embedding.to(dtype)}, None, model)
 
 
 def _refuse_experts(adapters: Sequence[Update], folder: Path, model: PreTrainedModel | None, kind: str) -> None:

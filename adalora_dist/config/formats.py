@@ -9,7 +9,7 @@ ExportFormat = Literal["merged", "lora", "peft"]
 EXPORT_FORMATS: dict[ExportFormat, str] = {
     "merged": "a whole model",
     "lora": "plain LoRA for PEFT and vLLM",
-    "peft": "PEFT's own form of the method (AdaLoRA, DoRA, VeRA)",
+    "peft": "PEFT's own form of the method (AdaLoRA, DoRA, VeRA, prefix)",
 }
 """Each with what it is."""
 

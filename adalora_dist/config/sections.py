@@ -9,7 +9,7 @@ A validator's message is one line: the settings with their values, the rule, the
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from pydantic import Field, model_validator
@@ -70,6 +70,8 @@ class TrainConfig(Section):
     """AdamW weight decay."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Decay after the learning-rate warm-up."""
+    lr_end_ratio: float = Field(0.0, ge=0, le=1)
+    """Share of learning_rate that the decay ends at."""
     lr_warmup_ratio: float = Field(0.05, ge=0, lt=1)
     """Share of the steps over which the learning rate rises from 0."""
     lr_warmup_steps: int | None = Field(None, ge=0)
@@ -107,6 +109,12 @@ class TrainConfig(Section):
     """Write checkpoints while training goes on, from a copy in CPU memory."""
     resume: str = Field("never", min_length=1)
     """auto: continue the run in output_dir, or start one; PATH: continue from that checkpoint or run; never."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_every_recipe(cls, value: Any) -> Any:
+        """From Python the settings that all recipes have will do for one that has more."""
+        return value.model_dump(exclude_unset=True) if type(value) is TrainConfig is not cls else value
 
     @model_validator(mode="after")
     def _overwrite_or_resume(self) -> TrainConfig:

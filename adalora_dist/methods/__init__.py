@@ -16,6 +16,7 @@ from adalora_dist.methods.hydra import Hydra
 from adalora_dist.methods.lora import Lora
 from adalora_dist.methods.lora_fa import LoraFa
 from adalora_dist.methods.low_rank import LowRank
+from adalora_dist.methods.prefix import PrefixTuning
 from adalora_dist.methods.protocol import Method
 from adalora_dist.methods.relora import Relora
 from adalora_dist.methods.vera import Vera
@@ -35,6 +36,7 @@ METHODS: dict[str, type[Method]] = {
     "adapterdrop": AdapterDrop,
     "series": Series,
     "parallel": Parallel,
+    "prefix": PrefixTuning,
     "low_rank": LowRank,
     "galore": GaLore,
     "bitfit": BitFit,

@@ -45,11 +45,13 @@ class BottleneckUpdate(OfMatrix):
     method: ClassVar[str]
     formula: ClassVar[str] = "f(h) = U act(D h + c_d) + c_u, added to what the matrix gives or reads (form)"
 
+    not_merged: ClassVar[str] = (
+        "a bottleneck adapter is no matrix and cannot be merged: put it into its base model with load_adapter(model, "
+        "folder)"
+    )
+
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
-        raise UserError(
-            f"{self.name}: an adapter of method {self.method} is no matrix and cannot be merged: put it into its base "
-            "model with load_adapter(model, folder)"
-        )
+        raise UserError(f"{self.name}: {self.not_merged}")
 
     def tensors(self) -> dict[str, torch.Tensor]:
         kinds = {"D": self.D, "U": self.U, "c_d": self.c_d, "c_u": self.c_u}

@@ -38,6 +38,7 @@ class OfMatrix:
     matrix: Matrix
 
     changes_bias: ClassVar[bool] = False
+    not_merged: ClassVar[str] = ""
 
     @property
     def name(self) -> str:
@@ -66,6 +67,8 @@ class Update(Protocol):
     """What adapter.json says of it."""
     changes_bias: ClassVar[bool]
     """Whether the bias of the matrix, where it has one, becomes another, too."""
+    not_merged: ClassVar[str]
+    """Why there is no :meth:`merged` of it; "": there is."""
 
     @property
     def matrix(self) -> Matrix:
@@ -83,7 +86,11 @@ class Update(Protocol):
         ...
 
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
-        """The new weight, from the base's in float32, which may be changed in place; both in the files' layout."""
+        """The new weight, from the base's in float32, which may be changed in place; both in the files' layout.
+
+        Raises:
+            UserError: it is :attr:`not_merged`.
+        """
         ...
 
     def merged_bias(self, bias: torch.Tensor) -> torch.Tensor:
@@ -145,6 +152,7 @@ class AdapterWeights:
     method: ClassVar[str] = ""
     formula: ClassVar[str] = "W = W0 + scale * P diag(lam) Q"
     changes_bias: ClassVar[bool] = False
+    not_merged: ClassVar[str] = ""
 
     @property
     def rank(self) -> int:

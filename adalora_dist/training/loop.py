@@ -67,11 +67,11 @@ def train(
     if prepared.resumed is not None:
         compare_data(prepared.resumed, plan, config)
         past = prepared.resumed.read(METRICS).splitlines()
-    metrics = StepMetrics(accelerator, prepared, settings, plan, num_steps, past)
     evaluations = Evaluations(prepared, config.evaluation, num_steps, evaluate)
     keep_best = bool(config.evaluation.keep_best)
     checkpoints = RunCheckpoints(accelerator, prepared, plan, config, num_steps, notes or {}, keep_best)
     evaluations.check_name()
+    metrics = StepMetrics(accelerator, prepared, settings, plan, num_steps, past)
     first_step = len(metrics.losses)
     bad_steps = BadSteps(settings.max_nonfinite_steps, hooks.num_skipped_steps)
     bar = progress_bar(total=num_steps, initial=first_step, desc="train", unit="step", show=accelerator.is_main_process)
@@ -153,14 +153,16 @@ def train(
         guard.end()
     checkpoints.finish()
     hooks.finish()
-    if first_step < num_steps:
+    losses = metrics.losses
+    if first_step < len(losses):
         report(metrics.summary())
+    if said := evaluations.sentence(len(losses)):
+        report(said)
     if (best := evaluations.best) is not None:
-        if best.step < len(metrics.losses):
+        if best.step < len(losses):
             evaluations.restore(checkpoints.best_checkpoint(best.step))
-        report(evaluations.sentence(len(metrics.losses)))
-        folder.write_json("best.json", {**best.model_dump(), "num_steps": len(metrics.losses)})
-    return metrics.losses
+        folder.write_json("best.json", {**best.model_dump(), "num_steps": len(losses)})
+    return losses
 
 
 def _seed_step(seed: int, step: int, process_index: int) -> None:

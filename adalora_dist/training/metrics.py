@@ -126,7 +126,7 @@ class StepMetrics:
         whole = self._seconds_before + self.seconds
         where = "of GPU memory" if self._accelerator.device.type == "cuda" else "of memory"
         return (
-            f"Trained {self._num_steps:,} steps in {duration(whole)}; {self._num_tokens:,} tokens at "
+            f"Trained {len(self.losses):,} steps in {duration(whole)}; {self._num_tokens:,} tokens at "
             f"{self.tokens_per_second:,.0f} tokens/s; at most {self._peak_gib:.2f} GiB {where} in a process"
         )
 

@@ -32,10 +32,10 @@ from tests.support.shipped import schema_of
 
 BOTTLENECKS = ("houlsby", "pfeiffer", "adapterdrop", "series", "parallel")
 WITH_ADAPTERS = ("adalora", "lora", "lora_fa", "dora", "vera", "dvora", "hydra", "dylora", "relora")
-ALL = (*WITH_ADAPTERS, *BOTTLENECKS, "low_rank", "galore", "bitfit", "head", "full")
+ALL = (*WITH_ADAPTERS, *BOTTLENECKS, "prefix", "low_rank", "galore", "bitfit", "head", "full")
 WITH_TARGETS = (*WITH_ADAPTERS, "low_rank", "galore")
 WITH_ALPHA = ("adalora", "lora", "lora_fa", "dora", "dylora", "relora")
-WITH_MODULES = (*WITH_ADAPTERS, *BOTTLENECKS, "bitfit", "head")
+WITH_MODULES = (*WITH_ADAPTERS, *BOTTLENECKS, "prefix", "bitfit", "head")
 DEMOS = sorted((ROOT / "recipes" / "configs").glob("*_demo.yaml"))
 
 
@@ -181,7 +181,7 @@ FLAGS = {
     "--method": f"--method has no value: give it one of {', '.join(ALL)}",
     "--method head --train-modules none": "method head with no train_modules",
     "--method full --export-formats peft": "export_formats peft with method full: it cannot be written so (adalora, "
-    "lora, lora_fa, dora, vera can be)",
+    "lora, lora_fa, dora, vera, prefix can be)",
 }
 
 

@@ -24,7 +24,7 @@ from adalora_dist.methods.inject import adapt, parameter_groups
 from adalora_dist.methods.protocol import others_trained, trained_parameters
 from tests.support import quantized_runs
 from tests.support.engine_steps import backward_and_step
-from tests.support.models import Net, global_batch
+from tests.support.models import global_batch, net_for
 from tests.support.quantized_runs import Case, write_llama
 from tests.support.ranks import import_deepspeed, run_ranks
 from tests.support.tiny_language_model import logits, tiny_gpt2, tiny_llama
@@ -46,8 +46,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bitfit": {"train_norms": True},
 }
 """Of each method; those with adapters get ``targets`` besides."""
-VARIANTS_OF = {"lora_fa projected": ("lora_fa", {"init_rank": 3, "alpha": 6, "projected": True})}
-"""More rows for losses and resume: settings under which a method does something else at every step."""
+VARIANTS_OF: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora_fa projected": ("lora_fa", {"init_rank": 3, "alpha": 6, "projected": True}),
+    "prefix": ("prefix", {"prefix_length": 3, "train_modules": ("head",)}),
+}
+"""More rows for losses and resume: what does something else at every step; a prefix, whose start changes the model."""
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 MOVES = (("fsdp2", "zero3"), ("zero3", "ddp"), ("zero2", "fsdp2"))
 STEPS, STOP, GLOBAL_BATCH = 8, 4, 24
@@ -64,10 +67,10 @@ def run(
     """Losses of the steps made: all, or those after ``resume``; with ``save`` a checkpoint is written on the way."""
     torch.manual_seed(0)
     settings = section(method)
-    if settings.has_adapters:
+    if settings.has_adapters and method != "prefix":
         where = "targets" if "targets" in type(settings).model_fields else "positions"
         settings = section(method, **{where: ("up", "down")})
-    model: Any = Net()
+    model = net_for(settings)
     adapt(model, settings, seed=3)
     if engine == "fsdp2":
         for block in model.blocks:
@@ -109,8 +112,10 @@ def run(
 
 
 def test_the_table_has_every_method_beside_those_that_have_tests_of_their_own() -> None:
-    assert {*SETTINGS} == {*METHODS} - {"adalora", "lora", "head", "full", "galore", "relora", "low_rank"}
-    said = [METHODS[name].said for name in SETTINGS]
+    others = {"adalora", "lora", "head", "full", "galore", "relora", "low_rank", "prefix"}
+    assert {*SETTINGS} == {*METHODS} - others
+    assert {method for method, _ in VARIANTS_OF.values()} <= {*METHODS}
+    said = [METHODS[name].said for name in (*SETTINGS, "prefix")]
     assert len({*said}) == len(said) and all("arxiv.org" in text for text in said)
 
 

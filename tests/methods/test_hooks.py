@@ -13,11 +13,13 @@ from adalora_dist.methods.hooks import attach
 from tests.support.engine_steps import backward_and_step
 from tests.support.models import adapted_net, config, global_batch
 from tests.support.ranks import import_deepspeed, run_ranks
+from tests.support.tiny_language_model import tiny_llama
 
 deepspeed = import_deepspeed()
 
 STEPS = 24
 POISONED_STEP = 4
+assert tiny_llama  # what ranks will import, for a prefix
 WORLD_SIZE = {"single": 1, "ddp": 2, "fsdp2": 2, "zero2": 2, "zero3": 2}
 CASES = [(method, engine) for method in METHODS for engine in WORLD_SIZE]
 

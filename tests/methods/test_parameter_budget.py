@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 
 from adalora_dist.config.budget import parse_budget
@@ -30,6 +31,18 @@ UNSIZED = [name for name in METHODS if name not in SIZED]
 def meta_net() -> Net:
     with torch.device("meta"):
         return Net(d=24, hidden=40)
+
+
+def meta_model(method: str) -> Any:
+    """What a method is tried on."""
+    if method != "prefix":
+        return meta_net()
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return transformers.LlamaForCausalLM(config)
 
 
 def section(method: str, **settings: Any) -> Any:
@@ -65,10 +78,10 @@ def test_anything_else_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize("method", SIZED)
 def test_counts_are_of_what_is_then_trained(method: str) -> None:
-    sizes = method_for(section(method)).sizes(meta_net())
+    sizes = method_for(section(method)).sizes(meta_model(method))
     for size in range(sizes.smallest, min(sizes.largest, 9) + 1):
         config = section(method, budget="1K").sized(sizes.settings(size))
-        model = meta_net()
+        model = meta_model(method)
         adapt(model, config)
         if not config.adapts_ranks:
             assert num_trained(model) == sizes.count(size) > 0
@@ -81,7 +94,7 @@ def test_counts_are_of_what_is_then_trained(method: str) -> None:
 
 @pytest.mark.parametrize("method", SIZED)
 def test_it_is_never_exceeded_and_nothing_larger_is_within_it(method: str) -> None:
-    model = meta_net()
+    model = meta_model(method)
     sizes = method_for(section(method)).sizes(model)
     counts = [sizes.count(size) for size in range(sizes.smallest, sizes.largest + 1)]
     assert counts == sorted(counts)
@@ -99,7 +112,7 @@ def test_it_is_never_exceeded_and_nothing_larger_is_within_it(method: str) -> No
 
 @pytest.mark.parametrize("method", SIZED)
 def test_floors_and_ceilings_are_said_by_name(method: str) -> None:
-    model = meta_net()
+    model = meta_model(method)
     sizes = method_for(section(method)).sizes(model)
     fewest, most = sizes.count(sizes.smallest), sizes.count(sizes.largest)
     for limit, word in ((fewest - 1, "few"), (sizes.count(sizes.largest + 1) + 1, "many")):

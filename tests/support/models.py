@@ -37,9 +37,37 @@ class Net(nn.Module):
         return self.head(x)
 
 
-def adapted_net(config: MethodConfig, seed: int = 0, **sizes: int) -> Net:
+class TextNet(nn.Module):
+    """Net's inputs, rounded to tokens, and outputs, through the layers of a causal language model."""
+
+    def __init__(self) -> None:
+        from tests.support.tiny_language_model import tiny_llama
+
+        super().__init__()
+        self.text = tiny_llama(40).model
+        self.head = nn.Linear(32, 3)
+
+    @property
+    def base_model(self) -> nn.Module:
+        return self.text
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.text.layers
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = (4 * x).long().clamp(-16, 16) + 20
+        return self.head(self.text(input_ids=tokens).last_hidden_state[:, -1])
+
+
+def net_for(config: MethodConfig, **sizes: int) -> Any:
+    """What a method is tried on: Net, or for one that needs the layers of a language model, TextNet."""
+    return TextNet() if config.method == "prefix" else Net(**sizes)
+
+
+def adapted_net(config: MethodConfig, seed: int = 0, **sizes: int) -> Any:
     torch.manual_seed(seed)
-    model = Net(**sizes)
+    model = net_for(config, **sizes)
     adapt(model, config, seed)
     return model
 

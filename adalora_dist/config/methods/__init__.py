@@ -39,6 +39,7 @@ from adalora_dist.config.methods.hydra import HydraConfig
 from adalora_dist.config.methods.lora import LoraConfig
 from adalora_dist.config.methods.lora_fa import LoraFaConfig
 from adalora_dist.config.methods.low_rank import FactorisedConfig
+from adalora_dist.config.methods.prefix import PrefixConfig
 from adalora_dist.config.methods.relora import ReloraConfig
 from adalora_dist.config.methods.vera import DvoraConfig, VeraConfig
 
@@ -57,6 +58,7 @@ METHODS.update(
     adapterdrop=AdapterDropConfig,
     series=SeriesConfig,
     parallel=ParallelConfig,
+    prefix=PrefixConfig,
     low_rank=FactorisedConfig,
     galore=GaLoreConfig,
     bitfit=BitFitConfig,
@@ -125,6 +127,7 @@ __all__ = [
     "MethodConfig",
     "ParallelConfig",
     "PfeifferConfig",
+    "PrefixConfig",
     "ReloraConfig",
     "SeriesConfig",
     "SizedConfig",

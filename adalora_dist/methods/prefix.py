@@ -1,0 +1,305 @@
+"""Prefix tuning (arXiv 2101.00190): in every layer, learnt keys and values of n positions stand before the text's own.
+
+They enter as a cache of transformers' that is filled before the backbone's forward, as PEFT does it: attention sees n
+more positions, the text's own positions begin at n, and there are no logits, nor losses, of the prefix. While a text is
+generated the cache is the one that grows, filled when it is still empty.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, cast
+
+import torch
+from torch import nn
+
+from adalora_dist.backbones.linears import linear_shape
+from adalora_dist.backbones.parts import backbone_of
+from adalora_dist.config.methods.prefix import PrefixConfig
+from adalora_dist.io.errors import UserError
+from adalora_dist.methods.protocol import Adapter, Method, Step
+from adalora_dist.methods.sizes import Sizes
+from adalora_dist.methods.update import Matrix, OfMatrix, Update
+from adalora_dist.sharding.tensors import full_numel
+
+_LEAF = "prefix"
+_CACHE_ARGUMENTS = ("cache", "past_key_values")
+
+
+class Heads(NamedTuple):
+    """What the cache of a model holds per position."""
+
+    num_layers: int
+    num_heads: int
+    """Of keys and values, which may be fewer than those of queries."""
+    head_size: int
+
+    @property
+    def width(self) -> int:
+        """Numbers per position: keys and values of all layers."""
+        return 2 * self.num_layers * self.num_heads * self.head_size
+
+
+class Prefix(Adapter):
+    """Beside the layers of a backbone, which it serves through a hook on the backbone's forward.
+
+    Parameter:
+        embedding: (n, 2 x layers x heads x head size), float32: of each position keys and values layer by layer, as
+            PEFT's encoder has them.
+    """
+
+    def __init__(self, name: str, backbone: nn.Module, length: int, heads: Heads) -> None:
+        super().__init__()
+        self.name, self.heads, self.hidden_size = name, heads, _text_config(backbone).hidden_size
+        device = next((p.device for p in backbone.parameters() if not p.is_meta), torch.device("cpu"))
+        self.embedding = nn.Parameter(torch.zeros(length, heads.width, dtype=torch.float32, device=device))
+
+    @property
+    def length(self) -> int:
+        return int(self.description()["init_rank"])
+
+    def forward(self, batch: int, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of each layer, (batch, heads, n, head size)."""
+        shape = (-1, 2 * self.heads.num_layers, self.heads.num_heads, self.heads.head_size)
+        parts = self.embedding.to(dtype).view(shape).permute(1, 2, 0, 3).unsqueeze(1).expand(-1, batch, -1, -1, -1)
+        return list(zip(parts[::2], parts[1::2], strict=True))
+
+    def serve(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A forward pre-hook of the backbone."""
+        from transformers import DynamicCache
+
+        if backbone.training and getattr(backbone, "gradient_checkpointing", False):
+            raise UserError(
+                "method=prefix with gradient checkpointing: transformers drops the cache that holds the prefix when it "
+                "computes a layer again: leave checkpointing off"
+            )
+        names = list(inspect.signature(type(backbone).forward).parameters)[1:]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        argument = _cache_argument(backbone)
+        tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
+        cache = given.get(argument)
+        if cache is None:
+            cache = given[argument] = DynamicCache(config=cast(Any, backbone).config)
+        if not isinstance(cache, DynamicCache):
+            raise UserError(f"method=prefix: a {type(cache).__name__} cannot be filled beforehand: use DynamicCache")
+        if not cache.get_seq_length():
+            dtype = cast(Any, backbone).get_input_embeddings().weight.dtype
+            for layer, (keys, values) in enumerate(self(len(tokens), dtype)):
+                cache.update(keys, values, layer)
+        mask = given.get("attention_mask")
+        if mask is not None:
+            if mask.dim() != 2:
+                raise UserError(
+                    f"method=prefix: attention_mask has {mask.dim()} dimensions, and only one of (batch, tokens) can "
+                    "be made longer: use attn_implementation sdpa or eager"
+                )
+            given["attention_mask"] = torch.cat((mask.new_ones(len(mask), self.length), mask), dim=1)
+        if given.get("position_ids") is not None:
+            given["position_ids"] = given["position_ids"] + self.length
+        return (), given
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {f"{self.name}.embedding": self.embedding}
+
+    def element_name(self, leaf: str, index: int) -> str:
+        return f"{self.name}.{leaf}"
+
+    def adapts(self) -> list[tuple[nn.Module, str]]:
+        return []
+
+    def description(self) -> dict[str, Any]:
+        sizes = {"d_out": self.heads.width, "d_in": self.hidden_size, "init_rank": self.part_size // self.heads.width}
+        return sizes | {"scale": 1.0, "is_transposed": False} | self.heads._asdict()
+
+    def held(self) -> list[int]:
+        """It is one part."""
+        return [0]
+
+    @property
+    def part_size(self) -> int:
+        return full_numel(self.embedding)
+
+
+def _text_config(backbone: nn.Module) -> Any:
+    config: Any = getattr(backbone, "config", None)
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def _cache_argument(backbone: nn.Module) -> str:
+    parameters = inspect.signature(type(backbone).forward).parameters
+    return next((name for name in _CACHE_ARGUMENTS if name in parameters), "")
+
+
+def heads_of(model: nn.Module) -> Heads:
+    """
+    Raises:
+        UserError: the model's caches do not serve for a prefix, with the reason.
+    """
+    backbone = backbone_of(model)
+    if why := _unfit(backbone):
+        raise UserError(
+            f"method=prefix: {type(model).__name__} {why}: take another method, such as lora, or a decoder whose "
+            "layers all see the whole text"
+        )
+    config = _text_config(backbone)
+    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = Heads(config.num_hidden_layers, num_heads, head_size)
+    widths = {
+        name.rpartition(".")[2]: shape[1]
+        for name, module in backbone.named_modules()
+        if (shape := linear_shape(module)) is not None
+    }
+    own = num_heads * head_size
+    separate = widths.get("k_proj") == own and widths.get("v_proj") == own
+    joint = own == config.hidden_size and 3 * own in (widths.get("c_attn"), widths.get("query_key_value"))
+    if not separate and not joint:
+        raise UserError(
+            f"method=prefix: the keys and values of {type(model).__name__} are not {num_heads} heads of {head_size} "
+            "numbers, as its configuration says, or are made by maps of unknown names: take another method"
+        )
+    return heads
+
+
+def _unfit(backbone: nn.Module) -> str:
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    config = _text_config(backbone)
+    if config is None or not _cache_argument(backbone):
+        return "takes no cache"
+    if config.is_encoder_decoder:
+        return "has an encoder and a decoder"
+    kinds = {type(layer).__name__ for layer in DynamicCache(config=cast(Any, backbone).config).layers}
+    if others := kinds - {DynamicLayer.__name__}:
+        return f"keeps its past in another form ({', '.join(sorted(others))})"
+    causal = [module.is_causal for module in backbone.modules() if isinstance(getattr(module, "is_causal", None), bool)]
+    if not causal or not all(causal):
+        return "is no causal decoder"
+    return ""
+
+
+@dataclass(frozen=True)
+class PrefixUpdate(OfMatrix):
+    """embedding: (n, 2 x layers x heads x head size)."""
+
+    matrix: Matrix
+    heads: Heads
+    embedding: torch.Tensor
+
+    method: ClassVar[str] = "prefix"
+    formula: ClassVar[str] = "keys and values of n positions before the text, layer by layer"
+
+    not_merged: ClassVar[str] = (
+        "a prefix is no matrix and cannot be merged: use PEFT's form (--to peft), or put it into its base model with "
+        "load_adapter(model, folder)"
+    )
+
+    def merged(self, weight: torch.Tensor) -> torch.Tensor:
+        raise UserError(f"{self.name}: {self.not_merged}")
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"embedding": self.embedding}
+
+    def settings(self) -> dict[str, Any]:
+        return self.heads._asdict()
+
+    @classmethod
+    def shapes(cls, matrix: Matrix, settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        heads = _checked(settings)
+        if heads.width != matrix.shape[0] or not matrix.rank:
+            raise UserError(
+                f"adapter.json: {matrix.rank} positions of {matrix.shape[0]} numbers, settings say {heads.width}: copy "
+                "it again"
+            )
+        return {"embedding": (matrix.rank, heads.width)}
+
+    @classmethod
+    def read(
+        cls, matrices: Sequence[Matrix], tensors: Mapping[str, Mapping[str, torch.Tensor]], settings: Mapping[str, Any]
+    ) -> list[Update]:
+        heads = _checked(settings)
+        return [cls(matrix, heads, **tensors[matrix.name]) for matrix in matrices]
+
+
+def _checked(settings: Mapping[str, Any]) -> Heads:
+    values = [settings.get(name) for name in Heads._fields]
+    if any(type(value) is not int or value < 1 for value in values):
+        raise UserError(
+            f"adapter.json: settings: {', '.join(Heads._fields)} are {values!r:.80}, must be integers >= 1: copy it "
+            "again"
+        )
+    return Heads(*cast(list[int], values))
+
+
+class PrefixTuning(Method):
+    """One adapter for the whole model."""
+
+    config: PrefixConfig
+    update = PrefixUpdate
+    said = "Prefix tuning ([arXiv 2101.00190](https://arxiv.org/abs/2101.00190))"
+
+    def adapt(self, model: nn.Module, generator: torch.Generator) -> list[Adapter]:
+        heads, name = heads_of(model), _name(model)
+        adapter = _put(model, name, self.config.prefix_length, heads)
+        if self.config.prefix_init == "normal":
+            with torch.no_grad():
+                adapter.embedding.copy_(torch.randn(adapter.embedding.shape, generator=generator))
+        return [adapter]
+
+    def sizes(self, model: nn.Module) -> Sizes:
+        width, limit = heads_of(model).width, _text_config(backbone_of(model)).max_position_embeddings
+        return Sizes(
+            lambda length: length * width, lambda length: {"prefix_length": length}, limit, "all of its positions"
+        )
+
+    def undecayed(self, model: nn.Module) -> list[torch.Tensor]:
+        return []
+
+    def step(self, adapters: Sequence[Adapter], total_steps: int) -> Step:
+        return Step(adapters)
+
+    @classmethod
+    def shape_at(cls, model: nn.Module, name: str) -> tuple[int, int] | None:
+        """(hidden size, numbers per position)."""
+        return (_text_config(backbone_of(model)).hidden_size, heads_of(model).width) if name == _name(model) else None
+
+    @classmethod
+    def updates(
+        cls,
+        described: Mapping[str, Mapping[str, Any]],
+        held: Mapping[str, Sequence[int]],
+        keep: torch.Tensor | None,
+        whole: Callable[[str], torch.Tensor | None],
+    ) -> Sequence[Update]:
+        return [
+            PrefixUpdate(Matrix.described(name, said), _checked(said), cast(torch.Tensor, whole(f"{name}.embedding")))
+            for name, said in described.items()
+        ]
+
+    @classmethod
+    @torch.no_grad()
+    def place(cls, model: nn.Module, updates: Sequence[Update]) -> list[Adapter]:
+        [update] = cast(Sequence[PrefixUpdate], updates)
+        adapter = _put(model, update.name, update.rank, update.heads)
+        adapter.embedding.copy_(update.embedding)
+        return [adapter]
+
+
+def _name(model: nn.Module) -> str:
+    backbone = backbone_of(model)
+    path = next(name for name, module in model.named_modules() if module is backbone)
+    return f"{path}.{_LEAF}" if path else _LEAF
+
+
+def _put(model: nn.Module, name: str, length: int, heads: Heads) -> Prefix:
+    backbone = backbone_of(model)
+    if hasattr(backbone, _LEAF):
+        raise UserError("the model already has a prefix: take the plain backbone")
+    adapter = Prefix(name, backbone, length, heads)
+    adapter.train(model.training)
+    setattr(backbone, _LEAF, adapter)
+    backbone.register_forward_pre_hook(adapter.serve, with_kwargs=True)
+    return adapter
