@@ -3,6 +3,7 @@
     adalora-dist ls                                    recipes, experiments, engines: all that is shipped
     adalora-dist cp NAME FILE                          one of them, to be edited
     adalora-dist run RECIPE [--engine fsdp2 -n 8] ...  train; without flags the recipe's demonstration
+    adalora-dist plan RECIPE --gpus 8x80GB ...         does it fit, what travels, how long: before any GPU is there
     adalora-dist schema RECIPE                         JSON schema of a recipe's YAML file, for editors
     adalora-dist completion bash|zsh|fish              the line that lets the shell complete this command
     adalora-dist doctor                                what is installed, and what is missing for which feature
@@ -30,6 +31,7 @@ from adalora_dist.config.flags import fail, user_errors
 from adalora_dist.config.formats import ADAPTER_FORMATS, EXPORT_FORMATS
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.terminal import page
+from adalora_dist.training.plan.command import add_plan
 
 
 class _Parser(argparse.ArgumentParser):
@@ -62,6 +64,7 @@ def _parser() -> _Parser:
     _add_ls(commands)
     _add_cp(commands)
     _add_run(commands)
+    add_plan(commands)
     _add_schema(commands)
     _add_completion(commands)
     _add_doctor(commands)

@@ -150,8 +150,7 @@ def _parts_of_the_hook(variant: Variant, kernel: str) -> dict[str, Callable[[], 
 
     @torch.no_grad()
     def update() -> None:  # what the hook does for importance: multiply values by gradients, advance the averages
-        bound.multiply_values(hooks.engine.gradients())
-        bound.update_averages()
+        bound.take_in(hooks.engine.gradients(), regularised=False, measures=True, is_last=True)
 
     @torch.no_grad()
     def alone() -> None:  # with the copy of the values that the regulariser has made otherwise

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from typing import Any
 
 from adalora_dist.config.demonstration import or_demonstration
 from adalora_dist.config.flags import parse_config, user_errors
@@ -52,8 +51,6 @@ def main(config: GlueConfig) -> None:
     from adalora_dist.training.seeds import each_seed
 
     built_in, validates = not config.data.source, config.evaluation.eval_every > 0
-    if built_in and config.data.task != TASK:
-        raise UserError(f"task={config.data.task} needs data: --data FOLDER or --data hub; built in is {TASK} only")
     if config.train.dry_run:
         task = TASKS.get(config.data.task) or load_glue_rows(config.data).task
         return dry_run(
@@ -62,6 +59,8 @@ def main(config: GlueConfig) -> None:
             num_labels=task.num_labels,
         )  # fmt: skip
     require_metrics()
+    if built_in and config.data.task != TASK:
+        raise UserError(f"task={config.data.task} needs data: --data FOLDER or --data hub; built in is {TASK} only")
     whole = Run(config)
 
     # ------------------------------------------------------------------------------------------------------------- data
@@ -101,10 +100,7 @@ def main(config: GlueConfig) -> None:
 
     for run in each_seed(whole, majority):
         # -------------------------------------------------------------------------------------------------------- model
-        problem_type = "regression" if task.num_labels == 1 else None
-        changes: dict[str, Any] = {"num_labels": task.num_labels, "problem_type": problem_type}
-        if task.classes:
-            changes["id2label"], changes["label2id"] = dict(enumerate(task.classes)), task.numbers
+        changes = task.settings
         if config.model.classifier_dropout is not None:  # BERT's name for it, and DeBERTa's
             changes |= dict.fromkeys(("classifier_dropout", "cls_dropout"), config.model.classifier_dropout)
         run.load_model(AutoModelForSequenceClassification, changes)

@@ -70,8 +70,10 @@ def main(config: CommonsenseConfig) -> None:
     # ------------------------------------------------------------------------------------------------------------ model
     run.demo_model("SmolLM2-135M-Instruct, dequantised 4-bit weights", demo_model_folder)
     tokenizer = run.load_model(AutoModelForCausalLM)
-    rows = encode_examples(train_examples, tokenizer, data.max_length, data.train_on)
-    check_questions([*held_out, *(row for part in eval_examples.values() for row in part)], tokenizer, data.max_length)
+    with run.main_process_first():  # the others find its tokens in the cache
+        rows = encode_examples(train_examples, tokenizer, data.max_length, data.train_on)
+        for questions in (held_out, *eval_examples.values()):
+            check_questions(questions, tokenizer, data.max_length)
 
     # ---------------------------------------------------------------------------------------------- adapters and engine
     run.prepare(BatchPlan.of_rows(rows, *run.batching))

@@ -197,5 +197,10 @@ def _has_kernel(x: torch.Tensor, maps: torch.Tensor) -> bool:
         return False
     if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
         return False
-    strides = (*x.stride(), *maps.stride(), maps.shape[2])
-    return all(stride == 1 or stride * x.element_size() % 16 == 0 for stride in strides)
+    unit = 16 // x.element_size()
+    return not any(d % unit for d in maps.shape[1:]) and all(_is_aligned(t, unit) for t in (x, maps))
+
+
+def _is_aligned(matrices: torch.Tensor, unit: int) -> bool:
+    *batch, row, column = matrices.stride()
+    return (row, column).count(1) == 1 and not any(stride % unit for stride in (*batch, max(row, column)))

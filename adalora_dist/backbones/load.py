@@ -114,7 +114,7 @@ def load_backbone(
         settle_quantized(model)
     model.config.use_cache = False
     model.file_names = names  # type: ignore[assignment]
-    _name_blocks(model)
+    name_blocks(model)
     fit_tokenizer(model, tokenizer)
     return model, tokenizer
 
@@ -224,8 +224,11 @@ def _cannot_be_loaded(config: ModelConfig, error: Exception) -> UserError:
     )
 
 
-def _name_blocks(model: PreTrainedModel) -> None:
+def name_blocks(model: Any) -> set[str]:
     """Name the layers that FSDP2 gathers one by one, where the model class does not (DeBERTa: DebertaV2Layer).
+
+    Returns:
+        Names of their classes, as the model has them from now on.
 
     BERT names what its embeddings lie in as well. accelerate shards input embeddings by themselves, and torch refuses
     to do that inside a module that has been sharded before.
@@ -238,6 +241,7 @@ def _name_blocks(model: PreTrainedModel) -> None:
         largest = max(stacks, key=lambda stack: sum(full_numel(p) for p in stack.parameters()))
         blocks = {type(layer).__name__ for layer in largest}
     model._no_split_modules = blocks
+    return blocks
 
 
 def _under_fsdp2() -> bool:

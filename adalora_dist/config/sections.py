@@ -70,6 +70,8 @@ class TrainConfig(Section):
     """AdamW weight decay."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Decay after the learning-rate warm-up."""
+    lr_end_ratio: float = Field(0.0, ge=0, le=1)
+    """Share of learning_rate that the decay ends at."""
     lr_warmup_ratio: float = Field(0.05, ge=0, lt=1)
     """Share of the steps over which the learning rate rises from 0."""
     lr_warmup_steps: int | None = Field(None, ge=0)

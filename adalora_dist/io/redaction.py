@@ -90,3 +90,21 @@ def secret_in(text: str) -> str | None:
         if shape.search(text):
             return kind
     return "an address with a password" if _WITH_PASSWORD.search(text) else None
+
+
+_FOLDER = re.compile(r"(?:~[\w-]*|\.{1,2})?/|[A-Za-z]:[\\/]|\\\\")
+
+
+def without_folders(value: Any) -> Any:
+    """Text, or a list of it, without folders of this machine: what begins like a path goes by its last name.
+
+    ``--data=/home/somebody/rows.jsonl`` becomes ``--data=rows.jsonl``; ``recipes/a.py``, Hub ids and addresses stay.
+    """
+    if isinstance(value, list | tuple):
+        return [without_folders(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    flag, equals, path = value.partition("=") if value.startswith("-") else ("", "", value)
+    if _FOLDER.match(path):
+        path = re.split(r"[\\/]+", path.rstrip("\\/"))[-1] or "."
+    return f"{flag}{equals}{path}"

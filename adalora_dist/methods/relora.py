@@ -26,7 +26,8 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adalora.method import TripletMethod
 from adalora_dist.methods.branch import BranchLinear, BranchStep
 from adalora_dist.methods.protocol import Adapter, Kept, Method, Step, StepState, adapters_of
-from adalora_dist.methods.sites import find_targets, put_around
+from adalora_dist.methods.sites import find_targets, put_around, target_shapes
+from adalora_dist.methods.sizes import Sizes, of_ranks
 from adalora_dist.methods.update import AdapterWeights, Update
 from adalora_dist.sharding.base import ShardEngine, Span, agree_on
 from adalora_dist.sharding.tensors import local_elements, release_gathered
@@ -207,6 +208,11 @@ class Relora(Method):
             return ReloraLinear(base, name, config.init_rank, config.scale, config.dropout, seeds[name])
 
         return list(put_around(model, names, make))
+
+    def sizes(self, model: nn.Module) -> Sizes:
+        """Of one cycle, which is what is trained at a time."""
+        shapes = target_shapes(model, self.config.targets)
+        return of_ranks(shapes, sum(d_in + d_out for d_in, d_out in shapes))
 
     def parameter_groups(self, model: nn.Module, learning_rate: float) -> list[dict[str, Any]]:
         """Adapters apart from what is trained besides: ZeRO counts the steps of a group, and a restart begins anew."""

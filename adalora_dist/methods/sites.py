@@ -70,7 +70,10 @@ def find_targets(model: nn.Module, targets: tuple[str, ...], setting: str = "tar
 
 def find_sites(model: nn.Module, targets: tuple[str, ...]) -> tuple[list[str], list[ExpertStack]]:
     """Names of the linear maps, and the stacks of experts, that ``targets`` asks for, as ``model.named_modules()`` has
-    them. all-linear takes both; experts all that the model's experts are made of.
+    them. all-linear takes both, but for stacks that are trained in full; experts all that the model's are made of.
+
+    Args:
+        model: frozen, but for its ``train_modules``.
 
     Raises:
         UserError: a pattern that matches nothing, or something that is no linear map, is shared between two places, or
@@ -87,7 +90,8 @@ def _chosen(model: nn.Module, targets: tuple[str, ...], setting: str) -> tuple[l
     stacks, matched, chosen = stacks_of(model), set[str](), set[str]()
     if "all-linear" in targets:
         left = left_out(model)
-        chosen |= {stack.name for stack in stacks if not is_under(stack.owner, [*output_modules(model)])}
+        rest = [stack for stack in stacks if not model.get_parameter(stack.name).requires_grad]  # not in train_modules
+        chosen |= {stack.name for stack in rest if not is_under(stack.owner, output_modules(model))}
         matched |= set(_all_linear(model, left, has_stacks=bool(chosen)))
     if "experts" in targets:
         within = [name for name, _ in model.named_modules() if name.rpartition(".")[2] == "experts"]

@@ -2,12 +2,12 @@
 
 Bodies of equal shape lie side by side, so that a sum or a product over all of them is one batched operation on a view;
 fragments lie at the buffer's end. So every quantity takes a constant number of operations, whatever the number of
-matrices.
+matrices. What is too large to lie in memory twice is worked on portion by portion, in one small buffer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,13 +37,31 @@ class Group(NamedTuple):
     blocks: tuple[int, ...]
     """Columns of each matrix within a factor, as :attr:`Factor.widths`; the same in all of them."""
 
+    @property
+    def numel(self) -> int:
+        return len(self.factors) * self.rows * self.rank
+
+
+class Portion(NamedTuple):
+    """Neighbouring groups and their pieces; the last portion has the fragments, too."""
+
+    groups: range
+    pieces: range
+    start: int
+    stop: int
+    """Its elements among all."""
+
 
 class FlatBuffer:
-    """A vector over all elements of a rank, zero at first, and the views of it that the sums need, made once.
+    """A vector over the elements of a portion, zero at first, and the views of it that the sums need, made once.
 
-    ``pieces``: a view for each piece of the layout, 1-D, or in the local tensor's shape if the piece is all of it;
+    ``pieces``: a view for each piece of the portion, 1-D, or in the local tensor's shape if the piece is all of it;
     ``bodies``: a view for each group, (number of factors, rows, rank); ``transposed``: the same, (.., rank, rows);
-    ``fragments``: a view of the rest, 1-D.
+    ``fragments``: a view of the rest, 1-D, or None in a portion that has none of it.
+
+    Args:
+        portion: of the layout; None: all.
+        storage: memory to lie in, at least as long as the portion, which others' buffers use at other times.
     """
 
     def __init__(
@@ -52,18 +70,28 @@ class FlatBuffer:
         shapes: Sequence[torch.Size] | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        portion: Portion | None = None,
+        storage: torch.Tensor | None = None,
     ) -> None:
-        self.data = torch.zeros(layout.num_elements, device=device, dtype=dtype)
-        self.pieces = [self.data.narrow(0, p.flat_start, p.length) for p in layout.pieces]
+        self.portion = portion = portion or layout.all
+        length = portion.stop - portion.start
+        self.data = torch.zeros(length, device=device, dtype=dtype) if storage is None else storage[:length]
+        pieces = [layout.pieces[k] for k in portion.pieces]
+        self.pieces = [self.data.narrow(0, p.flat_start - portion.start, p.length) for p in pieces]
         if shapes is not None:
-            pairs = zip(self.pieces, layout.pieces, strict=True)
+            pairs = zip(self.pieces, pieces, strict=True)
             self.pieces = [view.view(shapes[p.factor]) if p.is_whole else view for view, p in pairs]
+        groups = [layout.groups[k] for k in portion.groups]
         self.bodies = [
-            self.data[g.flat_start : g.flat_start + len(g.factors) * g.rows * g.rank].view(-1, g.rows, g.rank)
-            for g in layout.groups
+            self.data.narrow(0, g.flat_start - portion.start, g.numel).view(-1, g.rows, g.rank) for g in groups
         ]
         self.transposed = [body.transpose(1, 2) for body in self.bodies]
-        self.fragments = self.data[layout.fragments_start :]
+        is_last = portion.stop == layout.num_elements
+        self.fragments = self.data[layout.fragments_start - portion.start :] if is_last else None
+
+    def body(self, group: int) -> torch.Tensor:
+        """Of a group of the layout by its number; the group is in the portion."""
+        return self.bodies[group - self.portion.groups.start]
 
 
 class SpanLayout:
@@ -72,9 +100,11 @@ class SpanLayout:
     Args:
         factors: all adapter parameters, in the same order on every rank.
         spans: this rank's span of each.
+        max_portion: elements that a portion may have, if it has more than one body; None: all lie in one portion.
     """
 
-    def __init__(self, factors: Sequence[Factor], spans: Sequence[Span]) -> None:
+    def __init__(self, factors: Sequence[Factor], spans: Sequence[Span], max_portion: int | None = None) -> None:
+        self._max_portion = max_portion
         self.factors = tuple(factors)
         self.num_triplets = max((f.first_triplet + f.rank for f in factors), default=0)
         self.pieces: list[Piece] = []
@@ -90,7 +120,7 @@ class SpanLayout:
                 rows_of[k] = rows
                 bodies.setdefault((factor.kind, rows[1] - rows[0], factor.rank, factor.widths), []).append(k)
         flat = 0
-        for (kind, num_rows, rank, blocks), members in bodies.items():
+        for kind, num_rows, rank, blocks, members in self._within_portions(bodies):
             self.groups.append(Group(kind, num_rows, rank, flat, tuple(members), blocks))
             for k in members:
                 start, length = rows_of[k][0] * rank - spans[k].start, num_rows * rank
@@ -104,19 +134,46 @@ class SpanLayout:
             self.pieces.append(Piece(fragment.factor, start, length, flat, length == span.stop - span.start))
             flat += length
         self.num_elements = flat
+        self.all = Portion(range(len(self.groups)), range(len(self.pieces)), 0, flat)
+        self.portions = self._cut_portions()
+        """Of at most ``max_portion`` elements, but for single bodies and fragments; all elements, in order."""
+
+    def _within_portions(
+        self, bodies: dict[tuple[str, int, int, tuple[int, ...]], list[int]]
+    ) -> Iterator[tuple[str, int, int, tuple[int, ...], list[int]]]:
+        """Bodies of one shape, as many as a portion holds at a time."""
+        for (kind, num_rows, rank, blocks), members in bodies.items():
+            count = len(members) if self._max_portion is None else max(1, self._max_portion // (num_rows * rank))
+            for first in range(0, len(members), count):
+                yield kind, num_rows, rank, blocks, members[first : first + count]
+
+    def _cut_portions(self) -> list[Portion]:
+        first_piece, firsts = 0, [(0, 0, 0)]  # group, piece and element that a portion begins with
+        for number, group in enumerate(self.groups):
+            stop = group.flat_start + group.numel
+            if (
+                self._max_portion is not None
+                and group.flat_start > firsts[-1][2]
+                and (stop - firsts[-1][2] > self._max_portion)
+            ):
+                firsts.append((number, first_piece, group.flat_start))
+            first_piece += len(group.factors)
+        ends = [*firsts[1:], (len(self.groups), len(self.pieces), self.num_elements)]
+        return [Portion(range(a[0], b[0]), range(a[1], b[1]), a[2], b[2]) for a, b in zip(firsts, ends, strict=True)]
 
     def views(
         self, locals_: Sequence[torch.Tensor | None], flat: FlatBuffer, orthogonal: bool = False
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Views of local spans, and of the same elements in ``flat``.
+        """Views of local spans, and of the same elements in ``flat``, as far as they are in its portion.
 
         Args:
             locals_: the local span of each parameter; None: leave it out.
             orthogonal: leave out lambda.
         """
+        pieces = (self.pieces[k] for k in flat.portion.pieces)
         chosen = [
             (local if p.is_whole else local.view(-1).narrow(0, p.local_start, p.length), view)
-            for p, view in zip(self.pieces, flat.pieces, strict=True)
+            for p, view in zip(pieces, flat.pieces, strict=True)
             if (local := locals_[p.factor]) is not None and (self.factors[p.factor].orthogonal or not orthogonal)
         ]
         return [local for local, _ in chosen], [view for _, view in chosen]

@@ -52,6 +52,8 @@ def is_purely_causal(model: nn.Module) -> bool:
     inner = unwrapped(model)
     if not all(kind.__module__.partition(".")[0] in _KNOWN for kind in type(inner).__mro__):
         return False  # code that came with the model, or the user's
+    if not hasattr(inner, "config"):
+        return False
     if inner.config.is_encoder_decoder or not getattr(inner.config.get_text_config(), "is_causal", True):
         return False
     said = [module.is_causal for module in inner.modules() if hasattr(module, "is_causal")]

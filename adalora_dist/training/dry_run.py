@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from adalora_dist.backbones.fit import check_lengths, lengths_of
 from adalora_dist.backbones.load import refuse_code_from_elsewhere
@@ -27,9 +28,25 @@ from adalora_dist.methods.protocol import others_trained
 from adalora_dist.methods.shares import shares_line, weight_shares
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.rows.public import count_rows
+from adalora_dist.training.plan.cluster import PLANNED
+from adalora_dist.training.plan.plan import Planner
+from adalora_dist.training.plan.text import cluster_text
 from adalora_dist.training.prepared import total_steps
 
 SHOWN_ALLOCATIONS = 3
+
+
+@dataclass(frozen=True)
+class Described:
+    """What the plan of a run was made from."""
+
+    config: RunConfig
+    """With the adapter's settings as the model has them."""
+    auto_class: Any
+    architecture: Any
+    """The model's own configuration."""
+    model: nn.Module
+    """Adapted, on the meta device."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +69,10 @@ class DryRun:
     """Numbers of the model by what becomes of them, see ``weight_shares``."""
     schedule: BudgetSchedule | None
     """None where no budget falls: every method but adalora."""
-    fitted: Fitted | None = None
+    fitted: Fitted | None
     """None where no budget of parameters is set."""
+    described: Described
+    """What this was found from."""
 
     @property
     def allocations(self) -> list[tuple[int, int]]:
@@ -112,9 +131,10 @@ def plan_run(
     num_steps = total_steps(config.train, plan)
     schedule = method_for(adapter).step(adapters, num_steps).schedule
     sizes = tuple(adapter.part_size for adapter in adapters for _ in adapter.matrix_names())
+    described = Described(config.model_copy(update={"adapter": adapter}), auto_class, architecture, model)
     return DryRun(
         name, num_parameters, num_rows, num_steps, len(sizes), trained - others, others, sizes, weight_shares(model),
-        schedule, fitted,
+        schedule, fitted, described,
     )  # fmt: skip
 
 
@@ -135,8 +155,15 @@ def dry_run(
     """
     num_rows = count_rows(cast(Any, config).data, tasks, load, config.evaluation.eval_every > 0)
     run = plan_run(config, auto_class, num_rows, architectures, demo, **changes)
-    if os.environ.get("RANK", "0") == "0":
-        print(plan_text(run, config))
+    if os.environ.get("RANK", "0") != "0":
+        return
+    print(plan_text(run, config))
+    if (cluster := PLANNED.get()) is not None:
+        described = run.described
+        planner = Planner(described.config, described.auto_class, described.architecture, described.model, run.schedule)
+        print(cluster_text(planner, cluster, run.num_steps))
+    else:
+        print("Memory, traffic and time on a cluster: adalora-dist plan RECIPE --gpus 8x80GB, and the same flags")
 
 
 def plan_text(run: DryRun, config: RunConfig) -> str:

@@ -148,9 +148,10 @@ class Evaluations:
         return None if self.best is None else self.best.model_dump()
 
     def sentence(self, num_done: int) -> str:
-        """Which model of a run that has made ``num_done`` steps it leaves; "" if the last one is left unasked."""
+        """Which model of a run that has made ``num_done`` steps it leaves; "" if nobody has asked for the best one."""
+        metric = self._settings.keep_best
         if self.best is None:
-            return ""
+            return f"Best model: no evaluation had a finite {metric}; the last model is exported" if metric else ""
         best, stopped = self.best, ""
         if self.ended and num_done < self._num_steps:
             stopped = f"Stopped early after step {num_done} of {self._num_steps}: {best.num_since} evaluations without "

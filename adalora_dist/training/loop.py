@@ -156,10 +156,11 @@ def train(
     losses = metrics.losses
     if first_step < len(losses):
         report(metrics.summary())
+    if said := evaluations.sentence(len(losses)):
+        report(said)
     if (best := evaluations.best) is not None:
         if best.step < len(losses):
             evaluations.restore(checkpoints.best_checkpoint(best.step))
-        report(evaluations.sentence(len(losses)))
         folder.write_json("best.json", {**best.model_dump(), "num_steps": len(losses)})
     return losses
 

@@ -70,15 +70,19 @@ def prepare(
 
 
 def learning_rate(train: TrainConfig, step: int, num_steps: int) -> float:
-    """Linear warm-up from 0, then linear or cosine decay to 0, or constant. A pure function of the 0-based step."""
+    """Linear warm-up from 0, then linear or cosine decay to ``lr_end_ratio``, or constant.
+
+    A pure function of the 0-based step.
+    """
     num_warmup = train.lr_warmup_steps
     if num_warmup is None:
         num_warmup = math.ceil(train.lr_warmup_ratio * num_steps)
     if step < num_warmup:
         return train.learning_rate * (step + 1) / num_warmup
     done = (step - num_warmup) / max(1, num_steps - num_warmup)
+    end = train.lr_end_ratio
     if train.lr_schedule == "linear":
-        return train.learning_rate * (1 - done)
+        return train.learning_rate * (end + (1 - end) * (1 - done))
     if train.lr_schedule == "cosine":
-        return train.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+        return train.learning_rate * (end + (1 - end) * 0.5 * (1 + math.cos(math.pi * done)))
     return train.learning_rate

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import copy
 import shlex
-from collections.abc import Callable, Mapping, Sequence, Sized
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
@@ -101,10 +101,11 @@ class Run(Generic[Config]):
         if self.resumed is not None:
             self.say(f"Continuing after step {self.resumed.step} from {self.resumed.path}")
 
-    def main_process_first(self) -> AbstractContextManager[None]:
-        """The main process does what is in it, then the others, who find its work in the cache."""
-        first: AbstractContextManager[None] = self.accelerator.main_process_first()
-        return first
+    @contextmanager
+    def main_process_first(self) -> Iterator[None]:
+        """The main process does what is in it, then one of each other node, then all, who find that in the cache."""
+        with self.accelerator.main_process_first(), self.accelerator.local_main_process_first():
+            yield
 
     # ------------------------------------------------------------------------------------------------ data and model
 

@@ -64,6 +64,7 @@ class RunFolder:
             if resumed is not None:
                 for form in config.export.export_formats:  # they are made again
                     discard(self.path / form)
+                (self.path / "best.json").unlink(missing_ok=True)
                 set_later_aside(resumed, config.train)
                 self._restore_logs(resumed)
             self._metrics = open_to_append(self.path / METRICS)

@@ -6,15 +6,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from adalora_dist.artifacts.checkpoints.content import Checkpoint
+from adalora_dist.artifacts.export import SavedAdapter, task_settings
+from adalora_dist.artifacts.formats import FORMATS, Options
 from adalora_dist.config.methods import LowRankConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.hooks import MethodHooks, attach
+from adalora_dist.sharding.agreement import agreed
 from adalora_dist.sharding.base import innermost
-from adalora_dist.training.trainer_checkpoints import TrainerCheckpoints
+from adalora_dist.sharding.tensors import release_gathered
+from adalora_dist.training.trained import gather_trained
+from adalora_dist.training.trainer_checkpoints import TrainerCheckpoints, base_of
 from adalora_dist.training.trainer_loss import multiplied_loss
 from adalora_dist.training.trainer_mixin import calling_trainer, saver_of, take_over
 
@@ -32,9 +44,8 @@ class AdaLoraCallback(TrainerCallback):
     the orthogonality gradient is added inside the optimizer's step, so that neither gradient accumulation nor
     ``average_tokens_across_devices`` scales it.
 
-    Logs of training steps get ``budget`` (active triplets) and ``mean_rank`` (triplets per matrix), as does
-    ``trainer.state.log_history``. Trackers that ``report_to`` names run before callbacks of the user's and so miss
-    both: give ``report_to="none"`` and put the tracker's own callback behind this one in ``callbacks``.
+    Logs of training steps get ``budget`` (active triplets) and ``mean_rank`` (triplets per matrix), and so do
+    ``trainer.state.log_history`` and the trackers that ``report_to`` names: the callback moves before theirs.
 
     ``trainer.save_model()``, checkpoints and ``push_to_hub`` write the adapter, which PEFT loads, and no backbone.
     Checkpoints hold what ``resume_from_checkpoint`` needs to go on exactly, on another engine and number of processes,
@@ -82,8 +93,41 @@ class AdaLoraCallback(TrainerCallback):
         """Serve a Trainer that was made without this callback, before it trains."""
         if not any(known is self for known in trainer.callback_handler.callbacks):
             trainer.add_callback(self)
+        callbacks = trainer.callback_handler.callbacks
+        # First, so that trackers see what it adds to the logs. Trainer may be going through the list at this moment:
+        # those after this one keep their places.
+        callbacks.insert(0, callbacks.pop(callbacks.index(self)))
         self._trainer = trainer
         take_over(trainer, self)
+
+    def merge_and_save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write the merged model, which plain transformers loads, with what is trained besides, and the tokenizer.
+
+        Collective: call it on every process; the main one writes.
+
+        Args:
+            folder: must not exist.
+            dtype: of the weights; None: as the base's files.
+
+        Raises:
+            UserError: on every process: the base is neither a folder nor in the Hub's cache, the folder exists, or it
+                cannot be written.
+            RuntimeError: training has not begun.
+        """
+        hooks, trainer = self.hooks, self._trainer
+        assert trainer is not None
+        release_gathered(trainer.model_wrapped)
+        updates, trained = hooks.updates(), gather_trained(trainer.accelerator, trainer.model_wrapped)
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+
+        def write() -> None:
+            base, tokenizer = base_of(model), getattr(trainer, "processing_class", None)
+            saved = SavedAdapter(updates, base.name, base.revision, trained, task_settings(model))
+            own = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+            options = Options(dtype, names=getattr(model, "file_names", None), tokenizer=own)
+            FORMATS["merged"].write(saved, Path(folder), options)
+
+        agreed(lambda: write() if trainer.accelerator.is_main_process else None)
 
     # ------------------------------------------------------------------------------------ what Trainer's mixin calls
 

@@ -62,7 +62,7 @@ class TrainerCheckpoints:
         run = {
             "config": {"adapter": self._config.model_dump(mode="json")},
             "num_steps": self._num_steps,
-            "backbone": backbone_identity(_base_of(trainer.model)),
+            "backbone": backbone_identity(base_of(trainer.model)),
             "task": task_settings(trainer.model),
             "learning_rates": [float(group["lr"]) for group in innermost(trainer.optimizer).param_groups],
             "loss_scale": loss_scale(trainer.accelerator, trainer.optimizer),
@@ -110,7 +110,7 @@ class TrainerCheckpoints:
         Raises:
             UserError: the checkpoint is of another model, or an optimizer has taken the whole adapters over already.
         """
-        compare_backbone(checkpoint, _base_of(trainer.model))
+        compare_backbone(checkpoint, base_of(trainer.model))
         adapters = adapters_of(trainer.model)
         held = held_parts(checkpoint, adapters)
         if all(held[adapter.name] == adapter.held() for adapter in adapters):
@@ -152,7 +152,7 @@ class TrainerCheckpoints:
         set_loss_scale(trainer.accelerator, trainer.optimizer, checkpoint.run["loss_scale"])
 
 
-def _base_of(model: Any) -> ModelConfig:
+def base_of(model: Any) -> ModelConfig:
     """The backbone's folder or name and its commit, as far as the model remembers."""
     name = getattr(model, "name_or_path", "") or getattr(model.config, "_name_or_path", "")
     return ModelConfig(name=name, revision=getattr(model.config, "_commit_hash", None))

@@ -27,6 +27,7 @@ from adalora_dist.config.methods import MethodConfig, method_config, settings_of
 from adalora_dist.config.sections import TrainConfig
 from adalora_dist.methods.hooks import attach
 from adalora_dist.methods.inject import adapt
+from adalora_dist.methods.parameter_budget import within_budget
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.demo_models.minilm import demo_encoder_folder
 from adalora_dist.tasks.evaluation.predict import predict
@@ -124,11 +125,12 @@ def new_model(folder: Path, num_labels: int, seed: int) -> nn.Module:
     return model
 
 
-def one_run(run: Run, data: TaskData, folder: Path) -> dict[str, Any]:
+def one_run(run: Run, arm: MethodConfig, data: TaskData, folder: Path) -> dict[str, Any]:
     """Train and score; the loop is the package's own on one process, with its loss, batches, clipping and schedule."""
     started = time.monotonic()
-    config, task, num_steps = ARMS[run.arm], TASKS[run.task], STEPS[run.task]
+    task, num_steps = TASKS[run.task], STEPS[run.task]
     model = new_model(folder, task.num_labels, run.seed)
+    config = within_budget(model, arm)
     adapt(model, config, run.seed)
     settings = TrainConfig(learning_rate=run.rate, max_steps=num_steps, batch_size=BATCH, micro_batch_size=BATCH)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -206,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for run in runs_of(args):
         if run in done:
             continue
-        record = one_run(run, data[run.task], folder)
+        record = one_run(run, ARMS[run.arm], data[run.task], folder)
         with args.output.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         print(json.dumps(record), flush=True)

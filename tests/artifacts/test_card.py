@@ -54,14 +54,86 @@ def set_config(run: Path, section: str, **changes: Any) -> None:
     (run / "config.yaml").write_text(yaml.safe_dump(config))
 
 
+def rewrite_source(run: Path, source: str) -> str:
+    set_config(run, "data", source=source)
+    return model_card(run)
+
+
 def test_metadata(run: Path) -> None:
     assert front_matter(model_card(run)) == {
         "base_model": "somebody/a-base",
         "base_model_relation": "finetune",
         "library_name": "transformers",
         "license": "apache-2.0",
+        "pipeline_tag": "text-generation",
         "tags": ["adalora-dist", "adalora"],
     }
+
+
+def test_scores_on_public_data_are_scores_of_the_hub(run: Path) -> None:
+    """Those on anything else are in the table alone: nobody could compare them."""
+    set_config(run, "data", source="hub", tasks=["boolq", "arc_easy"])
+    found = front_matter(model_card(run, repo_id="somebody/a-model"))
+    assert found["datasets"] == ["google/boolq", "allenai/ai2_arc"]
+    assert (found["language"], found["metrics"]) == ("en", ["accuracy"])
+    [model] = found["model-index"]
+    [result] = model["results"]
+    assert model["name"] == "a-model" and result["task"] == {"type": "text-generation"}
+    assert result["dataset"] == {"name": "boolq", "type": "google/boolq", "args": {"rows": "40"}}
+    [metric] = result["metrics"]
+    assert (metric["type"], metric["value"], metric["name"]) == ("accuracy", 0.825, "accuracy (likelihood)")
+    own = front_matter(rewrite_source(run, "/home/somebody/rows"))
+    assert not {"datasets", "language", "metrics", "model-index"} & set(own)
+
+
+@pytest.mark.parametrize(
+    ("data", "records", "class_name", "expected"),
+    [
+        ({"source": "hub", "task": "mrpc"}, {"task": "mrpc", "num_rows": 408, "metrics": {"f1": 0.9, "seconds": 3}},
+         "DebertaV2ForSequenceClassification", ("text-classification", ["nyu-mll/glue"], {"f1": 0.9})),
+        ({"source": "hub", "task": "v2.0"}, {"exact": 80.5, "f1": 83.0},
+         "DebertaV2ForQuestionAnswering",
+         ("question-answering", ["rajpurkar/squad_v2"], {"exact_match": 80.5, "f1": 83.0})),
+        ({"source": "hub", "task": "xsum"}, {"rouge2": 21.5}, "BartForConditionalGeneration",
+         ("summarization", ["EdinburghNLP/xsum"], {"rouge2": 21.5})),
+        ({"source": "hub"}, {"bleu": 68.2, "nist": 8.6}, "GPT2LMHeadModel",
+         ("text-generation", ["tuetschek/e2e_nlg"], {"bleu": 68.2, "nist_mt": 8.6})),
+        ({"source": ["/home/me/a.jsonl", "hub:x/y:train=2"], "columns": []}, {"loss": 1.0}, "LlamaForCausalLM",
+         ("text-generation", ["x/y"], {})),
+        ({"source": ""}, {"loss": 1.0}, "SomethingNew", (None, None, {})),
+    ],
+)  # fmt: skip
+def test_metadata_of_other_tasks(
+    run: Path,
+    data: dict[str, Any],
+    records: dict[str, Any],
+    class_name: str,
+    expected: tuple[Any, Any, dict[str, float]],
+) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "data": data}))
+    rewrite(run / "results.json", before=[], after=[records])
+    rewrite(run / "merged" / "config.json", architectures=[class_name])
+    found = front_matter(model_card(run))
+    results = found.get("model-index", [{"results": []}])[0]["results"]
+    metrics = {metric["type"]: metric["value"] for result in results for metric in result["metrics"]}
+    assert (found.get("pipeline_tag"), found.get("datasets"), metrics) == expected
+
+
+def test_no_folder_of_the_machine_is_published(run: Path) -> None:
+    secret = ("/home/somebody", "/scratch", "C:\\Users", "~/", "../up")
+    set_config(run, "data", source="/home/somebody/rows", chat_template="~/chat.jinja")
+    set_config(run, "adapter", init_from="/scratch/adapter")
+    set_config(run, "train", resume="../up/run")
+    set_config(run, "model", name="C:\\Users\\me\\base")
+    command = ["/home/somebody/venv/bin/accelerate", "launch", "recipes/x.py", "--data=/home/somebody/rows", "--model",
+               "somebody/a-base", "--output-dir", "/scratch/runs/my run", "~/y"]  # fmt: skip
+    rewrite(run / "run.json", launcher_command=command, base_commit=None)
+    card = model_card(run, repo_id="somebody/a-model")
+    assert not [word for word in secret if word in card]
+    made = chapter(card, "How it was made")
+    assert "accelerate launch recipes/x.py --data=rows --model somebody/a-base --output-dir 'my run' y\n" in made
+    assert "| source | `rows` |" in chapter(card, "Data") and "| init_from | `adapter` |" in chapter(card, "Adapters")
 
 
 def test_base_results_and_settings(run: Path) -> None:
@@ -77,7 +149,7 @@ def test_base_results_and_settings(run: Path) -> None:
     facts = json.loads((run / "run.json").read_text())
     made = chapter(card, "How it was made")
     assert "| engine | `fsdp2` |" in made and "| processes | `2` |" in made
-    assert facts["command"][0] in made and f"| torch | `{facts['versions']['torch']}` |" in made
+    assert Path(facts["command"][0]).name in made and f"| torch | `{facts['versions']['torch']}` |" in made
     assert facts["commit"] in made
 
 
@@ -231,7 +303,7 @@ def test_the_command_is_the_one_that_was_typed(run: Path, tmp_path: Path, launch
     assert typed == ([launcher, "--token=***", str(recipe), "--seed", "3"] if launcher != "other" else None)
     rewrite(run / "run.json", launcher_command=typed, command=own)
     made = chapter(model_card(run), "How it was made")
-    assert f"```bash\n{f'{launcher} --token=***' if typed else 'python'} {recipe} --seed 3\n```" in made.replace(
+    assert f"```bash\n{f'{launcher} --token=***' if typed else 'python'} {recipe.name} --seed 3\n```" in made.replace(
         "'", ""
     )
 

@@ -23,10 +23,10 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    HrmTextConfig,
+    HrmTextForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
 )
 
 from adalora_dist.backbones.load import load_backbone
@@ -276,14 +276,14 @@ def test_files_that_do_not_fit_are_refused(backbones, tmp_path):
     [message, _] = run_ranks(2, refusal, tmp_path / "bias", AutoModelForCausalLM)
     assert "8 tensors that LlamaForCausalLM has no place for" in message and "q_proj.bias" in message
 
-    # transformers stacks the experts of the files into one tensor.
-    config = MixtralConfig(
-        vocab_size=VOCABULARY, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=2,
+    # transformers cuts a tensor of the files into several. (Stacks of experts are read: test_expert_load.py.)
+    config = HrmTextConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=8, num_layers_per_stack=1,
     )  # fmt: skip
-    MixtralForCausalLM(config).save_pretrained(tmp_path / "experts")
-    byte_tokenizer().save_pretrained(tmp_path / "experts")
-    [message, _] = run_ranks(2, refusal, tmp_path / "experts", AutoModelForCausalLM)
+    HrmTextForCausalLM(config).save_pretrained(tmp_path / "cut")
+    byte_tokenizer().save_pretrained(tmp_path / "cut")
+    [message, _] = run_ranks(2, refusal, tmp_path / "cut", AutoModelForCausalLM)
     assert "is computed from several tensors" in message and "zero3" in message
 
 

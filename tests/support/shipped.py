@@ -9,6 +9,7 @@ from adalora_dist.config.sections import RunConfig
 from adalora_dist.tasks.commonsense.config import CommonsenseConfig
 from adalora_dist.tasks.e2e.config import E2EConfig
 from adalora_dist.tasks.glue.config import GlueConfig
+from adalora_dist.tasks.pretrain.config import PretrainConfig
 from adalora_dist.tasks.sft.config import SftConfig
 from adalora_dist.tasks.squad.config import SquadConfig
 from adalora_dist.tasks.summarization.config import SummarizationConfig
@@ -24,6 +25,7 @@ SCHEMAS: dict[str, type[RunConfig]] = {
     "summarize_bart": SummarizationConfig,
     "gpt2_e2e": E2EConfig,
     "llama_sft": SftConfig,
+    "llama_pretrain": PretrainConfig,
 }
 """By the recipe that a file's name begins with."""
 

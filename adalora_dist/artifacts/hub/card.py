@@ -17,20 +17,16 @@ from huggingface_hub import ModelCardData
 from adalora_dist.artifacts.adapter_files import checked_task
 from adalora_dist.artifacts.auto_classes import auto_class
 from adalora_dist.artifacts.hub.files import without_tokens
+from adalora_dist.artifacts.hub.metadata import Scores, metadata
 from adalora_dist.artifacts.hub.pictures import draw_history, draw_rank_map, read_history
 from adalora_dist.artifacts.results import records_in, scores_of, subject_of
 from adalora_dist.config.hub_names import is_repo_id
 from adalora_dist.config.methods import DEFAULT_METHOD
 from adalora_dist.io.foreign_files import read_object, read_records, read_sections
 from adalora_dist.io.markdown import code, fenced, line, number, setting, table, text
+from adalora_dist.io.redaction import without_folders
 from adalora_dist.methods import METHODS
 
-_LICENSES = frozenset(
-    "apache-2.0 mit bsd-2-clause bsd-3-clause cc0-1.0 cc-by-4.0 cc-by-sa-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 gpl-3.0 "
-    "agpl-3.0 lgpl-3.0 mpl-2.0 openrail bigscience-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m llama2 "
-    "llama3 llama3.1 llama3.2 llama3.3 gemma unlicense unknown other".split()
-)
-"""Identifiers that the Hub's licence field takes; any other name goes into license_name."""
 _SECTIONS = {"data": "Data", "adapter": "Adapters", "train": "Training", "quantization": "Quantisation"}
 _NOT_SHOWN = ("output_dir", "overwrite", "log_every", "trackers")
 
@@ -60,14 +56,16 @@ def model_card(
     config, facts = read_sections(run / "config.yaml"), read_object(run / "run.json")
     export = export or run / "merged"
     base, commit = _base(config, facts)
-    data = _metadata(config, export, base, base_license or str(config.get("export", {}).get("base_license") or ""))
+    name, before, after = text(repo_id.rpartition("/")[2] or run.resolve().name), *_results(run)
+    stated = base_license or str(config.get("export", {}).get("base_license") or "")
+    data = metadata(config, facts, export, base, stated, name, after)
     parts = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {text(repo_id.rpartition('/')[2] or run.resolve().name)}",
+        f"# {name}",
         f"{_said(config)} {'for' if _is_adapter(export) else 'merged into'} {code(base)}, trained with adalora-dist.",
         "## Use\n\n" + fenced(_usage(run, export, facts, base, commit, repo_id or str(export), revision), "python"),
         "## Base\n\n" + "\n".join(f"- {item}" for item in _base_items(run, export, config, base, commit, data)),
-        _results(run),
+        _results_table(run, before, after),
         _ranks(run, facts, tuple(pictures)),
         *(_settings(title, config.get(section)) for section, title in _SECTIONS.items()),
         _origin(facts),
@@ -110,19 +108,10 @@ def _base(config: Mapping[str, Any], facts: Mapping[str, Any]) -> tuple[str, str
     model = config.get("model", {})
     name = str(model.get("name") or "unknown")
     is_local = facts.get("base_commit", "not recorded") is None or Path(name).exists() or not is_repo_id(name)
-    return (Path(name).name, "") if is_local else (name, str(facts.get("base_commit") or model.get("revision") or ""))
-
-
-def _metadata(config: Mapping[str, Any], export: Path, base: str, base_license: str) -> ModelCardData:
-    kind, is_known = _is_adapter(export), base_license.lower() in _LICENSES
-    method = config.get("adapter", {}).get("method")
-    return ModelCardData(
-        base_model=base if "/" in base else None,
-        base_model_relation="adapter" if kind else "finetune",
-        library_name="peft" if kind else "transformers",
-        license=base_license.lower() if is_known else "other" if base_license else "unknown",
-        license_name=None if is_known or not base_license else text(base_license),
-        tags=["adalora-dist", "lora" if method == "lora" else "adalora"],
+    return (
+        (Path(without_folders(name)).name, "")
+        if is_local
+        else (name, str(facts.get("base_commit") or model.get("revision") or ""))
     )
 
 
@@ -175,19 +164,33 @@ def _base_items(
     return [*items, f"Licence: {stated if is_stated else 'not stated by whoever pushed this; look it up before use'}"]
 
 
-def _results(run: Path) -> str:
-    if not (run / "results.json").is_file():
-        return ""
-    content = read_object(run / "results.json")
+def _results(run: Path) -> tuple[Scores, Scores]:
+    """Scores before and after training; none where there are no results."""
+    content = read_object(run / "results.json") if (run / "results.json").is_file() else {}
     before, after = (
         {subject_of(r): scores_of(r) for r in records_in(content.get(when))} for when in ("before", "after")
     )
+    return before, after
+
+
+def _results_table(run: Path, before: Scores, after: Scores) -> str:
     rows = [
         {**dict(subject), "metric": text(metric), "before": _score(before.get(subject, {}).get(metric)),
          "after": _score(value)}
         for subject, scores in after.items() for metric, value in scores.items()
     ]  # fmt: skip
-    return "## Results\n\n" + table(rows) if rows else ""
+    return "## Results\n\n" + table(rows) + _chosen(run) if rows else ""
+
+
+def _chosen(run: Path) -> str:
+    """Which step's model it is, where it was chosen by a score."""
+    if not (run / "best.json").is_file():
+        return ""
+    best = read_object(run / "best.json")
+    return (
+        f"\n\nThe model is that of step {number(best.get('step'))} of {number(best.get('num_steps'))}, which had the "
+        f"best {text(best.get('metric'))} of all evaluations while training: {_score(best.get('score'))}."
+    )
 
 
 def _score(value: float | None) -> str:
@@ -218,7 +221,8 @@ def _pattern(run: Path) -> dict[str, int]:
 
 
 def _settings(title: str, section: Mapping[str, Any] | None) -> str:
-    rows = [{"setting": text(k), "value": setting(v)} for k, v in (section or {}).items() if k not in _NOT_SHOWN]
+    shown = {key: without_folders(value) for key, value in (section or {}).items() if key not in _NOT_SHOWN}
+    rows = [{"setting": text(key), "value": setting(value)} for key, value in shown.items()]
     return f"## {title}\n\n" + table(rows) if rows else ""
 
 
@@ -227,7 +231,7 @@ def _origin(facts: Mapping[str, Any]) -> str:
     own, launcher = facts.get("command"), facts.get("launcher_command")
     command = launcher if isinstance(launcher, list) else ["python", *own] if isinstance(own, list) else []
     if command:
-        parts.append(fenced(line(shlex.join(map(str, command))), "bash"))
+        parts.append(fenced(line(shlex.join(without_folders([*map(str, command)]))), "bash"))
     shown = {
         **{"engine": "engine", "num_processes": "processes", "num_steps": "optimizer steps"},
         **{"commit": "commit of adalora-dist", "python": "Python", "platform": "platform"},

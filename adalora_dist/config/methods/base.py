@@ -114,7 +114,7 @@ class SizedConfig(MethodConfig):
 
     budget: Annotated[str | None, BeforeValidator(_budget_text)] = None
     """Parameters that the method may train at most, train_modules not counted: 0.3M, 40K, 331776, or 0.32% of the
-    model's. The largest ranks within it follow. With --preset, a word of its table."""
+    model's. The largest ranks within it follow. With a preset, a word of its table."""
 
     sized_by: ClassVar[tuple[str, ...]] = ()
     """Settings that say how large the adapters are, which a budget says instead."""

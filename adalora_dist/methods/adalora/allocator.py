@@ -13,7 +13,7 @@ Once the pattern is frozen, the triplets that were not selected are out of every
 that they have no gradient (nor a part in the clipping norm), and the regulariser leaves them out. ``compaction.py``
 then removes them, which changes nothing but time and memory.
 
-All of this is a constant number of operations on flat buffers, however many matrices there are, and the host waits for
+All of this is a bounded number of operations on flat buffers, however many matrices there are, and the host waits for
 none of them: a step that is left out because of a non-finite gradient is left out on the device, by the optimizer's own
 kernel and by a weight of 0 for the importance averages, and what ranks say of each other's patterns is looked at one
 allocation later.
@@ -107,36 +107,26 @@ class RankAllocator(Step):
     # ------------------------------------------------------------------------------------------------------ the step
 
     def sums(self, step: int) -> None:
-        if self._regularised or self._measures:
-            self.bound.collect_values()
         if self._regularised:
-            self.bound.sums.gram_partials(self.bound.values)
+            self.bound.gram_partials()
+        elif self._measures:
+            self.bound.collect_values()
 
     def summed(self) -> None:
         if self._regularised:
             self.bound.regularise(self.keep if self.frozen and not self.compacted else None)
 
     def before(self, is_last: bool) -> None:
-        bound = self.bound
-        gradients = bound.engine.gradients()
-        if self._regularised:
-            bound.add_regulariser(gradients)
-        if not self._measures:
-            return
-        if self.config.importance_order == "after":
-            bound.layout.collect(gradients, bound.values)
-        else:
-            bound.multiply_values(gradients)
-            if is_last:
-                bound.update_averages()
+        gradients = self.bound.engine.gradients()
+        if self._regularised or self._measures:
+            self.bound.take_in(gradients, self._regularised, self._measures, is_last)
 
     def after(self, step: int) -> None:
         bound = self.bound
         self.lambdas.release()
         self._pending |= self._due(step)
         if self.config.importance_order == "after" and self._measures:
-            bound.multiply_values(bound.engine.values())
-            bound.update_averages()
+            bound.take_in_stepped()
         if self._pending:
             self._allocate(step)
             bound.mask(self._selected, self.frozen)
@@ -296,7 +286,8 @@ class RankAllocator(Step):
     def facts(self) -> dict[str, Any]:
         """Budgets, and the rank of each matrix at the start of the run, by name in canonical order."""
         budgets = {"initial_budget": self.schedule.initial_budget, "target_budget": self.schedule.target_budget}
-        ranks = {layer.name: rank for layer, rank in zip(self.layers, self.ranks, strict=True)}
+        names = (name for layer in self.layers for name in layer.matrix_names())
+        ranks = dict(zip(names, self.ranks, strict=True))
         return super().facts() | budgets | {"initial_ranks": ranks}
 
     def plan(self) -> str:

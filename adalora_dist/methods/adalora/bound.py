@@ -21,15 +21,38 @@ from adalora_dist.sharding.base import ShardEngine
 from adalora_dist.sharding.layout import FlatBuffer, SpanLayout
 from adalora_dist.sharding.spans import Factor, Span
 
+MIN_PORTION, MAX_PORTIONS = 2**22, 16
+"""Elements of a portion, 16 MiB, at least, so that small adapters have one; and how many portions there are at most."""
+
+
+def portion_elements(num_elements: int) -> int:
+    """Elements that a portion may have, of all that a rank holds."""
+    return max(MIN_PORTION, -(-num_elements // MAX_PORTIONS))
+
+
+def state_bytes(num_elements: int) -> dict[str, int]:
+    """Bytes that training P, Q and lambda takes on a rank that holds so many elements of them, by purpose.
+
+    All is float32: ``parameters``, ``gradients``, the two ``moments`` of AdamW, the two averages of ``importance``
+    until the pattern is frozen, and the ``portions`` that a step works in.
+    """
+    of_element = {"parameters": 4, "gradients": 4, "moments": 8, "importance": 8}
+    portions = 8 * min(num_elements, portion_elements(num_elements))
+    return {purpose: size * num_elements for purpose, size in of_element.items()} | {"portions": portions}
+
 
 class BoundTriplets:
     """The spans that this rank holds of all factors, laid out flat.
 
-    Two flat buffers serve a step:
+    What lasts are the two averages, 8 bytes for each element. A step works portion by portion, in the same memory one
+    after the other, so that few elements (``portion_elements``) lie in memory twice:
 
     - ``values``: the elements w as the step begins, for the regulariser; then, in their place, w g, which the averages
       take in (with ``importance_order`` after, g until the weights have been stepped);
     - ``scratch``: the regulariser's gradient until it has been added; in an allocation the element scores.
+
+    All is one portion where values have to last: from one firing of the optimizer to the next (ZeRO with sub-groups),
+    or until the weights have been stepped.
 
     Args:
         factors: in canonical order.
@@ -54,7 +77,9 @@ class BoundTriplets:
         if engine.shard_group is not None:
             spans_of_ranks = [[]] * dist.get_world_size(engine.shard_group)
             dist.all_gather_object(spans_of_ranks, self.spans, group=engine.shard_group)
-        self.layout = SpanLayout(factors, self.spans)
+        in_one = engine.num_firings > 1 or config.importance_order == "after"
+        num_elements = sum(span.stop - span.start for span in self.spans)
+        self.layout = SpanLayout(factors, self.spans, None if in_one else portion_elements(num_elements))
         self.sums = TripletSums(
             self.layout,
             spans_of_ranks,
@@ -64,12 +89,17 @@ class BoundTriplets:
         )
         self.skip = self.sums.partials[-1]  # 1 where this step has a non-finite gradient
         self.digest = PatternDigest(sum(ranks), device)
-        shapes = [v.shape for v in values]
-        self.values = FlatBuffer(self.layout, shapes, device)
-        self.scratch = FlatBuffer(self.layout, shapes, device)
+        longest = max(portion.stop - portion.start for portion in self.layout.portions)
+        shapes, memory = [v.shape for v in values], torch.zeros(2, longest, dtype=torch.float32, device=device)
+        self._values, self._scratch = (
+            [FlatBuffer(self.layout, shapes, device, portion=portion, storage=part) for portion in self.layout.portions]
+            for part in memory
+        )
         num_scored = self.layout.num_elements if measures else 0
         self.sensitivity = torch.zeros(num_scored, dtype=torch.float32, device=device)
         self.uncertainty = torch.zeros(num_scored, dtype=torch.float32, device=device)
+        of_portions = [slice(portion.start, portion.stop) for portion in self.layout.portions]
+        self._of_portions = [(self.sensitivity[part], self.uncertainty[part]) for part in of_portions]
         # The triplets of each P that this rank holds a part of, and lambda, if it holds a part of that.
         self.row_cuts = {k: f.rank for k, f in enumerate(factors) if f.kind == "P"}
         self.ps = [k for k in self.row_cuts if values[k].numel()]
@@ -80,55 +110,96 @@ class BoundTriplets:
 
     # ---------------------------------------------------------------------------------------------- within a step
 
+    def gram_partials(self) -> None:
+        """Write this rank's part of the Gram matrices to ``sums.partials``."""
+        held = self.engine.values()
+        for values in self._values:
+            self.layout.collect(held, values)
+            self.sums.gram_partials(values)
+
     def collect_values(self) -> None:
-        """Copy all local elements to ``values``, as float32."""
-        self.layout.collect(self.engine.values(), self.values)
+        """Copy local elements to ``values``, as float32, if they are one portion: others wait for their turn."""
+        if len(self._values) == 1:
+            self.layout.collect(self.engine.values(), self._values[0])
 
     def regularise(self, keep: torch.Tensor | None) -> None:
-        """Write the regulariser's gradient to ``scratch``, from the summed Gram matrices.
+        """Make the regulariser's gradient, for :meth:`take_in`, from the summed Gram matrices.
 
         ``keep``, (num_triplets,) bool: the regulariser is about these triplets alone; None: about all.
         """
-        form, gamma = self._config.regulariser, self._config.orthogonality
-        self.sums.orthogonality_gradient(self.values, form, gamma, out=self.scratch, keep=keep)
+        self.sums.make_factors(self._config.regulariser, self._config.orthogonality, keep)
+        if len(self._values) == 1:
+            self.sums.times_factors(self._values[0], self._scratch[0])
 
-    def add_regulariser(self, gradients: Sequence[torch.Tensor | None]) -> None:
-        """Add ``scratch`` to the gradients of P and Q in this firing."""
-        local, flat = self.layout.views(gradients, self.scratch, orthogonal=True)
-        if local:
-            torch._foreach_add_(local, flat)
+    def take_in(
+        self, gradients: Sequence[torch.Tensor | None], regularised: bool, measures: bool, is_last: bool
+    ) -> None:
+        """Of one firing: add the regulariser's gradient to those of P and Q, and advance the averages by w g.
 
-    def multiply_values(self, others: Sequence[torch.Tensor | None]) -> None:
-        """Multiply ``values``, in place, by the local elements of ``others``."""
-        local, flat = self.layout.views(others, self.values)
+        Args:
+            gradients: local ones; None: of another firing.
+            is_last: whether it is the step's last firing.
+        """
+        held = self.engine.values() if len(self._values) > 1 else []
+        for values, scratch, averages in zip(self._values, self._scratch, self._of_portions, strict=True):
+            if held:
+                self.layout.collect(held, values)
+                if regularised:
+                    self.sums.times_factors(values, scratch)
+            if regularised:
+                local, flat = self.layout.views(gradients, scratch, orthogonal=True)
+                if local:
+                    torch._foreach_add_(local, flat)
+            if not measures:
+                continue
+            if self._config.importance_order == "after":
+                self.layout.collect(gradients, values)
+                continue
+            self._multiply(values, gradients)
+            if is_last:
+                self._update_averages(values, averages)
+
+    def take_in_stepped(self) -> None:
+        """With ``importance_order`` after: advance the averages by w g, w as it is now."""
+        [values] = self._values
+        self._multiply(values, self.engine.values())
+        self._update_averages(values, *self._of_portions)
+
+    def _multiply(self, values: FlatBuffer, others: Sequence[torch.Tensor | None]) -> None:
+        local, flat = self.layout.views(others, values)
         if local:
             torch._foreach_mul_(flat, local)
 
-    def update_averages(self) -> None:
-        """Advance the averages by w g, which stands in ``values``."""
-        averages = (self.sensitivity, self.uncertainty)
+    def _update_averages(self, values: FlatBuffer, averages: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Advance a portion's averages by w g, which stands in ``values``."""
         beta1, beta2 = self._config.beta1, self._config.beta2
         compiled = self._config.importance_kernel == "compiled"
-        update_averages(*averages, self.values.data, beta1, beta2, self.skip, compiled)
+        update_averages(*averages, values.data, beta1, beta2, self.skip, compiled)
 
     def score_partials(self) -> torch.Tensor:
         """This rank's part of the triplet scores, float64, by the configured importance."""
         of_values = self._config.importance == "magnitude"
-        if of_values:
-            self.collect_values()
-            torch.abs(self.values.data, out=self.scratch.data)
-        else:
-            element_scores(self._config.importance, self.sensitivity, self.uncertainty, out=self.scratch.data)
-        return self.sums.score_partials(self.scratch, "lam" if of_values else None)
+        held = self.engine.values() if of_values else []
+        for values, scratch, averages in zip(self._values, self._scratch, self._of_portions, strict=True):
+            if of_values:
+                self.layout.collect(held, values)
+                torch.abs(values.data, out=scratch.data)
+            else:
+                element_scores(self._config.importance, *averages, out=scratch.data)
+            self.sums.add_up(scratch)
+        return self.sums.summed_scores("lam" if of_values else None)
 
     def mean_squares(self) -> torch.Tensor:
         """This rank's part of the mean squares of P's columns, lambda and Q's rows, (3, num_triplets) float64.
 
         Between two steps only: it takes both buffers.
         """
-        self.collect_values()
-        torch.square(self.values.data, out=self.scratch.data)
-        return torch.stack([self.sums.score_partials(self.scratch, kind) for kind in ("P", "lam", "Qt")])
+        held = self.engine.values()
+        for values, scratch in zip(self._values, self._scratch, strict=True):
+            self.layout.collect(held, values)
+            torch.square(values.data, out=scratch.data)
+            self.sums.add_up(scratch)
+        return torch.stack([self.sums.summed_scores(kind) for kind in ("P", "lam", "Qt")])
 
     def mask(self, keep: torch.Tensor, frozen: bool) -> None:
         """lambda_i <- 0 for every triplet outside of ``keep`` (eq. 6). P, Q and the moments stay.
@@ -164,7 +235,8 @@ class BoundTriplets:
         def attempt() -> None:
             self.skip.fill_(1)
             try:
-                self.update_averages()
+                for values, averages in zip(self._values, self._of_portions, strict=True):
+                    self._update_averages(values, averages)
             except Exception as error:  # whatever compiler it is that fails
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise UserError(

@@ -151,6 +151,7 @@ def device_of(base: nn.Module) -> torch.device:
     return next((p.device for p in base.parameters() if not p.is_meta), torch.device("cpu"))
 
 
+_SIDE_BY_SIDE = 2**22  # elements, 16 MiB
 MODULE_NAME = "adalora"
 """Under which the adapted model has its :class:`Lambdas`."""
 LAMBDAS_NAME = f"{MODULE_NAME}.lam"
@@ -282,29 +283,40 @@ class _Multiply(torch.autograd.Function):
         if not used:
             return (None,) * (3 + len(ctx.ps))
         ps, lams, arrived = ([x[k] for k in used] for x in (ctx.ps, ctx.lams, cast(tuple[torch.Tensor], gradients)))
-        of_ps: list[torch.Tensor | None] = [None] * len(ctx.ps)
-        for k, g in zip(used, torch._foreach_mul(arrived, lams), strict=True):
-            of_ps[k] = g
         of_lams = None
         if ctx.needs_input_grad[1]:
             made = dict(zip(used, lambda_gradients(ps, arrived), strict=True))
             of_lams = torch.cat([made[k] if k in made else torch.zeros_like(lam) for k, lam in enumerate(ctx.lams)])
+        # In their place: each has come from the one matrix product that used it, and P's gradients are as large as P.
+        torch._foreach_mul_(arrived, lams)
+        of_ps: list[torch.Tensor | None] = [None] * len(ctx.ps)
+        for k, g in zip(used, arrived, strict=True):
+            of_ps[k] = g
         return None, of_lams, None, *of_ps
 
 
 def lambda_gradients(ps: list[torch.Tensor], gradients: list[torch.Tensor]) -> list[torch.Tensor]:
     """dL/dlambda of each matrix, (r,), from P and the gradient of P diag(lambda), both (d_out, r): sum_j P_ji G_ji.
 
-    Matrices of equal d_out lie side by side, so that the number of operations is that of the sizes, not of matrices.
+    Matrices of equal d_out lie side by side, so that the number of operations is that of the sizes, not of matrices;
+    above ``_SIDE_BY_SIDE`` elements they do so part by part, for the sake of memory.
     """
-    products = torch._foreach_mul(ps, gradients)
     members: dict[int, list[int]] = {}
     for k, p in enumerate(ps):
         members.setdefault(len(p), []).append(k)
+    parts = [list(range(len(ps)))]
+    if sum(p.numel() for p in ps) > _SIDE_BY_SIDE:
+        parts = []
+        for of_size in members.values():
+            count = max(1, _SIDE_BY_SIDE // max(ps[k].numel() for k in of_size))
+            parts += [of_size[first : first + count] for first in range(0, len(of_size), count)]
     found: dict[int, torch.Tensor] = {}
-    for of_size in members.values():
-        sums = torch.cat([products[k] for k in of_size], dim=1).sum(dim=0)
-        found.update(zip(of_size, sums.split([ps[k].shape[1] for k in of_size]), strict=True))
+    for part in parts:
+        products = dict(zip(part, torch._foreach_mul([ps[k] for k in part], [gradients[k] for k in part]), strict=True))
+        for of_size in ([k for k in all_of_size if k in products] for all_of_size in members.values()):
+            if of_size:
+                sums = torch.cat([products[k] for k in of_size], dim=1).sum(dim=0)
+                found.update(zip(of_size, sums.split([ps[k].shape[1] for k in of_size]), strict=True))
     return [found[k] for k in range(len(ps))]
 
 

@@ -14,7 +14,7 @@ from typing import get_args
 import torch
 
 from adalora_dist.methods.adalora.orthogonality import OrthogonalityForm, defect, gradient_factor
-from adalora_dist.sharding.layout import FlatBuffer, SpanLayout
+from adalora_dist.sharding.layout import FlatBuffer, Portion, SpanLayout
 from adalora_dist.sharding.spans import FactorKind, Span, cut_rows
 
 
@@ -165,15 +165,15 @@ class TripletSums:
         """The (matrices, rows, r) of group k, and transposed; a copy where several lie in one factor."""
         group, padding = self.layout.groups[k], self._padding[k]
         if len(group.blocks) == 1:
-            return values.bodies[k], values.transposed[k]
-        body = values.bodies[k] if padding is None else values.bodies[k].index_select(2, padding[0])
+            return values.body(k), values.transposed[k - values.portion.groups.start]
+        body = values.body(k) if padding is None else values.body(k).index_select(2, padding[0])
         by_matrix = body.view(len(body), group.rows, len(group.blocks), -1).transpose(1, 2)
         matrices = by_matrix.reshape(-1, group.rows, max(group.blocks))
         return matrices, matrices.transpose(1, 2)
 
     def _put(self, gradients: torch.Tensor, k: int, out: FlatBuffer) -> None:
         """What :meth:`_matrices` of a group with several matrices in a factor gave, back into their places."""
-        group, padding, body = self.layout.groups[k], self._padding[k], out.bodies[k]
+        group, padding, body = self.layout.groups[k], self._padding[k], out.body(k)
         by_row = gradients.view(len(body), len(group.blocks), group.rows, -1).transpose(1, 2)
         if padding is None:
             body.view(by_row.shape).copy_(by_row)
@@ -215,28 +215,41 @@ class TripletSums:
         S_i = s(lambda_i) + (1/d_out) sum_j s(P_ji) + (1/d_in) sum_j s(Q_ij), or of these three the one of ``kind``.
         Partials of all ranks add up to S.
         """
-        for body, sums in zip(elements.bodies, self._group_sums, strict=True):
-            torch.sum(body, dim=1, dtype=torch.float64, out=sums)
-        if self.layout.fragments:
+        self.add_up(elements)
+        return self.summed_scores(kind)
+
+    def add_up(self, elements: FlatBuffer) -> None:
+        """Of a portion of element scores what :meth:`summed_scores` puts together when all have been added up."""
+        for body, k in zip(elements.bodies, elements.portion.groups, strict=True):
+            torch.sum(body, dim=1, dtype=torch.float64, out=self._group_sums[k])
+        if self.layout.fragments and elements.fragments is not None:
             self._fragment_sums.copy_(elements.fragments)
+
+    def summed_scores(self, kind: FactorKind | None = None) -> torch.Tensor:
+        """As :meth:`score_partials`, of what has been added up."""
         weighted = self._sums * (self._score_weights if kind is None else self._weights_of_kind[kind])
         return weighted[self._score_index].sum(dim=1)
 
     def gram_partials(self, values: FlatBuffer) -> torch.Tensor:
-        """Write this rank's part of Gram matrices and split rows to ``partials``, all but the last; returns it."""
-        if not self._all_written:
+        """Write this rank's part of Gram matrices and split rows to ``partials``, all but the last; returns it.
+
+        Of several portions, each writes its own part, the first one first.
+        """
+        portion = values.portion
+        if not self._all_written and portion.start == 0:
             self.partials.zero_()
-        for k, (group, slots) in enumerate(zip(self.layout.groups, self._group_slots, strict=True)):
-            if slots is None:
+        for k in portion.groups:
+            if (slots := self._group_slots[k]) is None:
                 continue
             matrices, transposed = self._matrices(values, k)
             if (grams := self._group_grams[k]) is not None:
                 torch.bmm(transposed, matrices, out=grams)
             else:
-                self._grams[max(group.blocks)][slots] = torch.bmm(transposed, matrices)
-        for r, (flat_index, row_index) in self._split_elements.items():
-            if len(flat_index):
-                self._rows[r].view(-1)[row_index] = values.data[flat_index]
+                self._grams[max(self.layout.groups[k].blocks)][slots] = torch.bmm(transposed, matrices)
+        if values.fragments is not None:
+            for r, (flat_index, row_index) in self._split_elements.items():
+                if len(flat_index):
+                    self._rows[r].view(-1)[row_index] = values.data[_within(portion, flat_index)]
         return self.partials
 
     def _whole_grams(self, r: int) -> torch.Tensor:
@@ -256,8 +269,8 @@ class TripletSums:
         for r in self._split_slots:
             grams = self._whole_grams(r)
             off = grams - torch.diag_embed(grams.diagonal(dim1=-2, dim2=-1)) if form == "directions" else defect(grams)
-            if (real := self._is_triplet[r]) is not None:  # of the others, both rows and columns are 0
-                off = off * real.unsqueeze(-1)
+            if (real := self._is_triplet[r]) is not None:
+                off = off * (real.unsqueeze(-1) & real.unsqueeze(-2))
             total += off.norm(dim=(-2, -1)).sum().item()
         return total / self._num_matrices
 
@@ -273,27 +286,40 @@ class TripletSums:
 
         With ``keep``, (num_triplets,) bool, R is about the columns of these triplets alone.
         """
-        for r, slots in self._split_slots.items():
-            rows, grams = self._rows[r], self._whole_grams(r)
+        self.make_factors(form, gamma, keep)
+        return self.times_factors(values, out)
+
+    def make_factors(self, form: OrthogonalityForm, gamma: float, keep: torch.Tensor | None = None) -> None:
+        """What :meth:`times_factors` multiplies by; arguments as of :meth:`orthogonality_gradient`."""
+        for r in self._split_slots:
+            grams = self._whole_grams(r)
             active, real = None if keep is None else keep[self._gram_triplets[r]], self._is_triplet[r]
             if real is not None:
                 active = real if active is None else active & real
-            factor = gradient_factor(grams, form, gamma, self._num_matrices, active, out=self._gram_factors[r])
-            flat_index, row_index = self._split_elements[r]
-            if len(flat_index):
-                row_gradients = torch.bmm(rows.unsqueeze(1), factor[slots])
-                out.data[flat_index] = row_gradients.flatten()[row_index]
-        for k, (group, group_slots) in enumerate(zip(self.layout.groups, self._group_slots, strict=True)):
-            if group_slots is None:
+            gradient_factor(grams, form, gamma, self._num_matrices, active, out=self._gram_factors[r])
+
+    def times_factors(self, values: FlatBuffer, out: FlatBuffer) -> FlatBuffer:
+        """Write dR/dw of the elements of a portion to ``out``, the same portion of another buffer."""
+        for k in values.portion.groups:
+            if (slots := self._group_slots[k]) is None:
                 continue
-            of_group = self._group_factors[k]
-            factor = self._gram_factors[max(group.blocks)][group_slots] if of_group is None else of_group
+            group, of_group = self.layout.groups[k], self._group_factors[k]
+            factor = self._gram_factors[max(group.blocks)][slots] if of_group is None else of_group
             matrices, _ = self._matrices(values, k)
             if len(group.blocks) == 1:
-                torch.bmm(matrices, factor, out=out.bodies[k])
+                torch.bmm(matrices, factor, out=out.body(k))
             else:
                 self._put(torch.bmm(matrices, factor), k, out)
+        if values.fragments is not None:
+            for r, (flat_index, row_index) in self._split_elements.items():
+                if len(flat_index):
+                    row_gradients = torch.bmm(self._rows[r].unsqueeze(1), self._gram_factors[r][self._split_slots[r]])
+                    out.data[_within(values.portion, flat_index)] = row_gradients.flatten()[row_index]
         return out
+
+
+def _within(portion: Portion, index: torch.Tensor) -> torch.Tensor:
+    return index - portion.start if portion.start else index
 
 
 def _padded_places(widths: Sequence[int]) -> list[int]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from adalora_dist.config.sections import GenerationConfig
-from adalora_dist.tasks.commonsense.prompts import longest_reply, prompt_tokens
+from adalora_dist.tasks.commonsense.prompts import longest_reply, prompts_of
 from adalora_dist.tasks.commonsense.results import TaskResult, task_result
 from adalora_dist.tasks.commonsense.rows import Example
 from adalora_dist.tasks.evaluation.batches import Gather, gather_lists
@@ -46,10 +46,11 @@ def evaluate_generation(
         synced_gpus: see :func:`~adalora_dist.tasks.evaluation.texts.generate_texts`.
     """
     budgets = [max_new_tokens or longest_reply(example, tokenizer) for example in examples]
+    all_prompts = prompts_of(examples, tokenizer, max_length, show_progress=False)
     answers: list[str | None] = [None] * len(examples)
     for budget in sorted(set(budgets), reverse=True):
         indices = [index for index, own in enumerate(budgets) if own == budget]
-        prompts = [prompt_tokens(examples[index], tokenizer, max_length) for index in indices]
+        prompts = [all_prompts[index] for index in indices]
         texts = generate_texts(
             model,
             tokenizer,

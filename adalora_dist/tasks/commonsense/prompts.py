@@ -8,12 +8,13 @@ there; EOS follows the reply in training where the tokenizer has one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.commonsense.rows import Example
+from adalora_dist.tasks.rows.token_cache import Columns, cached_columns
 from adalora_dist.tasks.rows.tokens import IGNORED, EncodedRow, eos_tokens
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def longest_reply(example: Example, tokenizer: PreTrainedTokenizerBase) -> int:
     return max(len(reply_tokens(tokenizer, reply)) for reply in replies) + len(eos_tokens(tokenizer))
 
 
-def check_questions(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+def check_questions(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
     """Raise before the training what the evaluation of these examples would raise after it.
 
     Raises:
@@ -66,7 +67,30 @@ def check_questions(examples: Iterable[Example], tokenizer: PreTrainedTokenizerB
     """
     for example in examples:
         choice_tokens(example, tokenizer)
-        prompt_tokens(example, tokenizer, max_length)
+    prompts_of(examples, tokenizer, max_length)
+
+
+def prompts_of(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, show_progress: bool = True
+) -> list[list[int]]:
+    """:func:`prompt_tokens` of every example: many at a time, and from the cache if they are there.
+
+    Raises:
+        UserError: as :func:`prompt_tokens`, naming the row.
+    """
+
+    def encode(chunk: Sequence[Sequence[Any]]) -> Columns:
+        rows = [Example(*fields) for fields in chunk]
+        texts = _tokens_of([prompt_text(row) for row in rows], tokenizer)
+        return {
+            "prompt": [_cut(*row_and_text, tokenizer, max_length) for row_and_text in zip(rows, texts, strict=True)]
+        }
+
+    if not examples:
+        return []
+    items = [(e.instruction, e.input, e.output, e.answer, e.choices, e.task, e.origin) for e in examples]
+    settings = {"commonsense prompts": 1, "max_length": max_length}
+    return cached_columns(items, tokenizer, settings, encode, "tokenise", show_progress)["prompt"]
 
 
 def prompt_tokens(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[int]:
@@ -78,6 +102,18 @@ def prompt_tokens(example: Example, tokenizer: PreTrainedTokenizerBase, max_leng
     Raises:
         UserError: the longest reply leaves no room for a single prompt token.
     """
+    [tokens] = _tokens_of([prompt_text(example)], tokenizer)
+    return _cut(example, tokens, tokenizer, max_length)
+
+
+def _tokens_of(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    # Not verbose: it would warn of prompts longer than the model takes, which are about to be cut.
+    tokens: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"]
+    return tokens
+
+
+def _cut(example: Example, text: Sequence[int], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[int]:
+    """The prompt, from all tokens of its text; raises as :func:`prompt_tokens`."""
     num_reply = longest_reply(example, tokenizer)
     num_prompt = max_length - num_reply
     if num_prompt < 1:
@@ -85,8 +121,7 @@ def prompt_tokens(example: Example, tokenizer: PreTrainedTokenizerBase, max_leng
             f"{example.origin}: the reply has {num_reply} tokens and max_length={max_length} must be larger; "
             f"set --max-length to {num_reply + 1} or more, or shorten field output"
         )
-    # Not verbose: it would warn of prompts longer than the model takes, which are about to be cut.
-    tokens = list(tokenizer(prompt_text(example), verbose=False)["input_ids"])
+    tokens = list(text)
     if tokens and tokens[-1] == tokenizer.eos_token_id:  # some tokenizers close every text, and so would end the reply
         tokens.pop()
     if not tokens:
@@ -109,7 +144,12 @@ def encode_example(
     Raises:
         UserError: the reply does not fit, or has no tokens.
     """
-    prompt = prompt_tokens(example, tokenizer, max_length)
+    return _with_reply(example, prompt_tokens(example, tokenizer, max_length), tokenizer, train_on)
+
+
+def _with_reply(
+    example: Example, prompt: list[int], tokenizer: PreTrainedTokenizerBase, train_on: Literal["output", "all"]
+) -> EncodedRow:
     reply = [*reply_tokens(tokenizer, example.output), *eos_tokens(tokenizer)]
     if not reply:
         raise UserError(
@@ -126,11 +166,12 @@ def encode_examples(
     max_length: int,
     train_on: Literal["output", "all"] = "output",
 ) -> list[EncodedRow]:
-    """``encode_example`` for every row.
+    """``encode_example`` for every row, many at a time; prompts from the cache if they are there.
 
     Raises:
         UserError: as ``encode_example``, naming the row, or there is no row at all.
     """
     if not examples:
         raise UserError("training data: 0 rows; give at least 1 row")
-    return [encode_example(example, tokenizer, max_length, train_on) for example in examples]
+    prompts = prompts_of(examples, tokenizer, max_length)
+    return [_with_reply(*pair, tokenizer, train_on) for pair in zip(examples, prompts, strict=True)]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adalora_dist.config.row_files import names_file
 from adalora_dist.tasks.glue.config import GlueDataConfig
@@ -46,9 +46,13 @@ class Task:
     classes: tuple[str, ...] = ()
 
     @property
-    def numbers(self) -> dict[str, int]:
-        """The number of each class, by its name."""
-        return {name: number for number, name in enumerate(self.classes)}
+    def settings(self) -> dict[str, Any]:
+        """What the configuration of a model for this task says of it."""
+        kind = {"num_labels": self.num_labels, "problem_type": "regression" if self.num_labels == 1 else None}
+        if not self.classes:
+            return kind
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        return kind | {"id2label": dict(enumerate(self.classes)), "label2id": numbers}
 
 
 _DEV = {"dev": ("validation", "dev")}
@@ -139,11 +143,16 @@ def _load(
     """
     if data.source == "hub":
         instead = f"--data FOLDER with FOLDER/{data.task}/train.jsonl and FOLDER/{data.task}/dev.jsonl"
-        hub = HubData("nyu-mll/glue", data.task)
+        hub = hub_data(data.task)
         return checked_rows(hub.where(split), hub.rows(split, instead), parse, bad)
     where = task_folder(data.source, data.task, tuple(TASKS))
     found = local_split(where, names) if names else split_of(where, split)
     return checked_rows(found.where, found.rows(), parse, bad)
+
+
+def hub_data(task: str) -> HubData:
+    """Where a task lies on the Hub."""
+    return HubData("nyu-mll/glue", task)
 
 
 def labelled_text(task: Task, row: object, origin: str) -> LabelledText:

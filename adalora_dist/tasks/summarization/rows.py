@@ -12,6 +12,7 @@ import json
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from adalora_dist.config.row_files import names_file
+from adalora_dist.io.digest import digest_of
 from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.rows.bad_rows import BadRows
 from adalora_dist.tasks.rows.fields import object_row, text_field
@@ -20,6 +21,7 @@ from adalora_dist.tasks.rows.held_out import validation_of
 from adalora_dist.tasks.rows.hub import HubData
 from adalora_dist.tasks.rows.source import built_in, refuse_nothing, renaming, split_of
 from adalora_dist.tasks.rows.table import checked_table
+from adalora_dist.tasks.rows.token_cache import rules_of
 from adalora_dist.tasks.rows.tokens import refuse_no_tokens
 from adalora_dist.tasks.summarization.config import SummarizationDataConfig
 from adalora_dist.tasks.summarization.demo import demo_reports
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+_VERSION = 1
+"""Of what texts become; part of the name of what is cached."""
 COLUMNS = ("document", "summary")
 
 
@@ -95,9 +99,11 @@ def encode_summaries(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: Su
             "num_targets": [len(target) for target in targets],
         }
 
-    # A fast tokenizer remembers how it was called last, and datasets' cache is keyed by its whole state.
-    encode({"document": ["a"], "summary": ["a"]})
-    return rows.map(encode, batched=True, desc="tokenise")
+    how = [_VERSION, data.max_source_length, data.max_target_length, rows._fingerprint]
+    # The last: mBART's and NLLB's target language, which summaries begin or end with.
+    rules = [type(tokenizer).__name__, rules_of(tokenizer), tokenizer(text_target="a")["input_ids"]]
+    name = digest_of([json.dumps([how, rules], default=str).encode()])[:32]
+    return rows.map(encode, batched=True, new_fingerprint=name, desc="tokenise")
 
 
 def _load(data: SummarizationDataConfig, bad: BadRows, split: str, max_rows: int | None) -> Dataset:

@@ -1,0 +1,75 @@
+"""The machines that a plan is for, in words of the command line: ``--gpus 8x80GB --nodes 4 --engine fsdp2``."""
+
+from __future__ import annotations
+
+import re
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from adalora_dist.config.engines import ENGINES
+from adalora_dist.io.errors import UserError
+
+USABLE = 0.92
+"""Of a GPU's memory: the rest goes to CUDA's context, the communication library and what the allocator cannot use."""
+FLOPS = 400e12
+"""Operations per second of a GPU in 16 bits, sustained: 40 % of what an H100's data sheet has without sparsity."""
+LINK_IN_NODE = 200e9
+LINK_BETWEEN_NODES = 25e9
+"""Bytes per second that a GPU sends, sustained, within a machine (NVLink) and between machines (200 Gbit/s)."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Equal GPUs in equal machines, one process on each GPU."""
+
+    gpus_per_node: int
+    gigabytes: float
+    """Of a GPU's memory, in 10^9 bytes, as data sheets have it."""
+    nodes: int = 1
+    engine: str = "single"
+    flops: float = FLOPS
+    link: float | None = None
+    """Bytes per second; None: by whether there is more than one machine."""
+
+    @classmethod
+    def parse(cls, gpus: str, nodes: int = 1, engine: str | None = None, **rates: float | None) -> Cluster:
+        """
+        Args:
+            gpus: of one machine, such as 8x80GB, or 80GB for one.
+            engine: default: single for one GPU, else fsdp2.
+            rates: flops and link, where others than the defaults.
+
+        Raises:
+            UserError: it is not understood, or engine and number of GPUs do not go together.
+        """
+        match = re.fullmatch(r"(?:(\d+)\s*[xX*])?\s*(\d+(?:\.\d+)?)\s*(?:GB|gb|G)?", gpus.strip())
+        count = int(match[1] or 1) if match else 0
+        if match is None or not 1 <= count <= 4096 or not 0 < float(match[2]) <= 10_000:
+            raise UserError(f"--gpus {gpus!r}: must be NUMBERxMEMORY of one machine, such as 8x80GB or 1x24GB")
+        if not 1 <= nodes <= 100_000:
+            raise UserError(f"--nodes {nodes}: must be from 1 to 100,000")
+        world = count * nodes
+        engine = engine or ("single" if world == 1 else "fsdp2")
+        if engine not in ENGINES:
+            raise UserError(f"--engine {engine}: must be one of {', '.join(ENGINES)}")
+        if engine == "single" and world > 1:
+            raise UserError(
+                f"--engine single with {world} GPUs: one process uses one; give --gpus 1x80GB, or ddp or fsdp2"
+            )
+        return cls(count, float(match[2]), nodes, engine, **{k: v for k, v in rates.items() if v is not None})
+
+    @property
+    def world_size(self) -> int:
+        return self.gpus_per_node * self.nodes
+
+    @property
+    def link_rate(self) -> float:
+        return self.link or (LINK_IN_NODE if self.nodes == 1 else LINK_BETWEEN_NODES)
+
+    def said(self) -> str:
+        machines = f"{self.nodes} machines with " if self.nodes > 1 else ""
+        return f"{self.engine} on {machines}{self.gpus_per_node} x {self.gigabytes:g} GB"
+
+
+PLANNED: ContextVar[Cluster | None] = ContextVar("PLANNED", default=None)
+"""What ``adalora-dist plan`` asks a recipe's dry run to plan for."""

@@ -1,0 +1,95 @@
+"""Bytes on the wire, on disk, and time: counted where they follow from shapes, estimated where a machine decides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from adalora_dist.sharding.spans import Factor, Span, cut_rows
+from adalora_dist.training.plan.cluster import Cluster
+from adalora_dist.training.plan.memory import FLOAT32, Tensor
+
+DIGEST_NUMBERS = 6
+FLOAT64 = 8
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one process puts into collectives."""
+
+    per_step: int
+    """By the engine: gathered weights, reduced gradients."""
+    of_method_per_step: int
+    """AdaLoRA's one sum over the shard group: Gram matrices, cut rows, one flag."""
+    per_allocation: int
+    """AdaLoRA's one sum over all processes: scores and the pattern's digest."""
+
+
+def traffic_of(
+    tensors: Sequence[Tensor], factors: Sequence[Factor], cluster: Cluster, compute_bytes: int, micro_steps: int
+) -> Traffic:
+    """
+    Args:
+        factors: of AdaLoRA, all P, Q and lambda; none with other methods.
+    """
+    world, engine = cluster.world_size, cluster.engine
+    if world == 1:
+        return Traffic(0, 0, 0)
+    trained = FLOAT32 * sum(t.numel for t in tensors if t.is_trained)
+    whole = compute_bytes * sum(t.numel for t in tensors)
+    # Shards are gathered for each forward and each backward; every process then has what the others sent.
+    gathers = 2 * micro_steps * whole * (world - 1) // world
+    per_step = {"fsdp2": gathers + trained, "zero3": gathers + trained, "zero2": 2 * trained, "zero1": 2 * trained}
+    of_method = 0
+    if factors and engine in ("fsdp2", "zero1", "zero2", "zero3"):
+        grams = sum(f.rank**2 for f in factors if f.orthogonal)
+        of_method = FLOAT32 * (grams + split_elements(factors, engine, world) + 1)
+    allocation = FLOAT64 * (factors[-1].rank + DIGEST_NUMBERS) if factors else 0
+    return Traffic(per_step.get(engine, trained), of_method, allocation)
+
+
+def split_elements(factors: Sequence[Factor], engine: str, world: int) -> int:
+    """Elements of rows of P and Q that are cut between processes: none in blocks of rows; at most so many in slices."""
+    if engine == "fsdp2":
+        return 0
+    if engine != "zero3":  # one flat buffer of all parameters: as many cuts as processes, less one
+        return max(f.rank for f in factors if f.orthogonal) * (world - 1)
+    counted: dict[tuple[int, int], int] = {}
+    total = 0
+    for factor in factors:
+        if factor.orthogonal:
+            key = factor.rows, factor.rank
+            if key not in counted:
+                chunk = -(-factor.numel // world)
+                spans = [Span(min(r * chunk, factor.numel), min((r + 1) * chunk, factor.numel)) for r in range(world)]
+                counted[key] = factor.rank * len({f.row for span in spans for f in cut_rows([factor], [span])})
+            total += counted[key]
+    return total
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of a step, by roofline: the longer of both, since engines overlap them."""
+
+    compute: float
+    link: float
+
+    @property
+    def step(self) -> float:
+        return max(self.compute, self.link)
+
+
+def time_of(
+    num_matmul_parameters: int, tokens: int, cluster: Cluster, traffic: Traffic, recomputes: bool, trains_all: bool
+) -> Time:
+    """
+    Args:
+        num_matmul_parameters: of the backbone's linear maps.
+        tokens: of a batch over all processes, at the longest.
+        recomputes: gradient checkpointing: the forward is done twice.
+        trains_all: gradients of the backbone's weights are made, too.
+    """
+    # A product costs 2 operations per weight and token: forward, gradient of the input, and of the weight if trained.
+    passes = 2 + recomputes + trains_all
+    flops = 2 * passes * num_matmul_parameters * tokens / cluster.world_size
+    return Time(flops / cluster.flops, (traffic.per_step + traffic.of_method_per_step) / cluster.link_rate)

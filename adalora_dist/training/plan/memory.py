@@ -1,0 +1,161 @@
+"""What one process of a cluster holds: what it would hold alone (``fake.py``), shared out as the engine does.
+
+Per process, N processes; W weights of the backbone, A what is trained (float32), both in bytes:
+
+    single, ddp   W and A whole; moments 2 A, importance 4 A; ddp: buckets of A besides
+    fsdp2         rows of each tensor, ceil(rows / N); gathered, two groups at a time: the one in use and the next
+    zero1, zero2  W and A whole; a float32 copy and moments of A / N, importance of A / N; reduction buckets
+    zero3         flat slices of W and A, ceil(elements / N); a float32 copy besides; gathered, up to a thousand million
+                  elements (``stage3_max_live_parameters``); reduction bucket
+
+Importance is what AdaLoRA keeps: both averages and two work buffers, as long as triplets are scored; two work buffers
+after the pattern is frozen and compacted, when A has shrunk to the share of the budget that is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from adalora_dist.training.plan.cluster import USABLE, Cluster
+from adalora_dist.training.plan.fake import StepBytes
+
+FLOAT32 = 4
+BITS = {"nf4": 4, "fp4": 4, "int8": 8}
+_DOUBLE_QUANT, _SCALES = 0.127, 0.5
+"""Bits per 4-bit weight for its block's scale, itself quantised or not; int8 has a number per row, which is nothing."""
+ZERO_LIVE = 1_000_000_000
+"""DeepSpeed's default for elements that stay gathered."""
+ZERO_BUCKET = 500_000_000
+"""DeepSpeed's default for elements of a reduction bucket; stage 2 with overlap_comm has two."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A parameter of the adapted model, as far as plans go."""
+
+    rows: int
+    numel: int
+    group: int
+    """What FSDP2 gathers together: a block's number; -1: what has no group of its own."""
+    is_trained: bool
+    is_quantized: bool
+
+    def share(self, engine: str, world_size: int) -> int:
+        """Elements that a process keeps."""
+        if engine == "fsdp2":
+            return -(-self.rows // world_size) * (self.numel // self.rows)
+        return -(-self.numel // world_size) if engine == "zero3" else self.numel
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process."""
+
+    weights: int
+    """Of the frozen backbone, as this process keeps them."""
+    quantized: int
+    """The part of ``weights`` that is in 4 or 8 bits."""
+    adapters: int
+    """All that is trained, with the copies that the engine keeps."""
+    optimizer: int
+    importance: int
+    gradients: int
+    """At the end of backward, with the engine's buckets."""
+    gathered: int
+    """Weights of others that are here while they are used."""
+    activations: int
+    """With gradients as they come."""
+
+    @property
+    def kept(self) -> int:
+        """Between two steps."""
+        return self.weights + self.adapters + self.optimizer + self.importance
+
+    @property
+    def peak(self) -> int:
+        """Within a step: gradients come as activations go, so that the larger of both counts."""
+        return self.kept + self.gathered + max(self.activations, self.gradients)
+
+    def fits(self, gigabytes: float) -> bool:
+        return self.peak <= USABLE * gigabytes * 1e9
+
+
+def memory_of(
+    tensors: Sequence[Tensor],
+    alone: StepBytes,
+    cluster: Cluster,
+    element_bytes: int,
+    compute_bytes: int,
+    method: str,
+    quantization: str = "none",
+    double_quant: bool = True,
+    micro_steps: int = 1,
+) -> Memory:
+    """
+    Args:
+        tensors: all parameters of the adapted model.
+        alone: the same model's step in one process that shards nothing, not quantised.
+        element_bytes: of a frozen weight as it is stored.
+        compute_bytes: of the type that forward and backward compute in.
+        micro_steps: forward and backward passes per optimizer step.
+    """
+    engine, world = cluster.engine, cluster.world_size
+    if quantization == "none":
+        tensors = [replace(t, is_quantized=False) for t in tensors]
+    shares = [(t, t.share(engine, world)) for t in tensors]
+    packed_bits = BITS.get(quantization, 0) + (
+        (_DOUBLE_QUANT if double_quant else _SCALES) if "4" in quantization else 0
+    )
+    quantized = round(sum(n for t, n in shares if t.is_quantized) * packed_bits / 8)
+    weights = quantized + element_bytes * sum(n for t, n in shares if not t.is_trained and not t.is_quantized)
+    trained = FLOAT32 * sum(n for t, n in shares if t.is_trained)
+    stepped = -(-FLOAT32 * sum(t.numel for t in tensors if t.is_trained) // world) if "zero" in engine else trained
+    adapters, gradients = trained, trained
+    if engine in ("zero1", "zero2", "zero3"):
+        is_half = compute_bytes < FLOAT32
+        adapters = (trained // 2 if is_half else trained) + stepped
+        gradients = stepped + compute_bytes * (ZERO_BUCKET * (2 if engine == "zero2" else 1))
+        gradients += trained if engine == "zero1" else 0
+    elif engine == "ddp" and world > 1:
+        adapters += trained  # reduction buckets, kept
+    buffers = 4 if method == "adalora" else 0
+    activations = alone.activations + (gradients if micro_steps > 1 else 0)
+    # A quantised weight is dequantised for its product.
+    activations += compute_bytes * max((t.numel for t in tensors if t.is_quantized), default=0)
+    gathered = _gathered(tensors, engine, compute_bytes, packed_bits / 8)
+    return Memory(
+        weights, quantized, adapters, 2 * stepped, buffers * stepped, gradients, gathered, activations
+    )  # fmt: skip
+
+
+def _gathered(tensors: Sequence[Tensor], engine: str, compute_bytes: int, packed_bytes: float) -> int:
+    def size(t: Tensor) -> float:
+        return t.numel * (packed_bytes if t.is_quantized else compute_bytes)
+
+    if engine == "zero3":
+        numel = sum(t.numel for t in tensors)
+        return round(sum(map(size, tensors)) * min(1.0, ZERO_LIVE / numel))
+    if engine != "fsdp2":
+        return 0
+    groups: dict[int, float] = {}
+    for t in tensors:
+        groups[t.group] = groups.get(t.group, 0.0) + size(t)
+    return round(2 * max(groups.values()))
+
+
+def after_freeze(before: Memory, share: float, is_compacted: bool) -> Memory:
+    """The same once the pattern is frozen, with ``share`` of the triplets left, spread evenly.
+
+    Args:
+        is_compacted: whether pruned triplets are removed from memory.
+    """
+    if not is_compacted:
+        return before
+    return replace(
+        before,
+        adapters=round(before.adapters * share),
+        optimizer=round(before.optimizer * share),
+        importance=round(before.importance * share / 2),  # averages are given up
+        gradients=before.gradients,
+    )

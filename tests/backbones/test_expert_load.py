@@ -1,0 +1,65 @@
+"""Stacks of experts that no process holds: FSDP2 reads the rows of its experts from the files' tensors of each."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from tests.backbones.test_sharded_load import VOCABULARY, peak_of_loading, run_with
+from tests.support.paths import ROOT
+from tests.support.ranks import import_deepspeed, run_ranks
+from tests.support.tiny_language_model import byte_tokenizer
+
+import_deepspeed()  # or skip
+
+
+def save_mixtral(rank: int, world_size: int, folder: Path, hidden_size: int, num_layers: int, num_experts: int) -> int:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=VOCABULARY, hidden_size=hidden_size, intermediate_size=2 * hidden_size,
+        num_hidden_layers=num_layers, num_attention_heads=4, num_key_value_heads=2, num_local_experts=num_experts,
+        num_experts_per_tok=2, initializer_range=0.2, max_position_embeddings=512, pad_token_id=0,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    model.save_pretrained(folder, max_shard_size="20MB" if num_layers > 2 else "20KB")
+    byte_tokenizer().save_pretrained(folder)
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_experts_arrive_by_rows_and_learn_as_on_one_process(world_size, tmp_path):
+    """Three experts on two ranks: one of them holds two. The files have a tensor for each, spread over several."""
+    run_ranks(1, save_mixtral, tmp_path, 16, 2, 3)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    [expected] = run_ranks(1, run_with, "single", tmp_path, AutoModelForCausalLM, {})
+    ranks = run_ranks(world_size, run_with, "fsdp2", tmp_path, AutoModelForCausalLM, {})
+    for result in ranks:
+        torch.testing.assert_close(result["logits"], expected["logits"], rtol=0, atol=1e-5)
+        assert result["patterns"] == expected["patterns"]
+        torch.testing.assert_close(result["losses"], expected["losses"], rtol=1e-5, atol=0)
+        assert result["loaded_bytes"] == 0
+        assert result["held_bytes"] <= expected["held_bytes"] / world_size + result["row_bytes"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux' /proc")
+def test_no_rank_ever_holds_the_experts(tmp_path):
+    command = [sys.executable, "-m", "tests.backbones.test_expert_load", str(tmp_path)]
+    measured = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert measured.returncode == 0, measured.stderr
+    full_bytes, peaks = json.loads(measured.stdout.splitlines()[-1])
+    assert full_bytes > 100e6
+    # A third, and what loading needs besides: the tensor in hand, adapters, Python modules.
+    assert max(peaks) < 0.5 * full_bytes, (full_bytes, peaks)
+
+
+if __name__ == "__main__":
+    where = Path(sys.argv[1])
+    [num_bytes] = run_ranks(1, save_mixtral, where, 416, 4, 6)
+    print(json.dumps([num_bytes, run_ranks(3, peak_of_loading, "fsdp2", where)]))

@@ -1,0 +1,117 @@
+"""``adalora-dist plan`` against what runs do: the allocator's peak, the bytes of collectives; what it says."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from adalora_dist.__main__ import main
+from adalora_dist.io.errors import UserError
+from adalora_dist.methods import method_for
+from adalora_dist.methods.inject import adapt
+from adalora_dist.training.plan.cluster import Cluster
+from adalora_dist.training.plan.live import LiveBytes
+from adalora_dist.training.plan.plan import Plan, Planner
+from tests.support.planned_runs import STEPS, architecture, configuration, counted
+from tests.support.ranks import run_ranks
+
+
+def planner(layers: int = 3, **train: Any) -> Planner:
+    config = configuration(**train)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(architecture(layers))
+    adapters = adapt(model, config.adapter, 0)
+    schedule = method_for(config.adapter).step(adapters, STEPS).schedule
+    return Planner(config, AutoModelForCausalLM, architecture(layers), model, schedule)
+
+
+def planned(engine: str, world_size: int) -> Plan:
+    return planner().plan(Cluster.parse(f"{world_size}x80GB", engine=engine))
+
+
+@pytest.mark.parametrize(
+    ("engine", "world_size"),
+    [
+        ("single", 1),
+        ("fsdp2", 2),
+        *(pytest.param(engine, 2, marks=pytest.mark.slow) for engine in ("ddp", "zero2", "zero3")),
+    ],
+)
+def test_a_plan_is_what_a_run_does(engine: str, world_size: int) -> None:
+    """The peak of a process within 10 %, before and after the freeze; the method's bytes on the wire exactly."""
+    plan = planned(engine, world_size)
+    before, after, summed, allocated = run_ranks(world_size, counted, engine, configuration())[0]
+    assert plan.before.peak == pytest.approx(before, rel=0.1)
+    assert plan.after.peak == pytest.approx(after, rel=0.1)
+    assert plan.after.kept < plan.before.kept
+    traffic = plan.traffic
+    assert traffic.per_allocation == allocated
+    if engine == "zero2":  # rows that are cut are told as "at most"
+        assert 0 < summed <= traffic.of_method_per_step
+    else:
+        assert traffic.of_method_per_step == summed
+
+
+def test_many_layers_are_a_straight_line() -> None:
+    """Two depths continued to nine layers, against nine layers."""
+    from adalora_dist.training.plan import fake
+
+    config, settings = configuration(), architecture(9)
+    line = fake.step_bytes(config, AutoModelForCausalLM, settings, torch.float32, 8)
+    whole = fake._measured(config, AutoModelForCausalLM, settings, torch.float32, 8)
+    assert line.num_parameters == whole.num_parameters and line.weights == pytest.approx(whole.weights, rel=1e-6)
+    assert line.activations == pytest.approx(whole.activations, rel=0.02)
+    assert line.state == pytest.approx(whole.state, rel=0.02)
+
+
+def test_what_is_alive_is_counted() -> None:
+    with LiveBytes() as live:
+        kept = torch.zeros(1000)
+        view = kept.view(10, 100)[2:]
+        gone = kept + 1
+        assert live.now == live.peak == 8000
+        del gone, kept
+        assert live.now == 4000 and live.peak == 8000  # the view holds it
+        live.restart()
+        assert live.peak == 4000
+        del view
+        assert live.now == 0
+
+
+def test_clusters() -> None:
+    assert vars(Cluster.parse("8x80GB", 2)) | {"engine": "fsdp2"} == vars(Cluster.parse("8X80", 2, "fsdp2"))
+    assert Cluster.parse("24GB").engine == "single" and Cluster.parse("24GB").world_size == 1
+    for gpus, nodes, engine, says in (
+        ("eight", 1, None, "--gpus"), ("0x80GB", 1, None, "--gpus"), ("8x80GB", 0, None, "--nodes"),
+        ("8x80GB", 1, "single", "--engine single with 8 GPUs"), ("8x80GB", 1, "fsdp1", "--engine fsdp1"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=says):
+            Cluster.parse(gpus, nodes, engine)
+
+
+def test_what_does_not_fit_is_helped() -> None:
+    """The change that is told of is one after which it fits, and a smaller one would not do."""
+    from adalora_dist.training.plan.text import cluster_text
+
+    plans = planner()
+    peak = plans.plan(Cluster.parse("80GB")).peak
+    tight = Cluster.parse(f"{0.8 * peak / 0.92 / 1e9:.6f}GB")
+    said = cluster_text(plans, tight, STEPS)
+    assert "the smallest change that fits: --micro-batch-size 4" in said and "80 GB yes" in said
+    assert "nothing that is tried" in cluster_text(plans, Cluster.parse("0.001GB"), STEPS)
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["adalora-dist"])
+    flags = ["--gpus", "2x24GB", "--engine", "zero3", "--max-steps", "100", "--batch-size", "4"]
+    main(["plan", "llama_commonsense", *flags])
+    said = capsys.readouterr().out
+    for words in ("Steps      100", "zero3 on 2 x 24 GB", "peak", "before the freeze", "Wire", "Disk", "Time", "Fits"):
+        assert words in said
+    with pytest.raises(SystemExit):
+        main(["plan", "llama_commonsense", "--gpus", "many"])
+    assert capsys.readouterr().err.startswith("error: --gpus 'many'")
