@@ -69,7 +69,7 @@ def run(
     """Losses of the steps made: all, or those after ``resume``; with ``save`` a checkpoint is written on the way."""
     torch.manual_seed(0)
     settings = section(method)
-    if settings.has_adapters and method != "prefix":
+    if settings.has_adapters and settings.method != "prefix":
         where = "targets" if "targets" in type(settings).model_fields else "positions"
         settings = section(method, **{where: ("up", "down")})
     model = net_for(settings)
@@ -89,6 +89,7 @@ def run(
         zero = {
             "train_micro_batch_size_per_gpu": size,
             "zero_optimization": stage,
+            "gradient_clipping": 0.0,  # DeepSpeed clips at 1 by itself
             "zero_allow_untested_optimizer": True,
         }
         model, wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero)
