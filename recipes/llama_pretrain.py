@@ -12,14 +12,14 @@ launch/accelerate/{ddp,fsdp2,zero2,zero3}.yaml to ``accelerate launch``, or run 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 from adalora_dist.config.demonstration import or_demonstration
 from adalora_dist.config.flags import parse_config, user_errors
+from adalora_dist.io.shipped import CONFIGS
 from adalora_dist.tasks.pretrain.config import PretrainConfig
 
-DEMO_CONFIG = Path(__file__).parent / "configs" / "llama_pretrain_demo.yaml"
+DEMO_CONFIG = CONFIGS / "llama_pretrain_demo.yaml"
 
 
 def configuration(argv: list[str]) -> PretrainConfig:
@@ -73,7 +73,8 @@ def main(config: PretrainConfig) -> None:
         found["before"] = perplexity()
 
     # ---------------------------------------------------------------------------------------------------------- train
-    run.train(causal_loss(store.train, padding, run.device, train.logits_chunk), found, perplexity)
+    loss_sum = causal_loss(store.train, padding, run.device, train.logits_chunk)
+    run.train(loss_sum, found, perplexity if run.validates else None)
     found["after"] = perplexity()
 
     # --------------------------------------------------------------------------------------------------------- export
