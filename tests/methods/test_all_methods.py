@@ -49,8 +49,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 VARIANTS_OF: dict[str, tuple[str, dict[str, Any]]] = {
     "lora_fa projected": ("lora_fa", {"init_rank": 3, "alpha": 6, "projected": True}),
     "prefix": ("prefix", {"prefix_length": 3, "train_modules": ("head",)}),
+    "lora": ("lora", {"init_rank": 3, "alpha": 6}),
 }
-"""More rows for losses and resume: what does something else at every step; a prefix, whose start changes the model."""
+"""More rows for losses and resume: what does something else at every step; a prefix, whose start changes the model;
+LoRA, whose exports have tests of their own."""
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 MOVES = (("fsdp2", "zero3"), ("zero3", "ddp"), ("zero2", "fsdp2"))
 STEPS, STOP, GLOBAL_BATCH = 8, 4, 24
