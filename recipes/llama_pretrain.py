@@ -73,7 +73,7 @@ def main(config: PretrainConfig) -> None:
         found["before"] = perplexity()
 
     # ---------------------------------------------------------------------------------------------------------- train
-    run.train(causal_loss(store.train, padding, run.device), found, perplexity, settings.eval_every)
+    run.train(causal_loss(store.train, padding, run.device), found, perplexity)
     found["after"] = perplexity()
 
     # --------------------------------------------------------------------------------------------------------- export

@@ -47,8 +47,16 @@ class PretrainDataConfig(DataConfig):
     max_eval_tokens: int = Field(1_000_000, ge=1)
     """Measure the validation perplexity on at most so many tokens."""
 
+    @property
+    def always_validates(self) -> bool:
+        return True
+
     @model_validator(mode="after")
     def _of_own_data(self) -> PretrainDataConfig:
+        if self.eval_split:
+            raise ValueError(
+                f"eval_split {self.eval_split}: here the rows to validate on are called eval_source; set that one"
+            )
         if self.eval_source and not self.source:
             raise ValueError(
                 f"eval_source {self.eval_source} without data: the built-in stories have their own; give --data, or "
