@@ -24,7 +24,7 @@ RELATIVE_LINK = r"\[([^\]]+)\]\((?!https?:|#)([^)]+)\)"
 def shipped() -> list[Path]:
     """Relative to the root of the clone."""
     files = [path.relative_to(HERE) for folder in SHIPPED for path in sorted((HERE / folder).rglob("*"))]
-    return [path for path in files if path.suffix in SUFFIXES]
+    return [path for path in files if path.suffix in SUFFIXES or path.name == "Dockerfile"]
 
 
 def readme(text: str, repository: str, version: str) -> str:

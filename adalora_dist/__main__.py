@@ -10,6 +10,7 @@
     adalora-dist inspect RUN                           ranks, history, sizes
     adalora-dist export RUN --to merged|lora|peft      a model for transformers, or an adapter for PEFT and vLLM
     adalora-dist push RUN NAMESPACE/NAME               an export and its model card, to the Hub
+    adalora-dist watch RUN                             loss, budget and ranks in the terminal, while it goes on
     adalora-dist report RUN [RUN ...]                  one HTML file: curves, ranks over time, scores, samples
 
 RUN is the folder of a finished run, or a checkpoint in one. Each subcommand imports what it needs when it is called,
@@ -26,7 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from adalora_dist.artifacts.report.command import add_report
+from adalora_dist.artifacts.report.command import add_report, add_watch
 from adalora_dist.config.flags import fail, user_errors
 from adalora_dist.config.formats import ADAPTER_FORMATS, EXPORT_FORMATS
 from adalora_dist.io.errors import UserError
@@ -71,6 +72,7 @@ def _parser() -> _Parser:
     _add_export(commands)
     _add_inspect(commands)
     _add_push(commands)
+    add_watch(commands)
     add_report(commands)
     return parser
 

@@ -12,14 +12,14 @@ launch/accelerate/{ddp,fsdp2,zero2,zero3}.yaml to ``accelerate launch``, or run 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 from adalora_dist.config.demonstration import or_demonstration
 from adalora_dist.config.flags import parse_config, user_errors
+from adalora_dist.io.shipped import CONFIGS
 from adalora_dist.tasks.pretrain.config import PretrainConfig
 
-DEMO_CONFIG = Path(__file__).parent / "configs" / "llama_pretrain_demo.yaml"
+DEMO_CONFIG = CONFIGS / "llama_pretrain_demo.yaml"
 
 
 def configuration(argv: list[str]) -> PretrainConfig:
@@ -62,7 +62,7 @@ def main(config: PretrainConfig) -> None:
 
     # ------------------------------------------------------------------------------------------------------- evaluate
     settings, padding = run.config.evaluation, padding_token(tokenizer)
-    held_out_loss = causal_loss(store.held_out, padding, run.device)
+    held_out_loss = causal_loss(store.held_out, padding, run.device, train.logits_chunk)
     counts = [length] * len(store.held_out), [length - 1] * len(store.held_out)
 
     def perplexity() -> dict[str, float]:
@@ -73,7 +73,8 @@ def main(config: PretrainConfig) -> None:
         found["before"] = perplexity()
 
     # ---------------------------------------------------------------------------------------------------------- train
-    run.train(causal_loss(store.train, padding, run.device), found, perplexity)
+    loss_sum = causal_loss(store.train, padding, run.device, train.logits_chunk)
+    run.train(loss_sum, found, perplexity if run.validates else None)
     found["after"] = perplexity()
 
     # --------------------------------------------------------------------------------------------------------- export

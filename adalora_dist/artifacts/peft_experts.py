@@ -37,12 +37,13 @@ class ExpertLora(NamedTuple):
     """What is no expert of a stack."""
 
 
-def expert_lora(adapters: Sequence[AdapterWeights], model: PreTrainedModel | None) -> ExpertLora:
+def expert_lora(adapters: Sequence[AdapterWeights], model: PreTrainedModel | None, least: int = 0) -> ExpertLora:
     """Split experts off.
 
     Args:
         adapters: of every adapted matrix, those of rank 0 included.
         model: the plain base; without it, what is named like experts of a stack is taken for them.
+        least: rank of every stack that has one, at least; zeros make it up.
 
     Raises:
         UserError: stacks are transposed, and without a model nobody knows how PEFT takes them.
@@ -62,6 +63,7 @@ def expert_lora(adapters: Sequence[AdapterWeights], model: PreTrainedModel | Non
         rank = max(matrix.rank for matrix in matrices)
         if not rank:
             continue
+        rank = max(rank, least)
         a = torch.stack([_padded(m.Q, rank) for m in matrices])  # (experts, r, d_in)
         b = torch.stack([_padded((m.P * (m.scale * m.lam)).T, rank) for m in matrices])  # (experts, r, d_out)
         if stack.is_transposed and not getattr(owner, "is_transposed", False):

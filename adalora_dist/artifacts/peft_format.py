@@ -103,17 +103,12 @@ def save_lora(
         UserError: there is no active triplet; as of :func:`adalora_dist.artifacts.peft_check.verify` and of
             :func:`adalora_dist.io.publish.building`.
     """
-    experts = expert_lora(adapters, model)
+    largest = max((a.rank for a in adapters), default=0)
+    experts = expert_lora(adapters, model, largest if pad else 0)
     adapters = experts.others
     kept = [a for a in adapters if a.rank]
     if not kept and not experts.ranks:
         raise UserError("the run ended with rank 0 everywhere: there is no LoRA to write, the base model is the result")
-    if pad and experts.ranks:
-        raise UserError(
-            f"{folder}: one rank for all matrices cannot be had with adapted experts, of which each stack is padded to "
-            "a rank of its own: leave out --pad, or use the merged model"
-        )
-    largest = max([*experts.ranks.values(), *(a.rank for a in kept)])
     # Parameters, where PEFT would take the module for one of the experts that transformers has stacked.
     taken = taken_for_experts([a.name for a in kept], model)
     ranks = {anchored(a.name) + (r"(|\.weight)" if a.name in taken else ""): a.rank for a in kept}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from adalora_dist.artifacts.hub.pictures import rank_grid
+from adalora_dist.artifacts.hub.pictures import of_experts, rank_grid
 from adalora_dist.io.errors import printable
+
+_MAX_SHOWN_EXPERTS = 16
 
 
 def rank_table(pattern: Mapping[str, int]) -> str:
@@ -18,7 +20,19 @@ def rank_table(pattern: Mapping[str, int]) -> str:
         rows.append((name, *("" if r is None else str(r) for r in ranks), str(sum(r for r in ranks if r is not None))))
     rows.append(("total", *(str(sum(r for (_, c), r in cells.items() if c == column)) for column in columns),
                  str(sum(pattern.values()))))  # fmt: skip
-    return aligned(rows)
+    return aligned(rows) + "".join(f"\n{line}" for line in _expert_lines(pattern))
+
+
+def _expert_lines(pattern: Mapping[str, int]) -> list[str]:
+    """For every layer's experts a line: each one's rank, or how they lie where there are many."""
+    lines = []
+    for name, ranks in of_experts(pattern).items():
+        shown = " ".join(map(str, ranks))
+        if len(ranks) > _MAX_SHOWN_EXPERTS:
+            at_zero, mean = ranks.count(0), sum(ranks) / len(ranks)
+            shown = f"{len(ranks)} experts, {at_zero} at 0, mean {mean:.1f}, largest {max(ranks)}"
+        lines.append(f"{printable(name, 100)}: {shown}")
+    return ["By expert", *lines] if lines else []
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from adalora_dist.backbones.precision import computed_in
 from adalora_dist.config.engines import ENGINES
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
@@ -63,7 +64,7 @@ def bitsandbytes_config(config: RunConfig, engine: str) -> BitsAndBytesConfig | 
     skipped = [*_HEADS, *config.adapter.train_modules] if config.adapter.train_modules else None
     if method == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
-    compute = _COMPUTE[config.train.precision]
+    compute = _COMPUTE[computed_in(config.train.precision)]
     storage = compute if settings.quant_storage == "auto" else getattr(torch, settings.quant_storage)
     return BitsAndBytesConfig(
         load_in_4bit=True,

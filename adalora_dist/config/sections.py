@@ -78,7 +78,7 @@ class TrainConfig(Section):
     """The same as a number of steps; overrides lr_warmup_ratio."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Clip the task gradient to this global norm (0: off). The orthogonality gradient is added after it."""
-    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "auto"
     """Compute type of forward and backward (autocast, or the engine's own mixed precision); auto: bf16 on a GPU that
     computes in it, fp32 elsewhere."""
     logits_chunk: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"

@@ -36,6 +36,7 @@ KINDS = {
     "engine": Kind("Engines: adalora-dist run RECIPE --engine NAME -n PROCESSES", "launch/accelerate/*.yaml"),
     "deepspeed": Kind("DeepSpeed configurations: --engine zero2 --deepspeed-config FILE", "ds_configs/*.json"),
     "script": Kind("Launch scripts: bash FILE, or sbatch FILE", "launch/*.sh"),
+    "image": Kind("Image of a container, without a GPU or with CUDA: docker build --file FILE", "launch/docker/*"),
 }
 """In the order in which a name is looked up and all are listed."""
 

@@ -110,6 +110,9 @@ class ReloraStep(BranchStep):
         """W of this rank's elements, from the original and all past cycles."""
         for layer, original in zip(self.relora, self._original, strict=True):
             local, span = local_elements(_weight(layer))
+            if not self._history:
+                local.copy_(original)
+                continue
             p, qt = (self._history[f"{layer.name}.{kind}"].to(local.device) for kind in _KINDS)
             rows, columns = (qt, p) if is_conv1d(layer.base) else (p, qt)
             width = len(columns)
@@ -146,12 +149,12 @@ class ReloraStep(BranchStep):
     @torch.no_grad()
     def load_state(self, state: StepState) -> None:
         super().load_state(state)
-        self.num_restarts = state.numbers["restarts"]
+        merged_before, self.num_restarts = self.num_restarts, state.numbers["restarts"]
         self._history = {
             name.removesuffix(_PAST): cast(torch.Tensor, held.values).view(held.shape)
             for name, held in state.kept.items()
         }
-        if self._history:
+        if self.num_restarts or merged_before:
             self._merge()
             # So that the engine sends round what it keeps whole on every rank.
             values = [value.clone() for value in self._engine.values()]

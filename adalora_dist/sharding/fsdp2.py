@@ -109,7 +109,9 @@ class Fsdp2Engine:
         """No collective.
 
         Every sharded parameter has an object of its own (``FSDPParam``) in its module's group, so only those of
-        adapters are made anew, in the way the group's constructor makes them; the frozen backbone is not touched.
+        adapters are made anew, in the way the group's constructor makes them; the frozen backbone is not touched. What
+        a group has worked out of its parameters (data types; from torch 2.15 on also the order in which gradients
+        travel) it works out again, as before its first forward.
         """
         self._optimizer.zero_grad(set_to_none=True)
         places: dict[tuple[nn.Module, str], tuple[Any, Any]] = {}
@@ -120,8 +122,10 @@ class Fsdp2Engine:
                 for group in states[-1]._fsdp_param_groups:
                     for held in group.fsdp_params:
                         places[held._module_info.module, held._module_info.param_name] = group, held
+        changed: dict[int, Any] = {}
         for shrink in shrinks:
             group, held = places[shrink.module, shrink.name]
+            changed[id(group)] = group
             sharded = held.sharded_param
             held._post_load_hook_handle.remove()
             index = group.fsdp_params.index(held)
@@ -131,12 +135,14 @@ class Fsdp2Engine:
                 continue
             made = type(held)(
                 new, held._module_info, held.mesh_info, held.post_forward_mesh_info, group.device, None,
-                group.mp_policy, group.offload_policy,
+                held.mp_policy, group.offload_policy,
             )  # fmt: skip
-            made.init_dtype_attrs(group.mp_policy)
             made._param_fqn = held._param_fqn
             group.fsdp_params[index] = made
             replace_in_optimizer(self._optimizer, new, made.sharded_param)
+        for group in changed.values():
+            if group.fsdp_params:
+                group.lazy_init()
         for state in states:  # a group without parameters would gather nothing
             state._fsdp_param_groups[:] = [group for group in state._fsdp_param_groups if group.fsdp_params]
 

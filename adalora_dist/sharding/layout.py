@@ -29,7 +29,8 @@ class Piece(NamedTuple):
 class Group(NamedTuple):
     """Bodies of one shape, side by side from ``flat_start``: a (len(factors), rows, rank) view."""
 
-    kind: str
+    orthogonal: bool
+    """Of P and Q, or of lambda."""
     rows: int
     rank: int
     flat_start: int
@@ -57,6 +58,7 @@ class FlatBuffer:
 
     ``pieces``: a view for each piece of the portion, 1-D, or in the local tensor's shape if the piece is all of it;
     ``bodies``: a view for each group, (number of factors, rows, rank); ``transposed``: the same, (.., rank, rows);
+    ``stacked``: views by matrix, for groups whose factors hold several of one width; None for others;
     ``fragments``: a view of the rest, 1-D, or None in a portion that has none of it.
 
     Args:
@@ -86,12 +88,36 @@ class FlatBuffer:
             self.data.narrow(0, g.flat_start - portion.start, g.numel).view(-1, g.rows, g.rank) for g in groups
         ]
         self.transposed = [body.transpose(1, 2) for body in self.bodies]
+        self.stacked = [_stacked(body, g) for body, g in zip(self.bodies, groups, strict=True)]
         is_last = portion.stop == layout.num_elements
         self.fragments = self.data[layout.fragments_start - portion.start :] if is_last else None
 
     def body(self, group: int) -> torch.Tensor:
         """Of a group of the layout by its number; the group is in the portion."""
         return self.bodies[group - self.portion.groups.start]
+
+
+class Stacked(NamedTuple):
+    """Views of a group's bodies, whose factors hold several matrices of one width each."""
+
+    in_place: torch.Tensor
+    """(factors, matrices of each, rows, width), not contiguous"""
+    as_if: torch.Tensor
+    """The same shape, contiguous: the memory as if one matrix lay behind the other."""
+    matrices: torch.Tensor
+    """``as_if`` as (matrices, rows, width)."""
+    transposed: torch.Tensor
+    """``as_if`` as (matrices, width, rows)."""
+
+
+def _stacked(body: torch.Tensor, group: Group) -> Stacked | None:
+    num, width = len(group.blocks), group.blocks[0]
+    if num == 1 or len(set(group.blocks)) > 1:
+        return None
+    in_place = body.view(-1, group.rows, num, width).transpose(1, 2)
+    as_if = body.view(-1, num, group.rows, width)
+    matrices = as_if.view(-1, group.rows, width)
+    return Stacked(in_place, as_if, matrices, matrices.transpose(1, 2))
 
 
 class SpanLayout:
@@ -112,16 +138,16 @@ class SpanLayout:
         self._place(spans)
 
     def _place(self, spans: Sequence[Span]) -> None:
-        bodies: dict[tuple[str, int, int, tuple[int, ...]], list[int]] = {}
+        bodies: dict[tuple[bool, int, int, tuple[int, ...]], list[int]] = {}
         rows_of: dict[int, tuple[int, int]] = {}
         for k, (factor, span) in enumerate(zip(self.factors, spans, strict=True)):
             _, rows, _ = cut(factor, span)
             if rows[1] > rows[0]:
                 rows_of[k] = rows
-                bodies.setdefault((factor.kind, rows[1] - rows[0], factor.rank, factor.widths), []).append(k)
+                bodies.setdefault((factor.orthogonal, rows[1] - rows[0], factor.rank, factor.widths), []).append(k)
         flat = 0
-        for kind, num_rows, rank, blocks, members in self._within_portions(bodies):
-            self.groups.append(Group(kind, num_rows, rank, flat, tuple(members), blocks))
+        for orthogonal, num_rows, rank, blocks, members in self._within_portions(bodies):
+            self.groups.append(Group(orthogonal, num_rows, rank, flat, tuple(members), blocks))
             for k in members:
                 start, length = rows_of[k][0] * rank - spans[k].start, num_rows * rank
                 self.pieces.append(Piece(k, start, length, flat, length == spans[k].stop - spans[k].start))
@@ -139,13 +165,13 @@ class SpanLayout:
         """Of at most ``max_portion`` elements, but for single bodies and fragments; all elements, in order."""
 
     def _within_portions(
-        self, bodies: dict[tuple[str, int, int, tuple[int, ...]], list[int]]
-    ) -> Iterator[tuple[str, int, int, tuple[int, ...], list[int]]]:
+        self, bodies: dict[tuple[bool, int, int, tuple[int, ...]], list[int]]
+    ) -> Iterator[tuple[bool, int, int, tuple[int, ...], list[int]]]:
         """Bodies of one shape, as many as a portion holds at a time."""
-        for (kind, num_rows, rank, blocks), members in bodies.items():
+        for (orthogonal, num_rows, rank, blocks), members in bodies.items():
             count = len(members) if self._max_portion is None else max(1, self._max_portion // (num_rows * rank))
             for first in range(0, len(members), count):
-                yield kind, num_rows, rank, blocks, members[first : first + count]
+                yield orthogonal, num_rows, rank, blocks, members[first : first + count]
 
     def _cut_portions(self) -> list[Portion]:
         first_piece, firsts = 0, [(0, 0, 0)]  # group, piece and element that a portion begins with

@@ -83,7 +83,7 @@ def _adapted(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Shape of the weight of each adapted matrix in the files, by parameter name."""
     found = {}
     for adapter in adapters_of(model):
-        if isinstance(adapter, ExpertTriplets):
+        if isinstance(adapter, ExpertTriplets) or not adapter.adapts():
             continue
         d_in, d_out = linear_shape(adapter.base) or (0, 0)
         found[f"{adapter.name}.weight"] = (d_in, d_out) if is_conv1d(adapter.base) else (d_out, d_in)

@@ -27,6 +27,7 @@ from accelerate.utils import (
 )
 from torch import nn
 
+from adalora_dist.backbones.precision import computed_in
 from adalora_dist.config.sections import RunConfig, TrainConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.launchers import OWN_COMMAND
@@ -53,9 +54,7 @@ def with_precision(config: ConfigT) -> ConfigT:
     """``config`` with the compute type in place of ``precision`` auto: bf16 on a GPU that has it, else fp32."""
     if config.train.precision != "auto":
         return config
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
-    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) and not on_cpu
-    train = config.train.model_copy(update={"precision": "bf16" if has_bf16 else "fp32"})
+    train = config.train.model_copy(update={"precision": computed_in("auto")})
     return config.model_copy(update={"train": train})
 
 
@@ -106,7 +105,7 @@ def _started(
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return Accelerator(
         cpu=on_cpu and not use_deepspeed,
-        mixed_precision=_PRECISION[train.precision],
+        mixed_precision=_PRECISION[computed_in(train.precision)],
         log_with=_installed_trackers(train.trackers),
         project_dir=train.output_dir,
         # The loop cuts batches itself and takes every scale into its own loss; accelerate only has to hold back the

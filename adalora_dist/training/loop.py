@@ -62,7 +62,7 @@ def train(
     num_steps = total_steps(settings, plan)
     num_processes, num_micro = accelerator.num_processes, accelerator.gradient_accumulation_steps
     put_back_shards(model)
-    parameters = [p for group in prepared.inner_optimizer.param_groups for p in group["params"]]
+    parameters = _clipped(model, prepared.inner_optimizer)
     past: list[bytes] = []
     if prepared.resumed is not None:
         compare_data(prepared.resumed, plan, config)
@@ -104,7 +104,7 @@ def train(
             report(f"step {step + 1}/{num_steps}: {line}")
         if done := hooks.replace(model, optimizer):
             prepared.parameters = trained_parameters(model)
-            parameters = [p for group in prepared.inner_optimizer.param_groups for p in group["params"]]
+            parameters = _clipped(model, prepared.inner_optimizer)
             report(f"step {step + 1}/{num_steps}: {done}")
         metrics.add(step, loss_of_step / num_targets, norm)
         bar.update()
@@ -163,6 +163,13 @@ def train(
             evaluations.restore(checkpoints.best_checkpoint(best.step))
         folder.write_json("best.json", {**best.model_dump(), "num_steps": len(losses)})
     return losses
+
+
+def _clipped(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """What the optimizer updates, in the order of the model: accelerate compares it with the model's, one by one."""
+    updated = [p for group in optimizer.param_groups for p in group["params"]]
+    known = {id(p) for p in updated}
+    return [p for p in model.parameters() if id(p) in known] or updated  # ZeRO's masters are none of the model's
 
 
 def _seed_step(seed: int, step: int, process_index: int) -> None:

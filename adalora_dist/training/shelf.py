@@ -32,7 +32,7 @@ def about(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         text = ast.get_docstring(ast.parse(text)) or ""
-    elif path.suffix in (".yaml", ".sh"):
+    elif path.suffix in (".yaml", ".sh", ""):
         comments = re.match(r"(?:#!.*\n)?((?:#.*\n)*)", text)
         text = re.sub(r"^# ?", "", comments[1] if comments else "", flags=re.MULTILINE)
     else:

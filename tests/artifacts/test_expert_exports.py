@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from adalora_dist import AdaLoraConfig, adapt, attach
 from adalora_dist.artifacts.export import load_adapter, merge, read_adapter, save_adapter, task_settings
 from adalora_dist.artifacts.peft_format import save_adalora, save_lora, vllm_options
+from adalora_dist.artifacts.tables import rank_table
 from adalora_dist.backbones.names import plain_model
+from adalora_dist.io.foreign_files import read_object
 from tests.support.expert_models import MIXTURES, loss_of, mixture
 from tests.support.refusals import refusal
 
@@ -75,6 +77,8 @@ def test_every_form_computes_what_was_trained(kind: str, tmp_path: Path) -> None
     of_peft = PeftModel.from_pretrained(loaded(tmp_path / "base"), tmp_path / "lora").eval()
     torch.testing.assert_close(logits_of(of_peft), logits, atol=1e-5, rtol=0)
     assert "target_parameters" in vllm_options(tmp_path / "lora")
+    save_lora(updates, tmp_path / "padded", None, model=plain_model(tmp_path / "base", {}), pad=True)
+    assert read_object(tmp_path / "padded" / "adapter_config.json")["rank_pattern"] == {}
 
 
 def test_an_adapted_model_saves_itself_for_peft(tmp_path: Path) -> None:
@@ -94,5 +98,13 @@ def test_what_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:
     base = str(tmp_path / "base")
     line = refusal(partial(save_adalora, model=model), updates, tmp_path / "x", base)
     assert "no AdaLoRA of experts" in line and "down_proj" in line
-    line = refusal(partial(save_lora, model=model, pad=True), updates, tmp_path / "x", base)
-    assert "--pad" in line
+
+
+def test_tables_have_experts_by_layer_and_by_expert() -> None:
+    pattern = {f"model.layers.{k}.mlp.experts.{e}.down_proj": k + e for k in range(2) for e in range(3)}
+    shown = rank_table(pattern | {"model.layers.0.self_attn.q_proj": 2})
+    assert "model.layers.1.mlp.experts.down_proj: 1 2 3" in shown
+    row = next(line.split() for line in shown.splitlines() if line.startswith("model.layers.0 "))
+    assert sorted(row[1:]) == ["2", "3", "5"]
+    many = rank_table({f"layers.0.experts.{e}.up_proj": e % 2 for e in range(40)})
+    assert "layers.0.experts.up_proj: 40 experts, 20 at 0, mean 0.5, largest 1" in many

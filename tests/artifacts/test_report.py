@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -17,7 +18,8 @@ import yaml
 from adalora_dist.__main__ import main
 from adalora_dist.artifacts.report.charts import chart, value_at
 from adalora_dist.artifacts.report.page import write_report
-from adalora_dist.artifacts.report.runs import read_runs
+from adalora_dist.artifacts.report.runs import RunRecord, read_runs
+from adalora_dist.artifacts.report.watch import view
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
 from tests.support.browser import CHROMIUM, Browser
@@ -226,3 +228,32 @@ def test_in_a_browser(tmp_path: Path) -> None:
         assert all(name for role, name in named if role in ("image", "slider", "table", "region"))
         assert browser.complaints == []
         assert {address.split(":")[0] for address in browser.requests} == {"file"}
+
+
+def test_watching_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "run", layers=12, steps=20, finished=False)
+    main(["watch", str(run)])  # no terminal here: once
+    said = capsys.readouterr().out
+    for words in ("not finished: 20 of 40", "step 20 of 40, 40 s so far, about 40 s left", "training loss", "budget",
+                  "model.layers.11", "after the allocation of step 17", "of 1,008 triplets"):  # fmt: skip
+        assert words in said, words
+    assert "\x1b" not in said
+    record = read_runs([run])[0]
+    small, coloured = view(record, height=16), view(record, height=16, in_colour=True)
+    assert len(small.splitlines()) <= 16 and "more: --once shows all" in small
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == small != coloured
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        (run / "results.json").write_text("{}")  # it finishes meanwhile
+
+    monkeypatch.setattr("adalora_dist.artifacts.report.watch.time.sleep", sleep)
+    main(["watch", str(run), "--every", "3"])
+    assert waits == [3.0] and "finished, 20 steps" in capsys.readouterr().out
+    hostile = view(RunRecord.read(hostile_run(tmp_path), "hostile"))
+    assert "\x1b" not in hostile and "\u202e" not in hostile
+    for words in (["watch", str(tmp_path)], ["watch", str(run), "--every", "0"]):
+        with pytest.raises(SystemExit):
+            main(words)

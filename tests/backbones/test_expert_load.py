@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from tests.backbones.test_sharded_load import VOCABULARY, peak_of_loading, run_with
 from tests.support.paths import ROOT
 from tests.support.ranks import import_deepspeed, run_ranks
+from tests.support.sharded_loads import VOCABULARY, peak_of_loading, run_with
 from tests.support.tiny_language_model import byte_tokenizer
 
 import_deepspeed()  # or skip

@@ -49,8 +49,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 VARIANTS_OF: dict[str, tuple[str, dict[str, Any]]] = {
     "lora_fa projected": ("lora_fa", {"init_rank": 3, "alpha": 6, "projected": True}),
     "prefix": ("prefix", {"prefix_length": 3, "train_modules": ("head",)}),
+    "lora": ("lora", {"init_rank": 3, "alpha": 6}),
 }
-"""More rows for losses and resume: what does something else at every step; a prefix, whose start changes the model."""
+"""More rows for losses and resume: what does something else at every step; a prefix, whose start changes the model;
+LoRA, whose exports have tests of their own."""
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 MOVES = (("fsdp2", "zero3"), ("zero3", "ddp"), ("zero2", "fsdp2"))
 STEPS, STOP, GLOBAL_BATCH = 8, 4, 24
@@ -67,7 +69,7 @@ def run(
     """Losses of the steps made: all, or those after ``resume``; with ``save`` a checkpoint is written on the way."""
     torch.manual_seed(0)
     settings = section(method)
-    if settings.has_adapters and method != "prefix":
+    if settings.has_adapters and settings.method != "prefix":
         where = "targets" if "targets" in type(settings).model_fields else "positions"
         settings = section(method, **{where: ("up", "down")})
     model = net_for(settings)
@@ -87,6 +89,7 @@ def run(
         zero = {
             "train_micro_batch_size_per_gpu": size,
             "zero_optimization": stage,
+            "gradient_clipping": 0.0,  # DeepSpeed clips at 1 by itself
             "zero_allow_untested_optimizer": True,
         }
         model, wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero)

@@ -15,6 +15,7 @@ from adalora_dist.backbones.experts import grouped_product, place_of, stacks_of
 from adalora_dist.config.methods import method_config
 from adalora_dist.methods.adalora.experts import ExpertTriplets
 from adalora_dist.methods.adalora.orthogonality import regulariser
+from adalora_dist.methods.adalora.routing import TokensSeen
 from adalora_dist.methods.adalora.sums import TripletSums
 from adalora_dist.sharding.layout import FlatBuffer, SpanLayout
 from adalora_dist.sharding.spans import Factor, Span
@@ -274,6 +275,29 @@ def test_the_regulariser_is_of_each_expert_alone_on_any_partition(form, seed):
             piece.copy_(view)
     for f, gradient, wanted in zip(factors, found, expected, strict=False):
         torch.testing.assert_close(gradient.view(f.rows, f.rank), wanted)
+
+
+def test_scores_by_token_are_divided_by_the_share_of_tokens():
+    model, by_token = mixture("qwen3_moe"), config(**FALLING, expert_scores="per_token", targets=("experts",))
+    layers = expert_layers(adapt(model, by_token))
+    seen = TokensSeen(layers, by_token)
+    tokens = torch.tensor([1.0, 3.0, 0.0, 4.0], dtype=torch.float64)
+    scores = seen.weigh(torch.ones(4 * 4 * RANK, dtype=torch.float64), [tokens] * 4)
+    expected = (2 / tokens.clamp(min=2e-6)) ** 2
+    torch.testing.assert_close(scores.view(4, 4, RANK)[0, :, 0], expected)
+    assert seen.smoothed[:4] == pytest.approx((0.15 * tokens).tolist())
+    loss_of(model)
+    assert [int(counted.sum()) for counted in seen.partials()] == [2 * 12 * 2] * 4
+    seen.clear()
+    assert not any(counted.any() for counted in seen.partials())
+
+
+def test_a_run_with_scores_by_token_meets_its_budget_and_goes_on_from_its_state():
+    settings = config(**FALLING, expert_scores="per_token")
+    _, hooks, _ = run(mixture("mixtral"), settings)
+    assert sum(hooks.rank_pattern().values()) == 36
+    state = hooks.state()
+    assert len(state.numbers["tokens_seen"]) == 4 * 4 and all(n > 0 for n in state.numbers["tokens_seen"])
 
 
 def test_lora_of_experts_has_no_budget():

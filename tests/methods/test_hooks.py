@@ -8,7 +8,8 @@ import torch
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from adalora_dist.methods import METHODS
+from adalora_dist.config.sections import TrainConfig
+from adalora_dist.methods import METHODS, method_for
 from adalora_dist.methods.hooks import attach
 from tests.support.engine_steps import backward_and_step
 from tests.support.models import adapted_net, config, global_batch
@@ -33,7 +34,9 @@ def train(rank: int, world_size: int, method: str, engine: str, poisoned: bool) 
     model: Any = adapted_net(settings)
     if engine == "fsdp2":
         fully_shard(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    optimizer: Any = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    if method == "galore":
+        optimizer = method_for(settings).optimizer(model, TrainConfig(learning_rate=2e-2))
     hooks = attach(model, optimizer, settings, STEPS)
     if engine == "ddp":
         model = DistributedDataParallel(model, find_unused_parameters=False)

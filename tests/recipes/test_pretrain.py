@@ -28,7 +28,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> object:
         yield
 
 
-METHODS = ["galore", "relora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("low_rank", "full", "lora"))]
+METHODS = ["galore", *(pytest.param(m, marks=pytest.mark.slow) for m in ("relora", "low_rank", "full", "lora"))]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -67,7 +67,7 @@ def test_two_processes_do_what_one_does(method: str, engine: str, tmp_path: Path
 COUNTS = {"60m": 58_073_600, "130m": 134_105_856, "350m": 367_969_280, "1b": 1_339_082_752}
 
 
-@pytest.mark.parametrize("size", COUNTS)
+@pytest.mark.parametrize("size", [pytest.param(s, marks=[pytest.mark.slow] * (s != "60m")) for s in COUNTS])
 def test_published_sizes_can_be_planned_without_a_network(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     file = ROOT / "recipes" / "configs" / f"llama_pretrain_{size}.yaml"

@@ -13,10 +13,10 @@ from tests.support.settings import adapter_section
 
 
 class Block(nn.Module):
-    def __init__(self, d: int, hidden: int) -> None:
+    def __init__(self, d: int, hidden: int, bias: bool = True) -> None:
         super().__init__()
-        self.up = nn.Linear(d, hidden)
-        self.down = nn.Linear(hidden, d)
+        self.up = nn.Linear(d, hidden, bias=bias)
+        self.down = nn.Linear(hidden, d, bias=bias)
         self.skip = False  # a layer that takes no part in a step, and so has no gradient
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -26,9 +26,9 @@ class Block(nn.Module):
 class Net(nn.Module):
     """Two blocks and a head: four adapted matrices of odd sizes; the head is left alone."""
 
-    def __init__(self, d: int = 7, hidden: int = 13, num_blocks: int = 2) -> None:
+    def __init__(self, d: int = 7, hidden: int = 13, num_blocks: int = 2, bias: bool = True) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(d, hidden) for _ in range(num_blocks))
+        self.blocks = nn.ModuleList(Block(d, hidden, bias) for _ in range(num_blocks))
         self.head = nn.Linear(d, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -61,8 +61,10 @@ class TextNet(nn.Module):
 
 
 def net_for(config: MethodConfig, **sizes: int) -> Any:
-    """What a method is tried on: Net, or for one that needs the layers of a language model, TextNet."""
-    return TextNet() if config.method == "prefix" else Net(**sizes)
+    """What a method is tried on: Net, or TextNet for one that needs the layers of a language model."""
+    if config.method == "prefix":
+        return TextNet()
+    return Net(**sizes, bias=config.method != "low_rank")  # factors have no place for biases
 
 
 def adapted_net(config: MethodConfig, seed: int = 0, **sizes: int) -> Any:
@@ -76,7 +78,8 @@ def config(method: str = "adalora", **changes) -> Any:
     """Rank 3 on every matrix, pruned to half; large learning signals so that patterns move."""
     values = dict(
         init_rank=3, target_rank=1.5, alpha=6, targets=("up", "down"), positions=("up", "down"), start="paper",
-        init="orthonormal", initial_warmup_steps=4, final_steps=12, mask_interval_steps=3, orthogonality=0.1,
+        drop_layers=1, init="orthonormal", initial_warmup_steps=4, final_steps=12, mask_interval_steps=3,
+        orthogonality=0.1,
     )  # fmt: skip
     return adapter_section(method, **{**values, **changes})
 

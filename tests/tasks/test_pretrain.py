@@ -134,7 +134,7 @@ def test_too_little_text_and_wrong_paths_get_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("short")
     with pytest.raises(UserError, match="tokens to validate on, not one sequence of max_length=256"):
         (tmp_path / "long.txt").write_text("word " * 400)
-        store(PretrainDataConfig(source=(str(tmp_path / "long.txt"),), eval_source=str(tmp_path / "a.txt")))
+        store(PretrainDataConfig(source=(str(tmp_path / "long.txt"),), eval_split=str(tmp_path / "a.txt")))
     (tmp_path / "b.pdf").write_text("")
     for word, message in (("missing", "no such file or folder"), ("b.pdf", "its name must end in one of .jsonl")):
         with pytest.raises(UserError, match=message):

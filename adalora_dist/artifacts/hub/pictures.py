@@ -20,12 +20,26 @@ if TYPE_CHECKING:
     from matplotlib.ticker import MaxNLocator
 
 
+_EXPERT = re.compile(r"(.*experts)\.\d+\.([^.]+)")
+
+
+def of_experts(pattern: Mapping[str, int]) -> dict[str, list[int]]:
+    """The ranks of all experts of a layer for one projection, expert after expert, by the name that they share."""
+    found: dict[str, list[int]] = {}
+    for name, rank in pattern.items():
+        if match := _EXPERT.fullmatch(name):
+            found.setdefault(f"{match[1]}.{match[2]}", []).append(rank)
+    return found
+
+
 def rank_grid(pattern: Mapping[str, int]) -> tuple[list[str], list[str], dict[tuple[str, str], int]]:
     """Lines (layers), columns (matrices) and the rank in each cell that there is, by line and column.
 
     A matrix goes by the end of its name, as much of it as no other matrix shares. A name without a layer number gets a
-    line of its own.
+    line of its own. The experts of a layer are one matrix here, with the sum of their ranks (:func:`of_experts`).
     """
+    sums = {name: sum(ranks) for name, ranks in of_experts(pattern).items()}
+    pattern = {name: rank for name, rank in pattern.items() if not _EXPERT.fullmatch(name)} | sums
     places: dict[str, tuple[str, str]] = {}
     for name in pattern:
         match = re.match(r"(?P<stack>.*?)\.?(?P<layer>\d+)\.(?P<matrix>.*)$", name)

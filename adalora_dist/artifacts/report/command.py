@@ -1,4 +1,4 @@
-"""The subcommand ``adalora-dist report``. Importing this file costs no torch, and neither does the command."""
+"""The subcommands ``adalora-dist report`` and ``watch``. Importing this file costs no torch, nor do the commands."""
 
 from __future__ import annotations
 
@@ -21,6 +21,33 @@ def add_report(commands: argparse._SubParsersAction[Any]) -> None:
         "--out", type=Path, metavar="FILE", help="default: RUN/report.html; of several runs report.html right here"
     )
     parser.set_defaults(run_command=_report)
+
+
+def add_watch(commands: argparse._SubParsersAction[Any]) -> None:
+    """Declare it among the others."""
+    parser = commands.add_parser(
+        "watch", help="a run in the terminal, while it goes on: loss, budget, ranks", allow_abbrev=False
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, finished or not")
+    parser.add_argument("--once", action="store_true", help="show it once, whole")
+    parser.add_argument("--every", type=_seconds, default=5.0, metavar="SECONDS", help="between looks; default: 5")
+    parser.set_defaults(run_command=_watch)
+
+
+def _seconds(word: str) -> float:
+    try:
+        seconds = float(word)
+    except ValueError:
+        seconds = 0.0
+    if not 0.2 <= seconds <= 86_400:
+        raise argparse.ArgumentTypeError(f"{word} must be a number of seconds from 0.2 to 86,400")
+    return seconds
+
+
+def _watch(arguments: argparse.Namespace) -> None:
+    from adalora_dist.artifacts.report.watch import watch
+
+    watch(arguments.run, arguments.every, arguments.once)
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -48,6 +48,9 @@ class AdaLoraConfig(LowRankConfig):
     """Smoothing of the uncertainty."""
     importance_order: Literal["before", "after"] = "before"
     """Weights in |w g|: before the optimizer step (Algorithm 1) or after it (the authors' code)."""
+    expert_scores: Literal["per_step", "per_token"] = "per_step"
+    """Scores of experts: as gradients are, sums over an expert's tokens; or divided by its share of tokens, so that
+    experts that are rarely chosen are compared by what a token of theirs teaches."""
     importance_kernel: Literal["eager", "compiled"] = "eager"
     """How the averages advance: in six operations, or in one kernel, equal up to rounding, which torch.compile builds
     at the first step, in seconds, with a C++ compiler on a CPU and Triton on a GPU."""
@@ -94,6 +97,15 @@ class AdaLoraConfig(LowRankConfig):
             raise ValueError(
                 f"init {self.init} with start matched: that start has P = 0 and LoRA's Q, so init would not be read; "
                 "leave init out, or set start to paper"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _scores_have_tokens(self) -> AdaLoraConfig:
+        if self.expert_scores == "per_token" and self.importance == "magnitude":
+            raise ValueError(
+                "expert_scores per_token with importance magnitude: |lambda| does not grow with tokens, so there is "
+                "nothing to divide; leave expert_scores out, or set importance to sensitivity_uncertainty"
             )
         return self
 

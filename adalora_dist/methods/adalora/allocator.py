@@ -22,7 +22,8 @@ Communication beyond plain LoRA's own, in whole:
 
 - per step, over the shard group only (nothing on one process or under DDP), in the hooks' sum: float32 [Gram matrices |
   rows cut between ranks];
-- per allocation, over all ranks: one float64 sum of [triplet scores | 6 digest numbers]. Replicas (DDP, the outer
+- per allocation, over all ranks: one float64 sum of [triplet scores | 6 digest numbers | tokens of each expert, if
+  scores are by token]. Replicas (DDP, the outer
   axis of HSDP) contribute in equal shares, so all ranks select from the same numbers whatever their local history.
 
 No parameter and no gradient is gathered.
@@ -45,6 +46,7 @@ from adalora_dist.methods.adalora.compaction import remove_triplets
 from adalora_dist.methods.adalora.growth import growth, growth_line
 from adalora_dist.methods.adalora.importance import select, select_local
 from adalora_dist.methods.adalora.layers import LAMBDAS_NAME, TripletLayer, ranks_of
+from adalora_dist.methods.adalora.routing import TokensSeen
 from adalora_dist.methods.adalora.schedule import BudgetSchedule
 from adalora_dist.methods.protocol import Step, StepState
 from adalora_dist.sharding.base import ShardEngine, sum_over
@@ -74,6 +76,7 @@ class RankAllocator(Step):
         """The triplets that were pruned for good have been removed from memory."""
         self._pending = False  # a selection is due
         self._watch = PatternWatch()
+        self._tokens = TokensSeen(layers, config)
         self._bound: BoundTriplets | None = None
 
     # ------------------------------------------------------------------------------------ what the engine has of it
@@ -132,10 +135,12 @@ class RankAllocator(Step):
             bound.mask(self._selected, self.frozen)
         elif self.frozen and not self.compacted:
             bound.mask(self._selected, self.frozen)
+        self._tokens.clear()
 
     def missed(self, step: int) -> None:
         """A selection that was due is made at the next step that does happen."""
         self._pending |= self._due(step)
+        self._tokens.clear()
 
     def notice(self, step: int, learning_rate: Callable[[int], float]) -> str:
         """At t_i: how far the update has left 0, with a warning where pruning would choose by noise."""
@@ -200,9 +205,11 @@ class RankAllocator(Step):
         bound = self.bound
         world = dist.group.WORLD if dist.is_initialized() else None
         scores = bound.score_partials()
-        reduced = sum_over(world, torch.cat([scores, *bound.digest.summands(self.keep)]))
-        scores, digests = reduced.split([len(scores), 6])
+        counts = [tokens.to(scores.device) for tokens in self._tokens.partials()]
+        reduced = sum_over(world, torch.cat([scores, *bound.digest.summands(self.keep), *counts]))
+        scores, digests, *counts = reduced.split([len(scores), 6, *map(len, counts)])
         self._watch.note(step, digests)
+        scores = self._tokens.weigh(scores, counts)
         budget = self.schedule.budget(step)
         if self.config.budget_scope == "local":
             self.keep, lowest = select_local(scores, self.ranks, budget)
@@ -222,6 +229,8 @@ class RankAllocator(Step):
             "allocation_steps": [a.step for a in self.allocations],
             "allocation_budgets": [a.budget for a in self.allocations],
         }
+        if self._tokens.smoothed:
+            numbers["tokens_seen"] = list(self._tokens.smoothed)
         none = torch.zeros(0, sum(self.ranks), dtype=torch.bool)
         patterns = torch.stack([a.keep.cpu() for a in self.allocations]) if self.allocations else none
         return StepState(numbers, patterns, self.bound.averages())
@@ -229,6 +238,7 @@ class RankAllocator(Step):
     def load_state(self, state: StepState) -> None:
         numbers, device = state.numbers, self.bound.skip.device
         self._pending, self.frozen = numbers["pending"], numbers["frozen"]
+        self._tokens.smoothed = list(numbers.get("tokens_seen", self._tokens.smoothed))
         made = zip(numbers["allocation_steps"], numbers["allocation_budgets"], state.patterns, strict=True)
         self.allocations = [Allocation(step, budget, keep.to(device)) for step, budget, keep in made]
         self.keep = self.allocations[-1].keep if self.allocations else None
@@ -275,7 +285,11 @@ class RankAllocator(Step):
     @property
     def bytes_per_allocation(self) -> int:
         """What this rank puts into the reduction of one allocation; 0 on one process."""
-        return 8 * (sum(self.ranks) + 6) if dist.is_initialized() and dist.get_world_size() > 1 else 0
+        return (
+            8 * (sum(self.ranks) + 6 + len(self._tokens.smoothed))
+            if dist.is_initialized() and dist.get_world_size() > 1
+            else 0
+        )
 
     def rank_pattern(self) -> dict[str, int]:
         if self.keep is None:

@@ -113,9 +113,9 @@ class BoundTriplets:
     def gram_partials(self) -> None:
         """Write this rank's part of the Gram matrices to ``sums.partials``."""
         held = self.engine.values()
-        for values in self._values:
+        for values, scratch in zip(self._values, self._scratch, strict=True):
             self.layout.collect(held, values)
-            self.sums.gram_partials(values)
+            self.sums.gram_partials(values, scratch)
 
     def collect_values(self) -> None:
         """Copy local elements to ``values``, as float32, if they are one portion: others wait for their turn."""

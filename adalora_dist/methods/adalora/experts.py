@@ -39,6 +39,7 @@ class ExpertTriplets(TripletLayer):
         super().__init__(stack.name, stack.d_in, stack.d_out, ranks, scale, dropout, device_of(experts))
         self.stack = stack
         self.__dict__["experts"] = experts  # which is the parent, not a part
+        self.num_tokens: torch.Tensor | None = None
         self._columns: tuple[tuple[int, torch.device] | None, torch.Tensor | None] = (None, None)
 
     @property
@@ -47,6 +48,11 @@ class ExpertTriplets(TripletLayer):
 
     def matrix_names(self) -> list[str]:
         return self.stack.matrix_names()
+
+    def count_tokens(self) -> None:
+        """From now on ``num_tokens``, (experts,) float64, counts those of training, until it is set to 0."""
+        device = self.P.device if self.rank else torch.device("cpu")
+        self.num_tokens = torch.zeros(self.stack.num_experts, dtype=torch.float64, device=device)
 
     def adapts(self) -> list[tuple[nn.Module, str]]:
         return [(self.experts, self.stack.leaf)]
@@ -63,6 +69,9 @@ class ExpertTriplets(TripletLayer):
             x: (rows, d_in) sorted by expert, whose rows end at ``offsets``; (experts, rows, d_in) without offsets.
             dtype: of the base's own product.
         """
+        if self.num_tokens is not None and self.training:
+            counted = offsets.diff(prepend=offsets.new_zeros(1)) if offsets is not None else x.any(-1).sum(-1)
+            self.num_tokens = self.num_tokens.to(x.device).add_(counted)
         x = (x if self.dropout is None else self.dropout(x)).to(dtype)
         q = self._by_expert(self.Qt.to(dtype))
         p = self._by_expert(self.lambdas.weight(self).to(dtype)).transpose(1, 2)

@@ -46,6 +46,7 @@ class TripletSums:
         num_replicas: int = 1,
     ) -> None:
         self.layout = layout
+        self._stacked_in: FlatBuffer | None = None
         self._index_triplets(device, num_replicas)
         self._index_grams(spans_of_ranks, device)
         self._num_matrices = sum(self._num_of_rank.values()) if num_matrices is None else num_matrices
@@ -95,7 +96,7 @@ class TripletSums:
         self._slot: dict[int, tuple[int, int]] = {}  # factor -> (r, index of its first matrix among those of that r)
         self._num_of_rank: dict[int, int] = {}
         columns: dict[int, list[list[int]]] = {}  # r -> of every matrix the triplets of its columns, -1: none
-        for k, factor in sorted(enumerate(self.layout.factors), key=lambda item: (item[1].kind, item[1].rows)):
+        for k, factor in sorted(enumerate(self.layout.factors), key=lambda item: item[1].rows):
             if factor.orthogonal and factor.rank:
                 r, first = max(factor.widths), factor.first_triplet
                 of_r = columns.setdefault(r, [])
@@ -147,7 +148,7 @@ class TripletSums:
         self._group_slots: list[slice | torch.Tensor | None] = []
         self._padding: list[tuple[torch.Tensor, torch.Tensor] | None] = []
         for group in self.layout.groups:
-            slots = [s for k in group.factors for s in self._slots_of(k)[1]] if group.kind != "lam" else []
+            slots = [s for k in group.factors for s in self._slots_of(k)[1]] if group.orthogonal else []
             if not slots:
                 self._group_slots.append(None)
             elif slots == list(range(slots[0], slots[-1] + 1)):
@@ -161,24 +162,35 @@ class TripletSums:
                 padded[places] = torch.arange(group.rank)
                 self._padding[-1] = padded.to(device), torch.tensor(places, device=device)
 
-    def _matrices(self, values: FlatBuffer, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The (matrices, rows, r) of group k, and transposed; a copy where several lie in one factor."""
+    def _stack(self, values: FlatBuffer, work: FlatBuffer) -> None:
+        """Where factors hold several matrices of one width, copy them to ``work`` one behind the other."""
+        if self._stacked_in is not work:
+            pairs = zip(work.stacked, values.stacked, strict=True)
+            several = [(to.as_if, source.in_place) for to, source in pairs if to is not None and source is not None]
+            if several:
+                torch._foreach_copy_([to for to, _ in several], [source for _, source in several])
+        self._stacked_in = work
+
+    def _matrices(self, values: FlatBuffer, k: int, work: FlatBuffer) -> tuple[torch.Tensor, torch.Tensor]:
+        """The (matrices, rows, r) of group k, and transposed; a copy where factors hold several (:meth:`_stack`)."""
         group, padding = self.layout.groups[k], self._padding[k]
         if len(group.blocks) == 1:
             return values.body(k), values.transposed[k - values.portion.groups.start]
-        body = values.body(k) if padding is None else values.body(k).index_select(2, padding[0])
-        by_matrix = body.view(len(body), group.rows, len(group.blocks), -1).transpose(1, 2)
-        matrices = by_matrix.reshape(-1, group.rows, max(group.blocks))
+        if (stacked := work.stacked[k - work.portion.groups.start]) is not None:
+            return stacked.matrices, stacked.transposed
+        assert padding is not None
+        by_row = values.body(k).index_select(2, padding[0]).view(-1, group.rows, len(group.blocks), max(group.blocks))
+        matrices = by_row.transpose(1, 2).flatten(0, 1)
         return matrices, matrices.transpose(1, 2)
 
     def _put(self, gradients: torch.Tensor, k: int, out: FlatBuffer) -> None:
-        """What :meth:`_matrices` of a group with several matrices in a factor gave, back into their places."""
-        group, padding, body = self.layout.groups[k], self._padding[k], out.body(k)
-        by_row = gradients.view(len(body), len(group.blocks), group.rows, -1).transpose(1, 2)
-        if padding is None:
-            body.view(by_row.shape).copy_(by_row)
-        else:
-            torch.index_select(by_row.flatten(2), 2, padding[1], out=body)
+        """The (matrices, rows, r) of group k with several in a factor, into their places."""
+        group, padding = self.layout.groups[k], self._padding[k]
+        by_factor = gradients.view(-1, len(group.blocks), group.rows, max(group.blocks))
+        if (target := out.stacked[k - out.portion.groups.start]) is not None:
+            target.in_place.copy_(by_factor)
+        elif padding is not None:
+            torch.index_select(by_factor.transpose(1, 2).flatten(2), 2, padding[1], out=out.body(k))
 
     def _view_partials(self, device: torch.device | str, dtype: torch.dtype) -> None:
         size = self.num_gram_elements + self.num_split_row_elements + 1
@@ -230,18 +242,26 @@ class TripletSums:
         weighted = self._sums * (self._score_weights if kind is None else self._weights_of_kind[kind])
         return weighted[self._score_index].sum(dim=1)
 
-    def gram_partials(self, values: FlatBuffer) -> torch.Tensor:
+    def gram_partials(self, values: FlatBuffer, work: FlatBuffer | None = None) -> torch.Tensor:
         """Write this rank's part of Gram matrices and split rows to ``partials``, all but the last; returns it.
 
         Of several portions, each writes its own part, the first one first.
+
+        Args:
+            work: the same portion of another buffer, whose content is lost. :meth:`times_factors` need not copy values
+                once more if it is the next ``out`` there, untouched.
         """
         portion = values.portion
+        if work is None:
+            work = FlatBuffer(self.layout, None, values.data.device, values.data.dtype, portion)
+        self._stacked_in = None
+        self._stack(values, work)
         if not self._all_written and portion.start == 0:
             self.partials.zero_()
         for k in portion.groups:
             if (slots := self._group_slots[k]) is None:
                 continue
-            matrices, transposed = self._matrices(values, k)
+            matrices, transposed = self._matrices(values, k, work)
             if (grams := self._group_grams[k]) is not None:
                 torch.bmm(transposed, matrices, out=grams)
             else:
@@ -300,16 +320,18 @@ class TripletSums:
 
     def times_factors(self, values: FlatBuffer, out: FlatBuffer) -> FlatBuffer:
         """Write dR/dw of the elements of a portion to ``out``, the same portion of another buffer."""
+        self._stack(values, out)
         for k in values.portion.groups:
             if (slots := self._group_slots[k]) is None:
                 continue
             group, of_group = self.layout.groups[k], self._group_factors[k]
             factor = self._gram_factors[max(group.blocks)][slots] if of_group is None else of_group
-            matrices, _ = self._matrices(values, k)
+            matrices, _ = self._matrices(values, k, out)
             if len(group.blocks) == 1:
                 torch.bmm(matrices, factor, out=out.body(k))
             else:
                 self._put(torch.bmm(matrices, factor), k, out)
+        self._stacked_in = None
         if values.fragments is not None:
             for r, (flat_index, row_index) in self._split_elements.items():
                 if len(flat_index):

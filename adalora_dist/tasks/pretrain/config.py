@@ -10,14 +10,13 @@ from pydantic import Field, model_validator
 from adalora_dist.config.methods import AnyMethodConfig, GaLoreConfig
 from adalora_dist.config.sections import (
     DataConfig,
-    EvaluationConfig,
-    ExportConfig,
     ModelConfig,
     RunConfig,
     TrainConfig,
 )
 
 Size = Literal["demo", "60m", "130m", "350m", "1b"]
+DEFAULT_EVAL_SHARE = 0.01
 C4 = "c4"
 """The word of ``--data`` for allenai/c4, English."""
 
@@ -38,10 +37,10 @@ class PretrainDataConfig(DataConfig):
     other; c4: the English part of allenai/c4 from the Hub, as far as it is needed; empty: built-in stories."""
     column: str = "text"
     """Column with the text of a row."""
-    eval_source: str = ""
+    eval_split: str = ""
     """File or folder that the validation perplexity is measured on; empty: a share of the documents (c4: its own)."""
-    eval_share: float = Field(0.01, gt=0, lt=1)
-    """Share of the documents held out for the validation perplexity, by their content."""
+    eval_share: float | None = Field(None, gt=0, lt=1)
+    """Share of the documents held out for the validation perplexity, by their content. Default: 0.01."""
     max_length: int = Field(256, ge=8)
     """Tokens of every sequence."""
     max_eval_tokens: int = Field(1_000_000, ge=1)
@@ -51,21 +50,22 @@ class PretrainDataConfig(DataConfig):
     def always_validates(self) -> bool:
         return True
 
+    @property
+    def held_out_share(self) -> float:
+        """``eval_share``, or its default."""
+        return DEFAULT_EVAL_SHARE if self.eval_share is None else self.eval_share
+
     @model_validator(mode="after")
     def _of_own_data(self) -> PretrainDataConfig:
-        if self.eval_split:
+        if self.eval_split and not self.source:
             raise ValueError(
-                f"eval_split {self.eval_split}: here the rows to validate on are called eval_source; set that one"
+                f"eval_split {self.eval_split} without data: the built-in stories have their own; give --data, or "
+                "leave eval_split out"
             )
-        if self.eval_source and not self.source:
-            raise ValueError(
-                f"eval_source {self.eval_source} without data: the built-in stories have their own; give --data, or "
-                "leave eval_source out"
-            )
-        if C4 in self.source and (len(self.source) > 1 or self.eval_source):
+        if C4 in self.source and (len(self.source) > 1 or self.eval_split):
             raise ValueError(
                 f"data {' '.join(self.source)}: c4 is read by itself, with its own validation documents; leave the "
-                "others and eval_source out"
+                "others and eval_split out"
             )
         return self
 
@@ -73,11 +73,6 @@ class PretrainDataConfig(DataConfig):
 class PretrainTrainConfig(TrainConfig):
     num_tokens: int | None = Field(None, ge=1)
     """Training tokens, from which the number of steps follows; ignored when max_steps is set. None: see epochs."""
-
-
-class PretrainEvaluationConfig(EvaluationConfig):
-    eval_every: int = Field(0, ge=0)
-    """Optimizer steps between measurements of the validation perplexity; 0: before and after alone."""
 
 
 class PretrainConfig(RunConfig):
@@ -88,8 +83,6 @@ class PretrainConfig(RunConfig):
         epochs=1, batch_size=512, micro_batch_size=32, learning_rate=1e-2, lr_schedule="cosine", lr_warmup_ratio=0.1,
         lr_end_ratio=0.1, precision="auto",
     )  # fmt: skip
-    evaluation: PretrainEvaluationConfig = PretrainEvaluationConfig()
-    export: ExportConfig = ExportConfig()
 
     @model_validator(mode="after")
     def _nothing_stays_random(self) -> PretrainConfig:

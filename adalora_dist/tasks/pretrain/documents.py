@@ -93,8 +93,8 @@ def sources_of(data: PretrainDataConfig) -> tuple[Source, Source | None]:
     if C4 in data.source:
         return Streamed("train"), Streamed("validation")
     files = tuple(path for word in data.source for path in _files(word, "data"))
-    held_out = Files(LocalSplit("validation", _files(data.eval_source, "eval_source")), data.column)
-    return Files(LocalSplit("train", files), data.column), held_out if data.eval_source else None
+    held_out = Files(LocalSplit("validation", _files(data.eval_split, "eval_split")), data.column)
+    return Files(LocalSplit("train", files), data.column), held_out if data.eval_split else None
 
 
 def documents(source: Source, column: str, bad: BadRows) -> Iterator[str]:

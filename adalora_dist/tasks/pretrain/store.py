@@ -85,7 +85,7 @@ def token_store(
     train, held_out = sources_of(data)
     limit = max_train_tokens if "c4" in data.source else None
     described = [
-        *(_VERSION, data.column, data.eval_share, data.max_eval_tokens, data.max_length, limit, bad.policy),
+        *(_VERSION, data.column, data.held_out_share, data.max_eval_tokens, data.max_length, limit, bad.policy),
         *(type(tokenizer).__name__, rules_of(tokenizer), eos_tokens(tokenizer)),
     ]
     key = [json.dumps(described).encode(), *train.identity(), b"|", *(held_out.identity() if held_out else ())]
@@ -124,7 +124,7 @@ def _build(
     show: bool,
 ) -> None:
     dtype, eos = "uint16" if len(tokenizer) <= 1 << 16 else "uint32", eos_tokens(tokenizer)
-    counts, share = dict.fromkeys(_SIDES, 0), data.eval_share if held_out is None else 0.0
+    counts, share = dict.fromkeys(_SIDES, 0), data.held_out_share if held_out is None else 0.0
     with (
         (folder / "train.bin").open("wb") as train_file,
         (folder / "eval.bin").open("wb") as eval_file,

@@ -1,0 +1,184 @@
+"""What a step, an evaluation and a start cost besides the method, before and after, counted in one run on any machine.
+
+    python benchmarks/table.py            prints the table; about three minutes on one CPU core
+
+"Before" is what is done without the part in question: with a mask, with ``nn.Dropout``, with all logits at once, a
+sequence for each choice, a question at a time. Operations, host reads, bytes and tokens are counted; seconds are of the
+process's CPU time.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from operations import Counts
+from torch import nn
+from variants import Variant, llama
+
+from adalora_dist.methods.adalora import bound, layers
+from adalora_dist.methods.dropout import Dropout
+from adalora_dist.tasks.batches import collate
+from adalora_dist.tasks.commonsense.choices import evaluate_choices
+from adalora_dist.tasks.commonsense.prompts import choice_tokens, encode_example, encode_examples, prompt_tokens
+from adalora_dist.tasks.commonsense.rows import Example
+from adalora_dist.tasks.token_losses import TokenLosses, automatic_chunk, logits_bytes
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.support.kept import kept_bytes
+from tests.support.memory import peak_bytes
+from tests.support.tiny_language_model import byte_tokenizer, tiny_llama, word_tokenizer
+
+NUM_QUESTIONS = 148_000  # rows of the eight commonsense tasks
+SCHEDULE = (100, 1, 1, 10)
+
+
+class WithMask(nn.Dropout):
+    """Dropout that keeps its mask, and the product a copy."""
+
+    def product(self, x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        dropped: torch.Tensor = self(x)
+        return dropped.to(dtype) @ weight.to(dtype)
+
+
+def rows() -> Iterator[tuple[str, str, str]]:
+    """(what, before, after)."""
+    yield from masks()
+    yield from dropout()
+    yield from logits()
+    yield from evaluation()
+    yield from state()
+    yield from start()
+
+
+def masks() -> Iterator[tuple[str, str, str]]:
+    model = llama(16, 44, 4)
+    batch = collate([{"input_ids": [3] * n, "labels": [3] * n} for n in (9, 5)], 0)
+    found = {}
+    for name, inputs in {
+        "masked": {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]},
+        "bare": {"input_ids": batch["input_ids"]},
+    }.items():
+        counts = found[name] = Counts()
+        with counts.with_host_reads():
+            model(**inputs)
+    more = found["masked"].aten.total() - found["bare"].aten.total()
+    reads = found["masked"].host_reads["__bool__"]
+    yield "mask of right-padded rows, operations a forward", str(more), "0"
+    yield "the same, host reads", str(reads), str(found["bare"].host_reads.total())
+
+
+def dropout() -> Iterator[tuple[str, str, str]]:
+    def kept(kind: type, p: float) -> int:
+        with mock.patch.object(layers, "Dropout", kind):
+            model = llama(64, 176, 4).bfloat16()
+            changes: dict[str, Any] = {"dropout": p} if p else {}
+            variant = Variant("lora", model, 8, 8, SCHEDULE, **changes)
+        variant.model.train()
+        ids = torch.arange(256).view(4, 64) % 32
+        parameters = tuple(variant.model.parameters())
+        return int(kept_bytes(lambda: variant.model.model(input_ids=ids).last_hidden_state, parameters))
+
+    without = kept(Dropout, 0.0)
+    before, after = (f"{kept(kind, 0.05) / without:.2f}" for kind in (WithMask, Dropout))
+    yield "bytes kept for backward with dropout 0.05, all linear maps, of those without", before, after
+
+
+def logits() -> Iterator[tuple[str, str, str]]:
+    vocabulary, num_targets = 16_000, 16_384
+    model = tiny_llama(vocabulary, 16)
+    model.requires_grad_(False)
+    model.model.embed_tokens.requires_grad_(True)
+    ids = torch.randint(3, vocabulary, (16, num_targets // 16))
+    peaks, sums = [], []
+    for size in (0, "auto"):
+        losses: Any = TokenLosses(size)
+        sums.append(losses(model, {"input_ids": ids[:1, :9]}, ids[:1, :9]).item())
+        peaks.append(peak_bytes(lambda do=losses: do(model, {"input_ids": ids}, ids).backward()))
+    assert abs(sums[0] - sums[1]) < 1e-6 * sums[0]
+    shown = f"{num_targets:,} targets x {vocabulary:,} words, fp32, {automatic_chunk(vocabulary):,} at a time"
+    yield f"peak of a loss and its backward, GB: {shown}", f"{peaks[0] / 1e9:.2f}", f"{peaks[1] / 1e9:.2f}"
+    whole, chunked = (logits_bytes(8192, 128_256, size) / 1e9 for size in (0, "auto"))
+    yield "the same by formula, GB: 8,192 x 128,256, bf16", f"{whole:.2f}", f"{chunked:.2f}"
+
+
+def questions(count: int, choices: tuple[str, ...]) -> list[Example]:
+    draws, words = random.Random(0), [f"w{k}" for k in range(500)]
+    tail = f"\n\nAnswer format: {'/'.join(choices)}"
+    return [
+        Example(" ".join(draws.choices(words, k=draws.randint(20, 60))) + tail, "",
+                f"the correct answer is {choices[0]}", choices[0], choices, "arc_easy", f"train.json:{k}")
+        for k in range(count)
+    ]  # fmt: skip
+
+
+def evaluation() -> Iterator[tuple[str, str, str]]:
+    tokenizer, model = byte_tokenizer(), tiny_llama(259)
+    for choices in (("answer1", "answer2"), ("answer1", "answer2", "answer3", "answer4")):
+        examples = questions(64, choices)
+        read: list[int] = []
+
+        def count(_model: nn.Module, _: Any, inputs: dict[str, torch.Tensor], read: list[int] = read) -> None:
+            read.append(inputs["input_ids"].numel())
+
+        with model.register_forward_pre_hook(count, with_kwargs=True):
+            evaluate_choices(model, tokenizer, examples, 8, 1024)
+        prompts = [len(prompt_tokens(e, tokenizer, 1024)) for e in examples]
+        replies = [[len(reply) for reply in choice_tokens(e, tokenizer)] for e in examples]
+        needed = sum(prompt + max(reply) - 1 for prompt, reply in zip(prompts, replies, strict=True))
+        before = sum(prompt + n for prompt, reply in zip(prompts, replies, strict=True) for n in reply)
+        what = f"tokens of an evaluation by likelihood, {len(choices)} choices, of those needed"
+        yield what, f"{before / needed:.2f}", f"{sum(read) / needed:.2f}"
+
+
+def state() -> Iterator[tuple[str, str, str]]:
+    def of(method: str, smallest: int) -> float:
+        with mock.patch.object(bound, "MIN_PORTION", smallest), mock.patch.object(layers, "_SIDE_BY_SIDE", smallest):
+            variant = Variant(method, llama(128, 344, 4), 48, 24, SCHEDULE)
+            ids = torch.arange(2)[None]
+            for _ in range(3):
+                variant.step(ids)
+            trained = sum(p.numel() for p in variant.trainable)
+            held = 12 * trained + (8 * trained if method == "adalora" else 0)
+            if method == "adalora":
+                held += sum(8 * buffer.data.numel() for buffer in variant.hooks.method_step.bound._values[:1])
+            return float(held + peak_bytes(lambda: variant.step(ids))) / trained
+
+    before, after, lora = of("adalora", 2**30), of("adalora", 2**14), of("lora", 2**14)
+    yield f"AdaLoRA's state at the peak, bytes an element (LoRA: {lora:.1f})", f"{before:.1f}", f"{after:.1f}"
+
+
+def start() -> Iterator[tuple[str, str, str]]:
+    examples = questions(NUM_QUESTIONS, ("answer1", "answer2"))
+    tokenizer = word_tokenizer([examples[0].instruction, "### Instruction : Response the correct answer is answer1"])
+    few = examples[:2000]
+    one_by_one = seconds(lambda: [encode_example(e, tokenizer, 256) for e in few]) * NUM_QUESTIONS / len(few)
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict("os.environ", {"ADALORA_DIST_CACHE": folder}):
+        first = seconds(lambda: encode_examples(examples, tokenizer, 256))
+        second = seconds(lambda: encode_examples(examples, tokenizer, 256))
+    yield f"tokens of {NUM_QUESTIONS:,} questions, CPU s: first start", f"{one_by_one:.1f}", f"{first:.1f}"
+    yield "the same, second start", f"{one_by_one:.1f}", f"{second:.1f}"
+
+
+def seconds(action: Callable[[], Any]) -> float:
+    begun = time.process_time()
+    action()
+    return time.process_time() - begun
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    print("| what | before | after |\n|---|---:|---:|")
+    for row in rows():
+        print("| " + " | ".join(row) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""The site of the documentation: the pages that it names exist, so do the messages it explains, and its commands."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from adalora_dist.__main__ import _parser, _placement
+from adalora_dist.config.flags import parse_config
+from adalora_dist.training.recipe_file import schema_of
+from tests.support.paths import ROOT
+
+SITE = ROOT / ".ci" / "mkdocs.yml"
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+WITH_COMMANDS = [ROOT / "docs" / f"{name}.md" for name in ("index", "clusters", "troubleshooting", "versions")]
+BLOCK = re.compile(r"```(?:bash|yaml)\n(.*?)```", re.DOTALL)
+
+
+def pages_of(nav: Any) -> list[str]:
+    if isinstance(nav, str):
+        return [nav]
+    return [page for part in (nav.values() if isinstance(nav, dict) else nav) for page in pages_of(part)]
+
+
+def commands(path: Path) -> list[list[str]]:
+    """Words after ``adalora-dist`` in blocks of commands, of Kubernetes and of SkyPilot; variables are 1."""
+    found = []
+    for block in BLOCK.findall(path.read_text(encoding="utf-8")):
+        text = re.sub(r"\\\n\s*|\n\s+(?=--)", " ", block)
+        for line in re.findall(r"(?:^|\s)adalora-dist ((?:run|ls|cp|schema|doctor|export)\b.*)", text, re.MULTILINE):
+            found.append(shlex.split(re.sub(r'"\$\(.*?\)"', "1", line).replace('"$', '"1'), comments=True))
+    return found
+
+
+def test_it_names_pages_that_there_are_and_each_once() -> None:
+    named = pages_of(yaml.safe_load(SITE.read_text(encoding="utf-8"))["nav"])
+    assert len(named) == len(set(named)) > 20 and set(named) <= {page.name for page in PAGES}
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_message_that_is_explained_exists() -> None:
+    files = [*(ROOT / "adalora_dist").rglob("*.py")]
+    source = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # messages over several lines
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^\| `(.*?)` \|", page, re.MULTILINE)
+    assert len(messages) > 12
+    for message in messages:
+        assert re.sub(r"\{.*?\}", "", message) in source, message
+
+
+@pytest.mark.parametrize("path", WITH_COMMANDS, ids=lambda path: path.stem)
+def test_commands_are_commands(path: Path) -> None:
+    found = commands(path)
+    assert found or path.stem in ("troubleshooting", "versions")
+    for words in found:
+        words = ["1" if word.startswith("1") and not word.isdigit() else word for word in words]
+        arguments = _parser().parse_args(words[: words.index(">")] if ">" in words else words)
+        if words[0] == "run":
+            given, flags = _placement().parse_known_args(arguments.flags)
+            parse_config(schema_of(arguments.recipe), flags)
+            assert given.processes is None or given.processes <= 8
+
+
+def test_what_others_read_is_read() -> None:
+    for path in (*(ROOT / ".github").rglob("*.yml"), ROOT / "CITATION.cff", SITE):
+        assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict), path
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == project["version"]
+    copied = re.findall(r"^COPY ([\w./ ]+) \S+$", (ROOT / "launch/docker/Dockerfile").read_text(), re.MULTILINE)
+    assert copied and all((ROOT / name).exists() for names in copied for name in names.split())
+
+
+@pytest.mark.slow
+def test_it_builds_with_strict_links(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    command = [shutil.which("mkdocs") or "mkdocs", "build", "--config-file", SITE, "--site-dir", tmp_path / "site"]
+    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for page in PAGES:  # those that the navigation does not name, too
+        assert page.stem == "index" or (tmp_path / "site" / page.stem / "index.html").is_file()
