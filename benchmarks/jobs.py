@@ -100,6 +100,7 @@ def _hf_arguments(kind: Any, folder: str, name: str) -> Any:
     return kind(
         output_dir=f"{folder}/{name}", max_steps=STEPS, per_device_train_batch_size=BATCH, learning_rate=RATE,
         use_cpu=True, bf16=False, save_strategy="no", report_to=[], logging_steps=1, warmup_steps=2, disable_tqdm=True,
+        gradient_checkpointing=False,  # which TRL has by default
     )  # fmt: skip
 
 

@@ -258,7 +258,9 @@ def inspect_run(path: Path, picture_format: Literal["svg", "png", "none"] = "svg
         able = [form for form in EXPORT_FORMATS if form in _forms_of(run.saved)]
         into = "" if step is None else " --out FOLDER"
         if able:
-            say(f"\nNot exported yet: adalora-dist export {run.path}{into} --to {' or '.join(able)}")
+            *others, last = able
+            forms = f"{', '.join(others)} or {last}" if others else last
+            say(f"\nNot exported yet: adalora-dist export {run.path}{into} --to {forms}")
         elif step is None:
             say(f"\nTo use it: load_adapter(model, {str(run.path / 'adapter')!r})")
         else:

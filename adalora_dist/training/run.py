@@ -34,6 +34,7 @@ from adalora_dist.artifacts.hub.push import check_push_of_run, push_run
 from adalora_dist.backbones.fit import check_lengths, check_room, lengths_of
 from adalora_dist.backbones.load import load_backbone
 from adalora_dist.backbones.quantization import bitsandbytes_config
+from adalora_dist.config.formats import ADAPTER_FORMATS
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.redaction import redacted
 from adalora_dist.methods.inject import adapt
@@ -308,7 +309,10 @@ class Run(Generic[Config]):
         self.say(rank_report(self.prepared, self._pattern))
         self.say(self.folder.listing())
         path = shlex.quote(str(self.folder.path))
-        self.say(f"Next: adalora-dist report {path} (curves and ranks in one page), export {path} --to lora, or push")
+        forms = [form for form in ADAPTER_FORMATS if form in self.config.adapter.formats]
+        export = f", export {path} --to {forms[0]}" if forms else ""
+        push = ", or push" if "merged" in self.config.adapter.formats else ""
+        self.say(f"Next: adalora-dist report {path} (curves and ranks in one page){export}{push}")
 
     def with_seed(self, seed: int) -> Run[Config]:
         """A run of its own on the same engine and data, in a folder of its own."""

@@ -41,7 +41,8 @@ def test_it_is_one_screen_with_every_flag(
     text = shown(capsys, schema, table=tables[0] if tables else None)
     assert len(text.splitlines()) <= 52 and "Teaches a model." in text and "and how" not in text
     flags = {flag for flag in re.findall(r"(?<![\w-])--([a-z0-9-]+)", text)}
-    assert flags >= {*settings_by_flag(schema, "adalora"), "config", "help-all"}
+    method = schema.model_fields["adapter"].get_default(call_default_factory=True).method
+    assert flags >= {*settings_by_flag(schema, method), "config", "help-all"}
     assert ("--preset" in text) == bool(tables)
     order = [text.index(f"\n{title}") for title in TOPICS]
     assert order == sorted(order)  # data first
@@ -103,4 +104,4 @@ def test_no_name_of_others_is_one_of_ours_and_all_lead_somewhere() -> None:
     assert not set(foreign_names._SPELT) & own - {"beta1", "beta2"}
     assert set(foreign_names._SPELT.values()) <= own
     assert flag_here("cutoff_len", settings_by_flag(GlueConfig)) == "--max-length"
-    assert flag_here("eval_dataset", settings_by_flag(GlueConfig)) == "" == flag_here("nothing", ["alpha"])
+    assert flag_here("train_on_inputs", settings_by_flag(GlueConfig)) == "" == flag_here("nothing", ["alpha"])

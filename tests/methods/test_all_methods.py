@@ -50,9 +50,11 @@ VARIANTS_OF: dict[str, tuple[str, dict[str, Any]]] = {
     "lora_fa projected": ("lora_fa", {"init_rank": 3, "alpha": 6, "projected": True}),
     "prefix": ("prefix", {"prefix_length": 3, "train_modules": ("head",)}),
     "lora": ("lora", {"init_rank": 3, "alpha": 6}),
+    "head": ("head", {"train_modules": ("head",)}),
+    "full": ("full", {}),
 }
-"""More rows for losses and resume: what does something else at every step; a prefix, whose start changes the model;
-LoRA, whose exports have tests of their own."""
+"""More rows for losses and resume: what does something else at every step; a prefix, whose start changes the model; and
+methods whose exports have tests of their own."""
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 MOVES = (("fsdp2", "zero3"), ("zero3", "ddp"), ("zero2", "fsdp2"))
 STEPS, STOP, GLOBAL_BATCH = 8, 4, 24

@@ -306,3 +306,17 @@ def test_lora_of_experts_has_no_budget():
     assert [len(a.matrix_names()) for a in adapters] == [4] * 4
     loss_of(model).backward()
     assert all(a.P.grad.any() for a in adapters)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_compiler_sees_one_graph(dtype):
+    sizes = dict(hidden_size=32, intermediate_size=48, num_local_experts=4, num_experts_per_tok=2)
+    torch.manual_seed(0)
+    model = tf.MixtralForCausalLM(tf.MixtralConfig(**SIZES | sizes)).to(dtype)
+    model.config.use_cache = False
+    moved(model, adapt(model, config(targets=("experts",), init_rank=8, target_rank=2)))
+    ids = torch.arange(3, 19).view(1, -1)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(input_ids=ids).logits, model(input_ids=ids).logits)

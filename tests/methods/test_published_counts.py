@@ -114,7 +114,7 @@ PRESETS = {
     "llama_commonsense_llama_13b": {
         "lora": 87_818_240, "dora": 89_190_400, "series": 104_857_600, "parallel": 387_973_120,
     },
-    "llama_sft_llama_7b": {"lora": 159_907_840, "dora": 161_267_712, "vera": 1_589_248, "dvora": 2_949_120},
+    "llama_sft_alpaca_llama_7b": {"lora": 159_907_840, "dora": 161_267_712, "vera": 1_589_248, "dvora": 2_949_120},
 }  # fmt: skip
 """Of files of settings: what each method's section of them trains. Where a row of the table above has another number,
 the file says why."""

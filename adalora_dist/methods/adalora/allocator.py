@@ -311,11 +311,12 @@ class RankAllocator(Step):
     def record(self, step: int) -> dict[str, float]:
         """The budget after the step, whether it made an allocation, and what was found then."""
         made = [a for a in self.allocations if a.step <= step]
-        if not made:
-            return {"budget": self.schedule.initial_budget, "allocated": 0}
-        if made[-1].step != step:
-            return {"budget": made[-1].budget, "allocated": 0}
-        return {"budget": made[-1].budget, "allocated": 1} | spread(made[-1], self.ranks)
+        ranks, budget = self.ranks, self.schedule.initial_budget
+        if made:
+            ranks, budget = [int(part.sum()) for part in made[-1].keep.cpu().split(self.ranks)], made[-1].budget
+        found: dict[str, float] = {"budget": budget, "allocated": int(bool(made) and made[-1].step == step)}
+        found |= {"mean_rank": budget / len(ranks), "min_rank": min(ranks), "max_rank": max(ranks)}
+        return found | (spread(made[-1], self.ranks) if found["allocated"] else {})
 
     def report(self) -> dict[str, float]:
         """The budget, ranks, and how far P and Q are from what the regulariser asks for."""

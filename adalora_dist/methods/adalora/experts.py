@@ -40,7 +40,7 @@ class ExpertTriplets(TripletLayer):
         self.stack = stack
         self.__dict__["experts"] = experts  # which is the parent, not a part
         self.num_tokens: torch.Tensor | None = None
-        self._columns: tuple[tuple[int, torch.device] | None, torch.Tensor | None] = (None, None)
+        self._columns: dict[torch.device, torch.Tensor] = {}
 
     @property
     def path(self) -> str:
@@ -79,30 +79,29 @@ class ExpertTriplets(TripletLayer):
             return torch.bmm(torch.bmm(x, q), p)
         return grouped_product(grouped_product(x, q, offsets), p, offsets)
 
-    def _by_expert(self, matrix: torch.Tensor) -> torch.Tensor:
-        """(d, r) -> (experts, d, width), where experts of a lower rank have columns of zeros at the end."""
-        columns, num_experts = self._padded(matrix.device), self.stack.num_experts
-        if columns is not None:  # each column is taken once, but for that of zeros: its gradient has one summand
-            zeros = matrix.new_zeros(len(matrix), 1)
-            matrix = torch.cat([matrix, zeros], dim=1).index_select(1, columns)
-        return matrix.view(len(matrix), num_experts, -1).transpose(0, 1)
-
-    def _padded(self, device: torch.device) -> torch.Tensor | None:
-        """Where each column of the padded matrix is taken from; None where experts are of one, fitting rank.
+    def settle(self) -> None:
+        """Where ranks differ, find the column that each one of the matrices is taken from if all are as wide.
 
         On a GPU widths are multiples of 8 columns, which grouped products want to begin at 16 bytes.
         """
-        key = (self.rank, device)  # triplets only ever leave
-        if self._columns[0] != key:
-            ranks = self.ranks
-            unit = 8 if device.type == "cuda" else 1
-            width = -(-max(ranks) // unit) * unit
-            columns = torch.full((len(ranks), width), self.rank)
-            for row, rank, end in zip(columns, ranks, torch.tensor(ranks).cumsum(0).tolist(), strict=True):
-                row[:rank] = torch.arange(end - rank, end)
-            is_uniform = set(ranks) == {width}
-            self._columns = key, None if is_uniform else columns.flatten().to(device)
-        return self._columns[1]
+        ranks, self._columns = self.ranks, {}
+        unit = 8 if torch.cuda.is_available() else 1
+        width = -(-max(ranks) // unit) * unit
+        if set(ranks) == {width}:
+            return
+        columns = torch.full((len(ranks), width), self.rank)
+        for row, rank, end in zip(columns, ranks, accumulate(ranks), strict=True):
+            row[:rank] = torch.arange(end - rank, end)
+        self._columns[torch.device("cpu")] = columns.flatten()
+
+    def _by_expert(self, matrix: torch.Tensor) -> torch.Tensor:
+        """(d, r) -> (experts, d, width), where experts of a lower rank have columns of zeros at the end."""
+        if self._columns:  # each column is taken once, but for that of zeros: its gradient has one summand
+            if matrix.device not in self._columns:
+                self._columns[matrix.device] = self._columns[torch.device("cpu")].to(matrix.device)
+            zeros = matrix.new_zeros(len(matrix), 1)
+            matrix = torch.cat([matrix, zeros], dim=1).index_select(1, self._columns[matrix.device])
+        return matrix.view(len(matrix), self.stack.num_experts, -1).transpose(0, 1)
 
 
 class ExpertAdapters(nn.ModuleDict):

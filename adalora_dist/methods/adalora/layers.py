@@ -87,6 +87,9 @@ class TripletLayer(Adapter):
     def held(self) -> list[int]:
         return list(self.triplets)
 
+    def settle(self) -> None:
+        """Ranks have changed: make what a forward needs to know of them."""
+
     @property
     def part_size(self) -> int:
         return self.d_out + self.d_in + int(self.lambdas.lam.requires_grad)
@@ -191,6 +194,7 @@ class Lambdas(TrainedModule):
         first = 0
         for position, layer in enumerate(self._active):
             layer.position, layer.first = position, first
+            layer.settle()
             first += layer.rank
         scales = [layer.scale for layer in self._active]
         self._scale: float | list[float] = [s for s, x in zip(scales, self._active, strict=True) for _ in range(x.rank)]
