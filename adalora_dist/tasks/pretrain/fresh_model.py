@@ -91,9 +91,7 @@ def write_architecture(config: PretrainConfig, folder: Path) -> tuple[str, int]:
         UserError: neither num_tokens nor max_steps says how long it is.
     """
     if config.num_steps is None:
-        raise UserError(
-            "dry_run: without reading the text only num_tokens or max_steps says the length: set one"
-        )
+        raise UserError("dry_run: without reading the text only num_tokens or max_steps says the length: set one")
     name = f"llama-{config.model.size}"
     own = architecture(config.model.size, config.data.max_length)
     (folder / f"{name}.json").write_text(own.to_json_string(use_diff=False))
