@@ -12,6 +12,8 @@ launch/accelerate/{ddp,fsdp2,zero2,zero3}.yaml to ``accelerate launch``, or run 
 from __future__ import annotations
 
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from adalora_dist.config.demonstration import or_demonstration
@@ -33,15 +35,18 @@ def main(config: PretrainConfig) -> None:
 
     from adalora_dist.tasks.evaluation.loss import validation_loss
     from adalora_dist.tasks.losses import causal_loss
-    from adalora_dist.tasks.pretrain.fresh_model import fresh_model_folder, shown_plan
+    from adalora_dist.tasks.pretrain.fresh_model import fresh_model_folder, write_architecture
     from adalora_dist.tasks.pretrain.plan import WindowPlan
     from adalora_dist.tasks.pretrain.store import token_store
     from adalora_dist.tasks.rows.tokens import padding_token
+    from adalora_dist.training.dry_run import dry_run
     from adalora_dist.training.report import metrics_table
     from adalora_dist.training.run import Run
 
     if config.train.dry_run:
-        return shown_plan(config)
+        with tempfile.TemporaryDirectory() as folder:
+            name, num_rows = write_architecture(config, Path(folder))
+            return dry_run(config, AutoModelForCausalLM, Path(folder), name, ["own"], lambda: range(num_rows))
     run = Run(config)
     run.begin()
 

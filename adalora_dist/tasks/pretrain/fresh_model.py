@@ -81,28 +81,21 @@ def fresh_model_folder(config: PretrainConfig, say: Callable[[str], None]) -> Pa
     return built_once(f"llama-{config.model.size}-{digest}", build, "model of random weights")
 
 
-def shown_plan(config: PretrainConfig) -> None:
-    """Print what the run would be; neither text nor weights are read.
+def write_architecture(config: PretrainConfig, folder: Path) -> tuple[str, int]:
+    """Write the new model's configuration as ``folder/NAME.json``, for a dry run; neither text nor weights are read.
+
+    Returns:
+        NAME, and the sequences that the run trains on.
 
     Raises:
         UserError: neither num_tokens nor max_steps says how long it is.
     """
-    import tempfile
-
-    from transformers import AutoModelForCausalLM
-
-    from adalora_dist.training.dry_run import dry_run
-
     if config.num_steps is None:
-        raise UserError(
-            "dry_run: without reading the text only num_tokens or max_steps says how long a run is: set one"
-        )
-    num_rows = config.num_steps * config.train.batch_size
-    with tempfile.TemporaryDirectory() as folder:
-        name = f"llama-{config.model.size}"
-        own = architecture(config.model.size, config.data.max_length)
-        (Path(folder) / f"{name}.json").write_text(own.to_json_string(use_diff=False))
-        dry_run(config, AutoModelForCausalLM, Path(folder), name, ["own"], lambda: range(num_rows))
+        raise UserError("dry_run: without reading the text only num_tokens or max_steps says the length: set one")
+    name = f"llama-{config.model.size}"
+    own = architecture(config.model.size, config.data.max_length)
+    (folder / f"{name}.json").write_text(own.to_json_string(use_diff=False))
+    return name, config.num_steps * config.train.batch_size
 
 
 def _tokenizer(config: PretrainConfig, say: Callable[[str], None]) -> PreTrainedTokenizerBase:
