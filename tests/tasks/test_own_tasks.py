@@ -67,6 +67,8 @@ def test_classes_are_those_of_the_training_rows(tmp_path: Path) -> None:
         (["10", "9"], ("9", "10")),
         ([1.0, 2.0], ("1", "2")),
         ([-1, 1], ("-1", "1")),
+        (["1", "01"], ("01", "1")),  # two classes, in an order that no process has for itself
+        (["--1", "2"], ("--1", "2")),
     ],
 )
 def test_labels_of_every_kind(tmp_path: Path, labels: list[Any], classes: tuple[str, ...]) -> None:
@@ -115,6 +117,13 @@ def test_what_fixed_tasks_do_not_have_and_one_class_are_refused(tmp_path: Path) 
     file = write(tmp_path / "a.jsonl", [{"text": "a", "label": 1}, {"text": "b", "label": 1}])
     with refused("all training rows have the label '1'; legal: two classes or more"):
         load_glue_rows(GlueDataConfig(source=file, task="own"))
+    for label, message in (
+        ("a\0b", "field label has a NUL"),
+        (None, "field label is None; legal: a text, a whole num"),
+    ):
+        file = write(tmp_path / "odd.jsonl", [{"text": "a", "label": "x"}, {"text": "b", "label": label}])
+        with refused(f"odd.jsonl:2: {message}"):
+            load_glue_rows(GlueDataConfig(source=file, task="own"))
 
 
 # ----------------------------------------------------------------------------------------------------- multiple choice
@@ -131,6 +140,10 @@ def question(number: int, **changes: Any) -> dict[str, Any]:
         ({"answer": "C"}, "answer3"),
         ({"answer": 0}, "answer1"),
         ({"choices": {"text": ["no", "yes"], "label": ["1", "2"]}, "answer": "2"}, "answer2"),
+        ({"choices": {"text": ["no", "yes"], "label": [1, 2]}, "answer": 1}, "answer1"),  # a label, and no number
+        ({"choices": {"text": ["no", "yes"], "label": [1, 2]}, "answer": "2"}, "answer2"),
+        ({"choices": {"text": ["no", "yes"], "label": 7}, "answer": 1}, "answer2"),
+        ({"choices": ["same", "same"], "answer": 1}, "answer2"),
         ({"choices": ["A", "C", "B"], "answer": "C"}, "answer2"),  # the text of a choice, before its letter
     ],
 )
@@ -142,7 +155,16 @@ def test_choices_in_a_column(tmp_path: Path, changes: dict[str, Any], answer: st
     assert train[0].choices[:2] == ("answer1", "answer2") and "Answer1: " in train[0].instruction
 
 
-@pytest.mark.parametrize("changes", [{"answer": 3}, {"answer": "four"}, {"answer": None}, {"answer": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"answer": 3},
+        {"answer": "four"},
+        {"answer": None},
+        {"answer": True},
+        {"choices": ["a", "a", "b"], "answer": "a"},
+    ],
+)
 def test_an_answer_that_is_no_choice_is_named(tmp_path: Path, changes: dict[str, Any]) -> None:
     file = write(tmp_path / "rules.jsonl", [question(1), question(2, **changes)])
     with refused("rules.jsonl:2: field answer is .*; legal: one of the 3 choices, its letter, or its number from 0 on"):

@@ -208,13 +208,14 @@ def _in_words(row: Mapping[str, Any], origin: str) -> Mapping[str, Any]:
     """A row of question, choices and answer as one of instruction, input, output and answer.
 
     Choices are a list of texts, or ``{"text": [...], "label": [...]}``. The answer is the text of one, its label, its
-    letter (A: the first), or its number, a number and no text, counted from 0.
+    letter (A: the first), or its number, a number and no text, counted from 0. Labels that are numbers are those.
     """
     question, answer = text_field(row, "question", origin), row.get("answer")
     given: Any = row["choices"]
     labels: list[Any] = []
     if isinstance(given, Mapping):
-        labels = list(given.get("label") or ())
+        of_rows = given.get("label")
+        labels = list(of_rows) if isinstance(of_rows, list | tuple | str) else []
         given = given.get("text")
     texts = list(given) if isinstance(given, list | tuple) else []
     if len(texts) < 2 or not all(isinstance(text, str) and text.strip() for text in texts):
@@ -222,11 +223,15 @@ def _in_words(row: Mapping[str, Any], origin: str) -> Mapping[str, Any]:
     for text in texts:
         refuse_odd_text(text, "choices", origin)
     letters = [chr(ord("A") + index) for index in range(min(len(texts), 26))]
-    number: int = answer if isinstance(answer, int) and not isinstance(answer, bool) else -1
-    for names in (texts, labels, letters):
-        if isinstance(answer, str) and names.count(answer) == 1:
-            number = names.index(answer)
-            break
+    number = -1
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        are_numbered = any(isinstance(label, int) for label in labels)
+        number = answer if not are_numbered else labels.index(answer) if labels.count(answer) == 1 else -1
+    elif isinstance(answer, str):
+        for names in (texts, [str(label) for label in labels], letters):
+            if names.count(answer) == 1:
+                number = names.index(answer)
+                break
     if not 0 <= number < len(texts):
         legal = f"one of the {len(texts)} choices, its letter, or its number from 0 on"
         raise UserError(f"{origin}: field answer is {shown(answer)}; legal: {legal}; {REMEDY}")

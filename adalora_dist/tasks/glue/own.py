@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.glue.config import GlueDataConfig
-from adalora_dist.tasks.rows.fields import REMEDY, names_of, object_row, shown, text_field
+from adalora_dist.tasks.rows.fields import REMEDY, names_of, object_row, refuse_odd_text, shown, text_field
 
 TEXTS = (
     *(("text", "text2"), ("text1", "text2"), ("sentence1", "sentence2"), ("question1", "question2")),
     *(("premise", "hypothesis"), ("question", "sentence"), ("text",), ("sentence",)),
 )
 """Columns that are taken for the texts; the first of these that a row has all of."""
+
+
+_WHOLE = re.compile(r"-?\d{1,18}")
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,9 @@ class OwnTask:
         if self.regression:
             return 1
         self._is_closed = True
-        are_numbers = all(name.lstrip("-").isdecimal() for name in self._named)
-        self.classes = tuple(sorted(self._named, key=int) if are_numbers else sorted(self._named))
+        self.classes = tuple(sorted(self._named))
+        if all(_WHOLE.fullmatch(name) for name in self.classes):
+            self.classes = tuple(sorted(self.classes, key=int))  # 1 and 01 are two classes, in one order everywhere
         if len(self.classes) < 2:
             raise UserError(
                 f"data: all training rows have the label {shown(self.classes[0])}; legal: two classes or more; give "
@@ -114,6 +119,7 @@ class OwnTask:
         if isinstance(value, bool | int) or (isinstance(value, float) and value.is_integer()):
             return str(value) if isinstance(value, bool) else str(int(value))
         if isinstance(value, str) and value.strip():
+            refuse_odd_text(value, "label", origin)
             return value.strip()
         hint = "; numbers with fractions are for --regression" if isinstance(value, float) else ""
         has = "" if "label" in row else f" (no column label; the row has {names_of(row)})"
