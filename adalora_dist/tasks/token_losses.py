@@ -66,7 +66,13 @@ class TokenLosses:
         options = {"use_cache": False} if "position_ids" in inputs else {}
         passed = _Passed()
 
+        def kept(tensor: torch.Tensor) -> torch.Tensor:
+            """At ``logits_to_keep``, also of a model that has ignored it."""
+            is_whole = tensor.ndim == 3 and tensor.shape[1] != targets.shape[1] and "logits_to_keep" in inputs
+            return tensor[:, inputs["logits_to_keep"]] if is_whole else tensor
+
         def at_targets(hidden: torch.Tensor) -> torch.Tensor:
+            hidden = kept(hidden)
             states = hidden.reshape(-1, hidden.shape[-1]).index_select(0, index)
             if size is None or len(labels) <= size:
                 return plain(states).unsqueeze(0)
@@ -83,9 +89,9 @@ class TokenLosses:
         if passed.total is not None:
             received: torch.Tensor = _Receive.apply(logits, passed)  # type: ignore[no-untyped-call]
             return received
-        logits = logits.flatten(0, 1)
-        if len(logits) != len(labels):  # a model that does not call its head
-            logits = logits.index_select(0, index)
+        if logits.shape[:-1].numel() != len(labels):  # a model that does not call its head
+            logits = kept(logits).flatten(0, 1).index_select(0, index)
+        logits = logits.flatten(0, -2)
         return nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
 
     def _size(self, model: nn.Module, head: nn.Module | None, inputs: Mapping[str, torch.Tensor]) -> int | None:

@@ -166,6 +166,17 @@ def test_no_target_gives_no_loss_and_no_gradient():
         assert loss == 0 and not any(gradient.any() for gradient in gradients)
 
 
+def test_a_model_that_ignores_which_logits_to_keep_has_the_same_loss():
+    model, rows = build("llama"), some_rows()
+    expected = causal_loss(rows, 0, CPU, 0)(model, [0, 1, 2]).detach()
+    plain = model.forward
+    model.forward = lambda logits_to_keep=0, **inputs: plain(**inputs)
+    for size in (0, 4):
+        torch.testing.assert_close(causal_loss(rows, 0, CPU, size)(model, [0, 1, 2]), expected, rtol=1e-6, atol=0)
+    model.get_output_embeddings = lambda: None  # nor can its head be told
+    torch.testing.assert_close(causal_loss(rows, 0, CPU, 0)(model, [0, 1, 2]), expected, rtol=1e-6, atol=0)
+
+
 def test_the_loss_is_not_rounded_with_the_models_outputs():
     """FSDP2's mixed precision gives logits in 16 bits; the loss passes them by, and so does its gradient."""
     model, rows = build("llama"), some_rows()
