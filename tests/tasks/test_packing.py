@@ -128,6 +128,22 @@ def test_models_that_cannot_are_refused_by_name() -> None:
     assert "MambaForCausalLM takes no position_ids" in refusal(mamba, 0)
 
 
+def test_the_trial_finds_rows_that_see_each_other_and_positions_that_go_on() -> None:
+    model = tiny_llama(40)
+    plain = model.forward
+
+    def deaf(input_ids: Any = None, position_ids: Any = None, **others: Any) -> Any:
+        return plain(input_ids=input_ids, **others)
+
+    model.forward = deaf
+    assert "LlamaForCausalLM with attention sdpa lets rows see each other" in refusal(model, 0)
+
+    model = tiny_gpt2()
+    table = model.transformer.wpe
+    table.forward = lambda places: type(table).forward(table, torch.arange(places.shape[-1])[None])
+    assert "GPT2LMHeadModel does not begin the positions of each row anew" in refusal(model, 0)
+
+
 def test_what_is_saved_is_counted_from_the_plan() -> None:
     plan = BatchPlan([10, 5, 5, 2], [1] * 4, 4, 0, group_by_length=False)
     assert positions_of(plan, 4, 1, flat=False) == (22, 40, 30)
