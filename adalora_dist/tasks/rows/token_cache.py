@@ -79,10 +79,16 @@ def cached_columns(
 
 def rules_of(tokenizer: PreTrainedTokenizerBase) -> Any:
     """All that decides which tokens a text has, as JSON; without what the last call of it asked for."""
+    # Which token is EOS, which end of a text is cut and which columns there are is none of the backend's business.
+    own = {
+        "special": tokenizer.special_tokens_map,
+        "truncation_side": tokenizer.truncation_side,
+        "columns": list(tokenizer.model_input_names),
+    }
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return {"tokenizer": repr(tokenizer), "vocabulary": tokenizer.get_vocab()}
-    return json.loads(backend.to_str()) | {"truncation": None, "padding": None}
+        return {"tokenizer": repr(tokenizer), "vocabulary": tokenizer.get_vocab()} | own
+    return json.loads(backend.to_str()) | {"truncation": None, "padding": None} | own
 
 
 def _digest(items: Sequence[Any], tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any]) -> str:

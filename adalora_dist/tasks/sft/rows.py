@@ -185,7 +185,7 @@ def encode_table(table: Dataset, template: ChatTemplate, data: SftDataConfig, po
         outcome=Value("int8"), problem=Value("string"),
     )  # fmt: skip
     how = [_VERSION, template.tokenizer.chat_template, data.train_on, data.max_length, policy, table._fingerprint]
-    tokenizer = [type(template.tokenizer).__name__, template.tokenizer.special_tokens_map, rules_of(template.tokenizer)]
+    tokenizer = [type(template.tokenizer).__name__, rules_of(template.tokenizer)]
     return table.map(
         encode, batched=True, batch_size=500, writer_batch_size=500, remove_columns=table.column_names,
         features=features, new_fingerprint=digest_of([json.dumps([how, tokenizer], default=str).encode()])[:32],
