@@ -127,8 +127,7 @@ class RunCheckpoints:
         agreed(lambda: bring() if this_rank() == 0 else None)
         for folder in checkpoints_in(resumed.path.parent):
             if (step := step_of(folder)) is not None and step <= resumed.step:
-                best = read_object(folder / STATE)["run"].get("best") if (folder / STATE).is_file() else None
-                self._best_of |= {step: best["step"]} if best else {}
+                self._best_of |= _best_in(folder, step)
 
     def best_checkpoint(self, step: int) -> Checkpoint:
         """The best model, which :meth:`save_best` has written after ``step`` steps. Collective.
@@ -144,3 +143,11 @@ class RunCheckpoints:
         self._writer.wait()
         if self._best_writer is not None:
             self._best_writer.wait()
+
+
+def _best_in(folder: Path, step: int) -> dict[int, int]:
+    """Which step was the best one up to that of a checkpoint; {}: it does not say, or is damaged."""
+    try:
+        return {step: int(read_object(folder / STATE)["run"]["best"]["step"])}
+    except (UserError, LookupError, TypeError, ValueError):
+        return {}
