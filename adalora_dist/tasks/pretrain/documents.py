@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,11 +15,19 @@ from adalora_dist.tasks.pretrain.config import C4, PretrainDataConfig
 from adalora_dist.tasks.pretrain.demo import demo_stories
 from adalora_dist.tasks.rows.bad_rows import BadRows, Rows
 from adalora_dist.tasks.rows.fields import object_row, text_field
-from adalora_dist.tasks.rows.files import SUFFIXES, TEXT_TABLES, LocalSplit, data_files, file_rows, refuse_zeros
+from adalora_dist.tasks.rows.files import (
+    SUFFIXES,
+    TEXT_TABLES,
+    LocalSplit,
+    data_files,
+    file_rows,
+    readable,
+    refuse_zeros,
+)
 
 PLAIN = (".txt", ".txt.gz")
 READ = (*SUFFIXES, *TEXT_TABLES, *PLAIN)
-_MAX_DOCUMENT_CHARACTERS = 1 << 16
+_MAX_DOCUMENT_BYTES = 1 << 16
 """Of plain text without an empty line; what is longer goes on as another document."""
 
 
@@ -122,20 +131,38 @@ def _files(word: str, setting: str) -> tuple[Path, ...]:
 
 
 def _plain_rows(path: Path, column: str) -> Rows:
-    """Blocks of lines up to an empty one."""
+    """Blocks of lines up to an empty one. One that is not UTF-8 is yielded as the error that says so."""
     refuse_zeros(path)
-    with opened(path) as raw:
+    with readable(path), opened(path) as raw:
         lines = cast(BinaryIO, gzip.open(raw)) if path.name.endswith(".gz") else raw
-        block: list[str] = []
-        first, length = 1, 0
-        for number, line in enumerate(iter(lambda: lines.readline(_MAX_DOCUMENT_CHARACTERS), b""), start=1):
-            text = line.decode("utf-8", errors="replace")
-            if text.strip():
-                first = first if block else number
-                block.append(text)
-                length += len(text)
-            if block and (not text.strip() or length >= _MAX_DOCUMENT_CHARACTERS):
-                yield f"{path}:{first}", {column: "".join(block).strip()}
-                block, length = [], 0
+        block, first, number = bytearray(), 1, 1
+        for piece in iter(lambda: lines.readline(_MAX_DOCUMENT_BYTES), b""):
+            if number == 1 and not block:
+                piece = piece.removeprefix(codecs.BOM_UTF8)
+            first = first if block else number
+            number += piece.endswith(b"\n")
+            if piece.strip():
+                block += piece
+            if block and (not piece.strip() or len(block) >= _MAX_DOCUMENT_BYTES):
+                whole = _whole_characters(block)
+                yield _document(path, first, block[:whole], column)
+                block = block[whole:]
         if block:
-            yield f"{path}:{first}", {column: "".join(block).strip()}
+            yield _document(path, first, block, column)
+
+
+def _whole_characters(block: bytearray) -> int:
+    """Bytes of it without a character at its end that goes on behind it."""
+    try:
+        return codecs.utf_8_decode(block, "strict", False)[1]
+    except UnicodeDecodeError:
+        return len(block)
+
+
+def _document(path: Path, line: int, block: bytearray, column: str) -> tuple[str, object]:
+    origin = f"{path}:{line}"
+    try:
+        return origin, {column: block.decode().strip()}
+    except UnicodeDecodeError as error:
+        reason = f"{error.reason} at byte {error.start} from there"
+        return origin, UserError(f"{origin}: not UTF-8 text ({reason}); save it as UTF-8")

@@ -7,6 +7,7 @@ It appears whole or not at all.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from adalora_dist.tasks.rows.tokens import EncodedRow, eos_tokens
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_VERSION = 1
+_VERSION = 2
 _CHUNK_CHARACTERS = 1 << 20
 """Text that is tokenised at a time."""
 _INDEX = "index.json"
@@ -61,7 +62,7 @@ class TokenStore(NamedTuple):
     train: Windows
     held_out: Windows
     content: str
-    """Digest of all that it was made from."""
+    """SHA-256 of the tokens to train on: the same wherever the files lie, and whatever is validated on."""
 
 
 def token_store(
@@ -89,13 +90,12 @@ def token_store(
         *(type(tokenizer).__name__, rules_of(tokenizer), eos_tokens(tokenizer)),
     ]
     key = [json.dumps(described).encode(), *train.identity(), b"|", *(held_out.identity() if held_out else ())]
-    content = digest_of(key)[:32]
 
     def build(folder: Path, scratch: Path) -> None:
         folder.mkdir()
         _build(folder, train, held_out, data, tokenizer, bad, limit, show)
 
-    folder = built_once(f"pretrain-{content}", build, "store of tokens", lambda f: (f / _INDEX).is_file())
+    folder = built_once(f"pretrain-{digest_of(key)[:32]}", build, "store of tokens", lambda f: (f / _INDEX).is_file())
     index = read_object(folder / _INDEX)
     for file, (count, reason) in index["left_out"].items():
         if file not in bad.counts:
@@ -107,7 +107,7 @@ def token_store(
                 f"data: {index[side]} tokens to {_SIDES[side]}, not one sequence of max_length={data.max_length}: give "
                 "more text, a larger --eval-share, or a smaller --max-length"
             )
-    return TokenStore(sides[0], sides[1], content)
+    return TokenStore(sides[0], sides[1], index["content"])
 
 
 _SIDES = {"train": "train on", "eval": "validate on"}
@@ -124,6 +124,7 @@ def _build(
     show: bool,
 ) -> None:
     dtype, eos = "uint16" if len(tokenizer) <= 1 << 16 else "uint32", eos_tokens(tokenizer)
+    content = hashlib.sha256()
     counts, share = dict.fromkeys(_SIDES, 0), data.held_out_share if held_out is None else 0.0
     with (
         (folder / "train.bin").open("wb") as train_file,
@@ -137,6 +138,8 @@ def _build(
                 room = None if most is None else most - counts[side]
                 array = np.array([*tokens, *eos][:room], dtype=dtype)
                 files[side].write(array.tobytes())
+                if side == "train":
+                    content.update(array.tobytes())
                 counts[side] += len(array)
                 bar.update(len(array))
 
@@ -151,7 +154,7 @@ def _build(
             if counts["eval"] >= data.max_eval_tokens:
                 break
     left_out = {file: [count, bad.reasons[file]] for file, count in bad.counts.items()}
-    index = {"version": _VERSION, "dtype": dtype, **counts, "left_out": left_out}
+    index = {"version": _VERSION, "dtype": dtype, **counts, "content": content.hexdigest(), "left_out": left_out}
     (folder / _INDEX).write_text(json.dumps(index, indent=1) + "\n")
 
 

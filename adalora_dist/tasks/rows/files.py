@@ -15,6 +15,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -143,12 +144,11 @@ def file_rows(path: Path) -> Rows:
     Raises:
         UserError: the file cannot be read at all.
     """
-    try:
+    with readable(path):
+        refuse_zeros(path)
         if path.name.endswith(".parquet"):
-            refuse_zeros(path)
             yield from _parquet_rows(path)
             return
-        refuse_zeros(path)
         with opened(path) as raw:
             file = cast(BinaryIO, gzip.open(raw)) if path.name.endswith(".gz") else raw
             if path.name.endswith(TEXT_TABLES):
@@ -158,6 +158,17 @@ def file_rows(path: Path) -> Rows:
             is_array = path.name.removesuffix(".gz").endswith(".json") and start.startswith(b"[")
             file.seek(0)
             yield from _array_rows(path, file) if is_array else _line_rows(path, file)
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Around the reading of a file.
+
+    Raises:
+        UserError: it cannot be read, or is no archive from beginning to end.
+    """
+    try:
+        yield
     except (NotReadable, OSError, EOFError, zlib.error) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
         raise UserError(f"{path} cannot be read ({reason}): bring it back from a copy, or write it again") from error
