@@ -144,6 +144,15 @@ def test_the_trial_finds_rows_that_see_each_other_and_positions_that_go_on() -> 
     assert "GPT2LMHeadModel does not begin the positions of each row anew" in refusal(model, 0)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_rounding_by_an_experts_other_tokens_is_no_leak(family: str) -> None:
+    experts = {"num_local_experts": 4} if family == "mixtral" else {"num_experts": 4, "moe_intermediate_size": 16}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        config = AutoConfig.for_model(family, **SMALL, pad_token_id=0, num_experts_per_tok=2, **experts)
+        assert refusal(AutoModelForCausalLM.from_config(config), 0) == ""
+
+
 def test_what_is_saved_is_counted_from_the_plan() -> None:
     plan = BatchPlan([10, 5, 5, 2], [1] * 4, 4, 0, group_by_length=False)
     assert positions_of(plan, 4, 1, flat=False) == (22, 40, 30)
