@@ -208,6 +208,7 @@ def test_its_settings_are_its_own(tree: Path) -> None:
     assert refused.returncode == 2 and "only_last (norms has)" in line
 
 
+@pytest.mark.slow
 def test_the_recipe_runs_and_writes_the_new_format(tree: Path) -> None:
     words = ("--model", "model", "--export-formats", "names", "merged", "--output-dir", "runs/echo", "--method", "lora")
     done = run(tree, "recipes/echo.py", *words, *FLAGS)

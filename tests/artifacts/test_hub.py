@@ -290,7 +290,7 @@ def kill_at(hub: LocalHub, pattern: str, *arguments: Any, do: str = "stall") -> 
     assert process.returncode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", [pytest.param(p, marks=[pytest.mark.slow] * ("half" not in p)) for p in POINTS])
 def test_killed_in_the_middle(hub: LocalHub, plain: Path, point: str) -> None:
     repo = f"somebody/killed-{list(POINTS).index(point)}"
     whole = names_of(plain)

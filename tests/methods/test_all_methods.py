@@ -190,8 +190,9 @@ VARIANTS: dict[str, dict[str, bool]] = {
 """Of recipes' settings each engine gets some."""
 
 
-SLOW = ("hydra", "dylora", "houlsby", "pfeiffer", "adapterdrop", "series", "parallel")
-"""Nothing that they do has to do with a backbone's files, or with how it is quantised, but what the others do, too."""
+SLOW = ("hydra", "dylora", "houlsby", "pfeiffer", "adapterdrop", "series", "parallel", "lora_fa", "dvora")
+"""Nothing that they do has to do with a backbone's files, or with how it is quantised, but what the others do, too: dora
+and vera are those that read the backbone's weights, or make matrices of a seed."""
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

@@ -149,8 +149,9 @@ def check(case: Case) -> None:
             torch.testing.assert_close(own.delta(), other.delta(), rtol=1e-4, atol=1e-6)
 
 
-EVERY = [Case("plain"), Case("fsdp2", 2), Case("fsdp2", 2, options=("no_reshard", "evaluated")), Case("zero3", 2)]
+EVERY = [Case("plain"), Case("fsdp2", 2, options=("no_reshard", "evaluated")), Case("zero3", 2)]
 MORE = [
+    Case("fsdp2", 2),
     Case("ddp", 2, accumulation=2),
     Case("zero1", 2, options=("head",)),
     Case("zero2", 2, accumulation=2),

@@ -248,7 +248,13 @@ def alone(projector: str = "exact", projection: str = "std") -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("engine, world_size", [("ddp", 2), ("fsdp2", 2), ("fsdp2", 3), ("zero2", 2), ("zero3", 2)])
+@pytest.mark.parametrize(
+    "engine, world_size",
+    [
+        *(("fsdp2", 2), ("zero3", 2)),
+        *(pytest.param(*other, marks=pytest.mark.slow) for other in (("ddp", 2), ("fsdp2", 3), ("zero2", 2))),
+    ],
+)
 def test_losses_are_those_of_one_process(engine: str, world_size: int) -> None:
     assert alone()[-1] < 0.8 * alone()[0]
     for losses, collectives, _ in run_ranks(world_size, run, engine, settings()):

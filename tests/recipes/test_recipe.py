@@ -132,7 +132,10 @@ def test_tensorboard_gets_every_step(single: tuple[Run, str]) -> None:
 
 @pytest.mark.parametrize(
     ("launcher", "engine"),
-    [("ddp", "ddp"), ("fsdp2", "fsdp2"), ("zero2", "zero2"), ("zero3", "zero3"), ("torchrun", "ddp")],
+    [
+        *(("ddp", "ddp"), ("fsdp2", "fsdp2"), ("zero3", "zero3")),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (("zero2", "zero2"), ("torchrun", "ddp"))),
+    ],
 )
 def test_two_processes_do_what_one_does(project: Project, single: tuple[Run, str], launcher: str, engine: str) -> None:
     if launcher == "torchrun":

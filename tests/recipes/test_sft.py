@@ -103,7 +103,7 @@ def test_two_processes_do_what_one_does(project: Path, single: Path, engine: str
     ]
 
 
-@pytest.mark.parametrize("engine", [None, pytest.param("zero3"), pytest.param("fsdp2")])
+@pytest.mark.parametrize("engine", [None, "fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_evaluation_while_training_changes_nothing(project: Path, single: Path, tmp_path: Path, engine: str) -> None:
     words = ["--eval-every", "5", "--show-samples", "0", "--no-evaluate-before", "--export-formats", "none"]
     environment, num_processes = (ENGINES[engine], 2) if engine else ({}, 1)

@@ -234,7 +234,7 @@ def test_recipe_learns_meets_its_budget_and_exports(project: Path, single: Path)
 
 
 @pytest.mark.parametrize(
-    "engine", ["fsdp2", "zero3", *(pytest.param(e, marks=pytest.mark.slow) for e in ("ddp", "zero2"))]
+    "engine", ["zero3", *(pytest.param(e, marks=pytest.mark.slow) for e in ("ddp", "fsdp2", "zero2"))]
 )
 def test_two_processes_do_what_one_does(project: Path, single: Path, engine: str) -> None:
     folder = project / engine

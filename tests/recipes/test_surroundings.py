@@ -37,7 +37,9 @@ def arguments(project: Path, output: Path) -> list[str]:
     return [*map(str, where), *FLAGS.split()]
 
 
-@pytest.mark.parametrize("surroundings", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C"}])
+@pytest.mark.parametrize(
+    "surroundings", [{"PYTHONIOENCODING": "ascii"}, pytest.param({"LC_ALL": "C"}, marks=pytest.mark.slow)]
+)
 def test_a_terminal_that_cannot_show_what_is_said(project: Path, surroundings: dict[str, str]) -> None:
     """Names, tables and progress bars, of a recipe and of the commands after it; errors, too."""
     output = project / f"run {next(iter(surroundings))} — ü"
@@ -58,15 +60,13 @@ def test_a_terminal_that_cannot_show_what_is_said(project: Path, surroundings: d
     "launcher",
     [
         ["accelerate", "launch", RECIPE],
-        [
-            "accelerate",
-            "launch",
-            "--config_file",
-            ROOT / "launch/accelerate/zero2.yaml",
-            "--num_processes",
-            "1",
-            RECIPE,
-        ],
+        pytest.param(
+            [
+                *("accelerate", "launch", "--config_file", ROOT / "launch/accelerate/zero2.yaml"),
+                *("--num_processes", "1", RECIPE),
+            ],
+            marks=pytest.mark.slow,
+        ),
         pytest.param([ROOT / "launch" / "llama_commonsense.sh"], marks=pytest.mark.slow),
     ],
 )
@@ -115,7 +115,7 @@ def test_a_second_launch_on_the_same_port_is_told_the_flag(launcher: str, taken_
 # ---------------------------------------------------------------------------------------- a launcher that is killed
 
 
-@pytest.mark.parametrize("seconds", [0.0, pytest.param(0.5, marks=pytest.mark.slow), 3.0])
+@pytest.mark.parametrize("seconds", [0.0, *(pytest.param(seconds, marks=pytest.mark.slow) for seconds in (0.5, 3.0))])
 def test_nothing_outlives_a_launcher_that_dies_before_the_watch_begins(seconds: float, tmp_path: Path) -> None:
     """At once, while the interpreter starts; while torch is imported; and while the processes wait for each other."""
     command = [BIN / "accelerate", "launch", "--config_file", "launch/accelerate/ddp.yaml", "--main_process_port"]

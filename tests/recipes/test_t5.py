@@ -50,7 +50,7 @@ def test_a_t5_learns_and_its_merged_model_is_the_trained_one(single: Path) -> No
     assert merged.config.pad_token_id == IDS["pad_token_id"]
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["fsdp2", *(pytest.param(e, marks=pytest.mark.slow) for e in ("zero2", "zero3"))])
 def test_two_processes_do_what_one_does(project: Path, single: Path, engine: str) -> None:
     folder = project / engine
     code, _, errors = run_recipe("summarize_bart", 2, arguments(project, folder), ENGINES[engine])

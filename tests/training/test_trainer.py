@@ -44,11 +44,11 @@ own_loop = lru_cache(lambda accumulation: run_ranks(1, by_own_loop, accumulation
 RUNS = [
     ("single", 1, 1, "LlamaForCausalLM"),
     ("single", 1, 2, "LlamaForCausalLM"),
-    ("ddp", 2, 1, "DistributedDataParallel"),
+    pytest.param(("ddp", 2, 1, "DistributedDataParallel"), marks=pytest.mark.slow),
     ("ddp", 2, 2, "DistributedDataParallel"),
     ("fsdp2", 2, 2, "FSDPModule"),
-    ("zero1", 2, 2, "DeepSpeedEngine"),
-    ("zero2", 2, 1, "DeepSpeedEngine"),
+    pytest.param(("zero1", 2, 2, "DeepSpeedEngine"), marks=pytest.mark.slow),
+    pytest.param(("zero2", 2, 1, "DeepSpeedEngine"), marks=pytest.mark.slow),
     ("zero2", 2, 2, "DeepSpeedEngine"),
     ("zero3", 2, 2, "DeepSpeedEngine"),
     # As large models are run: recomputed activations, whose wrappers change module names, and zero.Init.
@@ -135,7 +135,8 @@ def best_model(rank: int, world_size: int, engine: str, eval_delay: int) -> dict
 
 @pytest.mark.parametrize(
     ("engine", "world_size", "eval_delay"),
-    [("single", 1, FROZEN_FROM), ("single", 1, 0), ("zero2", 2, FROZEN_FROM), ("fsdp2", 2, 0), ("zero3", 2, 0)],
+    [("single", 1, FROZEN_FROM), ("single", 1, 0), ("zero2", 2, FROZEN_FROM), ("fsdp2", 2, 0)]
+    + [pytest.param("zero3", 2, 0, marks=pytest.mark.slow)],
 )
 def test_best_model_logs_and_saved_adapter(engine, world_size, eval_delay):
     for result in run_ranks(world_size, best_model, engine, eval_delay):

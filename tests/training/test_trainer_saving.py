@@ -127,7 +127,13 @@ def difference(saved: Path, base: Path, logits: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("engine", "world_size"), [("single", 1), ("ddp", 2), ("fsdp2", 2), ("zero2", 2), ("zero3", 2)]
+    ("engine", "world_size"),
+    [
+        ("single", 1),
+        ("fsdp2", 2),
+        ("zero3", 2),
+        *(pytest.param(e, 2, marks=pytest.mark.slow) for e in ("ddp", "zero2")),
+    ],
 )
 def test_folders_are_the_trained_model_and_runs_go_on_exactly(engine, world_size, tmp_path):
     before, compacted = 2 * SAVE_STEPS, STEPS - SAVE_STEPS
@@ -245,7 +251,7 @@ def loaded_classifier(rank: int, world_size: int, folder: str) -> list[torch.Ten
     return [logits_of(model) for model in (loaded, again, best)]
 
 
-@pytest.mark.parametrize(("engine", "world_size"), [("single", 1), ("zero3", 2)])
+@pytest.mark.parametrize(("engine", "world_size"), [("single", 1), pytest.param("zero3", 2, marks=pytest.mark.slow)])
 def test_a_head_is_saved_and_early_stopping_counts_from_the_freeze_on(engine, world_size, tmp_path):
     logits = run_ranks(world_size, trained_classifier, str(tmp_path), engine)[0]
     for loaded in run_ranks(1, loaded_classifier, str(tmp_path))[0]:
