@@ -191,8 +191,8 @@ VARIANTS: dict[str, dict[str, bool]] = {
 
 
 SLOW = ("hydra", "dylora", "houlsby", "pfeiffer", "adapterdrop", "series", "parallel", "lora_fa", "dvora")
-"""Nothing that they do has to do with a backbone's files, or with how it is quantised, but what the others do, too: dora
-and vera are those that read the backbone's weights, or make matrices of a seed."""
+"""Nothing that they do has to do with a backbone's files, or with how it is quantised, but what the others do, too:
+dora reads the backbone's weights, vera makes matrices of a seed."""
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
