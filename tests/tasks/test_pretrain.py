@@ -140,7 +140,10 @@ def test_too_little_text_and_wrong_paths_get_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("short")
     with pytest.raises(UserError, match="tokens to validate on, not one sequence of max_length=256"):
         (tmp_path / "long.txt").write_text("word " * 400)
+        (tmp_path / "tiny.txt").write_text("x" * 39)
         store(PretrainDataConfig(source=(str(tmp_path / "long.txt"),), eval_split=str(tmp_path / "a.txt")))
+    with pytest.raises(UserError, match="40 tokens to train on, .* give more text, or a smaller --max-length"):
+        store(PretrainDataConfig(source=(str(tmp_path / "tiny.txt"),), eval_split=str(tmp_path / "long.txt")))
     (tmp_path / "b.pdf").write_text("")
     for word, message in (("missing", "no such file or folder"), ("b.pdf", "its name must end in one of .jsonl")):
         with pytest.raises(UserError, match=message):
@@ -224,6 +227,8 @@ def test_what_the_schema_refuses() -> None:
         PretrainConfig(adapter=ReloraConfig())
     with pytest.raises(ValidationError, match="data c4 without num_tokens or max_steps"):
         PretrainConfig(data=PretrainDataConfig(source=("c4",)))
+    with pytest.raises(ValidationError, match="max_eval_tokens 100 is not one sequence of max_length 256; raise it"):
+        PretrainDataConfig(max_eval_tokens=100)
     with pytest.raises(ValidationError, match="c4 is read by itself"):
         PretrainDataConfig(source=("c4", "a.txt"))
     config = PretrainConfig(train=PretrainTrainConfig(num_tokens=10**9, batch_size=512))

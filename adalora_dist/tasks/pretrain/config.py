@@ -56,6 +56,14 @@ class PretrainDataConfig(DataConfig):
         return DEFAULT_EVAL_SHARE if self.eval_share is None else self.eval_share
 
     @model_validator(mode="after")
+    def _one_sequence_to_validate_on(self) -> PretrainDataConfig:
+        if self.max_eval_tokens < self.max_length:
+            raise ValueError(
+                f"max_eval_tokens {self.max_eval_tokens} is not one sequence of max_length {self.max_length}; raise it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _of_own_data(self) -> PretrainDataConfig:
         if self.eval_split and not self.source:
             raise ValueError(

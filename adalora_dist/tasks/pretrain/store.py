@@ -103,9 +103,10 @@ def token_store(
     sides = [Windows(folder / f"{side}.bin", index["dtype"], index[side], data.max_length) for side in _SIDES]
     for side, windows in zip(_SIDES, sides, strict=True):
         if not len(windows):
+            share = ", a larger --eval-share" if side == "eval" and held_out is None else ""
             raise UserError(
                 f"data: {index[side]} tokens to {_SIDES[side]}, not one sequence of max_length={data.max_length}: give "
-                "more text, a larger --eval-share, or a smaller --max-length"
+                f"more text{share}, or a smaller --max-length"
             )
     return TokenStore(sides[0], sides[1], index["content"])
 
