@@ -16,6 +16,7 @@ from adalora_dist.tasks.commonsense.prompts import (
     prompts_of,
 )
 from adalora_dist.tasks.commonsense.rows import Example
+from adalora_dist.tasks.rows.token_cache import rules_of
 from tests.support.tiny_language_model import byte_tokenizer, tiny_llama, word_tokenizer
 
 
@@ -101,3 +102,13 @@ def test_many_at_a_time_are_the_tokens_of_each_and_are_found_again(tmp_path, mon
     except ZeroDivisionError:
         calls.append("tokenised")
     assert calls
+
+
+def test_tokens_in_the_cache_are_those_of_this_end_of_text_and_this_side():
+    tokenizer = byte_tokenizer()
+    known = [rules_of(tokenizer)]
+    tokenizer.eos_token = tokenizer.pad_token  # no token is new: the backend is as it was
+    known.append(rules_of(tokenizer))
+    tokenizer.truncation_side = "left"
+    known.append(rules_of(tokenizer))
+    assert known[0] != known[1] != known[2]
