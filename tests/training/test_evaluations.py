@@ -36,10 +36,8 @@ FLAGS = [
 # ------------------------------------------------------------------------------------------------------------ the rules
 
 
-def evaluations(
-    scores: Any = (), first: int = 0, num_steps: int = 10, best: Any = None, **settings: Any
-) -> Evaluations:
-    """Of a run whose pattern is frozen from step ``first`` on, with the scores of ``loss`` to come."""
+def evaluations(scores: Any = (), first: int = 0, best: Any = None, **settings: Any) -> Evaluations:
+    """Of a run of 10 steps whose pattern is frozen from step ``first`` on, with the scores of ``loss`` to come."""
     given, state = iter(scores), SimpleNamespace(step=0)
     schedule = SimpleNamespace(freeze_step=first - 1) if first else None
     hooks = SimpleNamespace(
