@@ -16,7 +16,7 @@ from adalora_dist.config.methods import MethodConfig, SizedConfig, TargetsConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods import method_for
 from adalora_dist.methods.shares import weight_shares
-from adalora_dist.methods.sites import find_targets, trained_modules
+from adalora_dist.methods.sites import find_sites, trained_modules
 from adalora_dist.methods.sizes import Sizes
 from adalora_dist.sharding.tensors import full_numel
 
@@ -120,7 +120,8 @@ def _out_of_range(config: SizedConfig, sizes: Sizes, limit: int) -> str:
 
 def _num_besides(model: nn.Module, config: MethodConfig) -> int:
     """Parameters of ``train_modules``, less the weights there that adapters freeze."""
-    targets = find_targets(model, config.targets) if isinstance(config, TargetsConfig) else []
-    frozen = {id(p) for name in targets for p in model.get_submodule(name).parameters()}
+    names, stacks = find_sites(model, config) if isinstance(config, TargetsConfig) else ([], [])
+    frozen = {id(p) for name in names for p in model.get_submodule(name).parameters()}
+    frozen |= {id(model.get_parameter(stack.name)) for stack in stacks}
     named = {id(p): p for name in trained_modules(model, config) for p in model.get_submodule(name).parameters()}
     return sum(full_numel(p) for key, p in named.items() if key not in frozen)
