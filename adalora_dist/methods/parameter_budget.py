@@ -71,6 +71,11 @@ def within_budget(model: nn.Module, config: MethodConfig) -> MethodConfig:
     return config if fitted is None else fitted.config
 
 
+def positions_taken(model: nn.Module, config: MethodConfig) -> int:
+    """Positions of the model that the method leaves no text. Arguments and errors as of :func:`within_budget`."""
+    return within_budget(model, config).num_positions if config.num_positions else 0
+
+
 def fit(model: nn.Module, config: MethodConfig) -> Fitted | None:
     """:func:`within_budget`, with the counts; None where no budget is set. Raises as that."""
     if not isinstance(config, SizedConfig) or config.budget is None:

@@ -78,6 +78,11 @@ class MethodConfig(Section):
         """How large its adapters are, in words."""
         return ""
 
+    @property
+    def num_positions(self) -> int:
+        """Positions of the model that are not left to the text."""
+        return 0
+
     @classmethod
     def resolved(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
         """``settings``, with what follows from others in the place of None: what two runs are compared by."""
