@@ -61,7 +61,13 @@ class Prefix(Adapter):
         return int(self.description()["init_rank"])
 
     def forward(self, batch: int, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values of each layer, (batch, heads, n, head size)."""
+        """Keys and values of each layer, (batch, heads, n, head size).
+
+        Args:
+            dtype: that the backbone computes in; where an engine has cast the embedding already (FSDP2's policy for
+                mixed precision), its own counts.
+        """
+        dtype = dtype if self.embedding.dtype == torch.float32 else self.embedding.dtype
         shape = (-1, 2 * self.heads.num_layers, self.heads.num_heads, self.heads.head_size)
         parts = self.embedding.to(dtype).view(shape).permute(1, 2, 0, 3).unsqueeze(1).expand(-1, batch, -1, -1, -1)
         return list(zip(parts[::2], parts[1::2], strict=True))
@@ -85,7 +91,9 @@ class Prefix(Adapter):
         if not isinstance(cache, DynamicCache):
             raise UserError(f"method=prefix: a {type(cache).__name__} cannot be filled beforehand: use DynamicCache")
         if not cache.get_seq_length():
+            device = tokens.device.type
             dtype = cast(Any, backbone).get_input_embeddings().weight.dtype
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
             for layer, (keys, values) in enumerate(self(len(tokens), dtype)):
                 cache.update(keys, values, layer)
         mask = given.get("attention_mask")
