@@ -19,6 +19,7 @@ from adalora_dist.backbones.linears import linear_shape
 from adalora_dist.backbones.parts import backbone_of
 from adalora_dist.config.methods.prefix import PrefixConfig
 from adalora_dist.io.errors import UserError
+from adalora_dist.methods.adapter import device_of
 from adalora_dist.methods.protocol import Adapter, Method, Step
 from adalora_dist.methods.sizes import Sizes
 from adalora_dist.methods.update import Matrix, OfMatrix, Update
@@ -53,8 +54,8 @@ class Prefix(Adapter):
     def __init__(self, name: str, backbone: nn.Module, length: int, heads: Heads) -> None:
         super().__init__()
         self.name, self.heads, self.hidden_size = name, heads, _text_config(backbone).hidden_size
-        device = next((p.device for p in backbone.parameters() if not p.is_meta), torch.device("cpu"))
-        self.embedding = nn.Parameter(torch.zeros(length, heads.width, dtype=torch.float32, device=device))
+        zeros = torch.zeros(length, heads.width, dtype=torch.float32, device=device_of(backbone))
+        self.embedding = nn.Parameter(zeros)
 
     @property
     def length(self) -> int:

@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from adalora_dist.config.budget import parse_budget
 from adalora_dist.config.flags import parse_config
@@ -33,15 +32,6 @@ UNSIZED = [name for name in METHODS if name not in SIZED]
 def meta_net() -> Net:
     with torch.device("meta"):
         return Net(d=24, hidden=40)
-
-
-def model_for(method: str) -> Any:
-    """A prefix needs a causal model; all others need linear maps."""
-    if method != "prefix":
-        return meta_net()
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    with torch.device("meta"):
-        return LlamaForCausalLM(LlamaConfig(vocab_size=40, max_position_embeddings=64, **sizes))
 
 
 def meta_model(method: str) -> Any:
