@@ -26,6 +26,7 @@ from adalora_dist.methods.galore.projection import (
     Side,
     adam_direction,
     gram,
+    is_exact,
     leading,
     left_of,
     project,
@@ -39,8 +40,6 @@ from adalora_dist.sharding.base import ShardEngine, Span, agree_on, assemble, su
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 """Adam's, of all that is trained."""
-EXACT_UP_TO = 4096
-"""Sides of a matrix up to which projector auto is exact."""
 _SEED = 20240306
 
 
@@ -166,7 +165,7 @@ class GaLoreStep(Step):
     def _chosen(self, matrix: Matrix, local: torch.Tensor) -> torch.Tensor:
         """P of the gradient of which this rank has ``local``; the same bits on every rank of the shard group."""
         (m, n), rank, group = matrix.rows.shape, matrix.p.shape[1], self._engine.shard_group
-        exact = self.config.projector == "exact" or (self.config.projector == "auto" and min(m, n) <= EXACT_UP_TO)
+        exact = is_exact(self.config.projector, (m, n), matrix.side)
         index = self._matrices.index(matrix)
         if exact and matrix.side == "left":
             gradient = assemble(local.reshape(-1), matrix.rows.span, torch.Size((m, n)), group)
