@@ -310,6 +310,15 @@ def test_a_run_with_scores_by_token_meets_its_budget_and_goes_on_from_its_state(
     assert len(state.numbers["tokens_seen"]) == 4 * 4 and all(n > 0 for n in state.numbers["tokens_seen"])
 
 
+def test_scores_by_token_without_experts_are_refused():
+    model = mixture("mixtral")
+    adapters = config(targets=("q_proj",), expert_scores="per_token", target_rank=1)
+    adapt(model, adapters)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    message = refusal(attach, model, optimizer, adapters, 20)
+    assert message.startswith("expert_scores=per_token: no stack of experts") and "add experts to targets" in message
+
+
 def test_lora_of_experts_has_no_budget():
     model = mixture("gpt_oss")
     adapters = adapt(model, LoraConfig(init_rank=2, targets=("experts",)))
