@@ -50,9 +50,6 @@ class BottleneckUpdate(OfMatrix):
         "folder)"
     )
 
-    def merged(self, weight: torch.Tensor) -> torch.Tensor:
-        raise UserError(f"{self.name}: {self.not_merged}")
-
     def tensors(self) -> dict[str, torch.Tensor]:
         kinds = {"D": self.D, "U": self.U, "c_d": self.c_d, "c_u": self.c_u}
         return {kind: value for kind, value in kinds.items() if value is not None}

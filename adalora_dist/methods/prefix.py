@@ -206,9 +206,6 @@ class PrefixUpdate(OfMatrix):
         "load_adapter(model, folder)"
     )
 
-    def merged(self, weight: torch.Tensor) -> torch.Tensor:
-        raise UserError(f"{self.name}: {self.not_merged}")
-
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"embedding": self.embedding}
 
