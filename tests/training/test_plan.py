@@ -93,6 +93,17 @@ def test_clusters() -> None:
             Cluster.parse(gpus, nodes, engine)
 
 
+@pytest.mark.parametrize("words", ["--tflops 0", "--link 0", "--link nan", "--nodes some", "--engine fsdp1", "--gpus"])
+def test_a_typing_error_is_one_line(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = words.split()
+    for line in ([*flags, "llama_sft"], ["llama_sft", *flags]):
+        with pytest.raises(SystemExit) as stopped:
+            main(["plan", *line])
+        said = capsys.readouterr()
+        assert (stopped.value.code, said.out, said.err.count("\n")) == (2, "", 1)
+    assert flags[0] in said.err
+
+
 def test_what_does_not_fit_is_helped() -> None:
     """The change that is told of is one after which it fits, and a smaller one would not do."""
     from adalora_dist.training.plan.text import cluster_text

@@ -133,9 +133,10 @@ class Planner:
             yield " ".join(words), self.plan(cluster, config)
         for nodes in (2, 4, 8, 16):
             engine = "fsdp2" if cluster.engine == "single" else cluster.engine
+            chosen = ["--engine fsdp2"] if cluster.engine == "single" else []
             larger = Cluster(**{**vars(cluster), "nodes": nodes * cluster.nodes, "engine": engine})
             if larger.world_size <= config.train.batch_size:
-                yield " ".join([*words, f"--nodes {larger.nodes}"]), self.plan(larger, config)
+                yield " ".join([*words, *chosen, f"--nodes {larger.nodes}"]), self.plan(larger, config)
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
