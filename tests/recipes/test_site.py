@@ -89,7 +89,9 @@ def test_every_name_to_import_is_in_the_reference() -> None:
     named = re.findall(r"^::: adalora_dist\.(\S+)\.(\w+)$", page, re.MULTILINE)
     assert sorted(name for _, name in named) == sorted(adalora_dist._HOMES)
     for home, name in named:
-        source = (ROOT / "adalora_dist" / f"{home.replace('.', '/')}.py").read_text(encoding="utf-8")
+        module = ROOT / "adalora_dist" / home.replace(".", "/")
+        file = module / "__init__.py" if module.is_dir() else module.with_suffix(".py")
+        source = file.read_text(encoding="utf-8")
         assert re.search(rf"^(class|def) {name}\b", source, re.MULTILINE), name
 
 
