@@ -285,6 +285,8 @@ def test_numbers_that_no_run_writes(tmp_path: Path, capsys: pytest.CaptureFixtur
     (run / "run.json").write_text(f'{{"num_steps": 1{"0" * 400}}}')
     write_report([run])
     assert len(view(read_runs([run])[0]).splitlines()[1]) < 120
+    (run / "results.json").write_text(f'{{"after": {{"num_rows": 2, "num_correct": 1{"0" * 400}, "accuracy": 0.5}}}}')
+    assert read_runs([run])[0].results == {"after": {(("rows", "2"),): {"accuracy": 0.5}}}
     for command in ("report", "watch"):
         with pytest.raises(SystemExit) as stopped:
             main([command, str(tmp_path / ("x" * 300))])
