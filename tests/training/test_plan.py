@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from adalora_dist.__main__ import main
+from adalora_dist.config.methods import method_config
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods import method_for
 from adalora_dist.methods.inject import adapt
@@ -66,6 +67,20 @@ def test_many_layers_are_a_straight_line() -> None:
     assert line.num_parameters == whole.num_parameters and line.weights == pytest.approx(whole.weights, rel=1e-6)
     assert line.activations == pytest.approx(whole.activations, rel=0.02)
     assert line.state == pytest.approx(whole.state, rel=0.02)
+
+
+def test_methods_that_draw_seeds_or_check_values_are_planned() -> None:
+    """Their adapters are made on fake tensors, too. GaLore's spans are values, and it is refused by its name."""
+    from adalora_dist.training.plan import fake
+
+    settings = architecture(2)
+    for method in ("lora_fa", "dylora", "relora", "houlsby"):
+        config = configuration().model_copy(update={"adapter": method_config(method)})
+        found = fake.step_bytes(config, AutoModelForCausalLM, settings, torch.float32, 2)
+        assert found.weights > 0 and found.state > 0 and found.activations > 0
+    config = configuration().model_copy(update={"adapter": method_config("galore")})
+    with pytest.raises(UserError, match="a step of Llama.* with method galore cannot be made"):
+        fake.step_bytes(config, AutoModelForCausalLM, settings, torch.float32, 2)
 
 
 def test_what_is_alive_is_counted() -> None:
