@@ -129,6 +129,17 @@ def test_what_does_not_fit_is_helped() -> None:
     said = cluster_text(plans, tight, STEPS)
     assert "the smallest change that fits: --micro-batch-size 4" in said and "80 GB yes" in said
     assert "nothing that is tried" in cluster_text(plans, Cluster.parse("0.001GB"), STEPS)
+    words = [words for words, _ in plans.changes(Cluster.parse("0.001GB"))]
+    assert words[-1].endswith("--gradient-checkpointing --quantization nf4 --engine fsdp2 --nodes 8")
+
+
+def test_int8_is_planned_where_it_runs() -> None:
+    plans = planner()
+    int8 = plans.config.quantization.model_copy(update={"quantization": "int8"})
+    plans.config = plans.config.model_copy(update={"quantization": int8})
+    with pytest.raises(UserError, match="quantization=int8 with fsdp2"):
+        plans.plan(Cluster.parse("2x80GB"))
+    assert all("fsdp2" not in words for words, _ in plans.changes(Cluster.parse("2x80GB", engine="ddp")))
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

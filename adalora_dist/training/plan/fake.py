@@ -122,7 +122,7 @@ def _measured(config: RunConfig, auto_class: Any, settings: Any, dtype: torch.dt
                 copy.deepcopy(settings), dtype=torch.float32 if section.trains_backbone else dtype
             )
             num_parameters = sum(p.numel() for p in model.parameters())
-            with _HostReads():
+            with _HostReads():  # type: ignore[no-untyped-call]
                 adapt(model, section, train.seed)
             if train.gradient_checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
