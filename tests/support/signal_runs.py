@@ -27,7 +27,7 @@ import_package()
 
 STAGES = {
     "before the data": ("adalora_dist.training.run", "refuse_used_folder"),
-    "reading the data": ("adalora_dist.tasks.commonsense.rows", "load_tasks"),
+    "reading the data": ("adalora_dist.tasks.commonsense.rows", "load_tasks_and_validation"),
     "loading the model": ("adalora_dist.training.run", "load_backbone"),
     "first step": ("adalora_dist.tasks.losses", "causal_loss"),
     "training": ("adalora_dist.tasks.losses", "causal_loss"),
