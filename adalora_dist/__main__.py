@@ -100,7 +100,8 @@ def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
         epilog="adalora-dist run RECIPE --help shows the flags of a recipe.",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="as adalora-dist ls shows it, or a file: my_recipe.py")
-    parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="FLAGS", help="of the recipe")
+    flags = parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="FLAGS", help="of the recipe")
+    flags.required = False
     parser.set_defaults(run_command=_run)
 
 

@@ -55,7 +55,7 @@ class FinishedRun:
         folder = path / "adapter" if (path / "adapter").is_dir() else path
         settings = read_sections(file) if (file := path / "config.yaml").is_file() else {}
         if not (folder / "adapter.json").is_file():
-            method = settings.get("adapter", {}).get("method")
+            method: Any = settings.get("adapter", {}).get("method")
             if is_method(method) and not METHODS[method].has_adapters:
                 raise UserError(
                     f"{path} has no adapters: a run with method {method} has none; its model is {path / 'merged'}, "

@@ -49,7 +49,8 @@ def add_plan(commands: argparse._SubParsersAction[Any]) -> None:
         usage="%(prog)s RECIPE [--gpus 8x80GB] [--nodes N] [--engine ENGINE] [FLAGS of the recipe]",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="as adalora-dist ls shows it, or a file: my_recipe.py")
-    parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="FLAGS", help="of the recipe")
+    flags = parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="FLAGS", help="of the recipe")
+    flags.required = False
     parser.set_defaults(run_command=_plan)
 
 
