@@ -13,8 +13,8 @@
     adalora-dist watch RUN                             loss, budget and ranks in the terminal, while it goes on
     adalora-dist report RUN [RUN ...]                  one HTML file: curves, ranks over time, scores, samples
 
-RUN is the folder of a finished run, or a checkpoint in one. Each subcommand imports what it needs when it is called,
-so that ``--help`` and mistakes cost no torch.
+RUN is the folder of a run; inspect, watch and report take one that is not finished, export a checkpoint in one. Each
+subcommand imports what it needs when it is called, so that ``--help`` and mistakes cost no torch.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
         epilog="adalora-dist run RECIPE --help shows the flags of a recipe.",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="as adalora-dist ls shows it, or a file: my_recipe.py")
-    parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="FLAGS", help="of the recipe")
+    flags = parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="FLAGS", help="of the recipe")
+    flags.required = False
     parser.set_defaults(run_command=_run)
 
 
@@ -170,7 +171,7 @@ def _add_export(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 def _add_inspect(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = commands.add_parser("inspect", help="ranks, history and sizes of a run", allow_abbrev=False)
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run; not finished: its newest checkpoint")
     parser.add_argument(
         "--pictures",
         default="svg",

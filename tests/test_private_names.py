@@ -17,6 +17,7 @@ KNOWN = {
     "torch._foreach_copy_",
     "torch._foreach_mul",
     "torch._foreach_mul_",
+    "torch._subclasses.fake_tensor.FakeTensor",
     "torch._subclasses.fake_tensor.FakeTensorMode",
     "torch.distributed.tensor._utils.compute_local_shape_and_global_offset",
     "torch.utils._python_dispatch.TorchDispatchMode",

@@ -21,7 +21,7 @@ from adalora_dist.artifacts.tables import rank_table
 from adalora_dist.backbones.dequantized import QuantizedWeight, read_quantization_record
 from adalora_dist.backbones.load import dtype_named
 from adalora_dist.config.formats import EXPORT_FORMATS, ExportFormat
-from adalora_dist.config.methods import METHODS
+from adalora_dist.config.methods import METHODS, is_method
 from adalora_dist.io.errors import UserError, printable
 from adalora_dist.io.foreign_files import read_object, read_sections
 from adalora_dist.io.markdown import number
@@ -53,13 +53,19 @@ class FinishedRun:
         if step_of(path) is not None:
             return cls._read_checkpoint(path)
         folder = path / "adapter" if (path / "adapter").is_dir() else path
+        settings = read_sections(file) if (file := path / "config.yaml").is_file() else {}
         if not (folder / "adapter.json").is_file():
+            method: Any = settings.get("adapter", {}).get("method")
+            if is_method(method) and not METHODS[method].has_adapters:
+                raise UserError(
+                    f"{path} has no adapters: a run with method {method} has none; its model is {path / 'merged'}, "
+                    "and adalora-dist report shows the run"
+                )
             raise UserError(
                 f"{path} is no finished run (it has no adapter/adapter.json): give a run's output_dir, or one of its "
                 "checkpoints"
             )
         saved = read_adapter(folder)
-        settings = read_sections(file) if (file := path / "config.yaml").is_file() else {}
         facts = read_object(file) if (file := path / "run.json").is_file() else {}
         return cls(path, saved, settings, facts)
 

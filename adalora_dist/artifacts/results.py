@@ -27,9 +27,14 @@ def scores_of(record: Mapping[str, Any]) -> dict[str, float]:
     scores: dict[str, float] = {}
     for key, value in record.items():
         scores |= scores_of(value) if isinstance(value, dict) else {key: value}
-    scores = {k: v for k, v in scores.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    scores = {k: v for k, v in scores.items() if _is_number(v)}
     num_rows = scores.pop("num_rows", None)
     for count, share in (("num_correct", "accuracy"), ("num_parse_failures", "unparsed")):
         if num_rows and count in scores:
             scores[share] = scores.pop(count) / num_rows
     return scores
+
+
+def _is_number(value: Any) -> bool:
+    """As JSON has it; whole numbers of hundreds of digits are none, since a float cannot hold them."""
+    return isinstance(value, float) or (type(value) is int and value.bit_length() <= 1000)

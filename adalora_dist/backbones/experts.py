@@ -165,7 +165,8 @@ class _FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        maps = _as_maps(ctx.experts, ctx.leaf).transpose(1, 2)
+        # Autocast, which is not in force any more, may have made the forward's product in another type than W's.
+        maps = _as_maps(ctx.experts, ctx.leaf).transpose(1, 2).to(grads[0].dtype)
         return grouped_product(grads[0].contiguous(), maps, ctx.offsets), None, None, None
 
 

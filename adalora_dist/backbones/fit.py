@@ -154,43 +154,56 @@ def lengths_of(config: Any) -> list[Length]:
     return [Length(name, settings[name], side) for name, side in sides.items() if settings.get(name) is not None]
 
 
-def check_lengths(model: PreTrainedModel, lengths: Sequence[Length]) -> None:
+def check_lengths(model: PreTrainedModel, lengths: Sequence[Length], num_taken: int = 0) -> None:
     """Compare the longest sequences of a run with what the model can take.
 
     Rotary positions go on for ever, but a model knows those that it has seen: more is allowed, with a warning.
 
+    Args:
+        num_taken: positions that a prefix has, and no text.
+
     Raises:
-        UserError: one is longer than the model has positions.
+        UserError: one is longer than the model has positions for it.
     """
     limits = position_limits(model)
     for setting, tokens, side in lengths:
         limit = limits.get(side)
-        if limit is None or tokens <= limit.length:
+        if limit is None or tokens + num_taken <= limit.length:
             continue
-        flag = f"--{setting.replace('_', '-')} {limit.length}"
+        name, room = type(model).__name__, limit.length - num_taken
+        flag = f"--{setting.replace('_', '-')} {room}" if room > 0 else f"--prefix-length {limit.length - 1}"
         if limit.where:
             raise UserError(
-                f"{setting}={tokens}: {type(model).__name__} has {limit.length} positions (in {limit.where}), and no "
-                f"more tokens can go through it: set {flag}, or less"
+                f"{setting}={tokens}: {name} has {_positions(limit, num_taken)}, and no more tokens can go through it: "
+                f"set {flag}, or less"
             )
         logger.warning(
-            "%s=%d: %s was made for %d positions (max_position_embeddings), and may be worse beyond them: %s stays "
-            "within", setting, tokens, type(model).__name__, limit.length, flag,
+            "%s=%d: %s was made for %s, and may be worse beyond them: %s stays within",
+            setting, tokens, name, _positions(limit, num_taken), flag,
         )  # fmt: skip
 
 
-def check_room(model: PreTrainedModel, num_prompt_tokens: int, max_new_tokens: int) -> None:
+def _positions(limit: Limit, num_taken: int) -> str:
+    of_prefix = f", {num_taken} of them the prefix's" if num_taken else ""
+    where = f"in {limit.where}" if limit.where else "max_position_embeddings"
+    return f"{limit.length} positions ({where}){of_prefix}"
+
+
+def check_room(model: PreTrainedModel, num_prompt_tokens: int, max_new_tokens: int, num_taken: int = 0) -> None:
     """Compare the longest prompt of a model with one side, and a reply behind it, with the positions that it has.
 
+    Args:
+        num_taken: as of :func:`check_lengths`.
+
     Raises:
-        UserError: they are more than the model has positions.
+        UserError: they are more than the model has positions for them.
     """
     limit = position_limits(model).get("")
-    if limit is None or not limit.where or num_prompt_tokens + max_new_tokens <= limit.length:
+    if limit is None or not limit.where or num_taken + num_prompt_tokens + max_new_tokens <= limit.length:
         return
-    room = limit.length - num_prompt_tokens
+    room = limit.length - num_taken - num_prompt_tokens
     remedy = f"set --max-new-tokens {room}, or less" if room > 0 else "shorten it"
     raise UserError(
         f"max_new_tokens={max_new_tokens} behind the longest prompt of the evaluation, {num_prompt_tokens} tokens: "
-        f"{type(model).__name__} has {limit.length} positions (in {limit.where}): {remedy}"
+        f"{type(model).__name__} has {_positions(limit, num_taken)}: {remedy}"
     )

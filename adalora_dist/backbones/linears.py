@@ -7,7 +7,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from adalora_dist.backbones.files import base_folder_of as base_folder_of
 from adalora_dist.backbones.quantization import dequantized
 from adalora_dist.sharding.tensors import full_shape
 

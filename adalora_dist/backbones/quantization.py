@@ -16,7 +16,7 @@ from torch import nn
 
 from adalora_dist.backbones.precision import computed_in
 from adalora_dist.config.engines import ENGINES
-from adalora_dist.config.sections import RunConfig
+from adalora_dist.config.sections import QuantizationConfig, RunConfig
 from adalora_dist.io.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,15 +49,7 @@ def bitsandbytes_config(config: RunConfig, engine: str) -> BitsAndBytesConfig | 
         return None
     if find_spec("bitsandbytes") is None:
         raise UserError(f"quantization={method} needs bitsandbytes: pip install 'adalora-dist[quant]'")
-    if reason := REFUSED.get((method, engine)):
-        raise UserError(
-            f"quantization={method} with {engine}: {reason}; use quantization nf4, or ddp or zero2 for {method}"
-        )
-    if settings.quant_storage == "uint8" and engine == "fsdp2":
-        raise UserError(
-            "quant_storage=uint8 with fsdp2: accelerate leaves integer weights whole on every process; use "
-            "quant_storage auto"
-        )
+    check_engine(settings, engine)
     from transformers import BitsAndBytesConfig
 
     # A list replaces transformers' own finding of the output head.
@@ -75,6 +67,23 @@ def bitsandbytes_config(config: RunConfig, engine: str) -> BitsAndBytesConfig | 
         bnb_4bit_quant_storage=storage,
         llm_int8_skip_modules=skipped,
     )
+
+
+def check_engine(settings: QuantizationConfig, engine: str) -> None:
+    """
+    Raises:
+        UserError: this engine cannot hold, or cannot shard, such weights.
+    """
+    method = settings.quantization
+    if reason := REFUSED.get((method, engine)):
+        raise UserError(
+            f"quantization={method} with {engine}: {reason}; use quantization nf4, or ddp or zero2 for {method}"
+        )
+    if method != "none" and settings.quant_storage == "uint8" and engine == "fsdp2":
+        raise UserError(
+            "quant_storage=uint8 with fsdp2: accelerate leaves integer weights whole on every process; use "
+            "quant_storage auto"
+        )
 
 
 def settle_quantized(model: nn.Module) -> None:

@@ -103,7 +103,7 @@ def remedy(info: FieldInfo, value: Any = None) -> str:
 
 
 def _bounds(info: FieldInfo) -> Iterator[str]:
-    symbols = {"gt": ">", "ge": ">=", "lt": "<"}  # annotated_types.Gt has an attribute gt, and so on
+    symbols = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}  # annotated_types.Gt has an attribute gt, and so on
     parts = get_args(info.annotation) if is_union(info) else ()
     of_parts = (
         field for part in parts for field in getattr(part, "__metadata__", ())

@@ -92,6 +92,11 @@ class Adapter(TrainedModule):
         raise NotImplementedError(f"{type(self).__name__}.part_size")
 
 
+def device_of(base: nn.Module) -> torch.device:
+    """Where the parameters of an adapter of ``base`` are made. A base on meta is read later, adapters have values."""
+    return next((p.device for p in base.parameters() if not p.is_meta), torch.device("cpu"))
+
+
 def adapters_of(model: nn.Module) -> list[Adapter]:
     """The adapters that a model has, in canonical order."""
     return [module for module in model.modules() if isinstance(module, Adapter)]

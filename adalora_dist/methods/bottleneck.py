@@ -50,9 +50,6 @@ class BottleneckUpdate(OfMatrix):
         "folder)"
     )
 
-    def merged(self, weight: torch.Tensor) -> torch.Tensor:
-        raise UserError(f"{self.name}: {self.not_merged}")
-
     def tensors(self) -> dict[str, torch.Tensor]:
         kinds = {"D": self.D, "U": self.U, "c_d": self.c_d, "c_u": self.c_u}
         return {kind: value for kind, value in kinds.items() if value is not None}
@@ -219,10 +216,21 @@ class Pfeiffer(BottleneckMethod):
     said = "Bottleneck adapters (Pfeiffer et al., [arXiv 2005.00052](https://arxiv.org/abs/2005.00052))"
 
     def sites(self, model: nn.Module) -> dict[str, Form]:
+        """
+        Raises:
+            UserError: some are around a norm and others are not, which one description cannot say.
+        """
         found: dict[str, Form] = {}
         for name in super().sites(model):
             norm = norm_behind(model, name)
             found |= {name: "behind"} if norm is None else {norm: "norm"}
+        by_form = {form: name for name, form in found.items()}
+        if len(by_form) > 1:
+            raise UserError(
+                f"method={self.config.method}: positions have two forms of adapters, around a norm "
+                f"({by_form['norm']}) and behind a matrix ({by_form['behind']}), and an adapter folder holds one: "
+                "leave either out of positions, or set method to houlsby"
+            )
         return found
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from adalora_dist.backbones.linears import is_conv1d, linear_shape
 from adalora_dist.io.errors import UserError
+from adalora_dist.methods.adapter import device_of
 from adalora_dist.methods.dropout import Dropout
 from adalora_dist.methods.protocol import Adapter, Step
 from adalora_dist.sharding.tensors import full_numel
@@ -37,9 +38,7 @@ class BranchLinear(Adapter):
 
     def vector(self, *shape: int, value: float = 0.0) -> nn.Parameter:
         """A trained float32 parameter on the base's device."""
-        # A base on meta is read later; adapters have their values from the start.
-        device = next((p.device for p in self.base.parameters() if not p.is_meta), torch.device("cpu"))
-        return nn.Parameter(torch.full(shape, value, dtype=torch.float32, device=device))
+        return nn.Parameter(torch.full(shape, value, dtype=torch.float32, device=device_of(self.base)))
 
     def branch(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """

@@ -5,6 +5,9 @@ of d_in columns three to six bytes for each of its inputs, of which the plain mo
 read it. Here what is kept is the state of the random numbers before the draw (on GPUs 16 bytes, a seed and a counter;
 5 KB on a CPU). The draws are those of ``nn.Dropout``, and so, bit for bit, are outputs and gradients; a checkpoint's
 second forward draws them again, too, as it puts the state back.
+
+Which number an element gets follows from where it lies in memory. So all is drawn for contiguous tensors: what comes in
+another layout (a transposed sequence of one) is copied first, or its gradient would have other elements dropped.
 """
 
 from __future__ import annotations
@@ -23,17 +26,18 @@ class Dropout(nn.Dropout):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not self.redraws:
             return super().forward(input)
-        dropped: torch.Tensor = _Drop.apply(input, self.p)  # type: ignore[no-untyped-call]
+        dropped: torch.Tensor = _Drop.apply(input.contiguous(), self.p)  # type: ignore[no-untyped-call]
         return dropped
 
     def product(self, x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Dropout of ``x`` (tokens, d_in) times ``weight`` (d_in, r), both in ``dtype``, keeping x itself, no copy."""
+        """Dropout of ``x`` (tokens, d_in) times ``weight`` (d_in, r), both in ``dtype``, keeping x, if contiguous no
+        copy."""
         if not self.redraws:
             return super().forward(x).to(dtype) @ weight.to(dtype)
         device = x.device.type
         if torch.is_autocast_enabled(device):  # it would take the product into its own type
             dtype = torch.get_autocast_dtype(device)
-        hidden: torch.Tensor = _DropProduct.apply(x, weight.to(dtype), self.p)  # type: ignore[no-untyped-call]
+        hidden: torch.Tensor = _DropProduct.apply(x.contiguous(), weight.to(dtype), self.p)  # type: ignore[no-untyped-call]
         return hidden
 
     @property
@@ -51,7 +55,7 @@ class _Drop(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         with _drawing_from(ctx.state, gradient.device):
-            return nn.functional.dropout(gradient, ctx.p), None
+            return nn.functional.dropout(gradient.contiguous(), ctx.p), None
 
 
 class _DropProduct(torch.autograd.Function):
@@ -71,7 +75,7 @@ class _DropProduct(torch.autograd.Function):
             with _drawing_from(ctx.state, x.device):
                 of_weight = nn.functional.dropout(x, ctx.p).to(weight.dtype).T @ gradient
         if ctx.needs_input_grad[0]:
-            of_x = (gradient @ weight.T).to(x.dtype)
+            of_x = (gradient @ weight.T).to(x.dtype).contiguous()
             with _drawing_from(ctx.state, x.device):
                 of_x = nn.functional.dropout(of_x, ctx.p)
         return of_x, of_weight, None

@@ -49,7 +49,7 @@ class Lora(TripletMethod):
         return with_lambda_in_p(triplets)
 
     def sizes(self, model: nn.Module) -> Sizes:
-        shapes = site_shapes(model, self.config.targets)
+        shapes = site_shapes(model, self.config)
         return of_ranks(shapes, sum(d_in + d_out for d_in, d_out in shapes))
 
     def step(self, adapters: Sequence[Adapter], total_steps: int) -> Step:

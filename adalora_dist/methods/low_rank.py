@@ -17,6 +17,7 @@ from adalora_dist.backbones.linears import linear_shape
 from adalora_dist.backbones.sharded_load import whole_weight
 from adalora_dist.config.methods.low_rank import FactorisedConfig
 from adalora_dist.io.errors import UserError
+from adalora_dist.methods.adapter import device_of
 from adalora_dist.methods.branch import BranchStep
 from adalora_dist.methods.galore.projection import gram, leading
 from adalora_dist.methods.protocol import Adapter, Method, Step
@@ -41,7 +42,7 @@ class FactoredLinear(Adapter):
         self.base, self.name = Place(base), name
         self.d_in, self.d_out = linear_shape(base) or (0, 0)
         self.rank = min(rank, self.d_in, self.d_out)
-        device = next((p.device for p in base.parameters() if not p.is_meta), torch.device("cpu"))
+        device = device_of(base)
         self.B, self.At = (nn.Parameter(torch.zeros(d, self.rank, device=device)) for d in (self.d_out, self.d_in))
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from adalora_dist.config.methods import MethodConfig, SizedConfig, TargetsConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods import method_for
 from adalora_dist.methods.shares import weight_shares
-from adalora_dist.methods.sites import find_targets, trained_modules
+from adalora_dist.methods.sites import find_sites, trained_modules
 from adalora_dist.methods.sizes import Sizes
 from adalora_dist.sharding.tensors import full_numel
 
@@ -71,6 +71,11 @@ def within_budget(model: nn.Module, config: MethodConfig) -> MethodConfig:
     return config if fitted is None else fitted.config
 
 
+def positions_taken(model: nn.Module, config: MethodConfig) -> int:
+    """Positions of the model that the method leaves no text. Arguments and errors as of :func:`within_budget`."""
+    return within_budget(model, config).num_positions if config.num_positions else 0
+
+
 def fit(model: nn.Module, config: MethodConfig) -> Fitted | None:
     """:func:`within_budget`, with the counts; None where no budget is set. Raises as that."""
     if not isinstance(config, SizedConfig) or config.budget is None:
@@ -120,7 +125,8 @@ def _out_of_range(config: SizedConfig, sizes: Sizes, limit: int) -> str:
 
 def _num_besides(model: nn.Module, config: MethodConfig) -> int:
     """Parameters of ``train_modules``, less the weights there that adapters freeze."""
-    targets = find_targets(model, config.targets) if isinstance(config, TargetsConfig) else []
-    frozen = {id(p) for name in targets for p in model.get_submodule(name).parameters()}
+    names, stacks = find_sites(model, config) if isinstance(config, TargetsConfig) else ([], [])
+    frozen = {id(p) for name in names for p in model.get_submodule(name).parameters()}
+    frozen |= {id(model.get_parameter(stack.name)) for stack in stacks}
     named = {id(p): p for name in trained_modules(model, config) for p in model.get_submodule(name).parameters()}
     return sum(full_numel(p) for key, p in named.items() if key not in frozen)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from adalora_dist.backbones.linears import linear_shape
-from adalora_dist.backbones.parts import backbone_of
+from adalora_dist.backbones.parts import backbone_of, is_under, tower_names
 from adalora_dist.io.errors import UserError
 
 _FEED_FORWARD = r"(mlp|ffn|feed_forward|DenseReluDense)"
@@ -36,14 +36,17 @@ architectures (None: wherever the two are called so)."""
 
 
 def find_parts(model: nn.Module, method: str, parts: Iterable[str]) -> list[str]:
-    """Names of the linear maps of these parts, in the order of the model.
+    """Names of the linear maps of these parts, in the order of the model; towers of vision and audio are left alone,
+    as by all-linear.
 
     Raises:
         UserError: there is none under a known name.
     """
-    inside = {id(module) for module in backbone_of(model).modules()}
+    inside, towers = {id(module) for module in backbone_of(model).modules()}, tower_names(model)
     linears = [
-        name for name, module in model.named_modules() if id(module) in inside and linear_shape(module) is not None
+        name
+        for name, module in model.named_modules()
+        if id(module) in inside and linear_shape(module) is not None and not is_under(name, towers)
     ]
     found = []
     for part in parts:

@@ -19,6 +19,7 @@ from adalora_dist.backbones.linears import linear_shape
 from adalora_dist.backbones.parts import backbone_of
 from adalora_dist.config.methods.prefix import PrefixConfig
 from adalora_dist.io.errors import UserError
+from adalora_dist.methods.adapter import device_of
 from adalora_dist.methods.protocol import Adapter, Method, Step
 from adalora_dist.methods.sizes import Sizes
 from adalora_dist.methods.update import Matrix, OfMatrix, Update
@@ -53,15 +54,21 @@ class Prefix(Adapter):
     def __init__(self, name: str, backbone: nn.Module, length: int, heads: Heads) -> None:
         super().__init__()
         self.name, self.heads, self.hidden_size = name, heads, _text_config(backbone).hidden_size
-        device = next((p.device for p in backbone.parameters() if not p.is_meta), torch.device("cpu"))
-        self.embedding = nn.Parameter(torch.zeros(length, heads.width, dtype=torch.float32, device=device))
+        zeros = torch.zeros(length, heads.width, dtype=torch.float32, device=device_of(backbone))
+        self.embedding = nn.Parameter(zeros)
 
     @property
     def length(self) -> int:
         return int(self.description()["init_rank"])
 
     def forward(self, batch: int, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values of each layer, (batch, heads, n, head size)."""
+        """Keys and values of each layer, (batch, heads, n, head size).
+
+        Args:
+            dtype: that the backbone computes in; where an engine has cast the embedding already (FSDP2's policy for
+                mixed precision), its own counts.
+        """
+        dtype = dtype if self.embedding.dtype == torch.float32 else self.embedding.dtype
         shape = (-1, 2 * self.heads.num_layers, self.heads.num_heads, self.heads.head_size)
         parts = self.embedding.to(dtype).view(shape).permute(1, 2, 0, 3).unsqueeze(1).expand(-1, batch, -1, -1, -1)
         return list(zip(parts[::2], parts[1::2], strict=True))
@@ -85,7 +92,9 @@ class Prefix(Adapter):
         if not isinstance(cache, DynamicCache):
             raise UserError(f"method=prefix: a {type(cache).__name__} cannot be filled beforehand: use DynamicCache")
         if not cache.get_seq_length():
+            device = tokens.device.type
             dtype = cast(Any, backbone).get_input_embeddings().weight.dtype
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
             for layer, (keys, values) in enumerate(self(len(tokens), dtype)):
                 cache.update(keys, values, layer)
         mask = given.get("attention_mask")
@@ -196,9 +205,6 @@ class PrefixUpdate(OfMatrix):
         "a prefix is no matrix and cannot be merged: use PEFT's form (--to peft), or put it into its base model with "
         "load_adapter(model, folder)"
     )
-
-    def merged(self, weight: torch.Tensor) -> torch.Tensor:
-        raise UserError(f"{self.name}: {self.not_merged}")
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"embedding": self.embedding}

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from adalora_dist.backbones.linears import is_conv1d
+from adalora_dist.backbones.linears import has_readable_weight, is_conv1d
 from adalora_dist.config.methods.relora import ReloraConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adalora.method import TripletMethod
@@ -204,7 +204,19 @@ class Relora(Method):
     said = "Low-rank adapters merged at restarts (ReLoRA, [arXiv 2307.05695](https://arxiv.org/abs/2307.05695))"
 
     def adapt(self, model: nn.Module, generator: torch.Generator) -> list[Adapter]:
+        """
+        Raises:
+            UserError: a target without a match, or a weight that nothing can be added to, as in a model whose files
+                are quantised.
+        """
         config, names = self.config, find_targets(model, self.config.targets)
+        for name in names:
+            base = model.get_submodule(name)
+            if hasattr(base, "quant_state") or not has_readable_weight(base):
+                raise UserError(
+                    f"method=relora: {name} is a {type(base).__name__}, whose weight a restart could not merge into: "
+                    "take the model that is not quantised, or set method to lora"
+                )
         seeds = {name: int(torch.randint(2**62, (), generator=generator)) for name in names}
 
         def make(base: nn.Module, name: str) -> ReloraLinear:

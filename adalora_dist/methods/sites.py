@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -14,7 +14,7 @@ from adalora_dist.backbones.experts import ExpertStack, stacks_of
 from adalora_dist.backbones.linears import is_plain_linear, linear_shape
 from adalora_dist.backbones.names import new_backbone_modules
 from adalora_dist.backbones.parts import backbone_of, head_names, is_under, output_modules, router_names, tower_names
-from adalora_dist.config.methods import MethodConfig
+from adalora_dist.config.methods import MethodConfig, TargetsConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.protocol import Adapter
 
@@ -68,30 +68,34 @@ def find_targets(model: nn.Module, targets: tuple[str, ...], setting: str = "tar
     return _checked(model, names, [], setting)
 
 
-def find_sites(model: nn.Module, targets: tuple[str, ...]) -> tuple[list[str], list[ExpertStack]]:
+def find_sites(model: nn.Module, config: TargetsConfig) -> tuple[list[str], list[ExpertStack]]:
     """Names of the linear maps, and the stacks of experts, that ``targets`` asks for, as ``model.named_modules()`` has
-    them. all-linear takes both, but for stacks that are trained in full; experts all that the model's are made of.
-
-    Args:
-        model: frozen, but for its ``train_modules``.
+    them. all-linear takes both, but for stacks that ``train_modules`` trains in full; experts all that the model's are
+    made of. Whether the model is frozen already makes no difference.
 
     Raises:
         UserError: a pattern that matches nothing, or something that is no linear map, is shared between two places, or
             has a weight tied to another module's.
     """
-    names, stacks = _chosen(model, targets, "targets")
+    names, stacks = _chosen(model, config.targets, "targets", trained_modules(model, config))
     return _checked(model, names, stacks, "targets"), stacks
 
 
-def _chosen(model: nn.Module, targets: tuple[str, ...], setting: str) -> tuple[list[str], list[ExpertStack]]:
-    """The modules, which may be no linear maps, and the stacks of experts that are asked for."""
+def _chosen(
+    model: nn.Module, targets: tuple[str, ...], setting: str, trained: Collection[str] = ()
+) -> tuple[list[str], list[ExpertStack]]:
+    """The modules, which may be no linear maps, and the stacks of experts that are asked for.
+
+    Args:
+        trained: modules that are trained in full.
+    """
     if any(isinstance(module, Adapter) for module in model.modules()):
         raise UserError("the model already has adapters: inject into the plain backbone")
     stacks, matched, chosen = stacks_of(model), set[str](), set[str]()
     if "all-linear" in targets:
         left = left_out(model)
-        rest = [stack for stack in stacks if not model.get_parameter(stack.name).requires_grad]  # not in train_modules
-        chosen |= {stack.name for stack in rest if not is_under(stack.owner, output_modules(model))}
+        whole = [*trained, *output_modules(model)]
+        chosen |= {stack.name for stack in stacks if not is_under(stack.owner, whole)}
         matched |= set(_all_linear(model, left, has_stacks=bool(chosen)))
     if "experts" in targets:
         within = [name for name, _ in model.named_modules() if name.rpartition(".")[2] == "experts"]
@@ -150,9 +154,9 @@ def target_shapes(model: nn.Module, targets: tuple[str, ...]) -> list[tuple[int,
     return [linear_shape(model.get_submodule(name)) or (0, 0) for name in find_targets(model, targets)]
 
 
-def site_shapes(model: nn.Module, targets: tuple[str, ...]) -> list[tuple[int, int]]:
+def site_shapes(model: nn.Module, config: TargetsConfig) -> list[tuple[int, int]]:
     """(d_in, d_out) of each matrix of :func:`find_sites`, every expert's too; raises as that."""
-    names, stacks = find_sites(model, targets)
+    names, stacks = find_sites(model, config)
     shapes = [linear_shape(model.get_submodule(name)) or (0, 0) for name in names]
     return shapes + [(stack.d_in, stack.d_out) for stack in stacks for _ in range(stack.num_experts)]
 

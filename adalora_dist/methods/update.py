@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 
-from adalora_dist.backbones.files import base_folder_of as base_folder_of
+from adalora_dist.io.errors import UserError
 
 
 class Matrix(NamedTuple):
@@ -33,7 +33,7 @@ class Matrix(NamedTuple):
 
 
 class OfMatrix:
-    """An update that is known by its ``matrix``."""
+    """An update that is known by its ``matrix``; what an :class:`Update` is by default."""
 
     matrix: Matrix
 
@@ -47,6 +47,9 @@ class OfMatrix:
     @property
     def rank(self) -> int:
         return self.matrix.rank
+
+    def merged(self, weight: torch.Tensor) -> torch.Tensor:
+        raise UserError(f"{self.name}: {self.not_merged}")
 
     def merged_bias(self, bias: torch.Tensor) -> torch.Tensor:
         return bias

@@ -2,8 +2,8 @@
 
 Every adapter parameter is a row-major matrix with a column per triplet: of each adapted matrix P (d_out rows) and Q^T
 (d_in rows), and of the whole model lambda (1 row). Matrices that are one parameter of the model (experts) have theirs
-side by side. A span of it is a run of whole rows, the *body*, with at most one
-partial row at either end, the *fragments* (flat slices cut rows, and every engine that shards cuts lambda's).
+side by side. A span of it is a run of whole rows, the *body*, with at most one partial row at either end, the
+*fragments* (flat slices cut rows, and every engine that shards cuts lambda's).
 """
 
 from __future__ import annotations

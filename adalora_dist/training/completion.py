@@ -11,7 +11,6 @@ import shlex
 from collections.abc import Iterable, Sequence
 
 from adalora_dist.config.settings import choices_of, settings_by_flag
-from adalora_dist.io.errors import UserError
 from adalora_dist.io.shipped import KINDS, files_of
 from adalora_dist.training.recipe_file import schema_of
 
@@ -61,7 +60,7 @@ def _next(before: list[str], commands: Iterable[str], placement: Sequence[str]) 
         return [path.stem for path in files_of("config") if path.stem.startswith(before[1])]
     try:
         settings = settings_by_flag(schema_of(before[1]))
-    except UserError:
+    except (Exception, SystemExit):  # of a recipe that cannot be imported as it is: the prompt is no place to say so
         return placement
     flag = next((word for word in reversed(before) if word.startswith("--")), "")
     words = choices_of(settings[flag[2:]].info) if flag[2:] in settings else []

@@ -17,6 +17,7 @@ import psutil
 from packaging.requirements import Requirement
 
 from adalora_dist.io.cache import cache_folder
+from adalora_dist.io.errors import printable
 from adalora_dist.io.redaction import redacted
 
 PACKAGE = "adalora-dist"
@@ -64,14 +65,20 @@ def doctor() -> tuple[str, bool]:
     problems = [package for package in wanted[""] if package.problem]
     lines = [version_line(), platform.platform(), "", "Packages"]
     lines += [f"  {p.name:18} {p.found or '-':16} {p.wanted:16} {p.problem}".rstrip() for p in wanted[""]]
-    lines += ["", "Features", *_features(wanted), "", "Devices", *_devices(), "", "Launchers"]
+    broken = _reason_of_torch()
+    devices = [f"  torch cannot be imported: {broken}"] if broken else _devices()
+    lines += ["", "Features", *_features(wanted), "", "Devices", *devices, "", "Launchers"]
     lines += [f"  {name:18} {_home(shutil.which(name) or 'not found')}" for name in LAUNCHERS]
     lines += ["", "Disk", *_disk(), "", "Environment", *_environment(), ""]
     verdict = "All that a run needs is there."
     if problems:
         named = " ".join(f"'{p.name}{p.wanted}'" for p in problems)
         verdict = f"A run needs what is not there: pip install {named}"
-    return redacted("\n".join([*lines, verdict])), not problems
+    elif broken:
+        verdict = "A run needs torch, which cannot be imported: install it again"
+    elif not wanted[""]:
+        verdict = f"{PACKAGE} is not installed, so that nobody says what a run needs: pip install {PACKAGE}"
+    return redacted("\n".join([*lines, verdict])), not (problems or broken) and bool(wanted[""])
 
 
 def packages() -> dict[str, list[Package]]:
@@ -99,12 +106,18 @@ def _features(wanted: dict[str, list[Package]]) -> Iterator[str]:
         yield f"  {what:43} {remedy}"
 
 
-def _devices() -> Iterator[str]:
+def _reason_of_torch() -> str:
+    """Why torch cannot be imported, libraries of CUDA that it does not find among others; empty where it can."""
     try:
-        import torch
-    except ImportError as error:
-        yield f"  torch cannot be imported: {error}"
-        return
+        import torch  # noqa: F401
+    except (ImportError, OSError) as error:
+        return printable(error)
+    return ""
+
+
+def _devices() -> Iterator[str]:
+    import torch
+
     memory = psutil.virtual_memory()
     yield f"  CPU: {psutil.cpu_count()} cores, {_size(memory.available)} of {_size(memory.total)} memory available"
     if not torch.cuda.is_available():

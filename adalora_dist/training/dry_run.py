@@ -23,7 +23,7 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.methods import method_for
 from adalora_dist.methods.adalora.schedule import BudgetSchedule
 from adalora_dist.methods.inject import adapt
-from adalora_dist.methods.parameter_budget import Fitted, fit
+from adalora_dist.methods.parameter_budget import Fitted, fit, positions_taken
 from adalora_dist.methods.protocol import others_trained
 from adalora_dist.methods.shares import shares_line, weight_shares
 from adalora_dist.tasks.batches import BatchPlan
@@ -118,7 +118,7 @@ def plan_run(
         setattr(architecture, key, value)
     with torch.device("meta"):
         model = auto_class.from_config(architecture)
-    check_lengths(model, lengths_of(config))
+    check_lengths(model, lengths_of(config), positions_taken(model, config.adapter))
     num_parameters = sum(p.numel() for p in model.parameters())
     if config.adapter.trains_backbone:
         model.float()

@@ -38,7 +38,7 @@ from adalora_dist.config.formats import ADAPTER_FORMATS
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.redaction import redacted
 from adalora_dist.methods.inject import adapt
-from adalora_dist.methods.parameter_budget import fit
+from adalora_dist.methods.parameter_budget import fit, positions_taken
 from adalora_dist.sharding.tensors import put_back_shards
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.losses import LossSum
@@ -84,6 +84,7 @@ class Run(Generic[Config]):
         self.scores: Mapping[str, float] = {}
         """At the end, for the mean over seeds."""
         self._loaded: PreTrainedModel | None = None
+        self._num_taken = 0  # of the model's positions, by a prefix
         self._prepared: Prepared | None = None
 
     def say(self, line: str) -> None:
@@ -157,7 +158,8 @@ class Run(Generic[Config]):
         """
         self._auto_class = auto_class
         self._loaded, tokenizer = load_backbone(self.config.model, auto_class, self.quantization, changes)
-        check_lengths(self._loaded, lengths_of(self.config))
+        self._num_taken = positions_taken(self._loaded, self.config.adapter)
+        check_lengths(self._loaded, lengths_of(self.config), self._num_taken)
         return tokenizer
 
     def check_replies(self, prompts: Sequence[Sequence[int]]) -> None:
@@ -167,7 +169,7 @@ class Run(Generic[Config]):
             UserError: the longest does not fit.
         """
         new_tokens = cast(Any, self.config).evaluation.max_new_tokens
-        check_room(self.model, max(map(len, prompts), default=0), new_tokens)
+        check_room(self.model, max(map(len, prompts), default=0), new_tokens, self._num_taken)
 
     @property
     def model(self) -> PreTrainedModel:

@@ -114,17 +114,17 @@ def engine_environment(engine: str, deepspeed_config: Path | None = None) -> dic
 
 def _nodes(placement: Placement, surroundings: Mapping[str, str]) -> tuple[int, int, str]:
     """Number of machines, this one's number, address of the first; SLURM's where it started this."""
-    in_job = "SLURM_NODEID" in surroundings and int(surroundings.get("SLURM_NNODES", 1)) > 1
-    num_nodes, rank, host = placement.num_nodes, placement.node_rank, placement.address
-    if in_job and rank is None and num_nodes is not None:
-        rank = int(surroundings["SLURM_NODEID"])
-    if in_job and host is None and num_nodes is not None:
-        host = _first_host(surroundings.get("SLURM_JOB_NODELIST", ""))
-    num_nodes = 1 if num_nodes is None else num_nodes
+    num_nodes, rank, host = placement.num_nodes or 1, placement.node_rank, placement.address
+    if placement.num_nodes is None and (rank or host):
+        given = f"--node-rank {rank}" if rank else f"--main-address {host}"
+        raise UserError(f"{given} without --nodes: say how many")
+    if rank is not None and rank >= num_nodes:
+        raise UserError(f"--node-rank {rank} of --nodes {num_nodes}: must be 0 to {num_nodes - 1}")
     if num_nodes == 1:
-        if rank or host:
-            raise UserError(f"--node-rank {rank or 0} and --main-address {host or ''} without --nodes: say how many")
         return 1, 0, "127.0.0.1"
+    if "SLURM_NODEID" in surroundings and int(surroundings.get("SLURM_NNODES", 1)) > 1:
+        rank = int(surroundings["SLURM_NODEID"]) if rank is None else rank
+        host = _first_host(surroundings.get("SLURM_JOB_NODELIST", "")) if host is None else host
     if rank is None or host is None:
         lacking = "--node-rank K" if rank is None else "--main-address HOST"
         raise UserError(
@@ -132,7 +132,7 @@ def _nodes(placement: Placement, surroundings: Mapping[str, str]) -> tuple[int, 
             "the address of machine 0; under srun both are known"
         )
     if rank >= num_nodes:
-        raise UserError(f"--node-rank {rank} of --nodes {num_nodes}: must be 0 to {num_nodes - 1}")
+        raise UserError(f"--nodes {num_nodes} on machine {rank} of the SLURM job: give --nodes the job's own number")
     return num_nodes, rank, host
 
 

@@ -70,6 +70,15 @@ def test_metadata(run: Path) -> None:
     }
 
 
+def test_tags_say_the_method(run: Path) -> None:
+    for method, tag in (("dora", "dora"), ("lora", "lora"), ("<b>", "adalora"), (None, "adalora"), ([1], "adalora")):
+        set_config(run, "adapter", method=method)
+        assert front_matter(model_card(run))["tags"] == ["adalora-dist", tag]
+    for tasks in (5, "boolq", {"boolq": 1}):
+        set_config(run, "data", source="hub", tasks=tasks)
+        assert "model-index" not in front_matter(model_card(run))
+
+
 def test_scores_on_public_data_are_scores_of_the_hub(run: Path) -> None:
     """Those on anything else are in the table alone: nobody could compare them."""
     set_config(run, "data", source="hub", tasks=["boolq", "arc_easy"])

@@ -283,3 +283,9 @@ def test_inspect_without_matplotlib(
     assert "Active ranks" in printed.out
     assert printed.err.count("\n") == 1 and "adalora-dist[plots]" in printed.err
     assert "Active ranks" in succeed(capsys, "inspect", run, "--pictures", "none")
+
+
+def test_a_run_without_adapters_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text("adapter: {method: full}\n")
+    for words in (("export", tmp_path, "--to", "lora"), ("inspect", tmp_path)):
+        assert failure(capsys, *words).startswith(f"{tmp_path} has no adapters: a run with method full has none")

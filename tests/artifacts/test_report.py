@@ -18,6 +18,7 @@ import yaml
 from adalora_dist.__main__ import main
 from adalora_dist.artifacts.report.charts import chart, value_at
 from adalora_dist.artifacts.report.page import write_report
+from adalora_dist.artifacts.report.ranks import frames_of, rank_map
 from adalora_dist.artifacts.report.runs import RunRecord, read_runs
 from adalora_dist.artifacts.report.watch import view
 from adalora_dist.config.sections import RunConfig
@@ -257,3 +258,36 @@ def test_watching_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     for words in (["watch", str(tmp_path)], ["watch", str(run), "--every", "0"]):
         with pytest.raises(SystemExit):
             main(words)
+
+
+def test_the_experts_of_a_layer_are_one_cell(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", finished=False)
+    names = ["model.layers.0.mlp.experts.0.up", "model.layers.0.mlp.experts.1.up", "model.layers.0.q_proj"]
+    (run / "run.json").write_text(json.dumps({"initial_ranks": dict.fromkeys(names, 8)}))
+    lines = [{"step": step, "budget": 0, "ranks": ranks} for step, ranks in ((0, [8, 7, 5]), (4, [6, 5, 2]))]
+    (run / "allocations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    record = read_runs([run])[0]
+    [shown] = frames_of([record])
+    assert [frame["ranks"] for frame in shown] == [[8, 16], [5, 15], [2, 11]]
+    cells = re.findall(r'<b data-k="(\d+)" class="s(\d+)">(\d+)</b>', rank_map(record, 0, shown))
+    assert sorted((rank, shown[-1]["ranks"][int(k)], shade) for k, shade, rank in cells) == [
+        ("11", 11, "7"),
+        ("2", 2, "2"),
+    ]
+    assert "11" in view(record, in_colour=True)
+
+
+def test_numbers_that_no_run_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", finished=False)
+    (run / "metrics.jsonl").write_text('{"step": -7, "loss": 1.0}\n')
+    assert "0 of 40 steps" in Page(write_report([run])).text
+    (run / "metrics.jsonl").write_text('{"step": 999999999, "loss": 1.0, "seconds": 5}\n')
+    (run / "run.json").write_text(f'{{"num_steps": 1{"0" * 400}}}')
+    write_report([run])
+    assert len(view(read_runs([run])[0]).splitlines()[1]) < 120
+    (run / "results.json").write_text(f'{{"after": {{"num_rows": 2, "num_correct": 1{"0" * 400}, "accuracy": 0.5}}}}')
+    assert read_runs([run])[0].results == {"after": {(("rows", "2"),): {"accuracy": 0.5}}}
+    for command in ("report", "watch"):
+        with pytest.raises(SystemExit) as stopped:
+            main([command, str(tmp_path / ("x" * 300))])
+        assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1

@@ -20,6 +20,9 @@ from adalora_dist.backbones.fit import (
     padding_token,
     position_limits,
 )
+from adalora_dist.config.methods import method_config
+from adalora_dist.methods.inject import adapt
+from adalora_dist.methods.parameter_budget import positions_taken
 from adalora_dist.tasks.commonsense.config import CommonsenseConfig
 from adalora_dist.tasks.e2e.config import E2EConfig
 from adalora_dist.tasks.glue.config import GlueConfig
@@ -171,6 +174,27 @@ def test_a_reply_has_room_behind_the_longest_prompt(prompt, reply, remedy):
     check_room(model, POSITIONS - 4, 4)
     assert remedy in refusal(check_room, model, prompt, reply)
     check_room(made("LlamaForCausalLM", LLAMA), POSITIONS, 4)  # rotary
+
+
+def test_a_prefix_leaves_the_text_fewer_positions(caplog):
+    model, taken = made("GPT2LMHeadModel", GPT), 3
+    most = [Length("max_length", POSITIONS - taken, "")]
+    config = method_config("prefix", prefix_length=taken)
+    assert positions_taken(model, config) == taken
+    assert positions_taken(model, method_config("prefix", budget="96")) == 96 // 32
+    assert positions_taken(model, method_config("lora")) == 0
+    adapt(model, config)
+    model(input_ids=tokens(POSITIONS - taken))
+    with pytest.raises(IndexError):
+        model(input_ids=tokens(POSITIONS - taken + 1))
+    check_lengths(model, most, taken)
+    message = refusal(check_lengths, model, most, taken + 1)
+    assert "4 of them the prefix's" in message and f"--max-length {POSITIONS - taken - 1}, or less" in message
+    assert f"--prefix-length {POSITIONS - 1}, or less" in refusal(check_lengths, model, most, POSITIONS)
+    check_room(model, POSITIONS - taken - 2, 2, taken)
+    assert "--max-new-tokens 1, or less" in refusal(check_room, model, POSITIONS - taken - 1, 2, taken)
+    check_lengths(made("LlamaForCausalLM", LLAMA), most, taken + 1)
+    assert f"was made for {POSITIONS} positions (max_position_embeddings), 4 of them the prefix's" in caplog.text
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizer

@@ -179,6 +179,7 @@ BAD_FLAGS = [
     ("--init-rank 2.5", ["--init-rank 2.5: must be an integer >= 1"]),
     ("--max-steps 0", ["--max-steps 0: must be an integer >= 1, or none"]),
     ("--dropout 1", ["--dropout 1: must be a number >= 0 and < 1"]),
+    ("--lr-end-ratio 1.5", ["--lr-end-ratio 1.5: must be a number >= 0 and <= 1"]),
     ("--seed -1", ["--seed -1: must be an integer >= 0 and < 4294967296"]),
     ("--overwrite runs/a", ["--overwrite runs/a: must be true or false"]),
     ("--precision fp8", ["--precision fp8: must be one of fp32, bf16, fp16"]),

@@ -55,6 +55,8 @@ def test_mistakes_are_seen(text: str, says: str) -> None:
     [problem] = problems(json_schema(SftConfig, "t"), text)
     assert says in problem
     assert problems(json_schema(SftConfig, "t"), "adapter: {init_rank: 3, lora: {alpha: 2}}\ntrain:\n") == []
+    for budget in ("331776", "0.32%", "null"):
+        assert problems(json_schema(SftConfig, "t"), f"adapter: {{budget: {budget}}}") == []
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

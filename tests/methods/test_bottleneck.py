@@ -161,6 +161,15 @@ def test_where_names_are_unknown_they_are_asked_for() -> None:
     assert said.startswith("drop_layers=3: BertForSequenceClassification has 3 layers") and "from 0 to 2" in said
 
 
+def test_two_forms_in_one_model_are_refused() -> None:
+    """They would be loaded as the first one's."""
+    for method in ("pfeiffer", "adapterdrop"):
+        changes = {"drop_layers": 1} if method == "adapterdrop" else {}
+        config = method_config(method, positions=("published", "query"), **changes)
+        said = refusal(lambda config=config: adapt(bert(), config))
+        assert "two forms of adapters" in said and "output.LayerNorm" in said and "query" in said
+
+
 def test_adapterdrop_leaves_the_lowest_layers_alone() -> None:
     for placement, per_layer in (("pfeiffer", 1), ("houlsby", 2)):
         model = bert()

@@ -57,6 +57,20 @@ def test_every_bit_is_that_of_a_mask(method, dtype, checkpointed, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(ours, masked, strict=True))
 
 
+@pytest.mark.parametrize("layout", ["rows", "columns", "part of rows"])
+def test_gradients_are_of_what_was_not_dropped_in_any_layout(layout):
+    """Mamba's maps read transposed sequences, which a batch of one leaves as they lie in memory."""
+    lying = {"rows": torch.randn(12, 9), "columns": torch.randn(9, 12).T, "part of rows": torch.randn(12, 20)[:, :9]}
+    x, dropout = lying[layout].requires_grad_(), Dropout(P)
+    y = dropout(x)
+    for gradient in (torch.ones(12, 9), torch.ones(9, 12).T):
+        [found] = torch.autograd.grad(y, x, gradient, retain_graph=True)
+        assert torch.equal(found == 0, y == 0)
+    y = dropout.product(x, torch.eye(9), torch.float32)
+    [found] = torch.autograd.grad(y, x, torch.ones(12, 9))
+    assert torch.equal(found == 0, y == 0) and 0 < (y == 0).sum() < y.numel() / 2
+
+
 def bytes_of(method: str, dropout: float, dtype: torch.dtype, targets: tuple[str, ...]) -> int:
     model = tiny_llama(64, 64).to(dtype)
     model.requires_grad_(False)

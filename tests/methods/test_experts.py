@@ -202,6 +202,16 @@ def test_an_expert_without_tokens_has_gradients_of_zero():
             assert (of_expert > 0).tolist() == [True, True, False, False]
 
 
+def test_a_step_under_autocast_over_float32_stacks_of_sizes_that_no_kernel_takes():
+    torch.manual_seed(0)
+    model = tf.MixtralForCausalLM(tf.MixtralConfig(**SIZES | {"hidden_size": 20, "intermediate_size": 22}))
+    layers = expert_layers(adapt(model, config(targets=("experts",))))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(model)
+    loss.backward()
+    assert layers and all(layer.P.grad.isfinite().all() and layer.P.grad.dtype == torch.float32 for layer in layers)
+
+
 def test_saved_numbers_are_r_for_each_routed_token_beside_its_input():
     """For a backward the branch keeps its input, as LoRA does, and r numbers; not the stack, nor its product."""
     model = mixture("mixtral")
@@ -298,6 +308,15 @@ def test_a_run_with_scores_by_token_meets_its_budget_and_goes_on_from_its_state(
     assert sum(hooks.rank_pattern().values()) == 36
     state = hooks.state()
     assert len(state.numbers["tokens_seen"]) == 4 * 4 and all(n > 0 for n in state.numbers["tokens_seen"])
+
+
+def test_scores_by_token_without_experts_are_refused():
+    model = mixture("mixtral")
+    adapters = config(targets=("q_proj",), expert_scores="per_token", target_rank=1)
+    adapt(model, adapters)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    message = refusal(attach, model, optimizer, adapters, 20)
+    assert message.startswith("expert_scores=per_token: no stack of experts") and "add experts to targets" in message
 
 
 def test_lora_of_experts_has_no_budget():

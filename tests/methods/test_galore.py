@@ -21,6 +21,7 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.methods import method_for
 from adalora_dist.methods.galore.projection import (
     gram,
+    is_exact,
     leading,
     left_of,
     project,
@@ -54,6 +55,14 @@ def settings(**changes: Any) -> GaLoreConfig:
 def of_rank(rank: int, m: int, n: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(rank + m)
     return torch.randn(m, rank, generator=generator) @ torch.randn(rank, n, generator=generator)
+
+
+def test_the_length_of_the_projected_side_decides_whether_auto_is_exact() -> None:
+    """LLaMA's down_proj on the right would have a Gram matrix of 11,008^2."""
+    for shape, side, expected in (((4096, 11008), "left", True), ((4096, 11008), "right", False),
+                                  ((11008, 4096), "right", True), ((11008, 4096), "left", False)):  # fmt: skip
+        assert is_exact("auto", shape, side) is expected
+        assert is_exact("exact", shape, side) and not is_exact("randomised", shape, side)
 
 
 @pytest.mark.parametrize("shape", [(9, 6), (6, 9), (7, 7)])
@@ -280,7 +289,7 @@ def test_every_projection_on_every_engine(engine: str, world_size: int, projecti
 
 
 def test_a_run_goes_on_elsewhere_as_if_it_had_not_stopped(tmp_path: Path) -> None:
-    for start, then in (("fsdp2", "fsdp2"), ("zero3", "ddp"), ("fsdp2", "zero2")):
+    for start, then in (("fsdp2", "fsdp2"), ("zero3", "ddp"), ("fsdp2", "zero2"), ("zero2", "fsdp2")):
         folder = tmp_path / f"{start}-{then}"
         whole = run_ranks(2, run, start, settings(), folder)
         [checkpoint] = folder.glob("step-*")

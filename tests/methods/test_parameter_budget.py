@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from adalora_dist.config.budget import parse_budget
 from adalora_dist.config.flags import parse_config
@@ -21,6 +20,7 @@ from adalora_dist.methods import method_for
 from adalora_dist.methods.inject import adapt
 from adalora_dist.methods.parameter_budget import fit, within_budget
 from adalora_dist.methods.protocol import adapters_of
+from tests.support.expert_models import mixture
 from tests.support.models import Net
 from tests.support.refusals import refusal, refused
 from tests.support.tiny_language_model import tiny_gpt2
@@ -32,15 +32,6 @@ UNSIZED = [name for name in METHODS if name not in SIZED]
 def meta_net() -> Net:
     with torch.device("meta"):
         return Net(d=24, hidden=40)
-
-
-def model_for(method: str) -> Any:
-    """A prefix needs a causal model; all others need linear maps."""
-    if method != "prefix":
-        return meta_net()
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    with torch.device("meta"):
-        return LlamaForCausalLM(LlamaConfig(vocab_size=40, max_position_embeddings=64, **sizes))
 
 
 def meta_model(method: str) -> Any:
@@ -181,6 +172,20 @@ def test_conv1d_counts_as_it_is() -> None:
     adapt(model, config)
     each = num_trained(model) // config.init_rank
     assert num_trained(model) <= limit < num_trained(model) + each
+
+
+@pytest.mark.parametrize("targets", [("all-linear",), ("experts",)])
+def test_every_expert_counts_in_a_model_that_is_not_frozen_yet(targets: tuple[str, ...]) -> None:
+    model = mixture("qwen2_moe")
+    experts = "model.layers.0.mlp.experts"
+    settings: dict[str, Any] = {"budget": "40%", "targets": targets, "train_modules": (experts,)}
+    fitted = fit(model, method_config("lora", **settings))
+    assert fitted is not None
+    adapt(model, fitted.config)
+    assert num_trained(model) == fitted.num_trained + fitted.num_besides
+    assert fitted.num_trained <= fitted.limit < fitted.num_next
+    in_full = all(p.requires_grad for n, p in model.named_parameters() if n in (f"{experts}.gate_up_proj",))
+    assert in_full == ("experts" not in targets) and (fitted.num_besides > 0) == in_full
 
 
 # ---------------------------------------------------------------------------------------------------- flags and files

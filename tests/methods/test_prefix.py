@@ -83,6 +83,19 @@ def test_generation_goes_on_behind_the_prefix(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", MODELS)
+def test_values_have_the_type_that_the_backbone_computes_in(kind: str) -> None:
+    """Under autocast; and where FSDP2 casts what it gathers, while it still has the embeddings sharded, in float32."""
+    model, tokens = with_prefix(kind), torch.arange(3, 7)[None]
+    [layer] = adapters_of(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(input_ids=tokens, labels=tokens)
+    assert {x.values.dtype for x in output.past_key_values.layers} == {torch.bfloat16}
+    output.loss.backward()
+    assert layer.embedding.grad.dtype == torch.float32 and layer.embedding.grad.abs().max() > 0
+    assert layer.bfloat16()(1, torch.float32)[0][0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", MODELS)
 def test_files(kind: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = with_prefix(kind)

@@ -239,5 +239,9 @@ def test_refusals() -> None:
             RunConfig(adapter=settings(**changes), train=train)
     with pytest.raises(ValidationError, match="quantization nf4 with method relora"):
         RunConfig(adapter=settings(), train=train, quantization=QuantizationConfig(quantization="nf4"))
+    model = Net()
+    model.blocks[0].up.weight = torch.nn.Parameter(model.blocks[0].up.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(UserError, match="blocks.0.up is a Linear, whose weight a restart could not merge into"):
+        adapt(model, settings())
     with pytest.raises(UserError, match="restart_every_steps=8 in a run of 8 steps: there would be no restart"):
         method_for(settings()).step([], 8)

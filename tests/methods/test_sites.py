@@ -6,6 +6,7 @@ import transformers
 from torch import nn
 
 from adalora_dist.backbones.linears import is_plain_linear
+from adalora_dist.config.methods import method_config
 from adalora_dist.methods.inject import adapt
 from adalora_dist.methods.shares import shares_line, weight_shares
 from adalora_dist.methods.sites import trained_modules
@@ -168,6 +169,12 @@ def test_towers_and_projections_are_left_out_unless_named():
     assert len(named) == 15
     vision = adapt(made(llava), config(targets=(r"model\.vision_tower\..*proj",)))
     assert len(vision) == 4
+
+
+@pytest.mark.parametrize("method", ["houlsby", "pfeiffer", "parallel"])
+def test_published_positions_are_not_in_towers(method):
+    adapters = adapt(made("LlavaForConditionalGeneration"), method_config(method))
+    assert len(adapters) > 0 and all(a.name.startswith("model.language_model.") for a in adapters)
 
 
 def test_a_model_of_vision_or_sound_alone_is_adapted():

@@ -12,14 +12,17 @@ from typing import Any
 import pytest
 import yaml
 
+import adalora_dist
 from adalora_dist.__main__ import _parser, _placement
 from adalora_dist.config.flags import parse_config
+from adalora_dist.training.plan.command import _options
 from adalora_dist.training.recipe_file import schema_of
 from tests.support.paths import ROOT
 
 SITE = ROOT / ".ci" / "mkdocs.yml"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-WITH_COMMANDS = [ROOT / "docs" / f"{name}.md" for name in ("index", "clusters", "troubleshooting", "versions")]
+COMMANDS = [name for name in _parser()._subparsers._group_actions[0].choices if name != "complete"]
+WITH_COMMANDS = [page for page in (*PAGES, ROOT / "README.md") if "adalora-dist " in page.read_text(encoding="utf-8")]
 BLOCK = re.compile(r"```(?:bash|yaml)\n(.*?)```", re.DOTALL)
 
 
@@ -34,7 +37,7 @@ def commands(path: Path) -> list[list[str]]:
     found = []
     for block in BLOCK.findall(path.read_text(encoding="utf-8")):
         text = re.sub(r"\\\n\s*|\n\s+(?=--)", " ", block)
-        for line in re.findall(r"(?:^|\s)adalora-dist ((?:run|ls|cp|schema|doctor|export)\b.*)", text, re.MULTILINE):
+        for line in re.findall(rf"(?:^|\s)adalora-dist ((?:{'|'.join(COMMANDS)})\b.*)", text, re.MULTILINE):
             found.append(shlex.split(re.sub(r'"\$\(.*?\)"', "1", line).replace('"$', '"1'), comments=True))
     return found
 
@@ -63,15 +66,33 @@ def test_every_message_that_is_explained_exists() -> None:
 
 @pytest.mark.parametrize("path", WITH_COMMANDS, ids=lambda path: path.stem)
 def test_commands_are_commands(path: Path) -> None:
-    found = commands(path)
-    assert found or path.stem in ("troubleshooting", "versions")
-    for words in found:
+    for words in commands(path):
         words = ["1" if word.startswith("1") and not word.isdigit() else word for word in words]
         arguments = _parser().parse_args(words[: words.index(">")] if ">" in words else words)
-        if words[0] == "run":
-            given, flags = _placement().parse_known_args(arguments.flags)
-            parse_config(schema_of(arguments.recipe), flags)
-            assert given.processes is None or given.processes <= 8
+        if words[0] in ("run", "plan"):
+            options = _placement() if words[0] == "run" else _options()
+            given, flags = options.parse_known_args(arguments.flags, arguments)
+            schema = schema_of(arguments.recipe.replace("RECIPE", "llama_sft"))
+            parse_config(schema, [flag for flag in flags if flag != "FLAGS"])
+            assert words[0] == "plan" or given.processes is None or given.processes <= 8
+
+
+def test_commands_within_sentences_are_commands() -> None:
+    for page in WITH_COMMANDS:
+        text = " ".join(page.read_text(encoding="utf-8").split())
+        for command in re.findall(r"`(?:\w+ \S*\$\()?adalora-dist ([a-z]+)", text):
+            assert command in COMMANDS, f"{page.name}: {command}"
+
+
+def test_every_name_to_import_is_in_the_reference() -> None:
+    page = (ROOT / "docs/reference.md").read_text(encoding="utf-8")
+    named = re.findall(r"^::: adalora_dist\.(\S+)\.(\w+)$", page, re.MULTILINE)
+    assert sorted(name for _, name in named) == sorted(adalora_dist._HOMES)
+    for home, name in named:
+        module = ROOT / "adalora_dist" / home.replace(".", "/")
+        file = module / "__init__.py" if module.is_dir() else module.with_suffix(".py")
+        source = file.read_text(encoding="utf-8")
+        assert re.search(rf"^(class|def) {name}\b", source, re.MULTILINE), name
 
 
 def test_what_others_read_is_read() -> None:

@@ -58,8 +58,8 @@ def counted(rank: int, world_size: int, engine: str, config: CommonsenseConfig) 
         plan = BatchPlan([LENGTH] * ROWS, [LENGTH] * ROWS, ROWS, 0)
         prepared = prepare(accelerator, model, config, STEPS)
         loss_sum = causal_loss(rows, 0, accelerator.device)  # type: ignore[arg-type]
-        gc.collect()  # of the model that engines have replaced
         for step in range(STEPS):
+            gc.collect()  # of the model that engines have replaced, and of what a step leaves in circles
             marks.append(time.time_ns())
             for indices in plan.micro_batches(step, rank, world_size, config.train.micro_batch_size):
                 with accelerator.accumulate(prepared.model):

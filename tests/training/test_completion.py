@@ -35,6 +35,13 @@ def test_what_can_stand_next(line: str) -> None:
     assert candidates(line, ["ls", "run"], ["--engine", "-n"]) == OFFERED[line]
 
 
+@pytest.mark.parametrize("content", ["def (", "import no_such_module", "raise SystemExit(3)"])
+def test_a_recipe_that_cannot_be_read_offers_what_run_has(tmp_path: Path, content: str) -> None:
+    recipe = tmp_path / "mine.py"
+    recipe.write_text(content)
+    assert candidates(f"adalora-dist run {recipe} --eng", ["run"], ["--engine", "-n"]) == ["--engine"]
+
+
 def test_the_shell_asks_with_what_stands_before_the_cursor(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -58,6 +58,20 @@ def test_where_something_is_missing_or_untested(installed: dict[str, str]) -> No
     assert "deepspeed: missing; pip install 'adalora-dist[deepspeed]'" in text
 
 
+def test_where_nothing_can_run(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_reason_of_torch", lambda: "libcublas.so.13: cannot open shared object file")
+    text, has_all = doctor()
+    assert not has_all and "  torch cannot be imported: libcublas" in text and text.endswith("install it again")
+    monkeypatch.undo()
+
+    def requires(name: str) -> list[str]:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", requires)
+    text, has_all = doctor()
+    assert not has_all and text.endswith("pip install adalora-dist")
+
+
 def test_it_can_be_shown_to_anybody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HOME", "XDG_CACHE_HOME", "ADALORA_DIST_CACHE", "HF_HOME"):
         monkeypatch.delenv(name, raising=False)

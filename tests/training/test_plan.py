@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from adalora_dist.__main__ import main
+from adalora_dist.config.methods import method_config
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods import method_for
 from adalora_dist.methods.inject import adapt
@@ -37,14 +38,15 @@ def planned(engine: str, world_size: int) -> Plan:
     ("engine", "world_size"),
     [
         ("single", 1),
-        ("fsdp2", 2),
-        *(pytest.param(engine, 2, marks=pytest.mark.slow) for engine in ("ddp", "zero2", "zero3")),
+        *(pytest.param(engine, 2, marks=pytest.mark.slow) for engine in ("ddp", "fsdp2", "zero2", "zero3")),
     ],
 )
 def test_a_plan_is_what_a_run_does(engine: str, world_size: int) -> None:
     """The peak of a process within 10 %, before and after the freeze; the method's bytes on the wire exactly."""
     plan = planned(engine, world_size)
-    before, after, summed, allocated = run_ranks(world_size, counted, engine, configuration())[0]
+    runs = [run_ranks(world_size, counted, engine, configuration())[0] for _ in range(3)]
+    # What threads let go of late, or the profiler misses the end of, only adds to a peak.
+    before, after, (_, _, summed, allocated) = min(r[0] for r in runs), min(r[1] for r in runs), runs[0]
     assert plan.before.peak == pytest.approx(before, rel=0.1)
     assert plan.after.peak == pytest.approx(after, rel=0.1)
     assert plan.after.kept < plan.before.kept
@@ -66,6 +68,20 @@ def test_many_layers_are_a_straight_line() -> None:
     assert line.num_parameters == whole.num_parameters and line.weights == pytest.approx(whole.weights, rel=1e-6)
     assert line.activations == pytest.approx(whole.activations, rel=0.02)
     assert line.state == pytest.approx(whole.state, rel=0.02)
+
+
+def test_methods_that_draw_seeds_or_check_values_are_planned() -> None:
+    """Their adapters are made on fake tensors, too. GaLore's spans are values, and it is refused by its name."""
+    from adalora_dist.training.plan import fake
+
+    settings = architecture(2)
+    for method in ("lora_fa", "dylora", "relora", "houlsby"):
+        config = configuration().model_copy(update={"adapter": method_config(method)})
+        found = fake.step_bytes(config, AutoModelForCausalLM, settings, torch.float32, 2)
+        assert found.weights > 0 and found.state > 0 and found.activations > 0
+    config = configuration().model_copy(update={"adapter": method_config("galore")})
+    with pytest.raises(UserError, match="a step of Llama.* with method galore cannot be made"):
+        fake.step_bytes(config, AutoModelForCausalLM, settings, torch.float32, 2)
 
 
 def test_what_is_alive_is_counted() -> None:
@@ -93,6 +109,17 @@ def test_clusters() -> None:
             Cluster.parse(gpus, nodes, engine)
 
 
+@pytest.mark.parametrize("words", ["--tflops 0", "--link 0", "--link nan", "--nodes some", "--engine fsdp1", "--gpus"])
+def test_a_typing_error_is_one_line(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = words.split()
+    for line in ([*flags, "llama_sft"], ["llama_sft", *flags]):
+        with pytest.raises(SystemExit) as stopped:
+            main(["plan", *line])
+        said = capsys.readouterr()
+        assert (stopped.value.code, said.out, said.err.count("\n")) == (2, "", 1)
+    assert flags[0] in said.err
+
+
 def test_what_does_not_fit_is_helped() -> None:
     """The change that is told of is one after which it fits, and a smaller one would not do."""
     from adalora_dist.training.plan.text import cluster_text
@@ -103,6 +130,17 @@ def test_what_does_not_fit_is_helped() -> None:
     said = cluster_text(plans, tight, STEPS)
     assert "the smallest change that fits: --micro-batch-size 4" in said and "80 GB yes" in said
     assert "nothing that is tried" in cluster_text(plans, Cluster.parse("0.001GB"), STEPS)
+    words = [words for words, _ in plans.changes(Cluster.parse("0.001GB"))]
+    assert words[-1].endswith("--gradient-checkpointing --quantization nf4 --engine fsdp2 --nodes 8")
+
+
+def test_int8_is_planned_where_it_runs() -> None:
+    plans = planner()
+    int8 = plans.config.quantization.model_copy(update={"quantization": "int8"})
+    plans.config = plans.config.model_copy(update={"quantization": int8})
+    with pytest.raises(UserError, match="quantization=int8 with fsdp2"):
+        plans.plan(Cluster.parse("2x80GB"))
+    assert all("fsdp2" not in words for words, _ in plans.changes(Cluster.parse("2x80GB", engine="ddp")))
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,9 @@ def test_several_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (own["RANK"], own["MASTER_ADDR"]) == ("1", "n1")
     [own] = environments_of(Placement(), SLURM)  # several machines are asked for, never assumed
     assert "RANK" not in own
+    for of_one in (Placement("ddp", 1, 1), Placement("ddp", 1, 1, 0, "head")):  # as a job file for any number has it
+        [own] = environments_of(of_one, SLURM)
+        assert (own["RANK"], own["WORLD_SIZE"], own["MASTER_ADDR"]) == ("0", "1", "127.0.0.1")
 
 
 @pytest.mark.parametrize(
@@ -80,7 +83,9 @@ def test_several_machines(monkeypatch: pytest.MonkeyPatch) -> None:
         (Placement("ddp", 1, 2, 1), "--nodes 2 without --main-address HOST"),
         (Placement("ddp", 1, 2, 2, "a"), "--node-rank 2 of --nodes 2: must be 0 to 1"),
         (Placement("ddp", 1, 2, 1, "a:0"), "the port must be an integer from 1 to 65535"),
-        (Placement("ddp", 1, node_rank=1), "without --nodes: say how many"),
+        (Placement("ddp", 1, node_rank=1), "--node-rank 1 without --nodes: say how many"),
+        (Placement("ddp", 1, address="a"), "--main-address a without --nodes: say how many"),
+        (Placement("ddp", 1, 1, 1, "a"), "--node-rank 1 of --nodes 1: must be 0 to 0"),
     ],
 )
 def test_what_does_not_say_where_is_refused(placement: Placement, says: str) -> None:

@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from adalora_dist.artifacts.results import Subject
 from adalora_dist.config.hub_names import is_repo_id
+from adalora_dist.config.methods import DEFAULT_METHOD, is_method
 from adalora_dist.io.foreign_files import read_object
 from adalora_dist.io.markdown import text
 from adalora_dist.tasks.commonsense.hub import HUB_TASKS
@@ -91,7 +92,7 @@ def metadata(
         metrics=list(dict.fromkeys(score.metric_type for score in scores)) or None,
         model_name=text(name) if scores else None,
         pipeline_tag=pipeline,
-        tags=["adalora-dist", "lora" if method == "lora" else "adalora"],
+        tags=["adalora-dist", method if is_method(method) else DEFAULT_METHOD],
     )
 
 
@@ -100,10 +101,8 @@ def _public(config: Mapping[str, Any]) -> dict[str, HubData]:
     data = config.get("data", {})
     if data.get("source") != "hub":
         return {}
-    if "tasks" in data:
-        tasks = data["tasks"] or list(HUB_TASKS)
-    else:
-        tasks = [data.get("task", "e2e")]
+    listed = data.get("tasks", [data.get("task", "e2e")]) or list(HUB_TASKS)
+    tasks = listed if isinstance(listed, list) else []
     return {task: PUBLIC[task] for task in tasks if isinstance(task, str) and task in PUBLIC}
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from adalora_dist.io.errors import UserError
 from adalora_dist.io.terminal import say
 
 
@@ -44,14 +47,25 @@ def _seconds(word: str) -> float:
     return seconds
 
 
+@contextmanager
+def _readable() -> Iterator[None]:
+    """A folder that may not be looked into, or whose name no file system takes, is a mistake like any other."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}): give the output_dir of a run") from error
+
+
 def _watch(arguments: argparse.Namespace) -> None:
     from adalora_dist.artifacts.report.watch import watch
 
-    watch(arguments.run, arguments.every, arguments.once)
+    with _readable():
+        watch(arguments.run, arguments.every, arguments.once)
 
 
 def _report(arguments: argparse.Namespace) -> None:
     from adalora_dist.artifacts.report.page import write_report
 
-    path = write_report(arguments.runs, arguments.out)
+    with _readable():
+        path = write_report(arguments.runs, arguments.out)
     say(f"Wrote {path} ({path.stat().st_size / 1e3:,.0f} kB): open it in any browser, it needs no network")

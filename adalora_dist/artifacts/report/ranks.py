@@ -6,7 +6,7 @@ run shows the ranks that the run has now.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from adalora_dist.artifacts.hub.pictures import rank_grid
@@ -20,13 +20,16 @@ _SHOWN_MATRICES = 16
 
 
 def frames(run: RunRecord, limit: int) -> list[dict[str, Any]]:
-    """The pattern at the start and after allocations, at most ``limit`` of them, the first and the last included."""
-    start = {"step": 0, "budget": sum(run.initial_ranks.values()), "ranks": list(run.initial_ranks.values())}
-    made = [{"step": a.step + 1, "budget": a.budget, "ranks": list(a.ranks)} for a in run.allocations]
-    found = [start, *made]
-    if len(found) <= limit:
-        return found
-    return [found[k] for k in sorted({round(i * (len(found) - 1) / (limit - 1)) for i in range(limit)})]
+    """The cells of the grid at the start and after allocations, at most ``limit``, the first and the last included."""
+
+    def cells(ranks: Iterable[int]) -> list[int]:
+        return list(rank_grid(dict(zip(run.initial_ranks, ranks, strict=True)))[2].values())
+
+    found = [(0, sum(run.initial_ranks.values()), tuple(run.initial_ranks.values()))]
+    found += [(a.step + 1, a.budget, a.ranks) for a in run.allocations]
+    if len(found) > limit:
+        found = [found[k] for k in sorted({round(i * (len(found) - 1) / (limit - 1)) for i in range(limit)})]
+    return [{"step": step, "budget": budget, "ranks": cells(ranks)} for step, budget, ranks in found]
 
 
 def frames_of(runs: Sequence[RunRecord]) -> list[list[dict[str, Any]]]:
@@ -45,8 +48,8 @@ def rank_map(run: RunRecord, index: int, shown: Sequence[dict[str, Any]]) -> str
     """
     if not run.pattern:
         return ""
-    largest = max([1, *run.initial_ranks.values(), *(r for frame in shown for r in frame["ranks"])])
     layers, columns, cells = rank_grid(run.pattern)
+    largest = max([1, *cells.values(), *(r for frame in shown for r in frame["ranks"])])
     position = {place: k for k, place in enumerate(cells)}
     rows = []
     for layer in layers:

@@ -58,7 +58,7 @@ class RunRecord:
         """
         if not (path / "config.yaml").is_file():
             raise UserError(f"{path} is no run (it has no config.yaml): give the output_dir of a run")
-        metrics = [record for record in read_records(path / "metrics.jsonl") if is_number(record.get("step"))]
+        metrics = [record for record in read_records(path / "metrics.jsonl") if _is_count(record.get("step"))]
         allocations = _allocations(path / "allocations.jsonl")
         facts = redacted(read_object(path / "run.json")) if (path / "run.json").is_file() else {}
         return cls(
@@ -79,7 +79,7 @@ class RunRecord:
     def num_steps(self) -> int | None:
         """Of the whole run; None: not known."""
         planned = self.facts.get("num_steps")
-        return planned if isinstance(planned, int) and not isinstance(planned, bool) and planned > 0 else None
+        return planned if _is_count(planned) and planned else None
 
     @property
     def state(self) -> str:
@@ -143,6 +143,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e100
 
 
+def _is_count(value: Any) -> bool:
+    """A number of steps, or of triplets."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 40
+
+
 def _labels(folders: Sequence[Path]) -> list[str]:
     """The last parts of each path, as few as tell all of them apart."""
     parts = [folder.resolve().parts for folder in folders]
@@ -163,7 +168,7 @@ def _allocations(path: Path) -> list[Allocation]:
     for line, record in enumerate(read_records(path), start=1):
         step, budget, ranks = record.get("step"), record.get("budget"), record.get("ranks")
         counts: list[Any] = [step, budget, *ranks] if isinstance(ranks, list) else [None]
-        if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 40 for n in counts):
+        if not all(map(_is_count, counts)):
             raise UserError(f"{path}:{line}: step, budget and ranks must be whole numbers >= 0: remove the file")
         scores = record.get("importance")
         if not isinstance(scores, list) or len(scores) != len(counts) - 2 or not all(map(is_number, scores)):
@@ -177,9 +182,9 @@ def _allocations(path: Path) -> list[Allocation]:
 def _initial_ranks(path: Path, facts: Mapping[str, Any], allocations: Sequence[Allocation]) -> dict[str, int]:
     """From run.json; of a run that has not recorded them, from what else there is."""
     recorded = facts.get("initial_ranks")
-    ranks = {k: r for k, r in recorded.items() if isinstance(r, int)} if isinstance(recorded, dict) else {}
+    ranks = {k: r for k, r in recorded.items() if _is_count(r)} if isinstance(recorded, dict) else {}
     if not ranks and (file := path / "rank_pattern.json").is_file():
-        ranks = {name: rank for name, rank in read_object(file).items() if isinstance(rank, int)}
+        ranks = {name: rank for name, rank in read_object(file).items() if _is_count(rank)}
     if allocations and len(ranks) != len(allocations[0].ranks):
         ranks = {f"matrix {k}": rank for k, rank in enumerate(allocations[0].ranks)}
     return ranks

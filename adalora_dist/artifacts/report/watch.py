@@ -72,7 +72,7 @@ def view(run: RunRecord, height: int | None = None, in_colour: bool = False) -> 
 
 def _progress(run: RunRecord) -> str:
     done, whole = run.num_steps_done, run.num_steps or run.num_steps_done
-    filled = round(30 * done / whole) if whole else 0
+    filled = min(30, round(30 * done / whole)) if whole else 0
     seconds = run.points("seconds")
     said = f"[{'#' * filled}{'.' * (30 - filled)}] step {done:,} of {whole:,}"
     if seconds and done:
@@ -95,7 +95,7 @@ def _curve(points: Sequence[Point]) -> str:
 def _map(run: RunRecord, max_layers: int | None, in_colour: bool) -> str:
     layers, columns, cells = rank_grid(run.pattern)
     shown = layers if max_layers is None else layers[:max_layers]
-    largest = max(1, *run.initial_ranks.values())
+    largest = max(1, *cells.values(), *rank_grid(run.initial_ranks)[2].values())
     rows = [("layer", *(printable(c, 24) for c in columns))]
     for layer in shown:
         ranks = [cells.get((layer, c)) for c in columns]

@@ -78,6 +78,11 @@ class MethodConfig(Section):
         """How large its adapters are, in words."""
         return ""
 
+    @property
+    def num_positions(self) -> int:
+        """Positions of the model that are not left to the text."""
+        return 0
+
     @classmethod
     def resolved(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
         """``settings``, with what follows from others in the place of None: what two runs are compared by."""
@@ -112,7 +117,7 @@ class MethodConfig(Section):
 class SizedConfig(MethodConfig):
     """A method whose number of trained parameters can be asked for."""
 
-    budget: Annotated[str | None, BeforeValidator(_budget_text)] = None
+    budget: Annotated[str | None, BeforeValidator(_budget_text, json_schema_input_type=str | float | None)] = None
     """Parameters that the method may train at most, train_modules not counted: 0.3M, 40K, 331776, or 0.32% of the
     model's. The largest ranks within it follow. With a preset, a word of its table."""
 

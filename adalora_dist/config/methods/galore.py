@@ -26,6 +26,7 @@ class GaLoreConfig(MethodConfig):
     """Side that is projected: std the shorter one, as published; right: columns, free of traffic where rows are
     sharded; left: rows."""
     projector: Literal["auto", "exact", "randomised"] = "auto"
-    """How singular vectors are found: exactly, or by randomised subspace iteration; auto: exactly up to 4096."""
+    """How singular vectors are found: exactly, or by randomised subspace iteration; auto: exactly up to 4096 on
+    the projected side."""
 
     trains_backbone: ClassVar[bool] = True

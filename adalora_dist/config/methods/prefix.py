@@ -27,6 +27,10 @@ class PrefixConfig(SizedConfig):
     def size(self) -> str:
         return f"length {self.prefix_length}"
 
+    @property
+    def num_positions(self) -> int:
+        return self.prefix_length
+
     def check(self, run: Any) -> None:
         super().check(run)
         if run.train.gradient_checkpointing:

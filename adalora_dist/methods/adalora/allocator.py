@@ -23,8 +23,8 @@ Communication beyond plain LoRA's own, in whole:
 - per step, over the shard group only (nothing on one process or under DDP), in the hooks' sum: float32 [Gram matrices |
   rows cut between ranks];
 - per allocation, over all ranks: one float64 sum of [triplet scores | 6 digest numbers | tokens of each expert, if
-  scores are by token]. Replicas (DDP, the outer
-  axis of HSDP) contribute in equal shares, so all ranks select from the same numbers whatever their local history.
+  scores are by token]. Replicas (DDP, the outer axis of HSDP) contribute in equal shares, so all ranks select from the
+  same numbers whatever their local history.
 
 No parameter and no gradient is gathered.
 """

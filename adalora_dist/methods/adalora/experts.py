@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from adalora_dist.backbones.experts import ExpertStack, grouped_product, run_with
-from adalora_dist.methods.adalora.layers import TripletLayer, device_of
+from adalora_dist.methods.adalora.layers import TripletLayer
+from adalora_dist.methods.adapter import device_of
 
 MODULE_NAME = "adapters"
 """Under which a module of experts has its :class:`ExpertAdapters`."""

@@ -24,6 +24,7 @@ from torch import nn
 
 from adalora_dist.backbones.linears import is_conv1d
 from adalora_dist.io.errors import UserError
+from adalora_dist.methods.adapter import device_of
 from adalora_dist.methods.dropout import Dropout
 from adalora_dist.methods.protocol import Adapter, TrainedModule
 from adalora_dist.sharding.tensors import is_whole
@@ -147,11 +148,6 @@ class SVDLinear(TripletLayer):
                 hidden = self.dropout.product(tokens, self.Qt, y.dtype)
             y = y.addmm_(hidden.to(y.dtype), weight.T)  # under autocast the product has its type, whatever y has
         return y.view(*x.shape[:-1], self.d_out)
-
-
-def device_of(base: nn.Module) -> torch.device:
-    """Where the parameters of an adapter of ``base`` are made. A base on meta is read later, adapters have values."""
-    return next((p.device for p in base.parameters() if not p.is_meta), torch.device("cpu"))
 
 
 _SIDE_BY_SIDE = 2**22  # elements, 16 MiB

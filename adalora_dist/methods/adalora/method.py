@@ -36,7 +36,7 @@ class TripletMethod(Method):
 
     def adapt(self, model: nn.Module, generator: torch.Generator) -> list[Adapter]:
         config = self.config
-        names, stacks = find_sites(model, config.targets)
+        names, stacks = find_sites(model, config)
         start = read_peft(Path(config.init_from), config.scale) if config.init_from else {}
         if unknown := sorted(start.keys() - set(names)):
             raise UserError(
@@ -171,7 +171,7 @@ class AdaLora(TripletMethod):
     def sizes(self, model: nn.Module) -> Sizes:
         """In triplets that are left in the end, counted as if spread evenly over the matrices; it starts with half as
         many more."""
-        shapes = site_shapes(model, self.config.targets)
+        shapes = site_shapes(model, self.config)
         num, each = len(shapes), sum(d_in + d_out + 1 for d_in, d_out in shapes)
         largest = max(min(shape) for shape in shapes)
 

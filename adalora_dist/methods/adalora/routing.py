@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from adalora_dist.config.methods import AdaLoraConfig
+from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adalora.experts import ExpertTriplets
 from adalora_dist.methods.adalora.layers import TripletLayer
 
@@ -30,6 +31,9 @@ class TokensSeen:
 
     Args:
         layers: all adapted layers, in canonical order.
+
+    Raises:
+        UserError: scores are to be by token, and there are no experts.
     """
 
     def __init__(self, layers: Sequence[TripletLayer], config: AdaLoraConfig) -> None:
@@ -37,6 +41,11 @@ class TokensSeen:
         self._stacks = [layer for layer in layers if isinstance(layer, ExpertTriplets)]
         if config.expert_scores != "per_token":
             self._stacks = []
+        elif not self._stacks:
+            raise UserError(
+                "expert_scores=per_token: no stack of experts is adapted whose tokens could be counted: add experts to "
+                "targets, or leave expert_scores out"
+            )
         for stack in self._stacks:
             stack.count_tokens()
         self._beta, self._power = config.beta1, _NUM_AVERAGES.get(config.importance, 0)

@@ -13,6 +13,8 @@ import torch
 
 Side = Literal["left", "right"]
 
+EXACT_UP_TO = 4096
+"""Length of the projected side up to which projector auto is exact: a Gram matrix of 128 MiB."""
 OVERSAMPLING = 8
 """Directions that the randomised iteration carries besides the r wanted."""
 NUM_PASSES = 3
@@ -24,6 +26,11 @@ def side_of(shape: tuple[int, int], projection: str) -> Side:
     if projection == "std":
         return "right" if shape[0] >= shape[1] else "left"
     return "left" if projection == "left" else "right"
+
+
+def is_exact(projector: str, shape: tuple[int, int], side: Side) -> bool:
+    """Whether P comes from a whole Gram matrix, (n x n) on the right, (m x m) on the left."""
+    return projector == "exact" or (projector == "auto" and shape[side == "right"] <= EXACT_UP_TO)
 
 
 def project(gradient: torch.Tensor, p: torch.Tensor, side: Side) -> torch.Tensor:

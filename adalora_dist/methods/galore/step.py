@@ -26,6 +26,7 @@ from adalora_dist.methods.galore.projection import (
     Side,
     adam_direction,
     gram,
+    is_exact,
     leading,
     left_of,
     project,
@@ -39,8 +40,6 @@ from adalora_dist.sharding.base import ShardEngine, Span, agree_on, assemble, su
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 """Adam's, of all that is trained."""
-EXACT_UP_TO = 4096
-"""Sides of a matrix up to which projector auto is exact."""
 _SEED = 20240306
 
 
@@ -166,7 +165,7 @@ class GaLoreStep(Step):
     def _chosen(self, matrix: Matrix, local: torch.Tensor) -> torch.Tensor:
         """P of the gradient of which this rank has ``local``; the same bits on every rank of the shard group."""
         (m, n), rank, group = matrix.rows.shape, matrix.p.shape[1], self._engine.shard_group
-        exact = self.config.projector == "exact" or (self.config.projector == "auto" and min(m, n) <= EXACT_UP_TO)
+        exact = is_exact(self.config.projector, (m, n), matrix.side)
         index = self._matrices.index(matrix)
         if exact and matrix.side == "left":
             gradient = assemble(local.reshape(-1), matrix.rows.span, torch.Size((m, n)), group)
@@ -208,14 +207,14 @@ class GaLoreStep(Step):
     # --------------------------------------------------------------------------------------------- checkpoints, reports
 
     def kept(self, numbers: Mapping[str, Any]) -> dict[str, Kept]:
-        return {name: Kept(shape, span) for name, _, shape, span in self._own()}
+        return {name: Kept(shape, span) for name, _, shape, span, _ in self._own()}
 
     def state(self, spans: Any) -> StepState:
         plain = super().state(spans)
         first = _group_rank(self._engine) == 0
         kept = {}
-        for name, tensor, shape, span in self._own():
-            held = first or span != Span(0, shape[0] * shape[1])  # of what every rank has, one copy
+        for name, tensor, shape, span, is_everywhere in self._own():
+            held = first or not is_everywhere  # of what every rank has, one copy
             span = span if held else Span(0, 0)
             kept[name] = Kept(shape, span, tensor.flatten().to("cpu", copy=True) if held else None)
         return plain._replace(numbers={"adam_steps": int(self._num_steps), "period": self._last_period}, kept=kept)
@@ -223,19 +222,20 @@ class GaLoreStep(Step):
     def load_state(self, state: StepState) -> None:
         self._num_steps.fill_(state.numbers["adam_steps"])
         self._last_period = state.numbers["period"]
-        for name, tensor, _, _ in self._own():
+        for name, tensor, *_ in self._own():
             values = state.kept[name].values
             assert values is not None
             tensor.copy_(values.view_as(tensor))
 
-    def _own(self) -> Iterable[tuple[str, torch.Tensor, tuple[int, int], Span]]:
-        """(name, tensor here, whole shape, this rank's span of that) of all that is kept."""
+    def _own(self) -> Iterable[tuple[str, torch.Tensor, tuple[int, int], Span, bool]]:
+        """(name, tensor here, whole shape, this rank's span of that, whether every rank of the shard group has it) of
+        all that is kept. What one rank alone has may well be whole: ZeRO-1 and -2 give it all of some matrices."""
         for name, rows, side, p, average, squares in self._matrices:
-            yield f"{name}.projector", p, (p.shape[0], p.shape[1]), Span(0, p.numel())
+            yield f"{name}.projector", p, (p.shape[0], p.shape[1]), Span(0, p.numel()), True
             rank = p.shape[1]
             whole, start = ((rows.shape[0], rank), rows.first * rank) if side == "right" else ((rank, rows.shape[1]), 0)
             for kind, tensor in (("average", average), ("squares", squares)):
-                yield f"{name}.{kind}", tensor, whole, Span(start, start + tensor.numel())
+                yield f"{name}.{kind}", tensor, whole, Span(start, start + tensor.numel()), side == "left"
 
     def check(self) -> None:
         """Replicas choose P each for itself: are they still the same?
@@ -260,7 +260,7 @@ class GaLoreStep(Step):
         )
 
     def buffers(self) -> Iterable[torch.Tensor]:
-        return [tensor for _, tensor, _, _ in self._own()]
+        return [tensor for _, tensor, *_ in self._own()]
 
 
 def projected_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -17,8 +17,9 @@ from dataclasses import astuple, dataclass
 from typing import Any, cast
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.utils import clip_grad_norm_
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adalora_dist.backbones.fit import lengths_of
 from adalora_dist.config.methods import AdaLoraConfig
@@ -76,10 +77,20 @@ def step_bytes(config: RunConfig, auto_class: Any, settings: Any, dtype: torch.d
         return _measured(config, auto_class, settings, dtype, micro_batch)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
         reason = " ".join(str(error).split())[:150]
+        architecture = (settings.architectures or [type(settings).__name__])[0]
         raise UserError(
-            f"a step of {settings.architectures or type(settings).__name__} cannot be made on fake tensors ({reason}): "
+            f"a step of {architecture} with method {config.adapter.method} cannot be made on fake tensors ({reason}): "
             "measure its memory with a short run, --max-steps 5"
         ) from error
+
+
+class _HostReads(TorchDispatchMode):
+    """Where no step is made yet, what the host reads of a fake tensor is 0: seeds that methods draw, checks."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.data_dependent_output in func.tags and isinstance(args[0], FakeTensor):
+            return 0
+        return func(*args, **(kwargs or {}))
 
 
 def _cut(settings: Any, depth: int) -> Any:
@@ -111,7 +122,8 @@ def _measured(config: RunConfig, auto_class: Any, settings: Any, dtype: torch.dt
                 copy.deepcopy(settings), dtype=torch.float32 if section.trains_backbone else dtype
             )
             num_parameters = sum(p.numel() for p in model.parameters())
-            adapt(model, section, train.seed)
+            with _HostReads():  # type: ignore[no-untyped-call]
+                adapt(model, section, train.seed)
             if train.gradient_checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             weights = live.now

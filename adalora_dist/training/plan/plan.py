@@ -11,6 +11,7 @@ from torch import nn
 
 from adalora_dist.backbones.linears import linear_shape
 from adalora_dist.backbones.load import dtype_named, name_blocks
+from adalora_dist.backbones.quantization import check_engine
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.methods.adalora.layers import SVDLinear
 from adalora_dist.methods.adalora.schedule import BudgetSchedule
@@ -72,10 +73,12 @@ class Planner:
             config: a variant of the run's: of the micro-batch, checkpointing and quantisation.
 
         Raises:
-            UserError: as :func:`~adalora_dist.training.plan.fake.step_bytes`.
+            UserError: as :func:`~adalora_dist.training.plan.fake.step_bytes`, and what the run would refuse of engine
+                and quantisation.
         """
         config = config or self.config
         train, quantization, world = config.train, config.quantization, cluster.world_size
+        check_engine(quantization, cluster.engine)
         micro_steps = num_micro_steps(train, world)
         micro_batch = -(-train.batch_size // (world * micro_steps))
         key = micro_batch, train.gradient_checkpointing
@@ -122,20 +125,23 @@ class Planner:
             config = with_train(gradient_checkpointing=True)
             words.append("--gradient-checkpointing")
             yield " ".join(words), self.plan(cluster, config)
-        if cluster.engine not in ("fsdp2", "zero3") and cluster.world_size > 1:
+        quantization = config.quantization  # of int8 no engine shards weights, of uint8 FSDP2 does not
+        shards = quantization.quantization != "int8" and quantization.quant_storage != "uint8"
+        if shards and cluster.engine not in ("fsdp2", "zero3") and cluster.world_size > 1:
             cluster = Cluster(**{**vars(cluster), "engine": "fsdp2"})
             words.append("--engine fsdp2")
             yield " ".join(words), self.plan(cluster, config)
-        if config.quantization.quantization == "none" and not config.adapter.trains_backbone:
-            quantized = config.quantization.model_copy(update={"quantization": "nf4"})
+        if quantization.quantization == "none" and not config.adapter.trains_backbone:
+            quantized = quantization.model_copy(update={"quantization": "nf4"})
             config = config.model_copy(update={"quantization": quantized})
             words.append("--quantization nf4")
             yield " ".join(words), self.plan(cluster, config)
         for nodes in (2, 4, 8, 16):
-            engine = "fsdp2" if cluster.engine == "single" else cluster.engine
+            engine = cluster.engine if cluster.engine != "single" else "fsdp2" if shards else "ddp"
+            chosen = [f"--engine {engine}"] if engine != cluster.engine else []
             larger = Cluster(**{**vars(cluster), "nodes": nodes * cluster.nodes, "engine": engine})
             if larger.world_size <= config.train.batch_size:
-                yield " ".join([*words, f"--nodes {larger.nodes}"]), self.plan(larger, config)
+                yield " ".join([*words, *chosen, f"--nodes {larger.nodes}"]), self.plan(larger, config)
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
