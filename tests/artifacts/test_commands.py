@@ -169,8 +169,11 @@ def test_a_base_that_has_moved(run: Path, tmp_path: Path, capsys: pytest.Capture
     assert config["base_model_name_or_path"] == str(moved)
 
 
-def test_the_commit_that_was_loaded_is_the_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commit_that_was_loaded_is_the_base(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And not the branch, which may have moved when somebody merges, or puts the adapter on it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # nobody has such a base: no waiting for it
     commit = "c0ffee" * 6 + "c0de"
     model = build("llama")
     model.config._commit_hash = commit  # as from_pretrained leaves it

@@ -22,7 +22,11 @@ STEPS = 24
 POISONED_STEP = 4
 assert tiny_llama  # what ranks will import, for a prefix
 WORLD_SIZE = {"single": 1, "ddp": 2, "fsdp2": 2, "zero2": 2, "zero3": 2}
-CASES = [(method, engine) for method in METHODS for engine in WORLD_SIZE]
+CASES = [
+    pytest.param(method, engine, marks=[pytest.mark.slow] * (engine == "zero2"))
+    for method in METHODS
+    for engine in WORLD_SIZE
+]
 
 
 def settings_of(method: str) -> Any:

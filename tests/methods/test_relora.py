@@ -180,7 +180,7 @@ def alone() -> list[float]:
     return run_ranks(1, run, "single")[0]
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_losses_are_those_of_one_process_and_a_run_goes_on(engine: str, tmp_path: Path) -> None:
     whole = run_ranks(2, run, engine, tmp_path)
     assert alone()[-1] < 0.8 * alone()[0] and whole[0] == pytest.approx(alone(), rel=1e-5)
