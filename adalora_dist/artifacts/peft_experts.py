@@ -54,6 +54,8 @@ def expert_lora(adapters: Sequence[AdapterWeights], model: PreTrainedModel | Non
         owner = _module(model, stack)
         if model is not None and owner is None:  # a list of experts, each a linear map
             continue
+        if model is None and "expert" not in stack.owner.rpartition(".")[2]:  # layers.0.fc1, layers.1.fc1
+            continue
         if owner is None and stack.is_transposed:
             raise UserError(
                 f"{stack.name} is stored transposed, and how PEFT takes it depends on the model: give a base model "

@@ -21,6 +21,7 @@ from adalora_dist.backbones.bypass import weights_read_directly
 from adalora_dist.backbones.linears import linear_shape
 from adalora_dist.backbones.names import FileNames, plain_model
 from adalora_dist.methods.adalora.start import read_peft
+from adalora_dist.methods.sites import find_targets
 from tests.support.adapted_models import TOLERANCE, weights_of, with_adapters
 from tests.support.plain_models import ANSWERS, CAUSAL, CLASSIFIER, EXPERTS, PLAIN, SEQ2SEQ
 from tests.support.refusals import refusal
@@ -61,7 +62,7 @@ def test_models_with_experts(kind: str, form: str, tmp_path: Path) -> None:
     model = EXPERTS[kind]().eval()
     model.save_pretrained(tmp_path / "base")
     plain = plain_model(tmp_path / "base", {})
-    with_adapters(model)
+    with_adapters(model, tuple(find_targets(model, ("all-linear",))))  # linear maps, not the stacks
     before, expected, adapters = outputs(CAUSAL.from_pretrained(tmp_path / "base")), outputs(model), weights_of(model)
     assert (before - expected).abs().max() > 100 * TOLERANCE
     FORMS[form](adapters, tmp_path / "out", str(tmp_path / "base"), model=plain)
@@ -241,7 +242,7 @@ def test_a_refused_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     model = EXPERTS["glm4_moe"]()
     model.save_pretrained(tmp_path / "base")
     plain = plain_model(tmp_path / "base", {})
-    with_adapters(model)
+    with_adapters(model, tuple(find_targets(model, ("all-linear",))))  # linear maps, not the stacks
     monkeypatch.setattr("adalora_dist.artifacts.peft_format.taken_for_experts", lambda names, model: [])
     line = refusal(lambda: save_lora(weights_of(model), tmp_path / "lora", str(tmp_path / "base"), model=plain))
     assert str(tmp_path / "lora") in line and "partial" not in line and "mlp" in line

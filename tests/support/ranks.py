@@ -143,6 +143,8 @@ def _run_rank(base: Path, rank: int, world_size: int, fn: Callable[..., Any], ar
     faulthandler.enable(file=sys.stderr, all_threads=True)
     try:
         torch.set_num_threads(1)
+        if (state := sys.modules.get("accelerate.state")) is not None:  # of a run in the parent, which was forked
+            state.AcceleratorState._reset_state(reset_partial_state=True)
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size),
             MASTER_ADDR="127.0.0.1", MASTER_PORT="0", GLOO_SOCKET_IFNAME="lo",
