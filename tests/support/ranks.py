@@ -33,7 +33,6 @@ import pytest
 import torch
 import torch._dynamo  # which every optimizer would import at its first step
 import torch.distributed as dist
-from accelerate.state import AcceleratorState, GradientState
 
 import adalora_dist
 
@@ -156,9 +155,6 @@ def _run_rank(base: Path, rank: int, world_size: int, fn: Callable[..., Any], ar
             world_size=world_size,
             timeout=timedelta(seconds=600),  # a hang is the parent's to find, with a dump
         )
-        # What accelerate has found out about the parent, in whichever test before, is none of the child's.
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
         result = fn(rank, world_size, *args)
         dist.barrier()
         partial = base / f"{rank}.partial"
