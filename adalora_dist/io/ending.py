@@ -25,6 +25,8 @@ EXIT_PREEMPTED = 75
 LAUNCHER_SECONDS = 60
 """How long a launcher may take to end after its process: they wait 30 seconds for others."""
 
+_NOBODYS_CHILD = 'exec 3<&0; "$@" <&3 3<&- &'
+"""For a shell, which is gone in a moment: DeepSpeed's launcher ends all descendants of its processes."""
 _LAST_WORD = """
 import sys, time, psutil
 pid, created, seconds = int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
@@ -57,8 +59,8 @@ def tell_error(text: object) -> None:
     print it later (a container ends with its launcher), begins with the program's name.
     """
     line = f"error: {printable(redacted(' '.join(str(text).split())), _MAX_LINE_CHARACTERS)}"
+    repeat_last(line)  # first, since a launcher may end this process any moment because of another one
     print(f"{Path(sys.argv[0]).name}: {line}" if launchers() else line, file=sys.stderr, flush=True)
-    repeat_last(line)
 
 
 def repeat_last(line: str) -> None:
@@ -72,10 +74,11 @@ def repeat_last(line: str) -> None:
     if not found:
         return
     launcher, _ = found[-1]
-    with contextlib.suppress(psutil.Error, OSError):  # gone by now, or no process to be had: it has been said once
+    # Gone by now, or no process to be had: it has been said once.
+    with contextlib.suppress(psutil.Error, OSError, subprocess.TimeoutExpired):
         about = (launcher.pid, launcher.create_time(), LAUNCHER_SECONDS)
         process = subprocess.Popen(
-            [sys.executable, "-c", _LAST_WORD, *map(str, about)],
+            ["/bin/sh", "-c", _NOBODYS_CHILD, "sh", sys.executable, "-c", _LAST_WORD, *map(str, about)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             start_new_session=True,
@@ -84,6 +87,7 @@ def repeat_last(line: str) -> None:
         assert process.stdin is not None
         process.stdin.write(line.encode("utf-8", "backslashreplace") + b"\n")
         process.stdin.close()
+        process.wait(LAUNCHER_SECONDS)
 
 
 def has_failed() -> bool:
