@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from adalora_dist.io.errors import UserError
@@ -180,7 +181,7 @@ def grouped_product(x: torch.Tensor, maps: torch.Tensor, offsets: torch.Tensor) 
     """
     if _has_kernel(x, maps):
         return F.grouped_mm(x, maps, offs=offsets)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or isinstance(x, FakeTensor):  # no values that a loop could go by
         import transformers.integrations.moe  # noqa: F401 (defines the operation)
 
         y: torch.Tensor = torch.ops.transformers.grouped_mm_fallback(x, maps, offsets)
