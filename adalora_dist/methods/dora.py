@@ -57,12 +57,6 @@ class DoraUpdate(MagnitudeUpdate):
         (d_out, d_in), r = matrix.shape, matrix.rank
         return {"P": (d_out, r), "Q": (r, d_in), "dm": (d_out,)}
 
-    @classmethod
-    def read(
-        cls, matrices: Sequence[Matrix], tensors: Mapping[str, Mapping[str, torch.Tensor]], settings: Mapping[str, Any]
-    ) -> list[Update]:
-        return [cls(matrix, **tensors[matrix.name]) for matrix in matrices]
-
 
 class Dora(Method):
     """W = diag(m) V / |V|, V = W0 + s B A, s = alpha / init_rank (rsLoRA: alpha / sqrt(init_rank))."""

@@ -172,12 +172,6 @@ class DyloraUpdate(OfMatrix):
         d_out, d_in = matrix.shape
         return {"P": (d_out, matrix.rank), "Q": (matrix.rank, d_in)}
 
-    @classmethod
-    def read(
-        cls, matrices: Sequence[Matrix], tensors: Mapping[str, Mapping[str, torch.Tensor]], settings: Mapping[str, Any]
-    ) -> list[Update]:
-        return [cls(matrix, **tensors[matrix.name]) for matrix in matrices]
-
 
 def at_rank(updates: Sequence[Update], rank: int) -> list[Update]:
     """DyLoRA's adapters at one of their ranks.

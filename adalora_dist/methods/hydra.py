@@ -118,12 +118,6 @@ class HydraUpdate(OfMatrix):
         first = matrix.rank - rank
         return {"P": (d_out, first), "Q": (first, d_in), "U": (d_out, rank), "V": (rank, d_out)}
 
-    @classmethod
-    def read(
-        cls, matrices: Sequence[Matrix], tensors: Mapping[str, Mapping[str, torch.Tensor]], settings: Mapping[str, Any]
-    ) -> list[Update]:
-        return [cls(matrix, **tensors[matrix.name]) for matrix in matrices]
-
 
 class Hydra(Method):
     """y = y0 + P Q x + U V y0."""

@@ -110,12 +110,6 @@ class FactoredWeight(OfMatrix):
         (d_out, d_in), r = matrix.shape, matrix.rank
         return {"B": (d_out, r), "A": (r, d_in)}
 
-    @classmethod
-    def read(
-        cls, matrices: Sequence[Matrix], tensors: Mapping[str, Mapping[str, torch.Tensor]], settings: Mapping[str, Any]
-    ) -> list[Update]:
-        return [cls(matrix, **tensors[matrix.name]) for matrix in matrices]
-
 
 class LowRank(Method):
     """Factors in the place of matrices; nothing is frozen."""

@@ -60,6 +60,14 @@ class OfMatrix:
     def settings(self) -> dict[str, Any]:
         return {}
 
+    @classmethod
+    def read(
+        cls, matrices: Sequence[Matrix], tensors: Mapping[str, Mapping[str, torch.Tensor]], settings: Mapping[str, Any]
+    ) -> list[Update]:
+        """Of a dataclass that begins with its matrix, and has its tensors by the names that the folder has."""
+        kind: Any = cls
+        return [kind(matrix, **tensors[matrix.name]) for matrix in matrices]
+
 
 class Update(Protocol):
     """What one matrix has become. All tensors are on the CPU, float32."""
