@@ -41,7 +41,7 @@ def configuration(**train: Any) -> CommonsenseConfig:
         targets=("all-linear",),
         budget_scope="local",  # ranks end up evenly, as a plan takes them to
     )
-    settings = {"batch_size": ROWS, "micro_batch_size": ROWS, "max_steps": STEPS, **train}
+    settings = {"batch_size": ROWS, "micro_batch_size": ROWS, "max_steps": STEPS, "precision": "fp32", **train}
     return CommonsenseConfig.model_validate({"adapter": adapter, "train": settings, "data": {"max_length": LENGTH}})
 
 
