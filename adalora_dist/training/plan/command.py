@@ -62,7 +62,11 @@ def _plan(arguments: argparse.Namespace) -> None:
     except argparse.ArgumentError as error:
         raise UserError(f"adalora-dist plan: {error}; see adalora-dist plan --help") from None
     flops, link = given.tflops and given.tflops * 1e12, given.link and given.link * 1e9
-    PLANNED.set(Cluster.parse(given.gpus, given.nodes, given.engine, flops=flops, link=link))
+    cluster = Cluster.parse(given.gpus, given.nodes, given.engine, flops=flops, link=link)
     path = recipe_file(given.recipe)
     sys.argv = [str(path), *flags, "--dry-run"]
-    runpy.run_path(str(path), run_name="__main__")
+    planned = PLANNED.set(cluster)
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    finally:
+        PLANNED.reset(planned)
