@@ -169,8 +169,9 @@ def load_adapter(model: nn.Module, folder: Path) -> list[Adapter]:
     if not adapters:
         return []
     method = METHODS[adapters[0].method or "adalora"]
+    shape_of = method.shapes_in(model)
     for adapter in adapters:
-        shape = method.shape_at(model, adapter.name)
+        shape = shape_of(adapter.name)
         if shape is None:
             raise UserError(f"{folder}: the adapter's matrix {adapter.name} is not in this model: load its base model")
         if shape[::-1] != adapter.matrix.shape:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from adalora_dist.sharding.tensors import full_shape
+from adalora_dist.sharding.tensors import full_numel, full_shape
 
 
 class TrainedModule(nn.Module):
@@ -60,6 +60,12 @@ class Adapter(TrainedModule):
                 raise
             return value
 
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {f"{self.name}.{leaf}": p for leaf, p in self.named_parameters(recurse=False)}
+
+    def element_name(self, leaf: str, index: int) -> str:
+        return f"{self.name}.{leaf}"
+
     def description(self) -> dict[str, Any]:
         """What an export needs to know besides the parameters: sizes, scale; plain data."""
         raise NotImplementedError(f"{type(self).__name__}.description")
@@ -83,13 +89,16 @@ class Adapter(TrainedModule):
         ]
 
     def held(self) -> list[int]:
-        """Which of its parts (triplets) are left, as ascending indices into those at the start of the run."""
-        raise NotImplementedError(f"{type(self).__name__}.held")
+        """Which of its parts (triplets) are left, as ascending indices into those at the start of the run.
+
+        By default it is one part, which stays.
+        """
+        return [0]
 
     @property
     def part_size(self) -> int:
         """How many trained numbers one of its parts has."""
-        raise NotImplementedError(f"{type(self).__name__}.part_size")
+        return sum(full_numel(p) for p in self.parameters(recurse=False))
 
 
 def device_of(base: nn.Module) -> torch.device:

@@ -22,10 +22,10 @@ from adalora_dist.backbones.linears import norm_width
 from adalora_dist.config.methods.bottleneck import Activation, AdapterDropConfig, BottleneckConfig, SeriesConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.bottleneck_layer import ACTIVATIONS, Bottleneck, Depth, DropStep, Form, widths
-from adalora_dist.methods.branch import BranchStep
+from adalora_dist.methods.branch import BranchStep, drawn_seed
 from adalora_dist.methods.positions import find_parts, layer_of, norm_behind
 from adalora_dist.methods.protocol import Adapter, Method, Step, adapters_of
-from adalora_dist.methods.sites import find_targets, put_around, put_in_place
+from adalora_dist.methods.sites import find_targets, put_around
 from adalora_dist.methods.sizes import Sizes, of_ranks
 from adalora_dist.methods.update import Matrix, OfMatrix, Update
 
@@ -49,10 +49,6 @@ class BottleneckUpdate(OfMatrix):
         "a bottleneck adapter is no matrix and cannot be merged: put it into its base model with load_adapter(model, "
         "folder)"
     )
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        kinds = {"D": self.D, "U": self.U, "c_d": self.c_d, "c_u": self.c_u}
-        return {kind: value for kind, value in kinds.items() if value is not None}
 
     def settings(self) -> dict[str, Any]:
         return {"form": self.form, "activation": self.activation, "biases": self.c_d is not None}
@@ -122,9 +118,9 @@ class BottleneckMethod(Method):
         return list(layers)
 
     def sizes(self, model: nn.Module) -> Sizes:
-        ends = []
+        ends, shape = [], self.shapes_in(model)
         for name, form in self.sites(model).items():
-            d_in, d_out = self.shape_at(model, name) or (0, 0)
+            d_in, d_out = shape(name) or (0, 0)
             ends.append(widths(form, (d_out, d_in)))
         num_biases = len(ends) if self.config.adapter_biases else 0
         fixed = sum(written for _, written in ends) if num_biases else 0
@@ -144,38 +140,20 @@ class BottleneckMethod(Method):
         return BranchStep(layers) if depth is None else DropStep(layers, depth)
 
     @classmethod
-    def shape_at(cls, model: nn.Module, name: str) -> tuple[int, int] | None:
+    def shapes_in(cls, model: nn.Module) -> Callable[[str], tuple[int, int] | None]:
         """A norm counts as a matrix from its width to its width."""
-        if (shape := super().shape_at(model, name)) is not None:
-            return shape
-        width = norm_width(found) if (found := dict(model.named_modules()).get(name)) is not None else None
-        return None if width is None else (width, width)
+        found, modules = super().shapes_in(model), dict(model.named_modules())
+
+        def shape(name: str) -> tuple[int, int] | None:
+            width = norm_width(modules[name]) if name in modules else None
+            return found(name) or (None if width is None else (width, width))
+
+        return shape
 
     @classmethod
-    def updates(
-        cls,
-        described: Mapping[str, Mapping[str, Any]],
-        held: Mapping[str, Sequence[int]],
-        keep: torch.Tensor | None,
-        whole: Callable[[str], torch.Tensor | None],
-    ) -> Sequence[Update]:
-        updates: list[Update] = []
-        for name, said in described.items():
-            parts = {kind: whole(f"{name}.{kind}") for kind in ("D", "U", "c_d", "c_u")}
-            updates.append(cls.update(Matrix.described(name, said), said["form"], said["activation"], **parts))
-        return updates
-
-    @classmethod
-    @torch.no_grad()
-    def place(cls, model: nn.Module, updates: Sequence[Update]) -> list[Adapter]:
-        layers: list[Adapter] = []
-        for update in cast(Sequence[BottleneckUpdate], updates):
-            base, biases = model.get_submodule(update.name), update.c_d is not None
-            layer = Bottleneck(base, update.name, update.rank, update.form, update.activation, biases)
-            for kind, value in update.tensors().items():
-                layer.get_parameter(kind).copy_(value)
-            layers.append(put_in_place(model, layer))
-        return layers
+    def layer_of(cls, base: nn.Module, update: BottleneckUpdate) -> Bottleneck:
+        biases = update.c_d is not None
+        return Bottleneck(base, update.name, update.rank, update.form, update.activation, biases)
 
 
 class HoulsbyUpdate(BottleneckUpdate):
@@ -259,7 +237,7 @@ class AdapterDrop(BottleneckMethod):
     def depth(self, generator: torch.Generator) -> Depth | None:
         if self.config.drop == "fixed":
             return None
-        return Depth(self.config.drop_layers, int(torch.randint(2**62, (), generator=generator)))
+        return Depth(self.config.drop_layers, drawn_seed(generator))
 
 
 class Series(BottleneckMethod):

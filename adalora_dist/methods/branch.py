@@ -18,7 +18,6 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adapter import device_of
 from adalora_dist.methods.dropout import Dropout
 from adalora_dist.methods.protocol import Adapter, Step
-from adalora_dist.sharding.tensors import full_numel
 
 
 class BranchLinear(Adapter):
@@ -58,23 +57,9 @@ class BranchLinear(Adapter):
         y = y.addmm_(hidden.to(y.dtype), weight.to(y.dtype).T)  # under autocast a product has its type, whatever y has
         return y.view(*x.shape[:-1], self.d_out)
 
-    def trained(self) -> dict[str, nn.Parameter]:
-        return {f"{self.name}.{kind}": p for kind, p in self.named_parameters(recurse=False)}
-
-    def element_name(self, leaf: str, index: int) -> str:
-        return f"{self.name}.{leaf}"
-
     def description(self) -> dict[str, Any]:
         sizes = {"d_out": self.d_out, "d_in": self.d_in, "init_rank": self.rank}
         return sizes | {"scale": self.scale, "is_transposed": is_conv1d(self.base)}
-
-    def held(self) -> list[int]:
-        """It is one part."""
-        return [0]
-
-    @property
-    def part_size(self) -> int:
-        return sum(full_numel(p) for p in self.parameters(recurse=False))
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scale={self.scale:g}"
@@ -89,6 +74,11 @@ class BranchStep(Step):
 
     def rank_pattern(self) -> dict[str, int]:
         return {layer.name: layer.rank for layer in self.layers}
+
+
+def drawn_seed(generator: torch.Generator) -> int:
+    """A seed from 0 to 2^62 - 1."""
+    return int(torch.randint(2**62, (), generator=generator))
 
 
 def drawn_number(seed: int, step: int, first: int, last: int) -> int:

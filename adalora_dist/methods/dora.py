@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -13,9 +13,9 @@ from torch import nn
 from adalora_dist.config.methods.dora import DoraConfig
 from adalora_dist.methods.magnitude import MagnitudeLinear, MagnitudeStep, MagnitudeUpdate
 from adalora_dist.methods.protocol import Adapter, Method, Step, adapters_of
-from adalora_dist.methods.sites import find_targets, put_around, put_in_place, target_shapes
+from adalora_dist.methods.sites import find_targets, put_around, target_shapes
 from adalora_dist.methods.sizes import Sizes, of_ranks
-from adalora_dist.methods.update import Matrix, Update
+from adalora_dist.methods.update import Matrix
 
 
 class DoraLinear(MagnitudeLinear):
@@ -49,9 +49,6 @@ class DoraUpdate(MagnitudeUpdate):
     def added(self) -> torch.Tensor:
         return self.matrix.scale * (self.P @ self.Q)
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {"P": self.P, "Q": self.Q, "dm": self.dm}
-
     @classmethod
     def shapes(cls, matrix: Matrix, settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         (d_out, d_in), r = matrix.shape, matrix.rank
@@ -84,27 +81,5 @@ class Dora(Method):
         return MagnitudeStep(cast(Sequence[DoraLinear], adapters))
 
     @classmethod
-    def updates(
-        cls,
-        described: Mapping[str, Mapping[str, Any]],
-        held: Mapping[str, Sequence[int]],
-        keep: torch.Tensor | None,
-        whole: Callable[[str], torch.Tensor | None],
-    ) -> Sequence[Update]:
-        updates = []
-        for name, matrix in described.items():
-            p, qt, dm = (cast(torch.Tensor, whole(f"{name}.{kind}")) for kind in ("P", "Qt", "dm"))
-            updates.append(DoraUpdate(Matrix.described(name, matrix), dm, p, qt.T.contiguous()))
-        return updates
-
-    @classmethod
-    @torch.no_grad()
-    def place(cls, model: nn.Module, updates: Sequence[Update]) -> list[Adapter]:
-        layers: list[Adapter] = []
-        for update in cast(Sequence[DoraUpdate], updates):
-            layer = DoraLinear(model.get_submodule(update.name), update.name, update.rank, update.matrix.scale)
-            layer.P.copy_(update.P)
-            layer.Qt.copy_(update.Q.T)
-            layer.dm.copy_(update.dm)
-            layers.append(put_in_place(model, layer))
-        return layers
+    def layer_of(cls, base: nn.Module, update: DoraUpdate) -> DoraLinear:
+        return DoraLinear(base, update.name, update.rank, update.matrix.scale)

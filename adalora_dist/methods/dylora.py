@@ -7,7 +7,7 @@ of being cut off: then all steps compute in the same shapes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -16,9 +16,9 @@ from torch import nn
 
 from adalora_dist.config.methods.dylora import DyloraConfig
 from adalora_dist.io.errors import UserError
-from adalora_dist.methods.branch import BranchLinear, BranchStep, drawn_number
+from adalora_dist.methods.branch import BranchLinear, BranchStep, drawn_number, drawn_seed
 from adalora_dist.methods.protocol import Adapter, Method, Step
-from adalora_dist.methods.sites import find_targets, put_around, put_in_place, target_shapes
+from adalora_dist.methods.sites import find_targets, put_around, target_shapes
 from adalora_dist.methods.sizes import Sizes, of_ranks
 from adalora_dist.methods.update import AdapterWeights, Matrix, OfMatrix, Update
 from adalora_dist.sharding.base import ShardEngine, State
@@ -164,9 +164,6 @@ class DyloraUpdate(OfMatrix):
         lam, matrix = torch.ones(self.rank), self.matrix
         return AdapterWeights(self.name, self.P, lam, self.Q, matrix.scale, matrix.is_transposed)
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {"P": self.P, "Q": self.Q}
-
     @classmethod
     def shapes(cls, matrix: Matrix, settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         d_out, d_in = matrix.shape
@@ -200,7 +197,7 @@ class Dylora(Method):
     said = "Low-rank adapters for many ranks (DyLoRA, [arXiv 2210.07558](https://arxiv.org/abs/2210.07558))"
 
     def adapt(self, model: nn.Module, generator: torch.Generator) -> list[Adapter]:
-        config, seed = self.config, int(torch.randint(2**62, (), generator=generator))
+        config, seed = self.config, drawn_seed(generator)
         ranks = Ranks(config.init_rank, config.min_rank, config.alpha, seed)
 
         def make(base: nn.Module, name: str) -> DyloraLinear:
@@ -220,28 +217,6 @@ class Dylora(Method):
         return DyloraStep(cast(Sequence[DyloraLinear], adapters), self.config.frozen == "algorithm")
 
     @classmethod
-    def updates(
-        cls,
-        described: Mapping[str, Mapping[str, Any]],
-        held: Mapping[str, Sequence[int]],
-        keep: torch.Tensor | None,
-        whole: Callable[[str], torch.Tensor | None],
-    ) -> Sequence[Update]:
-        updates = []
-        for name, matrix in described.items():
-            p, qt = (cast(torch.Tensor, whole(f"{name}.{kind}")) for kind in ("P", "Qt"))
-            updates.append(DyloraUpdate(Matrix.described(name, matrix), p, qt.T.contiguous()))
-        return updates
-
-    @classmethod
-    @torch.no_grad()
-    def place(cls, model: nn.Module, updates: Sequence[Update]) -> list[Adapter]:
+    def layer_of(cls, base: nn.Module, update: DyloraUpdate) -> DyloraLinear:
         """At the largest rank."""
-        layers: list[Adapter] = []
-        for update in cast(Sequence[DyloraUpdate], updates):
-            ranks = Ranks(update.rank, update.rank, update.matrix.scale * update.rank, 0)
-            layer = DyloraLinear(model.get_submodule(update.name), update.name, ranks)
-            layer.P.copy_(update.P)
-            layer.Qt.copy_(update.Q.T)
-            layers.append(put_in_place(model, layer))
-        return layers
+        return DyloraLinear(base, update.name, Ranks(update.rank, update.rank, update.matrix.scale * update.rank, 0))

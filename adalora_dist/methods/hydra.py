@@ -5,7 +5,7 @@ y = y0 + P Q x + U V y0, where y0 is the base's output, its bias included. No sc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -17,9 +17,9 @@ from adalora_dist.config.methods.hydra import HydraConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.branch import BranchLinear, BranchStep
 from adalora_dist.methods.protocol import Adapter, Method, Step
-from adalora_dist.methods.sites import find_targets, put_around, put_in_place, target_shapes
+from adalora_dist.methods.sites import find_targets, put_around, target_shapes
 from adalora_dist.methods.sizes import Sizes
-from adalora_dist.methods.update import AdapterWeights, Matrix, OfMatrix, Update
+from adalora_dist.methods.update import AdapterWeights, Matrix, OfMatrix
 
 _KINDS = ("P", "Qt", "U", "Vt")
 SEQUENTIAL_OF_PARALLEL = 2
@@ -101,9 +101,6 @@ class HydraUpdate(OfMatrix):
             "model, or leave matrices with biases out of targets"
         )
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {"P": self.P, "Q": self.Q, "U": self.U, "V": self.V}
-
     def settings(self) -> dict[str, Any]:
         return {"sequential_rank": len(self.V)}
 
@@ -155,28 +152,5 @@ class Hydra(Method):
         return BranchStep(cast(Sequence[BranchLinear], adapters))
 
     @classmethod
-    def updates(
-        cls,
-        described: Mapping[str, Mapping[str, Any]],
-        held: Mapping[str, Sequence[int]],
-        keep: torch.Tensor | None,
-        whole: Callable[[str], torch.Tensor | None],
-    ) -> Sequence[Update]:
-        updates = []
-        for name, matrix in described.items():
-            p, qt, u, vt = (cast(torch.Tensor, whole(f"{name}.{kind}")) for kind in _KINDS)
-            q, v = qt.T.contiguous(), vt.T.contiguous()
-            updates.append(HydraUpdate(Matrix.described(name, matrix), p, q, u, v))
-        return updates
-
-    @classmethod
-    @torch.no_grad()
-    def place(cls, model: nn.Module, updates: Sequence[Update]) -> list[Adapter]:
-        layers: list[Adapter] = []
-        for update in cast(Sequence[HydraUpdate], updates):
-            base = model.get_submodule(update.name)
-            layer = HydraLinear(base, update.name, len(update.Q), len(update.V))
-            for kind, value in zip(_KINDS, (update.P, update.Q.T, update.U, update.V.T), strict=True):
-                layer.get_parameter(kind).copy_(value)
-            layers.append(put_in_place(model, layer))
-        return layers
+    def layer_of(cls, base: nn.Module, update: HydraUpdate) -> HydraLinear:
+        return HydraLinear(base, update.name, len(update.Q), len(update.V))

@@ -14,7 +14,7 @@ from torch import nn
 
 from adalora_dist.config.methods.lora_fa import LoraFaConfig
 from adalora_dist.methods.adalora.method import TripletMethod
-from adalora_dist.methods.branch import BranchLinear, BranchStep, Drawn
+from adalora_dist.methods.branch import BranchLinear, BranchStep, Drawn, drawn_seed
 from adalora_dist.methods.projection import ProjectedStep
 from adalora_dist.methods.protocol import Adapter, Method, Step
 from adalora_dist.methods.sites import find_targets, put_around, target_shapes
@@ -37,7 +37,7 @@ class LoraFaLinear(BranchLinear):
 
     def __init__(self, base: nn.Module, name: str, config: LoraFaConfig, generator: torch.Generator) -> None:
         super().__init__(base, name, config.init_rank, config.scale, config.dropout)
-        self.seed = int(torch.randint(2**62, (), generator=generator))
+        self.seed = drawn_seed(generator)
         self.drawn = frozen_a(self.seed, self.rank, self.d_in)
         self.P = self.vector(self.d_out, self.rank)
 

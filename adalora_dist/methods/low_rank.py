@@ -6,7 +6,7 @@ which in pre-training is one of random numbers. Everything else is trained in fu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -21,9 +21,8 @@ from adalora_dist.methods.adapter import device_of
 from adalora_dist.methods.branch import BranchStep
 from adalora_dist.methods.galore.projection import gram, leading
 from adalora_dist.methods.protocol import Adapter, Method, Step
-from adalora_dist.methods.sites import find_targets, put_around, put_in_place, train_in_place
-from adalora_dist.methods.update import Matrix, OfMatrix, Update
-from adalora_dist.sharding.tensors import full_numel
+from adalora_dist.methods.sites import find_targets, put_around, train_in_place
+from adalora_dist.methods.update import Matrix, OfMatrix
 
 
 class Place(nn.Module):
@@ -65,23 +64,9 @@ class FactoredLinear(Adapter):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(nn.functional.linear(x, self.At.T.to(x.dtype)), self.B.to(x.dtype))
 
-    def trained(self) -> dict[str, nn.Parameter]:
-        return {f"{self.name}.{kind}": p for kind, p in self.named_parameters(recurse=False)}
-
-    def element_name(self, leaf: str, index: int) -> str:
-        return f"{self.name}.{leaf}"
-
     def description(self) -> dict[str, Any]:
         sizes = {"d_out": self.d_out, "d_in": self.d_in, "init_rank": self.rank}
         return sizes | {"scale": 1.0, "is_transposed": False}
-
-    def held(self) -> list[int]:
-        """It is one part."""
-        return [0]
-
-    @property
-    def part_size(self) -> int:
-        return sum(full_numel(p) for p in self.parameters(recurse=False))
 
     def extra_repr(self) -> str:
         return f"{self.d_in}, {self.d_out}, rank={self.rank}"
@@ -101,9 +86,6 @@ class FactoredWeight(OfMatrix):
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
         """Whatever is in the files is replaced."""
         return torch.mm(self.B, self.A, out=weight)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {"B": self.B, "A": self.A}
 
     @classmethod
     def shapes(cls, matrix: Matrix, settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -146,26 +128,5 @@ class LowRank(Method):
         return BranchStep(cast(Any, adapters))
 
     @classmethod
-    def updates(
-        cls,
-        described: Mapping[str, Mapping[str, Any]],
-        held: Mapping[str, Sequence[int]],
-        keep: torch.Tensor | None,
-        whole: Callable[[str], torch.Tensor | None],
-    ) -> Sequence[Update]:
-        updates = []
-        for name, matrix in described.items():
-            b, at = (cast(torch.Tensor, whole(f"{name}.{kind}")) for kind in ("B", "At"))
-            updates.append(FactoredWeight(Matrix.described(name, matrix), b, at.T.contiguous()))
-        return updates
-
-    @classmethod
-    @torch.no_grad()
-    def place(cls, model: nn.Module, updates: Sequence[Update]) -> list[Adapter]:
-        layers: list[Adapter] = []
-        for update in cast(Sequence[FactoredWeight], updates):
-            layer = FactoredLinear(model.get_submodule(update.name), update.name, update.rank)
-            layer.B.copy_(update.B)
-            layer.At.copy_(update.A.T)
-            layers.append(put_in_place(model, layer))
-        return layers
+    def layer_of(cls, base: nn.Module, update: FactoredWeight) -> FactoredLinear:
+        return FactoredLinear(base, update.name, update.rank)

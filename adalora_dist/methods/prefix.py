@@ -23,7 +23,6 @@ from adalora_dist.methods.adapter import device_of
 from adalora_dist.methods.protocol import Adapter, Method, Step
 from adalora_dist.methods.sizes import Sizes
 from adalora_dist.methods.update import Matrix, OfMatrix, Update
-from adalora_dist.sharding.tensors import full_numel
 
 _LEAF = "prefix"
 _CACHE_ARGUMENTS = ("cache", "past_key_values")
@@ -109,26 +108,12 @@ class Prefix(Adapter):
             given["position_ids"] = given["position_ids"] + self.length
         return (), given
 
-    def trained(self) -> dict[str, nn.Parameter]:
-        return {f"{self.name}.embedding": self.embedding}
-
-    def element_name(self, leaf: str, index: int) -> str:
-        return f"{self.name}.{leaf}"
-
     def adapts(self) -> list[tuple[nn.Module, str]]:
         return []
 
     def description(self) -> dict[str, Any]:
         sizes = {"d_out": self.heads.width, "d_in": self.hidden_size, "init_rank": self.part_size // self.heads.width}
         return sizes | {"scale": 1.0, "is_transposed": False} | self.heads._asdict()
-
-    def held(self) -> list[int]:
-        """It is one part."""
-        return [0]
-
-    @property
-    def part_size(self) -> int:
-        return full_numel(self.embedding)
 
 
 def _text_config(backbone: nn.Module) -> Any:
@@ -206,9 +191,6 @@ class PrefixUpdate(OfMatrix):
         "load_adapter(model, folder)"
     )
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {"embedding": self.embedding}
-
     def settings(self) -> dict[str, Any]:
         return self.heads._asdict()
 
@@ -268,22 +250,10 @@ class PrefixTuning(Method):
         return Step(adapters)
 
     @classmethod
-    def shape_at(cls, model: nn.Module, name: str) -> tuple[int, int] | None:
+    def shapes_in(cls, model: nn.Module) -> Callable[[str], tuple[int, int] | None]:
         """(hidden size, numbers per position)."""
-        return (_text_config(backbone_of(model)).hidden_size, heads_of(model).width) if name == _name(model) else None
-
-    @classmethod
-    def updates(
-        cls,
-        described: Mapping[str, Mapping[str, Any]],
-        held: Mapping[str, Sequence[int]],
-        keep: torch.Tensor | None,
-        whole: Callable[[str], torch.Tensor | None],
-    ) -> Sequence[Update]:
-        return [
-            PrefixUpdate(Matrix.described(name, said), _checked(said), cast(torch.Tensor, whole(f"{name}.embedding")))
-            for name, said in described.items()
-        ]
+        own, config = _name(model), _text_config(backbone_of(model))
+        return lambda name: (config.hidden_size, heads_of(model).width) if name == own else None
 
     @classmethod
     @torch.no_grad()

@@ -8,7 +8,7 @@ become. ``methods/__init__.py`` has the table of all methods.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -25,8 +25,9 @@ from adalora_dist.methods.adapter import adapters_of as adapters_of
 from adalora_dist.methods.adapter import others_trained as others_trained
 from adalora_dist.methods.adapter import plain_path as plain_path
 from adalora_dist.methods.adapter import trained_parameters as trained_parameters
+from adalora_dist.methods.sites import put_in_place
 from adalora_dist.methods.sizes import Sizes
-from adalora_dist.methods.update import AdapterWeights, Update
+from adalora_dist.methods.update import AdapterWeights, Matrix, Update
 from adalora_dist.sharding.base import ShardEngine, Span
 
 
@@ -284,22 +285,54 @@ class Method:
     ) -> Sequence[Update]:
         """What each matrix has become.
 
+        By default: what an adapter folder with these parameters and descriptions would be read as. A tensor of an
+        update is the parameter of its name, or that of its name with a t behind it (Qt), transposed.
+
         Args:
             described: of every adapter, :meth:`Adapter.description` by its name.
             held: of every adapter, :meth:`Adapter.held` by its name.
             keep: (parts of all adapters at the start,) bool, the last selection; None: all are kept.
             whole: the parameter of that name, complete, float32, on the CPU; None where there is none.
         """
-        return []
+        if not described:
+            return []
+        shared, matrices = next(iter(described.values())), [Matrix.described(*each) for each in described.items()]
+        tensors = {
+            m.name: {kind: _tensor(f"{m.name}.{kind}", whole) for kind in cls.update.shapes(m, shared)}
+            for m in matrices
+        }
+        return cls.update.read(matrices, tensors, shared)
 
     @classmethod
-    def shape_at(cls, model: nn.Module, name: str) -> tuple[int, int] | None:
-        """(d_in, d_out) of what an update of this name is of, in its plain backbone; None: that has no such thing."""
-        found = dict(model.named_modules()).get(name)
+    def shapes_in(cls, model: nn.Module) -> Callable[[str], tuple[int, int] | None]:
+        """A function from a name to (d_in, d_out) of what an update of that name is of; None: ``model`` lacks it."""
+        shapes = {name: linear_shape(module) for name, module in model.named_modules()}
         of_experts = {n: (stack.d_in, stack.d_out) for stack in stacks_of(model) for n in stack.matrix_names()}
-        return of_experts.get(name) if found is None else linear_shape(found)
+        return (of_experts | shapes).get
 
     @classmethod
+    @torch.no_grad()
     def place(cls, model: nn.Module, updates: Sequence[Update]) -> list[Adapter]:
         """Put what :meth:`updates` gave into its plain backbone, in whose shapes it is."""
-        raise NotImplementedError(f"{cls.__name__}.place")
+        layers = []
+        for update in updates:
+            layer = cls.layer_of(model.get_submodule(update.name), update)
+            own = dict(layer.named_parameters(recurse=False))
+            for kind, value in update.tensors().items():
+                if kind in own:
+                    own[kind].copy_(value)
+                else:
+                    own[f"{kind}t"].copy_(value.T)
+            layers.append(put_in_place(model, layer))
+        return layers
+
+    @classmethod
+    def layer_of(cls, base: nn.Module, update: Any) -> Adapter:
+        """The adapter of ``base`` in whose parameters :meth:`place` puts the tensors of ``update``."""
+        raise NotImplementedError(f"{cls.__name__}.layer_of")
+
+
+def _tensor(name: str, whole: Callable[[str], torch.Tensor | None]) -> torch.Tensor:
+    if (value := whole(name)) is not None:
+        return value
+    return cast(torch.Tensor, whole(f"{name}t")).T.contiguous()

@@ -24,7 +24,7 @@ from adalora_dist.backbones.linears import has_readable_weight, is_conv1d
 from adalora_dist.config.methods.relora import ReloraConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adalora.method import TripletMethod
-from adalora_dist.methods.branch import BranchLinear, BranchStep
+from adalora_dist.methods.branch import BranchLinear, BranchStep, drawn_seed
 from adalora_dist.methods.protocol import Adapter, Kept, Method, Step, StepState, adapters_of
 from adalora_dist.methods.sites import find_targets, put_around, target_shapes
 from adalora_dist.methods.sizes import Sizes, of_ranks
@@ -217,7 +217,7 @@ class Relora(Method):
                     f"method=relora: {name} is a {type(base).__name__}, whose weight a restart could not merge into: "
                     "take the model that is not quantised, or set method to lora"
                 )
-        seeds = {name: int(torch.randint(2**62, (), generator=generator)) for name in names}
+        seeds = {name: drawn_seed(generator) for name in names}
 
         def make(base: nn.Module, name: str) -> ReloraLinear:
             return ReloraLinear(base, name, config.init_rank, config.scale, config.dropout, seeds[name])

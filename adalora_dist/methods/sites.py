@@ -16,7 +16,7 @@ from adalora_dist.backbones.names import new_backbone_modules
 from adalora_dist.backbones.parts import backbone_of, head_names, is_under, output_modules, router_names, tower_names
 from adalora_dist.config.methods import MethodConfig, TargetsConfig
 from adalora_dist.io.errors import UserError
-from adalora_dist.methods.protocol import Adapter
+from adalora_dist.methods.adapter import Adapter
 
 A = TypeVar("A", bound=Adapter)
 

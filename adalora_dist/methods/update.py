@@ -7,8 +7,8 @@ of triplets, is the one that most methods leave.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 import torch
 
@@ -56,6 +56,11 @@ class OfMatrix:
 
     def as_lora(self) -> AdapterWeights | None:
         return None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The fields of a dataclass that are tensors."""
+        values = {field.name: getattr(self, field.name) for field in fields(cast(Any, self))}
+        return {kind: value for kind, value in values.items() if isinstance(value, torch.Tensor)}
 
     def settings(self) -> dict[str, Any]:
         return {}

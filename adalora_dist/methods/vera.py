@@ -20,7 +20,7 @@ from adalora_dist.config.methods.vera import SharedConfig, VeraConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.branch import BranchLinear, BranchStep, Drawn
 from adalora_dist.methods.protocol import Adapter, Method, Step, adapters_of
-from adalora_dist.methods.sites import find_targets, put_around, put_in_place, target_shapes
+from adalora_dist.methods.sites import find_targets, put_around, target_shapes
 from adalora_dist.methods.sizes import Sizes, of_ranks
 from adalora_dist.methods.update import AdapterWeights, Matrix, OfMatrix, Update
 
@@ -86,9 +86,6 @@ class SharedUpdate(OfMatrix):
     vectors: ClassVar[tuple[str, ...]]
     """Kinds of trained vectors: d has r numbers, the others d_out."""
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {kind: getattr(self, kind) for kind in self.vectors}
-
     def settings(self) -> dict[str, Any]:
         return {"seed": self.seed, "sha256": self.shared.digest(), "torch": torch.__version__}
 
@@ -106,7 +103,8 @@ class SharedUpdate(OfMatrix):
     def read(
         cls, matrices: Sequence[Matrix], tensors: Mapping[str, Mapping[str, torch.Tensor]], settings: Mapping[str, Any]
     ) -> list[Update]:
-        """
+        """They share one pair of projections, drawn again when they are first asked for.
+
         Raises:
             UserError: the settings name no seed and digest, or ranks differ.
         """
@@ -115,13 +113,6 @@ class SharedUpdate(OfMatrix):
             raise UserError("adapter.json: settings must hold seed, an integer >= 0, and sha256, text: copy it again")
         if len(ranks := {matrix.rank for matrix in matrices}) > 1:
             raise UserError(f"adapter.json: matrices that share projections have ranks {sorted(ranks)}: copy it again")
-        return cls.of(matrices, seed, digest, tensors)
-
-    @classmethod
-    def of(
-        cls, matrices: Sequence[Matrix], seed: int, digest: str, tensors: Mapping[str, Mapping[str, torch.Tensor]]
-    ) -> list[Update]:
-        """Of all matrices of a run, which share one pair of projections."""
         if not matrices:
             return []
         shared = projections(seed, matrices[0].rank, [matrix.shape for matrix in matrices], digest)
@@ -181,34 +172,8 @@ class SharedMethod(Method):
         return [p for layer in adapters_of(model) for p in layer.parameters(recurse=False)]
 
     @classmethod
-    def updates(
-        cls,
-        described: Mapping[str, Mapping[str, Any]],
-        held: Mapping[str, Sequence[int]],
-        keep: torch.Tensor | None,
-        whole: Callable[[str], torch.Tensor | None],
-    ) -> Sequence[Update]:
-        """The projections are drawn again, when they are first asked for."""
-        first = next(iter(described.values()))
-        matrices = [Matrix.described(name, matrix) for name, matrix in described.items()]
-        vectors = {
-            name: {kind: cast(torch.Tensor, whole(f"{name}.{kind}")) for kind in cls.update.vectors}
-            for name in described
-        }
-        made: Sequence[Update] = cls.update.of(matrices, first["seed"], first["sha256"], vectors)
-        return made
-
-    @classmethod
-    @torch.no_grad()
-    def place(cls, model: nn.Module, updates: Sequence[Update]) -> list[Adapter]:
-        layers: list[Adapter] = []
-        for update in cast(Sequence[VeraUpdate], updates):
-            base = model.get_submodule(update.name)
-            layer = cls.layer(base, update.name, update.shared, update.rank, update.seed, 0.0)
-            for kind, vector in update.tensors().items():
-                layer.get_parameter(kind).copy_(vector)
-            layers.append(put_in_place(model, layer))
-        return layers
+    def layer_of(cls, base: nn.Module, update: Any) -> VeraLinear:
+        return cls.layer(base, update.name, update.shared, update.rank, update.seed, 0.0)
 
 
 class Vera(SharedMethod):

@@ -124,7 +124,7 @@ def train(
                 folder.log(record)
                 accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
             folder.log_events(hooks.method_step)
-            log_ranks(accelerator, list(hooks.method_step.rank_pattern().values()), step)
+            log_ranks(accelerator, hooks.method_step, step)
             read = [record["loss"] for record in records]
             if bad_steps.too_many(read, hooks.num_skipped_steps):
                 bar.close()

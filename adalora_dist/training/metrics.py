@@ -16,6 +16,7 @@ from accelerate import Accelerator
 
 from adalora_dist.config.sections import TrainConfig
 from adalora_dist.io.progress import duration
+from adalora_dist.methods.protocol import Step
 from adalora_dist.sharding.tensors import norm_share
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.training.prepared import Prepared, learning_rate
@@ -142,12 +143,15 @@ class StepMetrics:
         return float(peaks.max())
 
 
-def log_ranks(accelerator: Accelerator, ranks: Sequence[int], step: int) -> None:
+def log_ranks(accelerator: Accelerator, method_step: Step, step: int) -> None:
     """A histogram of the ranks of all matrices, in the trackers that have such; all have mean and extremes."""
-    for tracker in accelerator.trackers if ranks and accelerator.is_main_process else ():
+    trackers = [tracker for tracker in accelerator.trackers if tracker.name in ("tensorboard", "wandb")]
+    if not trackers or not accelerator.is_main_process or not (ranks := list(method_step.rank_pattern().values())):
+        return
+    for tracker in trackers:
         if tracker.name == "tensorboard":
             tracker.tracker.add_histogram("ranks", torch.tensor(ranks), step)
-        elif tracker.name == "wandb":
+        else:
             import wandb
 
-            tracker.log({"ranks": wandb.Histogram(list(ranks))}, step=step)
+            tracker.log({"ranks": wandb.Histogram(ranks)}, step=step)

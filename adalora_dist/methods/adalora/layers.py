@@ -79,12 +79,6 @@ class TripletLayer(Adapter):
         ends = [bisect_left(self.triplets, stop) for stop in accumulate(self.init_ranks)]
         return [end - start for start, end in pairwise([0, *ends])]
 
-    def trained(self) -> dict[str, nn.Parameter]:
-        return {f"{self.name}.{kind}": p for kind, p in self.named_parameters(recurse=False)}
-
-    def element_name(self, leaf: str, index: int) -> str:
-        return f"{self.name}.{leaf}"
-
     def held(self) -> list[int]:
         return list(self.triplets)
 
