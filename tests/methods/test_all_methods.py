@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
 from adalora_dist.artifacts.checkpoints.content import load_checkpoint
@@ -23,7 +21,7 @@ from adalora_dist.methods.hooks import attach
 from adalora_dist.methods.inject import adapt, parameter_groups
 from adalora_dist.methods.protocol import others_trained, trained_parameters
 from tests.support import quantized_runs
-from tests.support.engine_steps import backward_and_step
+from tests.support.engine_steps import backward_and_step, shard_blocks, wrapped
 from tests.support.models import global_batch, net_for
 from tests.support.quantized_runs import Case, write_llama
 from tests.support.ranks import import_deepspeed, run_ranks
@@ -77,30 +75,17 @@ def run(
     model = net_for(settings)
     adapt(model, settings, seed=3)
     if engine == "fsdp2":
-        for block in model.blocks:
-            fully_shard(block)
-        fully_shard(model)
+        shard_blocks(model)
     optimizer = torch.optim.AdamW(parameter_groups(model, settings, 2e-2), lr=2e-2, weight_decay=0.1)
     hooks = attach(model, optimizer, settings, STEPS)
-    plain, wrapped = model, optimizer
-    if engine == "ddp":
-        model = DistributedDataParallel(model)
-    elif engine.startswith("zero"):
-        stage = {"stage": int(engine[-1]), "stage3_param_persistence_threshold": 0}
-        size = GLOBAL_BATCH // world_size
-        zero = {
-            "train_micro_batch_size_per_gpu": size,
-            "zero_optimization": stage,
-            "gradient_clipping": 0.0,  # DeepSpeed clips at 1 by itself
-            "zero_allow_untested_optimizer": True,
-        }
-        model, wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero)
+    plain = model
+    model, around = wrapped(engine, model, optimizer, GLOBAL_BATCH // world_size)
     parameters = trained_parameters(plain)
-    hooks.bind(wrapped)
+    hooks.bind(around)
     first = 0
     if resume is not None:
         checkpoint = checkpoint_at(resume)
-        load_checkpoint(checkpoint, parameters, wrapped, hooks)
+        load_checkpoint(checkpoint, parameters, around, hooks)
         first = checkpoint.step
     losses = []
     for step in range(first, STEPS):
@@ -111,7 +96,7 @@ def run(
         dist.all_reduce(mean)
         losses.append(mean.item())
         if save is not None and step + 1 == STOP:
-            CheckpointWriter(save, 1).save(STOP, parameters, wrapped, hooks, {})
+            CheckpointWriter(save, 1).save(STOP, parameters, around, hooks, {})
     hooks.finish()
     return losses
 

@@ -10,8 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
 from adalora_dist.artifacts.checkpoints.content import load_checkpoint
 from adalora_dist.artifacts.checkpoints.writer import CheckpointWriter, checkpoint_at
@@ -34,7 +32,7 @@ from adalora_dist.methods.hooks import attach
 from adalora_dist.methods.inject import adapt
 from adalora_dist.methods.protocol import trained_parameters
 from adalora_dist.sharding.spans import Span
-from tests.support.engine_steps import backward_and_step
+from tests.support.engine_steps import backward_and_step, shard_blocks, wrapped
 from tests.support.models import Net, global_batch
 from tests.support.ranks import import_deepspeed, run_ranks
 
@@ -196,29 +194,18 @@ def run(
     model: Any = Net()
     adapt(model, config, seed=3)
     if engine == "fsdp2":
-        for block in model.blocks:
-            fully_shard(block)
-        fully_shard(model)
+        shard_blocks(model)
     train = TrainConfig(learning_rate=LR, weight_decay=0.1)
     optimizer = method_for(config).optimizer(model, train)
     hooks = attach(model, optimizer, config, STEPS)
-    plain, wrapped = model, optimizer
-    if engine == "ddp":
-        model = DistributedDataParallel(model)
-    elif engine.startswith("zero"):
-        settings = {
-            "train_micro_batch_size_per_gpu": GLOBAL_BATCH // world_size,
-            "gradient_clipping": 0.0,
-            "zero_optimization": {"stage": int(engine[-1]), "stage3_param_persistence_threshold": 0},
-            "zero_allow_untested_optimizer": True,
-        }
-        model, wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    plain = model
+    model, around = wrapped(engine, model, optimizer, GLOBAL_BATCH // world_size)
     parameters = trained_parameters(plain)
-    hooks.bind(wrapped)
+    hooks.bind(around)
     first = 0
     if resume is not None:
         checkpoint = checkpoint_at(resume)
-        load_checkpoint(checkpoint, parameters, wrapped, hooks)
+        load_checkpoint(checkpoint, parameters, around, hooks)
         first = checkpoint.step
     losses, collectives = [], []
     for step in range(first, STEPS):
@@ -232,7 +219,7 @@ def run(
         dist.all_reduce(mean)
         losses.append(mean.item())
         if save is not None and step + 1 == STOP:
-            CheckpointWriter(save, 1).save(STOP, parameters, wrapped, hooks, {})
+            CheckpointWriter(save, 1).save(STOP, parameters, around, hooks, {})
     hooks.finish()
     return losses, collectives, sum(tensor.nbytes for tensor in hooks.method_step.buffers())
 

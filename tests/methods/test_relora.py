@@ -11,8 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from pydantic import ValidationError
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
 from adalora_dist.artifacts.checkpoints.content import load_checkpoint, stored_adapters
@@ -25,7 +23,7 @@ from adalora_dist.methods import method_for
 from adalora_dist.methods.hooks import MethodHooks, attach
 from adalora_dist.methods.inject import adapt, parameter_groups
 from adalora_dist.methods.protocol import trained_parameters
-from tests.support.engine_steps import backward_and_step
+from tests.support.engine_steps import backward_and_step, shard_blocks, wrapped
 from tests.support.models import Net, global_batch
 from tests.support.ranks import import_deepspeed, run_ranks
 from tests.support.tiny_language_model import logits, tiny_gpt2, tiny_llama
@@ -137,40 +135,32 @@ def run(rank: int, world_size: int, engine: str, save: Path | None = None, resum
     config = settings(train_modules=("head",))
     adapt(model, config, seed=3)
     if engine == "fsdp2":
-        for block in model.blocks:
-            fully_shard(block)
-        fully_shard(model)
+        shard_blocks(model)
     optimizer = method_for(config).optimizer(model, TrainConfig(learning_rate=LR, weight_decay=0.1))
     hooks = attach(model, optimizer, config, STEPS)
-    plain, wrapped = model, optimizer
-    if engine == "ddp":
-        model = DistributedDataParallel(model)
-    elif engine.startswith("zero"):
-        stage = {"stage": int(engine[-1]), "stage3_param_persistence_threshold": 50}  # P of up stays whole, others not
-        zero = {
-            "train_micro_batch_size_per_gpu": GLOBAL_BATCH // world_size, "gradient_clipping": 0.0,
-            "zero_optimization": stage, "zero_allow_untested_optimizer": True,
-        }  # fmt: skip
-        model, wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero)
+    plain = model
+    model, around = wrapped(
+        engine, model, optimizer, GLOBAL_BATCH // world_size, persist=50
+    )  # P of up stays whole, others not
     parameters = trained_parameters(plain)
-    hooks.bind(wrapped)
+    hooks.bind(around)
     first = 0
     if resume is not None:
         checkpoint = checkpoint_at(resume)
-        load_checkpoint(checkpoint, parameters, wrapped, hooks)
+        load_checkpoint(checkpoint, parameters, around, hooks)
         first = checkpoint.step
     losses = []
     for step in range(first, STEPS):
         x, y = (t.chunk(world_size)[rank] for t in global_batch(step, GLOBAL_BATCH))
         loss = (model(x) - y).square().mean()
         backward_and_step(engine, model, optimizer, loss)
-        hooks.replace(model, wrapped)
+        hooks.replace(model, around)
         mean = loss.detach() / world_size
         dist.all_reduce(mean)
         losses.append(mean.item())
         if save is not None and step + 1 in STOPS:
             run_config = {"config": {"adapter": config.model_dump(mode="json")}}
-            CheckpointWriter(save, 9).save(step + 1, parameters, wrapped, hooks, run_config)
+            CheckpointWriter(save, 9).save(step + 1, parameters, around, hooks, run_config)
     hooks.finish()
     return losses
 

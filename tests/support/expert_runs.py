@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from adalora_dist import AdaLoraConfig, adapt, attach
-from tests.support.engine_steps import zero_engine
+from tests.support.engine_steps import backward_and_step, zero_engine
 from tests.support.expert_models import SIZES
 
 STEPS, GLOBAL_BATCH, LENGTH = 8, 6, 6
@@ -90,13 +90,7 @@ def run(rank: int, world_size: int, case: Case) -> dict[str, Any]:
         ids = rows(step).chunk(world_size)[rank]
         routed.is_last = (torch.arange(GLOBAL_BATCH) >= GLOBAL_BATCH - 1).chunk(world_size)[rank]
         loss = model(input_ids=ids, labels=ids).loss
-        if optimizer is None:
-            model.backward(loss)
-            model.step()
-        else:
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        backward_and_step(case.engine, model, optimizer, loss)
         total = loss.detach().clone()
         dist.all_reduce(total)
         losses.append(total.item() / world_size)
