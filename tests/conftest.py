@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def _own_surroundings() -> Iterator[None]:
+    """Each test leaves the environment and the working folder as they were: engines and launchers set variables that
+    the next test of the same process would otherwise run under."""
+    environment, folder = dict(os.environ), os.getcwd()
+    yield
+    os.chdir(folder)
+    for name in os.environ.keys() - environment.keys() - {"PYTEST_CURRENT_TEST"}:
+        del os.environ[name]
+    os.environ.update({name: value for name, value in environment.items() if name != "PYTEST_CURRENT_TEST"})
 
 
 @pytest.fixture

@@ -90,16 +90,9 @@ def _write_peft(saved: SavedAdapter, folder: Path, options: Options) -> str:
     return _PEFT_FORMS[method](saved, folder, options)
 
 
-def _write_adalora(saved: SavedAdapter, folder: Path, options: Options) -> str:
-    return _write_adapter(save_adalora, saved.adapters, saved, folder, options)
-
-
-def _write_vera(saved: SavedAdapter, folder: Path, options: Options) -> str:
-    return _write_adapter(save_vera, saved.adapters, saved, folder, options)
-
-
-def _write_prefix(saved: SavedAdapter, folder: Path, options: Options) -> str:
-    return _write_adapter(save_prefix, saved.adapters, saved, folder, options)
+def _write_with(save: Callable[..., None], saved: SavedAdapter, folder: Path, options: Options) -> str:
+    """Of updates as they are."""
+    return _write_adapter(save, saved.adapters, saved, folder, options)
 
 
 def _write_dora(saved: SavedAdapter, folder: Path, options: Options) -> str:
@@ -160,10 +153,10 @@ def _plain_base(saved: SavedAdapter) -> PreTrainedModel | None:
 
 
 _PEFT_FORMS: dict[str, Write] = {
-    AdapterWeights.method: _write_adalora,
+    AdapterWeights.method: partial(_write_with, save_adalora),
     DoraUpdate.method: _write_dora,
-    VeraUpdate.method: _write_vera,
-    PrefixUpdate.method: _write_prefix,
+    VeraUpdate.method: partial(_write_with, save_vera),
+    PrefixUpdate.method: partial(_write_with, save_prefix),
 }
 """By what the method's updates say."""
 FORMATS: dict[ExportFormat, Format] = {

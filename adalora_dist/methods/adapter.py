@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -104,6 +104,12 @@ class Adapter(TrainedModule):
 def device_of(base: nn.Module) -> torch.device:
     """Where the parameters of an adapter of ``base`` are made. A base on meta is read later, adapters have values."""
     return next((p.device for p in base.parameters() if not p.is_meta), torch.device("cpu"))
+
+
+def lora_start(shape: Sequence[int], num_read: int, generator: torch.Generator) -> torch.Tensor:
+    """As LoRA starts A, drawn on the CPU: U(-a, a), a = 1/sqrt(num_read), PyTorch's linear init."""
+    drawn: torch.Tensor = (2 * torch.rand(*shape, generator=generator) - 1) * num_read**-0.5
+    return drawn
 
 
 def adapters_of(model: nn.Module) -> list[Adapter]:

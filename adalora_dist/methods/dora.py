@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from adalora_dist.config.methods.dora import DoraConfig
+from adalora_dist.methods.adapter import lora_start
 from adalora_dist.methods.magnitude import MagnitudeLinear, MagnitudeStep, MagnitudeUpdate
 from adalora_dist.methods.protocol import Adapter, Method, Step, adapters_of
 from adalora_dist.methods.sites import find_targets, put_around, target_shapes
@@ -28,7 +29,7 @@ class DoraLinear(MagnitudeLinear):
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
         """LoRA's start, drawn on the CPU: A ~ U(-a, a), a = 1/sqrt(d_in)."""
-        self.Qt.copy_((2 * torch.rand(self.Qt.shape, generator=generator) - 1) * self.d_in**-0.5)
+        self.Qt.copy_(lora_start(self.Qt.shape, self.d_in, generator))
 
     def branch(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return tokens @ self.Qt.to(tokens.dtype), self.scale * self.P

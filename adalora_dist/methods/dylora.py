@@ -16,6 +16,7 @@ from torch import nn
 
 from adalora_dist.config.methods.dylora import DyloraConfig
 from adalora_dist.io.errors import UserError
+from adalora_dist.methods.adapter import lora_start
 from adalora_dist.methods.branch import BranchLinear, BranchStep, drawn_number, drawn_seed
 from adalora_dist.methods.protocol import Adapter, Method, Step
 from adalora_dist.methods.sites import find_targets, put_around, target_shapes
@@ -83,7 +84,7 @@ class DyloraLinear(BranchLinear):
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
         """LoRA's start, drawn on the CPU: A ~ U(-a, a), a = 1/sqrt(d_in)."""
-        self.Qt.copy_((2 * torch.rand(self.Qt.shape, generator=generator) - 1) * self.d_in**-0.5)
+        self.Qt.copy_(lora_start(self.Qt.shape, self.d_in, generator))
 
     def branch(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         p, qt = cast(torch.Tensor, self.P), cast(torch.Tensor, self.Qt)

@@ -15,6 +15,7 @@ from torch import nn
 
 from adalora_dist.config.methods.hydra import HydraConfig
 from adalora_dist.io.errors import UserError
+from adalora_dist.methods.adapter import lora_start
 from adalora_dist.methods.branch import BranchLinear, BranchStep
 from adalora_dist.methods.protocol import Adapter, Method, Step
 from adalora_dist.methods.sites import find_targets, put_around, target_shapes
@@ -46,7 +47,7 @@ class HydraLinear(BranchLinear):
     def reset(self, generator: torch.Generator) -> None:
         """Kaiming's uniform numbers, drawn on the CPU: within 1/sqrt of what a row reads."""
         for matrix in (self.Qt, self.Vt):
-            matrix.copy_((2 * torch.rand(matrix.shape, generator=generator) - 1) * len(matrix) ** -0.5)
+            matrix.copy_(lora_start(matrix.shape, len(matrix), generator))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = x.reshape(-1, self.d_in)

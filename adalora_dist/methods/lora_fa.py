@@ -14,6 +14,7 @@ from torch import nn
 
 from adalora_dist.config.methods.lora_fa import LoraFaConfig
 from adalora_dist.methods.adalora.method import TripletMethod
+from adalora_dist.methods.adapter import lora_start
 from adalora_dist.methods.branch import BranchLinear, BranchStep, Drawn, drawn_seed
 from adalora_dist.methods.projection import ProjectedStep
 from adalora_dist.methods.protocol import Adapter, Method, Step
@@ -29,7 +30,7 @@ def frozen_a(seed: int, rank: int, d_in: int, digest: str | None = None) -> Draw
 
 def _draw_a(seed: int, rank: int, d_in: int) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
-    return ((2 * torch.rand(rank, d_in, generator=generator) - 1) * d_in**-0.5,)
+    return (lora_start((rank, d_in), d_in, generator),)
 
 
 class LoraFaLinear(BranchLinear):

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.branch import BranchLinear, BranchStep
-from adalora_dist.sharding.base import ShardEngine
+from adalora_dist.sharding.base import ShardEngine, spans_of_ranks
 from adalora_dist.sharding.spans import Factor, Fragment, Span, cut, cut_rows
 
 _DAMPING = 1e-8
@@ -61,12 +60,8 @@ class ProjectedStep(BranchStep):
         device, spans = engine.values()[0].device, engine.spans()
         self._inverses = [inverse.to(device) for inverse in self._inverses]
         factors = [Factor("P", layer.d_out, layer.rank, 0) for layer in self.layers]
-        of_ranks: list[list[Span]] = [spans]
-        if engine.shard_group is not None:
-            of_ranks = [[]] * dist.get_world_size(engine.shard_group)
-            dist.all_gather_object(of_ranks, spans, group=engine.shard_group)
         places, size = {}, 0
-        for key in sorted({(f.factor, f.row) for held in of_ranks for f in cut_rows(factors, held)}):
+        for key in sorted({(f.factor, f.row) for held in spans_of_ranks(engine) for f in cut_rows(factors, held)}):
             places[key], size = size, size + factors[key[0]].rank
         if places and engine.num_firings > 1:
             raise UserError(

@@ -17,19 +17,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from adalora_dist.backbones.linears import has_readable_weight, is_conv1d
 from adalora_dist.config.methods.relora import ReloraConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adalora.method import TripletMethod
+from adalora_dist.methods.adapter import lora_start
 from adalora_dist.methods.branch import BranchLinear, BranchStep, drawn_seed
 from adalora_dist.methods.protocol import Adapter, Kept, Method, Step, StepState, adapters_of
 from adalora_dist.methods.sites import find_targets, put_around, target_shapes
 from adalora_dist.methods.sizes import Sizes, of_ranks
 from adalora_dist.methods.update import AdapterWeights, Update
-from adalora_dist.sharding.base import ShardEngine, Span, agree_on
+from adalora_dist.sharding.base import ShardEngine, Span, agree_on, is_first_of_group
 from adalora_dist.sharding.tensors import local_elements, release_gathered
 
 _KINDS = ("P", "Qt")
@@ -52,8 +52,7 @@ class ReloraLinear(BranchLinear):
     def drawn(self, cycle: int) -> torch.Tensor:
         """Qt at the start of a cycle, (d_in, r) ~ U(-a, a), a = 1/sqrt(d_in), on the CPU, alike on every process."""
         generator = torch.Generator().manual_seed((self.seed + cycle) % 2**63)
-        drawn: torch.Tensor = (2 * torch.rand(self.d_in, self.rank, generator=generator) - 1) * self.d_in**-0.5
-        return drawn
+        return lora_start((self.d_in, self.rank), self.d_in, generator)
 
     def branch(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return tokens @ cast(torch.Tensor, self.Qt).to(tokens.dtype), self.scale * cast(torch.Tensor, self.P)
@@ -136,8 +135,7 @@ class ReloraStep(BranchStep):
     def state(self, spans: Any) -> StepState:
         """The factors of past cycles are whole on every rank; the first of them has them written."""
         plain, numbers = super().state(spans), {"restarts": self.num_restarts}
-        group = self._engine.shard_group
-        writes = group is None or dist.get_rank(group) == 0
+        writes = is_first_of_group(self._engine)
         kept = {
             name: held._replace(values=cast(torch.Tensor, self.whole(name)).flatten())
             if writes

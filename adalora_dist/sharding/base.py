@@ -309,6 +309,20 @@ def assemble(local: torch.Tensor, span: Span, shape: torch.Size, group: dist.Pro
     return sum_over(group, full).view(shape)
 
 
+def spans_of_ranks(engine: ShardEngine) -> list[list[Span]]:
+    """Of every rank of the shard group, in its order, the span of each parameter. Collective."""
+    if engine.shard_group is None:
+        return [engine.spans()]
+    found: list[list[Span]] = [[]] * dist.get_world_size(engine.shard_group)
+    dist.all_gather_object(found, engine.spans(), group=engine.shard_group)
+    return found
+
+
+def is_first_of_group(engine: ShardEngine) -> bool:
+    """Whether this rank is the first of those that hold one copy: it writes what all of them have."""
+    return engine.shard_group is None or dist.get_rank(engine.shard_group) == 0
+
+
 def sum_over(group: dist.ProcessGroup | None, tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` summed over ``group``, in place where possible; unchanged for None.
 

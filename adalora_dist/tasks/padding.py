@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -50,6 +51,15 @@ def is_purely_causal(model: nn.Module) -> bool:
     (there is one at least) says causal. Cross-attention, image towers and prefixes that are read both ways say not.
     """
     inner = unwrapped(model)
+    if inner not in _causal:  # asked in every micro-batch
+        _causal[inner] = _says_causal(inner)
+    return _causal[inner]
+
+
+_causal: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def _says_causal(inner: Any) -> bool:
     if not all(kind.__module__.partition(".")[0] in _KNOWN for kind in type(inner).__mro__):
         return False  # code that came with the model, or the user's
     if not hasattr(inner, "config"):

@@ -218,10 +218,10 @@ def ends_well(action: Callable[[], Any], told: Path) -> tuple[str, float]:
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_whatever_lies_there(project: Path, tmp_path: Path, name: str) -> None:
+def test_whatever_lies_there(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """A test for each file, with all kinds."""
     torch.set_num_threads(1)
-    os.environ["ADALORA_DIST_CACHE"] = str(tmp_path / "cache")
+    monkeypatch.setenv("ADALORA_DIST_CACHE", str(tmp_path / "cache"))
     outcomes = {}
     for kind, put in KINDS.items():
         folder = tmp_path / kind

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 
 from adalora_dist.config.methods import AdaLoraConfig
 from adalora_dist.io.errors import UserError
@@ -17,9 +16,9 @@ from adalora_dist.methods.adalora.digest import PatternDigest
 from adalora_dist.methods.adalora.importance import element_scores, update_averages
 from adalora_dist.methods.adalora.sums import TripletSums
 from adalora_dist.sharding.agreement import agreed, world_size
-from adalora_dist.sharding.base import ShardEngine
+from adalora_dist.sharding.base import ShardEngine, spans_of_ranks
 from adalora_dist.sharding.layout import FlatBuffer, SpanLayout
-from adalora_dist.sharding.spans import Factor, Span
+from adalora_dist.sharding.spans import Factor
 
 MIN_PORTION, MAX_PORTIONS = 2**22, 16
 """Elements of a portion, 16 MiB, at least, so that small adapters have one; and how many portions there are at most."""
@@ -73,19 +72,16 @@ class BoundTriplets:
         self.spans = engine.spans()
         values = engine.values()
         device = values[0].device
-        spans_of_ranks: list[list[Span]] = [self.spans]
-        if engine.shard_group is not None:
-            spans_of_ranks = [[]] * dist.get_world_size(engine.shard_group)
-            dist.all_gather_object(spans_of_ranks, self.spans, group=engine.shard_group)
+        of_ranks = spans_of_ranks(engine)
         in_one = engine.num_firings > 1 or config.importance_order == "after"
         num_elements = sum(span.stop - span.start for span in self.spans)
         self.layout = SpanLayout(factors, self.spans, None if in_one else portion_elements(num_elements))
         self.sums = TripletSums(
             self.layout,
-            spans_of_ranks,
+            of_ranks,
             device,
             num_matrices=2 * sum(rank > 0 for rank in ranks),
-            num_replicas=world_size() // len(spans_of_ranks),
+            num_replicas=world_size() // len(of_ranks),
         )
         self.skip = self.sums.partials[-1]  # 1 where this step has a non-finite gradient
         self.digest = PatternDigest(sum(ranks), device)

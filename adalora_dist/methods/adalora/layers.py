@@ -24,7 +24,7 @@ from torch import nn
 
 from adalora_dist.backbones.linears import is_conv1d
 from adalora_dist.io.errors import UserError
-from adalora_dist.methods.adapter import device_of
+from adalora_dist.methods.adapter import device_of, lora_start
 from adalora_dist.methods.dropout import Dropout
 from adalora_dist.methods.protocol import Adapter, TrainedModule
 from adalora_dist.sharding.tensors import is_whole
@@ -105,7 +105,7 @@ class TripletLayer(Adapter):
         It goes with lambda = 1, which whoever makes the :class:`Lambdas` sets.
         """
         self.P.zero_()
-        self.Qt.copy_((2 * torch.rand(self.Qt.shape, generator=generator) - 1) * self.d_in**-0.5)
+        self.Qt.copy_(lora_start(self.Qt.shape, self.d_in, generator))
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scale={self.scale:g}"

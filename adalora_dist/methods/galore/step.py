@@ -36,7 +36,15 @@ from adalora_dist.methods.galore.projection import (
 )
 from adalora_dist.methods.galore.rows import Rows, cut_rows
 from adalora_dist.methods.protocol import Kept, Step, StepState
-from adalora_dist.sharding.base import ShardEngine, Span, agree_on, assemble, sum_over
+from adalora_dist.sharding.base import (
+    ShardEngine,
+    Span,
+    agree_on,
+    assemble,
+    is_first_of_group,
+    spans_of_ranks,
+    sum_over,
+)
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 """Adam's, of all that is trained."""
@@ -90,10 +98,10 @@ class GaLoreStep(Step):
         self._num_steps = torch.zeros((), dtype=torch.float32, device=vector.device)
         shapes = [(int(shape[0]), int(shape[1])) for shape in engine.shapes()]
         self._matrices = []
-        for name, shape, spans in zip(self._modules, shapes, _spans_of_all_ranks(engine, vector.device), strict=True):
+        own = 0 if engine.shard_group is None else dist.get_rank(engine.shard_group)
+        for name, shape, spans in zip(self._modules, shapes, zip(*spans_of_ranks(engine), strict=True), strict=True):
             side, rank = side_of(shape, self.config.projection), min(self.config.init_rank, *shape)
-            own = spans[_group_rank(engine)]
-            rows = Rows(shape, own, cut_rows(shape, spans))
+            rows = Rows(shape, spans[own], cut_rows(shape, spans))
             m, n = shape
             reduced = (rows.stop - rows.first, rank) if side == "right" else (rank, n)
             p, average, squares = (
@@ -211,7 +219,7 @@ class GaLoreStep(Step):
 
     def state(self, spans: Any) -> StepState:
         plain = super().state(spans)
-        first = _group_rank(self._engine) == 0
+        first = is_first_of_group(self._engine)
         kept = {}
         for name, tensor, shape, span, is_everywhere in self._own():
             held = first or not is_everywhere  # of what every rank has, one copy
@@ -266,15 +274,3 @@ class GaLoreStep(Step):
 def projected_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules whose weights ``adapt`` has marked, by their names in the plain model, in canonical order."""
     return {module.projected_as: module for module in model.modules() if hasattr(module, "projected_as")}  # type: ignore[misc]
-
-
-def _group_rank(engine: ShardEngine) -> int:
-    return 0 if engine.shard_group is None else dist.get_rank(engine.shard_group)
-
-
-def _spans_of_all_ranks(engine: ShardEngine, device: torch.device) -> list[list[Span]]:
-    """Of each parameter the span of every rank of the shard group. Collective."""
-    size = 1 if engine.shard_group is None else dist.get_world_size(engine.shard_group)
-    table = torch.zeros(len(engine.spans()), size, 2, dtype=torch.int64, device=device)
-    table[:, _group_rank(engine)] = torch.tensor(engine.spans(), dtype=torch.int64, device=device).view(-1, 2)
-    return [[Span(*span) for span in spans] for spans in sum_over(engine.shard_group, table).tolist()]
