@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-_VERSION = 1
+_VERSION = 2
 """Of what contents become; part of the name of what is cached."""
 _USABLE, _CUT, _EMPTIED, _REFUSED = range(4)
 """What became of a row: it is whole; cut to max_length; cut so that no reply is left; not taken by the template."""
@@ -76,7 +76,8 @@ def load_tables(data: SftDataConfig, bad: BadRows, say: Say) -> tuple[list[Table
         return [_demo_table("train", data.max_train_rows)], [_demo_table("validation", data.max_eval_rows)]
     sources = [parse_source(word) for word in data.source]
     train = [
-        Table(_contents(source.training(), data, bad, say, data.max_train_rows), source.weight) for source in sources
+        Table(_contents(source.training(), data, bad, say, data.max_train_rows, source.weight), source.weight)
+        for source in sources
     ]
     if data.eval_share is not None:
         return train, []
@@ -117,8 +118,7 @@ def load_rows(
             f"chat_template={data.chat_template}: no row is a conversation, so it would not be read; leave it out"
         )
     template = ChatTemplate(tokenizer)
-    if not template.reads_tools and (with_tools := sum(_num_with_tools(table.contents) for table in tables)):
-        say(f"Tools: the chat template has no place for their descriptions, which {with_tools:,} rows have: left out")
+    say_what_is_left_out(tables, template, say)
     counts: Counter[int] = Counter()
     parts = [_encoded(table, template, data, bad, counts) for table in tables]
     if eval_tables:
@@ -147,6 +147,22 @@ def load_rows(
     longest = max(1, data.max_length - evaluation.max_new_tokens)
     samples = _samples(held_tables, template, evaluation.show_samples, longest)
     return SftRows(train, held_out, samples, _closing(template, train))
+
+
+def say_what_is_left_out(tables: Sequence[Table], template: ChatTemplate, say: Say) -> None:
+    """How many rows have descriptions of tools, or thoughts, that the chat template has no place for."""
+    for what, marks in (
+        (
+            "Tools: the chat template has no place for their descriptions",
+            [] if template.reads_tools else ['"tools": ['],
+        ),
+        (
+            "Thoughts: the chat template has no place for those beside a text",
+            [f'"{name}": "' for name in template.unread_thoughts],
+        ),
+    ):
+        if marks and (count := sum(_num_with(table.contents, marks) for table in tables)):
+            say(f"{what}, which {count:,} rows have: left out")
 
 
 def encode_table(table: Dataset, template: ChatTemplate, data: SftDataConfig, policy: str) -> Dataset:
@@ -196,14 +212,17 @@ def encode_table(table: Dataset, template: ChatTemplate, data: SftDataConfig, po
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
-def _contents(split: Split, data: SftDataConfig, bad: BadRows, say: Say, max_rows: int | None) -> Dataset:
+def _contents(
+    split: Split, data: SftDataConfig, bad: BadRows, say: Say, max_rows: int | None, weight: float = 1
+) -> Dataset:
     reader: Reader = recognise(first_rows(split), data.column_of, split.where)
 
     def parse(row: object, origin: str) -> dict[str, str]:
         return {"row": json.dumps(reader(row, origin), ensure_ascii=False), "origin": origin}
 
     table = checked_table(split, ("row", "origin"), parse, bad, max_rows, reader.identity)
-    say(f"{split.where}: {reader.sentence}; {len(table):,} rows")
+    counts = "" if weight == 1 else f", each {weight:g} times"
+    say(f"{split.where}: {reader.sentence}; {len(table):,} rows{counts}")
     return table
 
 
@@ -257,9 +276,10 @@ def _keys(contents: Dataset) -> np.ndarray:
     return keys_of((row for part in contents.iter(1000) for row in cast(Any, part)["row"]), len(contents))
 
 
-def _num_with_tools(contents: Dataset) -> int:
+def _num_with(contents: Dataset, marks: Sequence[str]) -> int:
+    """How many rows have one of these beginnings of a field."""
     # Within texts, JSON writes a quotation mark with a backslash before it.
-    return sum('"tools": [' in row for part in contents.iter(1000) for row in cast(Any, part)["row"])
+    return sum(any(mark in row for mark in marks) for part in contents.iter(1000) for row in cast(Any, part)["row"])
 
 
 def _weighted(rows: Sequence[int], weight: float, seed: str) -> list[int]:
