@@ -16,10 +16,11 @@ import numpy as np
 
 from adalora_dist.io.digest import digest_of
 from adalora_dist.io.errors import UserError
+from adalora_dist.io.mapped import release_mapped
 from adalora_dist.tasks.batches import BatchPlan, count_targets
 from adalora_dist.tasks.rows.bad_rows import BadRows
 from adalora_dist.tasks.rows.held_out import border, keys_of
-from adalora_dist.tasks.rows.table import Split, checked_table, digest_of_tokens
+from adalora_dist.tasks.rows.table import MAPPED, Split, checked_table, chunks, digest_of_tokens
 from adalora_dist.tasks.rows.token_cache import rules_of
 from adalora_dist.tasks.sft.config import SftDataConfig, SftEvaluationConfig
 from adalora_dist.tasks.sft.demo import demo_conversations
@@ -193,6 +194,7 @@ def encode_table(table: Dataset, template: ChatTemplate, data: SftDataConfig, po
             values = (encoded["input_ids"], encoded["labels"], len(encoded["input_ids"]), num_targets, outcome, problem)
             for name, value in zip(columns, values, strict=True):
                 columns[name].append(value)
+        release_mapped(MAPPED)
         return columns
 
     numbers = List(Value("int32"))
@@ -251,6 +253,7 @@ def _encoded(
         refused.setdefault(table.contents[index]["origin"].rpartition(":")[0], []).append(index)
     for file, rows in refused.items():
         bad.leave_out(file, len(rows), tokens[rows[0]]["problem"])
+    release_mapped(MAPPED)
     return tokens, np.flatnonzero((outcomes == _USABLE) | (outcomes == _CUT)).tolist()
 
 
@@ -273,13 +276,13 @@ def _hold_out(
 
 
 def _keys(contents: Dataset) -> np.ndarray:
-    return keys_of((row for part in contents.iter(1000) for row in cast(Any, part)["row"]), len(contents))
+    return keys_of((row for part in chunks(contents) for row in part["row"]), len(contents))
 
 
 def _num_with(contents: Dataset, marks: Sequence[str]) -> int:
     """How many rows have one of these beginnings of a field."""
     # Within texts, JSON writes a quotation mark with a backslash before it.
-    return sum(any(mark in row for mark in marks) for part in contents.iter(1000) for row in cast(Any, part)["row"])
+    return sum(any(mark in row for mark in marks) for part in chunks(contents) for row in part["row"])
 
 
 def _weighted(rows: Sequence[int], weight: float, seed: str) -> list[int]:
