@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import tempfile
 from collections.abc import Callable
 from functools import lru_cache
@@ -32,6 +31,7 @@ from tests.support.trainer_runs import (
     example_rows,
     folder_of_rank_0,
     model_with_adapters,
+    one_process,
     trainer_of,
 )
 
@@ -260,8 +260,7 @@ def by_sft_trainer(rank: int, world_size: int) -> dict[str, Any]:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE"):
-        del os.environ[name]
+    one_process()
     tokenizer = byte_tokenizer()
     model = tiny_llama(len(tokenizer), hidden_size=16)
     adapt(model, SETTINGS)
