@@ -25,6 +25,7 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.methods.hooks import MethodHooks, attach
 from adalora_dist.sharding.agreement import agreed
 from adalora_dist.sharding.base import innermost
+from adalora_dist.sharding.optimizer_state import KNOWN, keeps_an_entry_per_weight
 from adalora_dist.sharding.tensors import release_gathered
 from adalora_dist.training.trained import gather_trained
 from adalora_dist.training.trainer_checkpoints import TrainerCheckpoints, base_of
@@ -253,11 +254,11 @@ class AdaLoraCallback(TrainerCallback):
         saves = SaveStrategy(args.save_strategy) != SaveStrategy.NO and not args.save_only_model
         compacts = schedule is not None and getattr(self.config, "compact", False)
         inner = innermost(optimizer)
-        if (saves or compacts) and not isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
+        if (saves or compacts) and not keeps_an_entry_per_weight(inner):
             away = [*["save_only_model=True"] * saves, *["compact=False in AdaLoraConfig"] * compacts]
             raise UserError(
                 f"the optimizer is {type(inner).__name__} (optim={str(getattr(args.optim, 'value', args.optim))!r}), "
-                "whose state can be neither continued nor reduced: set optim='adamw_torch', or "
+                f"whose state can be neither continued nor reduced: use {KNOWN} (optim='adamw_torch'), or set "
                 f"{' and '.join(away)}"
             )
         if schedule is None:

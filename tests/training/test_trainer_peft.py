@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Trainer
 
-from adalora_dist import AdaLoraCallback, AdaLoraConfig
+from adalora_dist import AdaLoraCallback, AdaLoraConfig, adapt, without_adapters
 from tests.support.ranks import run_ranks
 from tests.support.tiny_language_model import byte_tokenizer, tiny_llama
 from tests.support.trainer_runs import STEPS, VOCABULARY, arguments, one_process, trainer_of
@@ -182,10 +182,12 @@ def by_policy(rank: int, world_size: int, folder: str, kind: str, with_peft: boo
         config = AdaLoraConfig(init_rank=3, target_rank=2, initial_warmup_steps=2, final_steps=6)
         adapt(model, config)
         callback, more = AdaLoraCallback(config), {}
-    trainer = trainer_class(
-        model=model, args=args, train_dataset=Dataset.from_list([{"prompt": f"{n} plus"} for n in range(16)]),
-        reward_funcs=reward, processing_class=tokenizer, callbacks=[callback], **more,
-    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # total_step
+        trainer = trainer_class(
+            model=model, args=args, train_dataset=Dataset.from_list([{"prompt": f"{n} plus"} for n in range(16)]),
+            reward_funcs=reward, processing_class=tokenizer, callbacks=[callback], **more,
+        )  # fmt: skip
     trainer.train()
     trainer.save_model(f"{folder}/adapter")
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(f"{folder}/adapter")
