@@ -6,7 +6,7 @@ W = W0 + s P diag(lambda) Q, with s = alpha / init_rank (rsLoRA: alpha / sqrt(in
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -59,10 +59,21 @@ class TripletMethod(Method):
             self.reset(layer, generator)
         with torch.no_grad():
             self.begin(add_lambdas(model, layers).lam)
-        for layer in layers:
-            if layer.name in start:
-                start_with(layer, self.given(start[layer.name]), config)
+        self.begin_with(layers, start, f"init_from={config.init_from}")
         return list(layers)
+
+    def begin_with(self, layers: Iterable[TripletLayer], given: Mapping[str, Triplets], where: str) -> None:
+        """Start from triplets of elsewhere at the matrices that have some.
+
+        Args:
+            where: they are from, for messages.
+
+        Raises:
+            UserError: as :func:`adalora_dist.methods.adalora.start.start_with`.
+        """
+        for layer in layers:
+            if layer.name in given:
+                start_with(layer, self.given(given[layer.name]), where)
 
     def groups(self, model: nn.Module) -> dict[float, list[torch.Tensor]]:
         """LoRA+: P, which is LoRA's B, may learn faster than the rest."""

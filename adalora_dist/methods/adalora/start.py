@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from adalora_dist.backbones.files import is_module_pattern
-from adalora_dist.config.methods import LowRankConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import check_tensors, read_object
 from adalora_dist.methods.adalora.layers import TripletLayer
@@ -73,7 +72,7 @@ def read_peft(folder: Path, scale: float) -> dict[str, Triplets]:
         raise UserError(
             f"init_from={folder} is no adapter folder of PEFT (adapter_config.json, adapter_model.safetensors): {error}"
         ) from error
-    _refuse_other_functions(config, kind, folder)
+    refuse_other_functions(config, kind, f"init_from={folder}")
     _check_numbers(config, kind, folder)
     triplets = {}
     for key in [key for key in tensors if key.endswith(f".{_FACTORS[kind][0]}")]:
@@ -89,7 +88,7 @@ def read_peft(folder: Path, scale: float) -> dict[str, Triplets]:
             theirs = config["lora_alpha"] / (config["init_r"] + RANKNUM_OFFSET)
             triplets[name] = Triplets(b, e[0].flatten() * (theirs / scale), a)
         else:
-            triplets[name] = _decompose(b, a, _lora_scale(config, name, len(a), folder) / scale)
+            triplets[name] = decompose(b, a, _lora_scale(config, name, len(a), folder) / scale)
     if tensors or not triplets:
         shown = ", ".join(sorted(tensors)[:3]) or "none"
         raise UserError(
@@ -99,19 +98,24 @@ def read_peft(folder: Path, scale: float) -> dict[str, Triplets]:
     return triplets
 
 
-def _refuse_other_functions(config: Mapping[str, Any], kind: str, folder: Path) -> None:
-    """Raise unless the adapter adds scale B A to the base as it is, and nothing else."""
+def refuse_other_functions(config: Mapping[str, Any], kind: str, where: str) -> None:
+    """Raise unless the adapter adds scale B A to the base as it is, and nothing else.
+
+    Args:
+        config: what adapter_config.json says.
+        where: the adapter, for messages.
+    """
     if kind not in _FACTORS:
-        raise UserError(f"init_from={folder} is of the type {kind!r:.50}: must be LORA or ADALORA")
+        raise UserError(f"{where} is of the type {kind!r:.50}: must be LORA or ADALORA")
     if (bias := config.get("bias", "none")) != "none":
-        raise UserError(f"init_from={folder} has bias={bias!r:.50}, trained biases: must be none")
+        raise UserError(f"{where} has bias={bias!r:.50}, trained biases: must be none")
     variant = next((f"{name} ({field})" for field, name in _VARIANTS.items() if config.get(field)), None)
     if variant is not None:
-        raise UserError(f"init_from={folder} is {variant}, which no triplets equal: must be plain LORA or ADALORA")
+        raise UserError(f"{where} is {variant}, which no triplets equal: must be plain LORA or ADALORA")
     init = config.get("init_lora_weights", True)
     if init not in _INITS_OF_ADAPTERS:
         raise UserError(
-            f"init_from={folder} has init_lora_weights={init!r:.50}, whose adapters go with a changed base: have PEFT "
+            f"{where} has init_lora_weights={init!r:.50}, whose adapters go with a changed base: have PEFT "
             "convert it to plain LoRA (save_pretrained with path_initial_model_for_weight_conversion)"
         )
 
@@ -129,7 +133,7 @@ def _check_numbers(config: Mapping[str, Any], kind: str, folder: Path) -> None:
             raise UserError(f"init_from={folder}: {name} in adapter_config.json is {value!r:.50}, must be a number > 0")
 
 
-def _decompose(b: torch.Tensor, a: torch.Tensor, factor: float) -> Triplets:
+def decompose(b: torch.Tensor, a: torch.Tensor, factor: float) -> Triplets:
     """SVD of factor * B A through QR of both, so the largest matrix decomposed is k x k; in float64."""
     (q_b, r_b), (q_a, r_a) = (torch.linalg.qr(x.double()) for x in (b, a.T))
     u, singular, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
@@ -157,8 +161,11 @@ def with_lambda_in_p(triplets: Triplets) -> Triplets:
 
 
 @torch.no_grad()
-def start_with(layer: TripletLayer, triplets: Triplets, config: LowRankConfig) -> None:
+def start_with(layer: TripletLayer, triplets: Triplets, where: str) -> None:
     """Put given triplets before the fresh ones, which add nothing at the start.
+
+    Args:
+        where: they are from, for messages.
 
     Raises:
         UserError: they are more than the layer has, or of another shape.
@@ -166,13 +173,13 @@ def start_with(layer: TripletLayer, triplets: Triplets, config: LowRankConfig) -
     p, lam, q = triplets
     if len(lam) > layer.rank:
         raise UserError(
-            f"init_from={config.init_from} has rank {len(lam)} at {layer.name}, with init_rank {layer.rank}: set "
-            f"init_rank to at least {len(lam)}"
+            f"{where} has rank {len(lam)} at {layer.name}, with init_rank {layer.rank}: set init_rank to at least "
+            f"{len(lam)}"
         )
     if (len(p), q.shape[1]) != (layer.d_out, layer.d_in):
         raise UserError(
-            f"init_from={config.init_from}: {layer.name} is {len(p)} x {q.shape[1]} there and {layer.d_out} x "
-            f"{layer.d_in} in this model: use the adapter's own base model"
+            f"{where}: {layer.name} is {len(p)} x {q.shape[1]} there and {layer.d_out} x {layer.d_in} in this model: "
+            "use the adapter's own base model"
         )
     layer.P[:, : len(lam)] = p.to(layer.P.device)
     layer.lam[: len(lam)] = lam.to(layer.lam.device)
