@@ -322,7 +322,21 @@ class RepeatedTrainConfig(TrainConfig):
     """Repeat the whole run with each of these seeds, and report mean and standard deviation; default: seed alone."""
 
 
-class GenerationConfig(EvaluationConfig):
+class ShownConfig(EvaluationConfig):
+    show_samples: int = Field(0, ge=0)
+    """Show so many generated texts at each evaluation while training."""
+
+    @model_validator(mode="after")
+    def _samples_are_shown(self) -> ShownConfig:
+        if self.show_samples and not self.eval_every:
+            raise ValueError(
+                f"show_samples {self.show_samples} with eval_every 0: nothing is generated while training; set "
+                "eval_every, or leave show_samples out"
+            )
+        return self
+
+
+class GenerationConfig(ShownConfig):
     num_beams: int = Field(4, ge=1)
     """Beams of the search; 1: greedy."""
     max_new_tokens: int = Field(64, ge=1)
@@ -333,5 +347,3 @@ class GenerationConfig(EvaluationConfig):
     """Scores of beams are divided by length to this power: above 0, larger prefers longer texts."""
     no_repeat_ngram_size: int = Field(0, ge=0)
     """No sequence of this many tokens occurs twice in a text; 0: allowed."""
-    show_samples: int = Field(0, ge=0)
-    """Show so many generated texts at each evaluation while training."""
