@@ -179,14 +179,6 @@ def test_the_budget_is_met_over_experts_and_the_rest_alike():
     assert all(pattern[name] == rank for a in adapters for name, rank in zip(a.matrix_names(), a.ranks, strict=True))
 
 
-def test_compaction_changes_nothing_but_memory():
-    runs = [run(mixture("mixtral").double(), config(**FALLING, compact=compact)) for compact in (True, False)]
-    (small, hooks, losses), (whole, masked, expected) = runs
-    assert hooks.rank_pattern() == masked.rank_pattern()
-    torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
-    assert sum(a.rank for a in small) == 36 and sum(a.rank for a in whole) == 72
-
-
 def test_an_expert_without_tokens_has_gradients_of_zero():
     model = mixture("qwen3_moe")
     with torch.no_grad():  # expert 3 of the first layer is never chosen

@@ -21,6 +21,7 @@ from adalora_dist.methods.adalora.allocator import RankAllocator
 from adalora_dist.methods.adalora.compaction import shrink_layers
 from adalora_dist.methods.adalora.experts import ExpertTriplets, parts_of, put_beside
 from adalora_dist.methods.adalora.layers import LAMBDAS_NAME, SVDLinear, TripletLayer, add_lambdas
+from adalora_dist.methods.adalora.peft_stacks import is_swapped
 from adalora_dist.methods.adalora.schedule import BudgetSchedule
 from adalora_dist.methods.adalora.start import Triplets, read_peft, start_with, with_lambda_in_p
 from adalora_dist.methods.protocol import Adapter, Method, Step, adapters_of
@@ -37,8 +38,12 @@ class TripletMethod(Method):
     def adapt(self, model: nn.Module, generator: torch.Generator) -> list[Adapter]:
         config = self.config
         names, stacks = find_sites(model, config)
-        start = read_peft(Path(config.init_from), config.scale) if config.init_from else {}
-        if unknown := sorted(start.keys() - set(names)):
+        start: dict[str, Triplets] = {}
+        if config.init_from:
+            swapped = {stack: is_swapped(stack, model.get_submodule(stack.owner)) for stack in stacks_of(model)}
+            start = read_peft(Path(config.init_from), config.scale, swapped)
+        targets = {*names, *(matrix for stack in stacks for matrix in stack.matrix_names())}
+        if unknown := sorted(start.keys() - targets):
             raise UserError(
                 f"init_from={config.init_from}: {len(unknown)} of its matrices ({', '.join(unknown[:3])}) are not "
                 "among the targets: name them there, and use the adapter's own base model"
@@ -71,9 +76,9 @@ class TripletMethod(Method):
         Raises:
             UserError: as :func:`adalora_dist.methods.adalora.start.start_with`.
         """
-        for layer in layers:
-            if layer.name in given:
-                start_with(layer, self.given(given[layer.name]), where)
+        own = {name: self.given(triplets) for name, triplets in given.items()}
+        for layer in layers if own else ():
+            start_with(layer, own, where)
 
     def groups(self, model: nn.Module) -> dict[float, list[torch.Tensor]]:
         """LoRA+: P, which is LoRA's B, may learn faster than the rest."""
