@@ -109,6 +109,8 @@ class TrainConfig(Section):
     """Write checkpoints while training goes on, from a copy in CPU memory."""
     resume: str = Field("never", min_length=1)
     """auto: continue the run in output_dir, or start one; PATH: continue from that checkpoint or run; never."""
+    max_restarts_at_step: int = Field(3, ge=0)
+    """End a run that launchers or schedulers have started again so often from the same checkpoint."""
 
     @model_validator(mode="before")
     @classmethod

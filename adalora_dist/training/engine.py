@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import (
     DistributedType,
     GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
     is_aim_available,
     is_clearml_available,
     is_comet_ml_available,
@@ -33,6 +34,7 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.io.launchers import OWN_COMMAND
 from adalora_dist.io.redaction import redacted, redacted_command
 from adalora_dist.io.shipped import own_or_shipped
+from adalora_dist.training.rendezvous import init_method
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
@@ -92,14 +94,15 @@ def _started(
     train: TrainConfig, on_cpu: bool, use_fsdp: bool, use_deepspeed: bool, environment: Mapping[str, str]
 ) -> Accelerator:
     """The process group, and the accelerator over it."""
+    meeting = init_method(environment)
     if on_cpu:
         _use_all_cores(environment)
         if use_deepspeed:
             _prepare_deepspeed_on_cpu()
-            PartialState(backend="gloo")
+            PartialState(backend="gloo", **meeting)
         else:
             os.environ["ACCELERATE_USE_CPU"] = "true"
-            PartialState(cpu=True)
+            PartialState(cpu=True, **meeting)
         if use_fsdp:
             # accelerate promotes to FSDP from the accelerator types only.
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
@@ -108,6 +111,7 @@ def _started(
         mixed_precision=_PRECISION[computed_in(train.precision)],
         log_with=_installed_trackers(train.trackers),
         project_dir=train.output_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(**meeting)] if meeting else None,
         # The loop cuts batches itself and takes every scale into its own loss; accelerate only has to hold back the
         # gradient reduction until the last micro-step.
         gradient_accumulation_plugin=GradientAccumulationPlugin(

@@ -37,7 +37,8 @@ _FREE_FIELDS = (
     *("train.micro_batch_size", "train.gradient_checkpointing", "train.logits_chunk", "train.dry_run"),
     "adapter.importance_kernel",
     "train.packing",
-    *("train.max_nonfinite_steps", "train.peer_timeout_seconds", "adapter.compact"),
+    *("train.max_nonfinite_steps", "train.peer_timeout_seconds", "train.max_restarts_at_step"),
+    "adapter.compact",
 )
 _EDGE_BYTES = 1 << 16
 
