@@ -114,7 +114,7 @@ def test_experts_by_name(targets, leaves):
     assert len(adapters) == {"mlp.experts": 4, "experts": 4, "down_proj": 4, "experts.down_proj": 2}.get(targets[0], 3)
 
 
-@pytest.mark.parametrize("method", ["dora", "lora_fa", "vera", "dvora"])
+@pytest.mark.parametrize("method", ["dora", "adadora", "lora_fa", "vera", "dvora"])
 def test_other_methods_leave_experts_or_refuse_them_by_name(method):
     line = refusal(adapt, mixture("mixtral"), method_config(method, init_rank=2, targets=("experts",)))
     assert "adalora and lora" in line and "experts" in line

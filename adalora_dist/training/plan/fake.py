@@ -22,7 +22,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adalora_dist.backbones.fit import lengths_of
-from adalora_dist.config.methods import AdaLoraConfig
+from adalora_dist.config.methods import AdaptiveConfig
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods import method_for
@@ -113,7 +113,7 @@ def _measured(config: RunConfig, auto_class: Any, settings: Any, dtype: torch.dt
     # Rows are real, and what the model makes of them alone stays so: a mask, positions.
     mode, live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
     section, train = config.adapter, config.train
-    if isinstance(section, AdaLoraConfig):  # importance advances from the first step on
+    if isinstance(section, AdaptiveConfig):  # importance advances from the first step on
         section = section.model_copy(update={"initial_warmup_steps": None, "final_steps": None, "compact": False})
     with live, warnings.catch_warnings():
         warnings.simplefilter("ignore")
