@@ -90,7 +90,8 @@ def main(config: CommonsenseConfig) -> None:
             if "likelihood" in settings.evaluate_by:
                 results.append(evaluate_choices(*common, **run.ranks))
             if "generation" in settings.evaluate_by:
-                results.append(evaluate_generation(*common, settings.max_new_tokens, **run.ranks, synced_gpus=synced))
+                how = {"synced_gpus": synced, "merge_to_generate": settings.merge_to_generate}
+                results.append(evaluate_generation(*common, settings.max_new_tokens, **run.ranks, **how))
         return results
 
     checked = encode_examples(held_out, tokenizer, data.max_length, data.train_on) if held_out else []

@@ -64,6 +64,9 @@ class TrainConfig(Section):
     """Largest number of sequences per process in one forward; accumulation steps follow from it.
 
     Must divide batch_size unless it is larger."""
+    micro_batch_tokens: int = Field(0, ge=0)
+    """Largest number of positions, padding among them, per process in one forward, in place of micro_batch_size: short
+    rows are many at a time, long ones few. 0: micro_batch_size counts."""
     learning_rate: float = Field(5e-4, gt=0)
     """Peak learning rate of AdamW."""
     weight_decay: float = Field(0.0, ge=0)
@@ -128,7 +131,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> TrainConfig:
         batch, micro = self.batch_size, self.micro_batch_size
-        if batch > micro and batch % micro:
+        if batch > micro and batch % micro and not self.micro_batch_tokens:
             divisor = next(size for size in range(micro, 0, -1) if batch % size == 0)
             raise ValueError(
                 f"batch_size {batch} with micro_batch_size {micro}: a batch must be a whole number of micro-batches; "
@@ -322,7 +325,13 @@ class RepeatedTrainConfig(TrainConfig):
     """Repeat the whole run with each of these seeds, and report mean and standard deviation; default: seed alone."""
 
 
-class GenerationConfig(EvaluationConfig):
+class DecodingConfig(EvaluationConfig):
+    merge_to_generate: bool = False
+    """Add the adapters to their weights while texts are generated, and bring the weights back from a copy afterwards:
+    fewer operations at each token, for host memory of these weights' size. In bf16 the texts are the merged model's."""
+
+
+class GenerationConfig(DecodingConfig):
     num_beams: int = Field(4, ge=1)
     """Beams of the search; 1: greedy."""
     max_new_tokens: int = Field(64, ge=1)

@@ -33,6 +33,7 @@ def evaluate_generation(
     world_size: int = 1,
     gather: Gather = gather_lists,
     synced_gpus: bool = False,
+    merge_to_generate: bool = False,
 ) -> TaskResult:
     """Generate and parse a reply to every example (all of one task).
 
@@ -44,6 +45,7 @@ def evaluate_generation(
         max_new_tokens: length of a reply; it ends earlier with EOS. None: as many tokens as the longest legal reply to
             the question has, with EOS, which is also the room that ``prompt_tokens`` leaves for it in ``max_length``.
         synced_gpus: see :func:`~adalora_dist.tasks.evaluation.texts.generate_texts`.
+        merge_to_generate: see :class:`~adalora_dist.config.sections.DecodingConfig`.
     """
     budgets = [max_new_tokens or longest_reply(example, tokenizer) for example in examples]
     all_prompts = prompts_of(examples, tokenizer, max_length, show_progress=False)
@@ -56,7 +58,9 @@ def evaluate_generation(
             tokenizer,
             prompts,
             [len(prompt) for prompt in prompts],
-            GenerationConfig(num_beams=1, max_new_tokens=budget, eval_batch_size=batch_size),
+            GenerationConfig(
+                num_beams=1, max_new_tokens=budget, eval_batch_size=batch_size, merge_to_generate=merge_to_generate
+            ),
             rank,
             world_size,
             gather,
