@@ -175,9 +175,28 @@ def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
             sys.argv = words
 
 
-def num_micro_steps(train: TrainConfig, world_size: int) -> int:
-    """Forward and backward passes per optimizer step: the fewest that respect ``micro_batch_size``."""
-    return -(-train.batch_size // (train.micro_batch_size * world_size))
+def num_micro_steps(train: TrainConfig, world_size: int, length: int | None = None) -> int:
+    """Forward and backward passes per optimizer step: the fewest that respect the limits of a micro-batch.
+
+    Args:
+        length: tokens of every row. Without it ``micro_batch_tokens`` tells no number: then it is 2 if there can be
+            several, so that engines make ready to add gradients up (:func:`begin_accumulation` counts).
+    """
+    if train.micro_batch_tokens and length is None:
+        return min(2, -(-train.batch_size // world_size))
+    rows = max(1, train.micro_batch_tokens // (length or 1)) if train.micro_batch_tokens else train.micro_batch_size
+    return -(-train.batch_size // (rows * world_size))
+
+
+def begin_accumulation(accelerator: Accelerator, num_micro_steps: int) -> int:
+    """The next so many backward passes are one optimizer step. Returns the number by which the engine divides losses.
+
+    It is this number, but under DeepSpeed, which divides by the one it was built with.
+    """
+    accelerator.step, accelerator.gradient_accumulation_steps = 0, num_micro_steps
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return int(AcceleratorState().deepspeed_plugin.deepspeed_config["gradient_accumulation_steps"])
+    return num_micro_steps
 
 
 def engine_name(accelerator: Accelerator) -> str:

@@ -17,7 +17,7 @@ from adalora_dist.methods.inject import adapt
 from adalora_dist.training.plan.cluster import Cluster
 from adalora_dist.training.plan.live import LiveBytes
 from adalora_dist.training.plan.plan import Plan, Planner
-from tests.support.planned_runs import STEPS, architecture, configuration, counted
+from tests.support.planned_runs import LENGTH, STEPS, architecture, configuration, counted
 from tests.support.ranks import run_ranks
 
 
@@ -132,6 +132,15 @@ def test_what_does_not_fit_is_helped() -> None:
     assert "nothing that is tried" in cluster_text(plans, Cluster.parse("0.001GB"), STEPS)
     words = [words for words, _ in plans.changes(Cluster.parse("0.001GB"))]
     assert words[-1].endswith("--gradient-checkpointing --quantization nf4 --engine fsdp2 --nodes 8")
+
+
+def test_micro_batches_by_tokens_are_planned_as_rows() -> None:
+    by_tokens, by_rows = planner(micro_batch_tokens=4 * LENGTH + 1), planner(micro_batch_size=4)
+    cluster = Cluster.parse("0.001GB")
+    assert by_tokens.plan(cluster) == by_rows.plan(cluster) and by_rows.plan(cluster).micro_batch == 4
+    words = [words for words, _ in by_tokens.changes(cluster)]
+    assert words[:2] == [f"--micro-batch-tokens {2 * LENGTH}", f"--micro-batch-tokens {LENGTH}"]
+    assert words[2] == f"--micro-batch-tokens {LENGTH} --gradient-checkpointing"
 
 
 def test_int8_is_planned_where_it_runs() -> None:
