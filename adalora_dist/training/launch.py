@@ -81,9 +81,9 @@ def engine_asked_for(environment: Mapping[str, str] = os.environ) -> str:
     num_processes = int(environment.get("WORLD_SIZE", 1))
     stage = 0
     if is_true(environment, "ACCELERATE_USE_DEEPSPEED"):
-        name = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-        # Without a file accelerate makes the configuration, of stage 2 by default.
-        stage = _zero_stage(deepspeed_file(name)) if name else int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))
+        stage = int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))  # accelerate's default, without a file
+        if name := environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+            stage = _zero_stage(deepspeed_file(name))
     if stage:
         return f"zero{stage}"
     if num_processes == 1:
