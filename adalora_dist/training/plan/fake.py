@@ -39,6 +39,10 @@ _NUM_STEPS = 1000
 """Of the run that the two steps belong to: neither of them is at its end."""
 
 
+class NotPlanned(UserError):
+    """A step that cannot be made without values: no mistake of the user's, and a run may well make it."""
+
+
 @dataclass(frozen=True)
 class StepBytes:
     """What one process holds, in bytes, when it shards nothing."""
@@ -65,7 +69,7 @@ def step_bytes(config: RunConfig, auto_class: Any, settings: Any, dtype: torch.d
         dtype: that its weights are stored in.
 
     Raises:
-        UserError: the model's code does not run on fake tensors.
+        NotPlanned: the model's or the method's code does not run on fake tensors.
     """
     depth = getattr(settings, "num_hidden_layers", 0)
     try:
@@ -78,7 +82,7 @@ def step_bytes(config: RunConfig, auto_class: Any, settings: Any, dtype: torch.d
     except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
         reason = " ".join(str(error).split())[:150]
         architecture = (settings.architectures or [type(settings).__name__])[0]
-        raise UserError(
+        raise NotPlanned(
             f"a step of {architecture} with method {config.adapter.method} cannot be made on fake tensors ({reason}): "
             "measure its memory with a short run, --max-steps 5"
         ) from error
