@@ -55,7 +55,7 @@ def outcome(folder: Path) -> dict[str, float]:
 
 def table(runs: Sequence[dict[str, Any]]) -> str:
     """Mean, deviation and each seed's loss, by method and when."""
-    lines = []
+    lines: list[str] = []
     for method in METHODS:
         own = [run["losses"] for run in runs if run["method"] == method]
         if not own:

@@ -91,8 +91,8 @@ def main(config: CommonsenseConfig) -> None:
             if "likelihood" in settings.evaluate_by:
                 results.append(evaluate_choices(*common, **run.ranks))
             if "generation" in settings.evaluate_by:
-                how = {**run.ranks, "synced_gpus": synced, "show": show}
-                results.append(evaluate_generation(*common, settings.max_new_tokens, **how))
+                decoding = run.ranks | {"synced_gpus": synced, "merge_to_generate": settings.merge_to_generate}
+                results.append(evaluate_generation(*common, settings.max_new_tokens, **decoding, show=show))
         return results
 
     def show(examples: Sequence[Example], replies: Sequence[str]) -> None:

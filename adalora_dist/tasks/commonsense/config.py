@@ -8,7 +8,8 @@ import tyro
 from pydantic import AfterValidator, Field, model_validator
 
 from adalora_dist.config.data import ColumnsConfig, Known
-from adalora_dist.config.sections import PackedTrainConfig, RunConfig, ShownConfig
+from adalora_dist.config.generation import DecodingConfig
+from adalora_dist.config.sections import PackedTrainConfig, RunConfig
 
 COMMONSENSE_TASKS = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 
@@ -31,7 +32,7 @@ class CommonsenseDataConfig(ColumnsConfig):
     """Use at most this many evaluation rows per task."""
 
 
-class CommonsenseEvaluationConfig(ShownConfig):
+class CommonsenseEvaluationConfig(DecodingConfig):
     evaluate_by: tuple[Literal["likelihood", "generation"], ...] = ("likelihood", "generation")
     """likelihood: the choice with the highest log-likelihood; generation: greedy decoding, then parsing."""
     max_new_tokens: int | None = Field(None, ge=1)

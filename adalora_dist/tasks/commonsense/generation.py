@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from adalora_dist.config.sections import GenerationConfig
+from adalora_dist.config.generation import GenerationConfig
 from adalora_dist.tasks.commonsense.prompts import longest_reply, prompts_of
 from adalora_dist.tasks.commonsense.results import TaskResult, task_result
 from adalora_dist.tasks.commonsense.rows import Example
@@ -34,6 +34,7 @@ def evaluate_generation(
     gather: Gather = gather_lists,
     synced_gpus: bool = False,
     show: Callable[[Sequence[Example], Sequence[str]], None] | None = None,
+    merge_to_generate: bool = False,
 ) -> TaskResult:
     """Generate and parse a reply to every example (all of one task).
 
@@ -46,6 +47,7 @@ def evaluate_generation(
             the question has, with EOS, which is also the room that ``prompt_tokens`` leaves for it in ``max_length``.
         synced_gpus: see :func:`~adalora_dist.tasks.evaluation.texts.generate_texts`.
         show: is given the examples and the replies to them.
+        merge_to_generate: see :class:`~adalora_dist.config.generation.DecodingConfig`.
     """
     budgets = [max_new_tokens or longest_reply(example, tokenizer) for example in examples]
     all_prompts = prompts_of(examples, tokenizer, max_length, show_progress=False)
@@ -58,7 +60,9 @@ def evaluate_generation(
             tokenizer,
             prompts,
             [len(prompt) for prompt in prompts],
-            GenerationConfig(num_beams=1, max_new_tokens=budget, eval_batch_size=batch_size),
+            GenerationConfig(
+                num_beams=1, max_new_tokens=budget, eval_batch_size=batch_size, merge_to_generate=merge_to_generate
+            ),
             rank,
             world_size,
             gather,

@@ -7,7 +7,8 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 from pydantic import Field, model_validator
 
-from adalora_dist.config.sections import ColumnsConfig, GenerationConfig, PackedTrainConfig, RunConfig
+from adalora_dist.config.generation import GenerationConfig
+from adalora_dist.config.sections import ColumnsConfig, PackedTrainConfig, RunConfig
 
 FIELDS = (
     *("messages", "conversations", "system", "tools"),
