@@ -65,9 +65,17 @@ class AdaLoraTrainerMixin(_Base):
         folder = self.args.output_dir if output_dir is None else output_dir
         release_gathered(self.model_wrapped)
         state = saver.state(keep=self.args.should_save)
-        agreed(lambda: self._save(folder, state_dict=state), keep=False)
+        if saver.saves(unwrapped(self)):
+            agreed(lambda: self._save(folder, state_dict=state), keep=False)
+        else:
+            agreed(lambda: self._save_around(saver, folder, state) if self.args.should_save else None, keep=False)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_around(self, saver: SaveAdapter, folder: str, state: dict[str, torch.Tensor]) -> None:
+        """Of a model that is none of transformers': its own save asks the part that has the adapters."""
+        with saver.holding(state):
+            self._save(folder, state_dict=state)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         if resume_from_checkpoint is not None:
@@ -112,8 +120,12 @@ def take_over(trainer: Trainer, callback: Served) -> None:
 
 def saver_of(trainer: Any) -> SaveAdapter | None:
     """What saves the model of ``trainer`` as an adapter; None where it has none, or is no model of transformers'."""
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    return save_as_adapter(model, METHODS[trainer.adalora.config.method])
+    return save_as_adapter(unwrapped(trainer), METHODS[trainer.adalora.config.method])
+
+
+def unwrapped(trainer: Any) -> Any:
+    """The model of ``trainer`` as it was made with."""
+    return trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
 
 
 def calling_trainer(callback: TrainerCallback) -> Trainer | None:
