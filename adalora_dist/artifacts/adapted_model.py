@@ -138,8 +138,9 @@ class SaveAdapter:
         if not is_main_process:
             return
         state_dict = self._held if state_dict is None else state_dict
-        for option in ("push_to_hub", "variant"):
-            if options.get(option):
+        ordinary = {"push_to_hub": False, "variant": None, "safe_serialization": True}
+        for option, value in ordinary.items():
+            if options.get(option, value) != value:
                 raise UserError(
                     f"save_pretrained({option}={options[option]!r}) of a model with adapters is not supported: leave "
                     "it out; model.push_to_hub(repo_id) uploads the adapter"
@@ -201,6 +202,10 @@ class SaveAdapter:
             if keep:
                 state[path] = whole.cpu()
         return state
+
+    def is_whole(self) -> bool:
+        """Whether every process has all that :meth:`state` gives, so that it takes no other."""
+        return all(is_whole(parameter) for parameter in self._needed().values())
 
     def _of_adapters(self) -> dict[str, nn.Parameter]:
         return {

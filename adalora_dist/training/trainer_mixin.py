@@ -54,7 +54,10 @@ class AdaLoraTrainerMixin(_Base):
     adalora: Served
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter, gathered over all processes; no engine gathers the backbone. Collective."""
+        """Write the adapter, gathered over all processes; no engine gathers the backbone.
+
+        Collective where an engine shards parameters, and in a checkpoint; else the main process may call it alone.
+        """
         own: Any = super().save_model
         saver = saver_of(self)
         # A subclass's asks the model's save_pretrained; of a model without it only the state is saved, which nobody
@@ -64,18 +67,19 @@ class AdaLoraTrainerMixin(_Base):
             return
         folder = self.args.output_dir if output_dir is None else output_dir
         release_gathered(self.model_wrapped)
+        is_alone = saver.is_whole() and not _internal_call
         state = saver.state(keep=self.args.should_save)
-        if saver.saves(unwrapped(self)):
-            agreed(lambda: self._save(folder, state_dict=state), keep=False)
-        else:
-            agreed(lambda: self._save_around(saver, folder, state) if self.args.should_save else None, keep=False)
+
+        def write() -> None:
+            if saver.saves(unwrapped(self)):
+                self._save(folder, state_dict=state)
+            elif self.args.should_save:  # its own save asks the part that has the adapters
+                with saver.holding(state):
+                    self._save(folder, state_dict=state)
+
+        write() if is_alone else agreed(write, keep=False)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _save_around(self, saver: SaveAdapter, folder: str, state: dict[str, torch.Tensor]) -> None:
-        """Of a model that is none of transformers': its own save asks the part that has the adapters."""
-        with saver.holding(state):
-            self._save(folder, state_dict=state)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         if resume_from_checkpoint is not None:
