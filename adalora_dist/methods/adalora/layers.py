@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from adalora_dist.backbones.linears import is_conv1d
+from adalora_dist.backbones.merging import Mergeable
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adapter import device_of, lora_start
 from adalora_dist.methods.dropout import Dropout
@@ -112,7 +113,7 @@ class TripletLayer(Adapter):
         return f"rank={self.rank}, scale={self.scale:g}"
 
 
-class SVDLinear(TripletLayer):
+class SVDLinear(TripletLayer, Mergeable):
     """``y = base(x) + scale * P (lam * (Q x))`` over any base module that maps (..., d_in) to (..., d_out).
 
     The base is called, never opened: ``nn.Linear``, transformers' ``Conv1D`` and quantised linears are alike. The
@@ -128,6 +129,10 @@ class SVDLinear(TripletLayer):
     def description(self) -> dict[str, Any]:
         sizes = {"d_out": self.d_out, "d_in": self.d_in, "init_rank": self.init_rank}
         return sizes | {"scale": self.scale, "is_transposed": is_conv1d(self.base)}
+
+    @torch.no_grad()
+    def added(self) -> torch.Tensor | None:
+        return self.lambdas.weight(self).float() @ self.Qt.T.float() if self.rank else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Two dimensions from here on, so that the add below is in place on the base's own output: no extra pass over
