@@ -34,6 +34,7 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.io.launchers import OWN_COMMAND
 from adalora_dist.io.redaction import redacted, redacted_command
 from adalora_dist.io.shipped import own_or_shipped
+from adalora_dist.io.terminal import keep_from_listeners
 from adalora_dist.training.rendezvous import init_method
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
@@ -173,6 +174,7 @@ def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
             accelerator.init_trackers("adalora-dist", config=flat)
         finally:
             sys.argv = words
+        keep_from_listeners()
 
 
 def num_micro_steps(train: TrainConfig, world_size: int) -> int:
