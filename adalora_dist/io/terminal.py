@@ -38,6 +38,9 @@ class _Stream(io.TextIOWrapper):
     """Shows what is :func:`safe`. A terminal may be closed while the program goes on: then it takes what is written,
     and shows nothing."""
 
+    replaced: io.TextIOWrapper
+    """What was there before, which would close the file if it were collected."""
+
     def write(self, text: str) -> int:
         try:
             super().write(safe(text, self.isatty()))
@@ -66,8 +69,8 @@ def keep_writing() -> None:
         if type(stream) is not io.TextIOWrapper:
             continue
         stream.flush()
-        # The stream itself lives on as sys.__stdout__, or else it would close the file when it is collected.
         own = _Stream(stream.buffer, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering)
+        own.replaced = stream
         setattr(sys, name, own)
         _move_handlers(stream, own)
 
