@@ -43,13 +43,14 @@ from adalora_dist.sharding.tensors import put_back_shards
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.losses import LossSum
 from adalora_dist.tasks.packing import decide as decide_packing
+from adalora_dist.tasks.packing import is_flat, with_packing
 from adalora_dist.tasks.rows.bad_rows import BadRows
 from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers, with_precision
 from adalora_dist.training.evaluations import Evaluate
 from adalora_dist.training.faults.guard import Guard
 from adalora_dist.training.finish import export_trained
 from adalora_dist.training.loop import generates_together, train
-from adalora_dist.training.prepared import Prepared, prepare, total_steps
+from adalora_dist.training.prepared import Prepared, check_budget, prepare, total_steps
 from adalora_dist.training.report import facts_line, rank_report, run_facts
 from adalora_dist.training.restarts import count_restart
 from adalora_dist.training.resume import compare_data, find_checkpoint
@@ -194,9 +195,10 @@ class Run(Generic[Config]):
 
         Raises:
             UserError: adapters, schedule or checkpoint do not fit the model, the run that is continued had other
-                training rows, or the folder cannot be written.
+                training rows, a row is longer than ``micro_batch_tokens``, or the folder cannot be written.
         """
         accelerator, config = self.accelerator, self.config
+        check_budget(plan, config.train)
         if self.resumed is not None:  # before the folder is made, which changes what is in it
             compare_data(self.resumed, plan, config)
         model, num_steps = self.model, total_steps(config.train, plan)
@@ -219,8 +221,8 @@ class Run(Generic[Config]):
         return self._prepared
 
     def generates_together(self) -> bool:
-        """Make the model ready to generate; whether processes must take the same number of decoding steps."""
-        return generates_together(self.accelerator, self.prepared.model)
+        """As :func:`adalora_dist.training.loop.generates_together`."""
+        return generates_together(self.accelerator, self.prepared.model, self.config.evaluation)
 
     def packs(self, padding_token: int) -> bool:
         """Whether rows share sequences, as ``train.packing`` asks; says what is saved. Collective.
@@ -232,6 +234,8 @@ class Run(Generic[Config]):
         world_size = self.accelerator.num_processes
         decided = decide_packing(self.model, self._plan, train, world_size, padding_token, self.say)
         put_back_shards(self.prepared.model)
+        if decided:
+            self._plan = with_packing(self._plan, is_flat(self.model))
         return decided
 
     @property

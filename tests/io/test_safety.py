@@ -286,6 +286,9 @@ def test_cheapest_changes_fit_the_run() -> None:
     config = CommonsenseConfig(train=TrainConfig(batch_size=24, micro_batch_size=12))
     first = cheapest_changes(config, "ddp", 2, weights_weigh_most=False)
     assert len(first) == 3 and first[0].startswith("micro_batch_size 12 -> 6") and "checkpointing" in first[1]
+    for tokens, told in ((4096, "micro_batch_tokens 4096 -> 2048"), (400, "micro_batch_tokens 400 -> 256"), (256, "g")):
+        by_tokens = CommonsenseConfig(train=TrainConfig(micro_batch_tokens=tokens))
+        assert cheapest_changes(by_tokens, "ddp", 2, weights_weigh_most=False)[0].startswith(told)
     first = cheapest_changes(config, "ddp", 2, weights_weigh_most=True)
     assert "bfloat16" in first[0] and "fsdp2" in first[1]
     spent = CommonsenseConfig(
