@@ -41,6 +41,9 @@ IN_TEXT = {
     "bearer": f"Authorization: Bearer {SECRET}", "basic": f"Authorization: Basic {SECRET}",
     "header": f"x-api-key: {SECRET}", "json": json.dumps({"api_key": SECRET}),
     "json, password": str({"db_password": SECRET}),
+    "a flag in a line": f"ran with --hub-token {SECRET} --x", "a short flag": f"-password {SECRET}",
+    "yaml": f"db_password: {SECRET}", "yaml, key": f"  api_key: {SECRET}",
+    "netrc": f"machine host login me password {SECRET}",
     "pem": f"-----BEGIN RSA PRIVATE KEY-----\n{SECRET}\n-----END RSA PRIVATE KEY-----",
     "ssh": f"-----BEGIN OPENSSH PRIVATE KEY-----\n{SECRET}\n",
 }
@@ -50,7 +53,8 @@ INNOCENT = (
     "sk-learn-models-v2", "pypi-mirror-of-the-lab", "monkey=3", "x@y", "a/b:1", "http://host:8080/x@v1",
     "--max-new-tokens=12", "tokens/s", "2f0a5c3b9e1d4f6a7b8c9d0e1f2a3b4c5d6e7f80", "someone@example.org",
     "risk-adjusted-returns-1990-2020", "task-oriented-dialogue-2024-final", '{"pad_token": "<pad>"}',
-    "12:30 an hour, C:\\data",
+    "12:30 an hour, C:\\data", "--max-new-tokens 12 --hub-model-id a/b", "a token for the Hub", "no password: none",
+    "no token for the Hub on this machine: run hf auth login", "--eos-token-id 2", "pre-token 5",
 )
 # fmt: on
 
