@@ -57,12 +57,11 @@ def _stacked(names: FileNames, stack: ExpertStack, sources: tuple[Stored, ...]) 
         conversion = names.rules.conversion_of(stored.key) if names.rules is not None else None
         if conversion is None or conversion.operations not in (("MergeModulelist 0",), _SIDE_BY_SIDE):
             raise _unknown(stack, names)
-        # A pattern is a regular expression but for the star, and may have its dots escaped or not.
-        number = re.sub(r"\\?\.\*\\?\.", r"\\.(?P<expert>\\d+)\\.", conversion.pattern)
-        found = re.search(number, stored.key)
-        if found is None or "expert" not in found.groupdict() or int(found["expert"]) >= stack.num_experts:
+        spelt = re.sub(r"\\(.)", r"\1", conversion.pattern)  # some tables escape their dots, most do not
+        found = re.search(re.escape(spelt).replace(r"\*", r"(\d+)"), stored.key)
+        if found is None or not found.groups() or int(found[1]) >= stack.num_experts:
             raise _unknown(stack, names)
-        by_expert.setdefault(int(found["expert"]), {})[conversion.position] = stored
+        by_expert.setdefault(int(found[1]), {})[conversion.position] = stored
     parts = []
     for expert, tensors in sorted(by_expert.items()):
         start = 0

@@ -64,6 +64,9 @@ class TrainConfig(Section):
     """Largest number of sequences per process in one forward; accumulation steps follow from it.
 
     Must divide batch_size unless it is larger."""
+    micro_batch_tokens: int = Field(0, ge=0)
+    """Largest number of positions, padding among them, per process in one forward, in place of micro_batch_size: short
+    rows are many at a time, long ones few. 0: micro_batch_size counts."""
     learning_rate: float = Field(5e-4, gt=0)
     """Peak learning rate of AdamW."""
     weight_decay: float = Field(0.0, ge=0)
@@ -109,6 +112,8 @@ class TrainConfig(Section):
     """Write checkpoints while training goes on, from a copy in CPU memory."""
     resume: str = Field("never", min_length=1)
     """auto: continue the run in output_dir, or start one; PATH: continue from that checkpoint or run; never."""
+    max_restarts_at_step: int = Field(3, ge=0)
+    """End a run that launchers or schedulers have started again so often from the same checkpoint."""
 
     @model_validator(mode="before")
     @classmethod
@@ -128,7 +133,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> TrainConfig:
         batch, micro = self.batch_size, self.micro_batch_size
-        if batch > micro and batch % micro:
+        if batch > micro and batch % micro and not self.micro_batch_tokens:
             divisor = next(size for size in range(micro, 0, -1) if batch % size == 0)
             raise ValueError(
                 f"batch_size {batch} with micro_batch_size {micro}: a batch must be a whole number of micro-batches; "
@@ -320,18 +325,3 @@ class PackedTrainConfig(TrainConfig):
 class RepeatedTrainConfig(TrainConfig):
     seeds: tuple[int, ...] = ()
     """Repeat the whole run with each of these seeds, and report mean and standard deviation; default: seed alone."""
-
-
-class GenerationConfig(EvaluationConfig):
-    num_beams: int = Field(4, ge=1)
-    """Beams of the search; 1: greedy."""
-    max_new_tokens: int = Field(64, ge=1)
-    """Longest generated text."""
-    min_new_tokens: int = Field(0, ge=0)
-    """Shortest generated text."""
-    length_penalty: float = 1.0
-    """Scores of beams are divided by length to this power: above 0, larger prefers longer texts."""
-    no_repeat_ngram_size: int = Field(0, ge=0)
-    """No sequence of this many tokens occurs twice in a text; 0: allowed."""
-    show_samples: int = Field(0, ge=0)
-    """Show so many generated texts at each evaluation while training."""

@@ -13,6 +13,7 @@ from torch import nn
 from adalora_dist.artifacts.checkpoints.content import Checkpoint, held_parts, load_checkpoint
 from adalora_dist.backbones.sharded_load import read_shards, read_trained_modules
 from adalora_dist.config.sections import RunConfig, TrainConfig
+from adalora_dist.io.errors import UserError
 from adalora_dist.methods import method_for
 from adalora_dist.methods.hooks import MethodHooks, attach
 from adalora_dist.methods.protocol import adapters_of, trained_parameters
@@ -37,6 +38,20 @@ class Prepared:
 def total_steps(train: TrainConfig, plan: BatchPlan) -> int:
     """Optimizer steps of the run."""
     return train.max_steps or plan.num_steps(train.epochs)
+
+
+def check_budget(plan: BatchPlan, train: TrainConfig) -> None:
+    """Raise unless every row of ``plan`` is within ``micro_batch_tokens``, where it is set.
+
+    Raises:
+        UserError: the longest row is not.
+    """
+    longest = max(plan.lengths)
+    if 0 < train.micro_batch_tokens < longest:
+        raise UserError(
+            f"micro_batch_tokens {train.micro_batch_tokens}: the longest row has {longest} tokens, and a row is in one "
+            f"forward; set it to at least {longest}, to 0 (micro_batch_size counts), or cut rows shorter"
+        )
 
 
 def prepare(

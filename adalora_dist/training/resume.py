@@ -34,10 +34,12 @@ _FREE_FIELDS = (
     *("model.name", "model.revision", "model.trust_remote_code", "model.allow_pickle_weights"),
     *("train.output_dir", "train.overwrite", "train.resume", "train.log_every", "train.trackers"),
     *("train.checkpoint_every", "train.keep_checkpoints", "train.async_checkpoints"),
-    *("train.micro_batch_size", "train.gradient_checkpointing", "train.logits_chunk", "train.dry_run"),
+    *("train.micro_batch_size", "train.micro_batch_tokens", "train.gradient_checkpointing", "train.logits_chunk"),
+    "train.dry_run",
     "adapter.importance_kernel",
     "train.packing",
-    *("train.max_nonfinite_steps", "train.peer_timeout_seconds", "adapter.compact"),
+    *("train.max_nonfinite_steps", "train.peer_timeout_seconds", "train.max_restarts_at_step"),
+    "adapter.compact",
 )
 _EDGE_BYTES = 1 << 16
 

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from adalora_dist.backbones.linears import is_conv1d
+from adalora_dist.backbones.merging import Mergeable
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adapter import device_of, lora_start
 from adalora_dist.methods.dropout import Dropout
@@ -50,6 +51,7 @@ class TripletLayer(Adapter):
         device: of the parameters.
     """
 
+    can_be_off = True
     lambdas: Lambdas
     first: int
     """Where this layer's triplets begin in ``lambdas.lam``."""
@@ -111,7 +113,7 @@ class TripletLayer(Adapter):
         return f"rank={self.rank}, scale={self.scale:g}"
 
 
-class SVDLinear(TripletLayer):
+class SVDLinear(TripletLayer, Mergeable):
     """``y = base(x) + scale * P (lam * (Q x))`` over any base module that maps (..., d_in) to (..., d_out).
 
     The base is called, never opened: ``nn.Linear``, transformers' ``Conv1D`` and quantised linears are alike. The
@@ -128,12 +130,16 @@ class SVDLinear(TripletLayer):
         sizes = {"d_out": self.d_out, "d_in": self.d_in, "init_rank": self.init_rank}
         return sizes | {"scale": self.scale, "is_transposed": is_conv1d(self.base)}
 
+    @torch.no_grad()
+    def added(self) -> torch.Tensor | None:
+        return self.lambdas.weight(self).float() @ self.Qt.T.float() if self.rank else None
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Two dimensions from here on, so that the add below is in place on the base's own output: no extra pass over
         # [tokens, d_out], and no view whose in-place backward would copy.
         tokens = x.reshape(-1, self.d_in)
         y: torch.Tensor = self.base(tokens)
-        if self.rank:
+        if self.rank and self.takes_part():
             # lam goes into P, not into the hidden values: backward then needs one (tokens, r) tensor, as LoRA's does.
             weight = self.lambdas.weight(self).to(y.dtype)
             if self.dropout is None:
