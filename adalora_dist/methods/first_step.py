@@ -12,7 +12,7 @@ not called is an adapter that the model goes past.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -31,8 +31,8 @@ class Noted:
 
     is_training: bool = False
     """Whether a forward of the whole model is under way, of which a graph is made."""
-    has_run: bool = False
-    """Whether there has been such a forward: gradients may be given by hand."""
+    went_back: bool = False
+    """Whether a gradient came back to what it gave; otherwise gradients are given by hand, and nothing is known."""
     is_compiled: bool = False
     """Whether a compiler has traced an adapter: what it makes of it notes nothing."""
     called: set[str] = field(default_factory=set)
@@ -43,10 +43,10 @@ class Noted:
 
     def enter(self, *_: Any) -> None:
         self.is_training = torch.is_grad_enabled()
-        self.has_run |= self.is_training
 
-    def leave(self, *_: Any) -> None:
+    def leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self.is_training = False
+        _hook_gradients(output, self._go_back)
 
     def after(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         """A forward hook of the adapter ``name``."""
@@ -54,12 +54,20 @@ class Noted:
             self.is_compiled = True
         elif self.is_training or torch.is_grad_enabled():
             self.called.add(name)
-            for tensor in tree_leaves(output):
-                if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
-                    tensor.register_hook(partial(self._reach, name))
+            _hook_gradients(output, partial(self._reach, name))
 
     def _reach(self, name: str, gradient: torch.Tensor) -> None:
         self.reached.add(name)
+
+    def _go_back(self, gradient: torch.Tensor) -> None:
+        self.went_back = True
+
+
+def _hook_gradients(output: Any, hook: Callable[[torch.Tensor], None]) -> None:
+    if not torch.compiler.is_compiling():
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                tensor.register_hook(hook)
 
 
 class FirstStep:
@@ -70,7 +78,7 @@ class FirstStep:
     """
 
     def __init__(self, model: nn.Module, adapters: Sequence[Adapter]) -> None:
-        self._model_class = type(model).__name__
+        self._model_class = type(model).__name__.removeprefix("FSDP")  # as fully_shard renames it
         self._adapters = [a for a in adapters if any(p.requires_grad for p in a.trained().values())]
         self._noted = noted = Noted()
         self._handles = [
@@ -95,7 +103,7 @@ class FirstStep:
         for adapter in self._adapters:
             adapter.noted = None
         noted, names = self._noted, [adapter.name for adapter in self._adapters]
-        if noted.is_compiled or not (noted.has_run or noted.called):
+        if noted.is_compiled or not noted.went_back:
             return ""
         if past := [name for name in names if name in noted.read and name not in noted.called]:
             more = f" and of {len(past) - 1} more" if len(past) > 1 else ""
