@@ -90,8 +90,12 @@ def main(config: CommonsenseConfig) -> None:
             if "likelihood" in settings.evaluate_by:
                 results.append(evaluate_choices(*common, **run.ranks))
             if "generation" in settings.evaluate_by:
-                how = {"synced_gpus": synced, "merge_to_generate": settings.merge_to_generate}
-                results.append(evaluate_generation(*common, settings.max_new_tokens, **run.ranks, **how))
+                results.append(
+                    evaluate_generation(
+                        *common, settings.max_new_tokens, **run.ranks, synced_gpus=synced,
+                        merge_to_generate=settings.merge_to_generate,
+                    )
+                )  # fmt: skip
         return results
 
     checked = encode_examples(held_out, tokenizer, data.max_length, data.train_on) if held_out else []
