@@ -214,7 +214,7 @@ BAD_FLAGS = [
     ("--batch-size 16 --micro-batch-size 12", ["batch_size 16", "micro_batch_size 12", "micro_batch_size to 8"]),
     ("--checkpoint-activations 2", ["checkpoint_activations 2 with gradient_checkpointing false", "to true, or leave"]),
     ("--gradient-checkpointing --checkpoint-activations 1", ["--checkpoint-activations 1"]),
-    ("--micro-batch-tokens -1", ["--micro-batch-tokens -1", "must be a number >= 0"]),
+    ("--micro-batch-tokens -1", ["--micro-batch-tokens -1", "must be an integer >= 0"]),
     ("--async-checkpoints maybe", ["--async-checkpoints maybe", "auto", "on", "off"]),
     ("--trust-remote-code --model a/b", ["trust_remote_code", "revision None", "40 hexadecimal"]),
     ("--trust-remote-code --model a/b --revision main", ["trust_remote_code", "revision main", "40 hexadecimal"]),
