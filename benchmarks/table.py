@@ -164,15 +164,13 @@ def micro_batches() -> Iterator[tuple[str, str, str]]:
     draws = random.Random(0)
     lengths = [min(1000, 20 + int(draws.expovariate(1 / 120))) for _ in range(4096)]
     plan = BatchPlan(lengths, lengths, 128, seed=6)
+    steps = range(plan.num_batches_per_epoch)
     for what, summary in (("largest", max), ("median", median)):
-
-        def positions(*limits: int, summary: Callable[[list[int]], float] = summary) -> str:
-            steps = range(plan.num_batches_per_epoch)
-            sizes = [plan.positions(rows) for step in steps for rows in plan.parts(step, 1, *limits)]
-            return f"{int(summary(sizes)):,}"
-
-        name = f"{what} micro-batch, positions: 16 rows at a time, at most 8,192 tokens"
-        yield name, positions(16), positions(16, 8192)
+        rows_alone, within = (
+            f"{int(summary([plan.positions(rows) for step in steps for rows in plan.parts(step, 1, 16, limit)])):,}"
+            for limit in (0, 8192)
+        )
+        yield f"{what} micro-batch, positions: 16 rows at a time, at most 8,192 tokens", rows_alone, within
 
 
 def checkpointing() -> Iterator[tuple[str, str, str]]:

@@ -232,7 +232,7 @@ def merge(
     names = names_in(base_folder, task or {}) if names is None else names
     others, edits = expert_edits(adapters, names)
     shapes: dict[str, tuple[int, ...]] = {name: base.shape for name, base in bases.items()}
-    for adapter in (a for a in others if a.rank):
+    for adapter in (a for a in others if a.tensors()):
         replaced[name := f"{adapter.name}.weight"], shapes[name] = adapter.merged, weight_shape(adapter)
         if adapter.changes_bias and names.source_of(name := f"{adapter.name}.bias") is not None:
             replaced[name], shapes[name] = adapter.merged_bias, adapter.matrix.shape[:1]

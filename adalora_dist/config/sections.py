@@ -111,6 +111,8 @@ class TrainConfig(ActivationsConfig):
     """Write checkpoints while training goes on, from a copy in CPU memory; auto: on GPUs, not on CPUs."""
     resume: str = Field("never", min_length=1)
     """auto: continue the run in output_dir, or start one; PATH: continue from that checkpoint or run; never."""
+    max_restarts_at_step: int = Field(3, ge=0)
+    """End a run that launchers or schedulers have started again so often from the same checkpoint."""
 
     @model_validator(mode="before")
     @classmethod
@@ -322,24 +324,3 @@ class PackedTrainConfig(TrainConfig):
 class RepeatedTrainConfig(TrainConfig):
     seeds: tuple[int, ...] = ()
     """Repeat the whole run with each of these seeds, and report mean and standard deviation; default: seed alone."""
-
-
-class DecodingConfig(EvaluationConfig):
-    merge_to_generate: bool = False
-    """Add the adapters to their weights while texts are generated, and bring the weights back from a copy afterwards:
-    fewer operations at each token, for host memory of these weights' size. In bf16 the texts are the merged model's."""
-
-
-class GenerationConfig(DecodingConfig):
-    num_beams: int = Field(4, ge=1)
-    """Beams of the search; 1: greedy."""
-    max_new_tokens: int = Field(64, ge=1)
-    """Longest generated text."""
-    min_new_tokens: int = Field(0, ge=0)
-    """Shortest generated text."""
-    length_penalty: float = 1.0
-    """Scores of beams are divided by length to this power: above 0, larger prefers longer texts."""
-    no_repeat_ngram_size: int = Field(0, ge=0)
-    """No sequence of this many tokens occurs twice in a text; 0: allowed."""
-    show_samples: int = Field(0, ge=0)
-    """Show so many generated texts at each evaluation while training."""

@@ -27,8 +27,6 @@ from adalora_dist.tasks.evaluation.batches import evaluating
 from adalora_dist.tasks.padding import is_purely_causal, unwrapped
 from adalora_dist.tasks.rows.tokens import IGNORED, EncodedRow
 
-FLAT = ("flash_attention_2", "flash_attention_3")
-"""Kernels that take all rows of a micro-batch as one sequence, with the ends of each."""
 WORTH = 0.1
 """Share of all positions that must be saved for ``auto`` to pack."""
 _NUM_STEPS = 200  # of a plan, that are looked at for this share
@@ -88,8 +86,11 @@ def pack(rows: Sequence[EncodedRow], padding_token: int, flat: bool = False) -> 
 
 
 def is_flat(model: nn.Module) -> bool:
-    """Whether the model's attention takes all rows as one sequence."""
-    return getattr(unwrapped(model).config, "_attn_implementation", None) in FLAT
+    """Whether the model's attention takes all rows as one sequence, with the ends of each: FlashAttention of any kind.
+
+    In more than one it would not look at positions, and rows would see each other.
+    """
+    return "flash" in (getattr(unwrapped(model).config, "_attn_implementation", None) or "")
 
 
 def packed_positions(lengths: Sequence[int], flat: bool = False) -> int:

@@ -14,7 +14,8 @@ from torch import nn
 
 from adalora_dist.backbones.merging import check_mergeable
 from adalora_dist.config.engines import BACKBONE_SHARDING
-from adalora_dist.config.sections import DecodingConfig, EvaluationConfig, RunConfig
+from adalora_dist.config.generation import DecodingConfig
+from adalora_dist.config.sections import EvaluationConfig, RunConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.progress import duration, progress_bar
 from adalora_dist.methods.protocol import trained_parameters

@@ -38,7 +38,8 @@ _FREE_FIELDS = (
     *("train.checkpoint_activations", "train.offload_activations", "train.dry_run"),
     "adapter.importance_kernel",
     "train.packing",
-    *("train.max_nonfinite_steps", "train.peer_timeout_seconds", "adapter.compact"),
+    *("train.max_nonfinite_steps", "train.peer_timeout_seconds", "train.max_restarts_at_step"),
+    "adapter.compact",
 )
 _EDGE_BYTES = 1 << 16
 

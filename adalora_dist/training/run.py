@@ -52,6 +52,7 @@ from adalora_dist.training.finish import export_trained
 from adalora_dist.training.loop import generates_together, train
 from adalora_dist.training.prepared import Prepared, check_budget, prepare, total_steps
 from adalora_dist.training.report import facts_line, rank_report, run_facts
+from adalora_dist.training.restarts import count_restart
 from adalora_dist.training.resume import compare_data, find_checkpoint
 from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
 from adalora_dist.training.verify import Probe, last_logits, load_plainly, logit_differences
@@ -97,10 +98,12 @@ class Run(Generic[Config]):
         """Seed everything, and find the checkpoint that ``resume`` asks for.
 
         Raises:
-            UserError: as :func:`adalora_dist.training.resume.find_checkpoint`.
+            UserError: as :func:`adalora_dist.training.resume.find_checkpoint`, or of
+                :func:`adalora_dist.training.restarts.count_restart`.
         """
         set_seed(self.config.train.seed)
         self.resumed = find_checkpoint(self.config)
+        count_restart(self.config.train, 0 if self.resumed is None else self.resumed.step)
         if self.resumed is not None:
             self.say(f"Continuing after step {self.resumed.step} from {self.resumed.path}")
 

@@ -36,8 +36,10 @@ _REPLACED = (
 class Served(Protocol):
     """Of the callback, what the mixin asks for."""
 
-    config: LowRankConfig
     first_candidate: int
+
+    @property
+    def config(self) -> LowRankConfig: ...
 
     def open(self, trainer: Any, folder: Path, num_steps: int) -> None: ...
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adalora_dist.backbones.merging import check_mergeable, mergeable_in, merged
-from adalora_dist.config.sections import GenerationConfig
+from adalora_dist.config.generation import GenerationConfig
 from adalora_dist.methods.inject import adapt
 from adalora_dist.tasks.evaluation.texts import generate_texts
 from tests.support.adapted_models import IDS, build

@@ -19,6 +19,8 @@ from adalora_dist.config.sections import RunConfig, TrainConfig
 from adalora_dist.config.settings import settings_by_flag
 from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.commonsense.config import COMMONSENSE_TASKS, CommonsenseConfig
+from adalora_dist.tasks.e2e.config import E2EConfig
+from adalora_dist.tasks.summarization.config import SummarizationConfig
 from tests.support.paths import ROOT
 
 CONFIG_FILES = sorted((ROOT / "recipes" / "configs").glob("llama_commonsense*.yaml"))
@@ -331,3 +333,17 @@ def test_rank_0_does_not_wait(capsys: pytest.CaptureFixture[str], monkeypatch: p
     with pytest.raises(SystemExit):
         fail("no such file")
     assert capsys.readouterr().err == "error: no such file\n"
+
+
+@pytest.mark.parametrize("config", [CommonsenseConfig, E2EConfig, SummarizationConfig])
+def test_samples_that_nothing_would_show_are_refused(config: type[RunConfig], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit), user_errors():
+        parse_config(config, ["--show-samples", "2"])
+    assert "show_samples 2 with eval_every 0: nothing is generated while training" in capsys.readouterr().err
+    parse_config(config, ["--show-samples", "2", "--eval-every", "5"])
+
+
+def test_samples_of_replies_that_are_not_generated_are_refused(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit), user_errors():
+        parse("--show-samples", "2", "--eval-every", "5", "--evaluate-by", "likelihood")
+    assert "show_samples 2 with evaluate_by likelihood: no reply is generated" in capsys.readouterr().err

@@ -64,6 +64,11 @@ def global_batches() -> tuple[list[EncodedRow], BatchPlan]:
     return rows, BatchPlan.of_rows(rows, GLOBAL_BATCH, seed=3, group_by_length=False)
 
 
+def one_process() -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE"):
+        os.environ.pop(name, None)
+
+
 def arguments(
     folder: str, world_size: int, engine: str = "single", accumulation: int = 1, **changes: Any
 ) -> TrainingArguments:
@@ -78,8 +83,7 @@ def arguments(
         save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
     )  # fmt: skip
     if engine == "single":  # Trainer takes a launcher's variables for a distributed run, of one process if need be
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE"):
-            os.environ.pop(name, None)
+        one_process()
     elif engine == "fsdp2":
         values |= {"fsdp": True, "fsdp_config": {}}
     elif engine.startswith("zero"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from adalora_dist.tasks.demo_models.pretrained import word_tokenizer
 from tests.support.ranks import run_ranks
 from tests.support.tiny_language_model import byte_tokenizer, tiny_llama
 from tests.support.tiny_text_project import tiny_bart
+from tests.support.trainer_runs import one_process
 
 pytestmark = pytest.mark.slow
 
@@ -41,11 +41,6 @@ class Tracker(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
         self.logs.append(dict(logs))
-
-
-def one_process() -> None:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE"):
-        del os.environ[name]
 
 
 def by_dpo(rank: int, world_size: int, folder: str) -> dict[str, Any]:

@@ -89,14 +89,27 @@ def outcome(trainer: Any, callback: AdaLoraCallback) -> dict[str, Any]:
     }
 
 
-def undisturbed_and_resumed(rank: int, world_size: int, folder: str, engine: str, *from_steps: int) -> dict[str, Any]:
+OPTIMIZERS: dict[str, Any] = {
+    "adamw": None,
+    "sgd": (torch.optim.SGD, {"lr": 0.2, "momentum": 0.9}),
+    "rmsprop": (torch.optim.RMSprop, {"lr": 2e-2}),
+    "adagrad": (torch.optim.Adagrad, {"lr": 2e-2}),
+}
+
+
+def undisturbed_and_resumed(
+    rank: int, world_size: int, folder: str, engine: str, optimizer: str, *from_steps: int
+) -> dict[str, Any]:
     base = shared_base(folder)
     result: dict[str, Any] = {}
 
     def run(output: str, resume: str | None = None) -> Any:
         args = arguments(f"{folder}/{output}", world_size, engine, save_strategy="steps", save_steps=SAVE_STEPS)
         callback, model, recorder = AdaLoraCallback(SETTINGS), model_of(base), LogitsOfCheckpoints()
-        trainer = trainer_of(model, args, callback, *[recorder] * (engine in ("single", "ddp")))
+        trainer = trainer_of(
+            model, args, callback, *[recorder] * (engine in ("single", "ddp")),
+            optimizer_cls_and_kwargs=OPTIMIZERS[optimizer],
+        )  # fmt: skip
         trainer.train(resume_from_checkpoint=resume)
         result[output] = outcome(trainer, callback)
         return trainer, recorder
@@ -126,19 +139,29 @@ def difference(saved: Path, base: Path, logits: torch.Tensor) -> float:
         return max((model.eval()(IDS).logits - logits).abs().max().item() for model in loaded)
 
 
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-    ("engine", "world_size"),
+    ("engine", "world_size", "optimizer"),
     [
-        ("single", 1),
-        ("fsdp2", 2),
-        ("zero3", 2),
-        *(pytest.param(e, 2, marks=pytest.mark.slow) for e in ("ddp", "zero2")),
+        ("single", 1, "adamw"),
+        ("fsdp2", 2, "adamw"),
+        ("zero3", 2, "adamw"),
+        *(slow(engine, 2, "adamw") for engine in ("ddp", "zero1", "zero2")),
+        *(slow(engine, 3, "adamw") for engine in ("ddp", "fsdp2", "zero2", "zero3")),
+        *(slow("single", 1, optimizer) for optimizer in ("sgd", "rmsprop", "adagrad")),
+        slow("ddp", 2, "sgd"),
+        slow("fsdp2", 2, "sgd"),
     ],
 )
-def test_folders_are_the_trained_model_and_runs_go_on_exactly(engine, world_size, tmp_path):
+def test_folders_are_the_trained_model_and_runs_go_on_exactly(engine, world_size, optimizer, tmp_path):
     before, compacted = 2 * SAVE_STEPS, STEPS - SAVE_STEPS
     assert before < FROZEN_FROM <= compacted
-    results = run_ranks(world_size, undisturbed_and_resumed, str(tmp_path), engine, before, compacted, timeout=200)
+    results = run_ranks(
+        world_size, undisturbed_and_resumed, str(tmp_path), engine, optimizer, before, compacted, timeout=300
+    )
     for result in results:
         whole = result["whole"]
         assert len(whole["losses"]) == STEPS and whole["num_held"] == TARGET == sum(

@@ -51,6 +51,7 @@ class TripletLayer(Adapter):
         device: of the parameters.
     """
 
+    can_be_off = True
     lambdas: Lambdas
     first: int
     """Where this layer's triplets begin in ``lambdas.lam``."""
@@ -138,7 +139,7 @@ class SVDLinear(TripletLayer, Mergeable):
         # [tokens, d_out], and no view whose in-place backward would copy.
         tokens = x.reshape(-1, self.d_in)
         y: torch.Tensor = self.base(tokens)
-        if self.rank:
+        if self.rank and self.takes_part():
             # lam goes into P, not into the hidden values: backward then needs one (tokens, r) tensor, as LoRA's does.
             weight = self.lambdas.weight(self).to(y.dtype)
             if self.dropout is None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from adalora_dist.backbones.merging import merged
-from adalora_dist.config.sections import GenerationConfig
+from adalora_dist.config.generation import GenerationConfig
 from adalora_dist.tasks.batches import pad_columns
 from adalora_dist.tasks.evaluation.batches import Gather, dealt_batches, evaluating, gather_lists
 from adalora_dist.tasks.evaluation.decoding import decoding

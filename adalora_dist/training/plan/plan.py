@@ -86,7 +86,7 @@ class Planner:
             self._alone[key] = step_bytes(config, self._auto_class, self._settings, self._dtype, micro_batch)
         compute = 4 if train.precision == "fp32" else 2
         before = memory_of(
-            self._tensors, self._alone[key], cluster, self._dtype.itemsize, compute, config.adapter.method,
+            self._tensors, self._alone[key], cluster, self._dtype.itemsize, compute, config.adapter.adapts_ranks,
             quantization.quantization, quantization.double_quant, micro_steps,
         )  # fmt: skip
         schedule = self._schedule
