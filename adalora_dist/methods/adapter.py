@@ -139,6 +139,11 @@ def adapters_of(model: nn.Module) -> list[Adapter]:
     return [module for module in model.modules() if isinstance(module, Adapter)]
 
 
+def carries_peft(model: nn.Module) -> bool:
+    """Whether PEFT has put layers into a model, or lies around it."""
+    return hasattr(model, "peft_config")
+
+
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
     """Let ``model`` compute what it did before there were adapters, as the reference of a preference or reward loss.

@@ -28,7 +28,15 @@ from adalora_dist.io.ending import has_failed
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods import method_for
 from adalora_dist.methods.first_step import FirstStep
-from adalora_dist.methods.protocol import Adapter, Method, Step, StepState, adapters_of, trained_parameters
+from adalora_dist.methods.protocol import (
+    Adapter,
+    Method,
+    Step,
+    StepState,
+    adapters_of,
+    carries_peft,
+    trained_parameters,
+)
 from adalora_dist.methods.update import Update
 from adalora_dist.sharding import select_engine
 from adalora_dist.sharding.base import ShardEngine, sum_over
@@ -290,7 +298,8 @@ def attach(model: nn.Module, optimizer: Any, config: MethodConfig, total_steps: 
     method = method_for(config)
     adapters: list[Adapter] = adapters_of(model)
     if config.has_adapters and not adapters:
-        raise UserError("the model has no adapters: call adapt(model, config) before attach")
+        missing = "convert_peft(model), as it has PEFT's" if carries_peft(model) else "adapt(model, config)"
+        raise UserError(f"the model has no adapters: call {missing} before attach")
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     method.check_optimizer(model, optimizer)
