@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from adalora_dist.io.terminal import safe
-from tests.io.test_secrets import IN_PATHS, IN_TEXT, INNOCENT, SECRET
 from tests.support.paths import ROOT
+from tests.support.secret_words import IN_PATHS, IN_TEXT, INNOCENT, SECRET
 
 PROGRAM = """
 import fcntl, sys, termios
@@ -71,7 +71,7 @@ from adalora_dist.config.flags import user_errors
 from adalora_dist.io.progress import progress_bar
 from adalora_dist.io.terminal import keep_from_listeners
 with user_errors():
-    from tests.io.test_secrets import IN_PATHS, IN_TEXT
+    from tests.support.secret_words import IN_PATHS, IN_TEXT
     late = logging.getLogger("late")
     late.addHandler(logging.StreamHandler(sys.stdout))
     heard = []  # as a tracker listens

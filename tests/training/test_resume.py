@@ -117,19 +117,6 @@ def test_asynchronous_checkpoints_continue_bit_for_bit(project: Path, undisturbe
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
-def test_micro_batches_by_tokens(model: Path, project: Path, tmp_path: Path, engine: str) -> None:
-    """Steps of one to three micro-batches: what one process learns in one, and exactly that when continued."""
-    whole = new_project(model, tmp_path / "whole")
-    changes: dict[str, Any] = {"dropout": 0.0, "micro_batch_tokens": 8, "checkpoint_every": 7}
-    [alone] = run_ranks(1, run, "single", configuration(whole, 1, **changes | {"micro_batch_tokens": 0}), timeout=400)
-    undisturbed = new_project(model, tmp_path / "undisturbed")
-    expected = run_ranks(2, run, engine, configuration(undisturbed, 2, **changes), timeout=400)
-    torch.testing.assert_close(expected[0].losses, alone.losses, rtol=1e-5, atol=1e-5)
-    assert_continues_exactly(project, engine, expected, (WARMUP + 2 * INTERVAL + 2, 0), **changes)
-
-
 # ---------------------------------------------------------------------------- another engine, another number of ranks
 
 
