@@ -24,7 +24,9 @@ from operations import Counts
 from torch import nn
 from variants import Variant, llama
 
+from adalora_dist.backbones.activations import checkpoint_activations
 from adalora_dist.backbones.merging import merged
+from adalora_dist.config.activations import ActivationsConfig
 from adalora_dist.methods.adalora import bound, layers
 from adalora_dist.methods.dropout import Dropout
 from adalora_dist.tasks.batches import BatchPlan, collate
@@ -58,6 +60,7 @@ def rows() -> Iterator[tuple[str, str, str]]:
     yield from evaluation()
     yield from decoding()
     yield from micro_batches()
+    yield from checkpointing()
     yield from state()
     yield from start()
 
@@ -168,6 +171,19 @@ def micro_batches() -> Iterator[tuple[str, str, str]]:
             for limit in (0, 8192)
         )
         yield f"{what} micro-batch, positions: 16 rows at a time, at most 8,192 tokens", rows_alone, within
+
+
+def checkpointing() -> Iterator[tuple[str, str, str]]:
+    def peak(**how: Any) -> str:
+        model = Variant("adalora", llama(128, 344, 8), 8, 8, SCHEDULE).model.train()
+        checkpoint_activations(model, ActivationsConfig(gradient_checkpointing=bool(how), **how))
+        ids = torch.arange(2048).view(2, 1024) % 32
+        return f"{peak_bytes(lambda: model.model(input_ids=ids).last_hidden_state.sum().backward()) / 1e6:.1f}"
+
+    kinds: tuple[Any, ...] = (4, 2, "selective", "full")
+    for kind in kinds:
+        what = f"peak of forward and backward, MB: 2 x 1,024 tokens, 8 layers of 128, checkpoint_activations {kind}"
+        yield what, peak(), peak(checkpoint_activations=kind)
 
 
 def state() -> Iterator[tuple[str, str, str]]:

@@ -14,12 +14,13 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import Field, model_validator
 
+from adalora_dist.config.activations import ActivationsConfig
 from adalora_dist.config.data import ColumnsConfig as ColumnsConfig
 from adalora_dist.config.data import DataConfig as DataConfig
 from adalora_dist.config.formats import ExportFormat
 from adalora_dist.config.hub_names import check_branch, check_repo_id
 from adalora_dist.config.methods import METHODS, AdaLoraConfig, AnyMethodConfig
-from adalora_dist.config.section import Section
+from adalora_dist.config.section import Section, Switch
 
 
 class ModelConfig(Section):
@@ -34,7 +35,8 @@ class ModelConfig(Section):
     allow_pickle_weights: bool = False
     """Also load weights from pytorch_model.bin, a pickle; with FSDP2 every process then reads them whole."""
     trust_remote_code: bool = False
-    """Run Python code from the model's repository. Needs revision to be a full commit hash."""
+    """Run Python code from the model's repository. Needs revision to be a full commit hash; of a folder, the digest of
+    its code, which the refusal of any other names."""
 
     @model_validator(mode="after")
     def _pinned_code(self) -> ModelConfig:
@@ -47,7 +49,7 @@ class ModelConfig(Section):
         return self
 
 
-class TrainConfig(Section):
+class TrainConfig(ActivationsConfig):
     output_dir: str = Field("runs/latest", min_length=1)
     """Run folder: resolved configuration, metrics.jsonl, exports. A folder that holds a run is refused."""
     overwrite: bool = False
@@ -87,8 +89,6 @@ class TrainConfig(Section):
     logits_chunk: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     """Target tokens of a micro-batch whose logits are in memory at a time; 0: all; auto: as many as take about 1 GB
     (523 for 128,256 words), and all where a model changes its logits behind its head."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass to save memory."""
     group_by_length: bool = True
     """Put sequences of similar length into the same batch."""
     seed: int = Field(6, ge=0, lt=2**32)
@@ -108,8 +108,8 @@ class TrainConfig(Section):
     """Optimizer steps between checkpoints; one is written before the first step and one at the end, too. 0: none."""
     keep_checkpoints: int = Field(2, ge=1)
     """Number of checkpoints kept; an old one goes after a new one is complete."""
-    async_checkpoints: bool = False
-    """Write checkpoints while training goes on, from a copy in CPU memory."""
+    async_checkpoints: Switch = "auto"
+    """Write checkpoints while training goes on, from a copy in CPU memory; auto: on GPUs, not on CPUs."""
     resume: str = Field("never", min_length=1)
     """auto: continue the run in output_dir, or start one; PATH: continue from that checkpoint or run; never."""
     max_restarts_at_step: int = Field(3, ge=0)
@@ -317,7 +317,7 @@ class EncoderModelConfig(ModelConfig):
 
 
 class PackedTrainConfig(TrainConfig):
-    packing: Literal["auto", "on", "off"] = "off"
+    packing: Switch = "off"
     """Put rows of a micro-batch into one sequence where there would be padding, without their seeing each other; auto:
     where the model can, and at least a tenth of all positions is saved."""
 

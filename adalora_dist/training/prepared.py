@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
 from adalora_dist.artifacts.checkpoints.content import Checkpoint, held_parts, load_checkpoint
+from adalora_dist.backbones.activations import checkpoint_activations
 from adalora_dist.backbones.sharded_load import read_shards, read_trained_modules
 from adalora_dist.config.sections import RunConfig, TrainConfig
 from adalora_dist.io.errors import UserError
@@ -72,8 +72,7 @@ def prepare(
     read_trained_modules(model)
     optimizer = method.optimizer(model, config.train)
     hooks = attach(model, optimizer, config.adapter, num_steps)
-    if config.train.gradient_checkpointing:
-        cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_activations(model, config.train)
     with tied_weights_in_one_group(accelerator, model):
         model, wrapped = accelerator.prepare(model, optimizer)
     read_shards(model)

@@ -91,6 +91,13 @@ def test_flags_override_the_file_which_overrides_the_defaults(tmp_path: Path) ->
     assert run.train.trackers == () and run.train.max_steps is None
 
 
+def test_on_and_off_are_words_in_a_file_too(tmp_path: Path) -> None:
+    for word, packing in (("on", "off"), ("off", "on"), ("auto", "'on'")):
+        (tmp_path / "a.yaml").write_text(f"train:\n  async_checkpoints: {word}\n  packing: {packing}\n")
+        train = parse("--config", str(tmp_path / "a.yaml")).train
+        assert (train.async_checkpoints, train.packing) == (word, packing.strip("'"))
+
+
 def test_last_of_a_repeated_flag_counts() -> None:
     assert parse("--seed", "1", "--seed", "2").train.seed == 2
 
@@ -207,6 +214,10 @@ BAD_FLAGS = [
     ("--max-steps 9 --initial-warmup-steps 5 --final-steps 4", ["5", "4", "max_steps 9", "must be < max_steps"]),
     ("--max-steps 9 --final-steps 9", ["final_steps 9 with max_steps 9", "lower final_steps"]),
     ("--batch-size 16 --micro-batch-size 12", ["batch_size 16", "micro_batch_size 12", "micro_batch_size to 8"]),
+    ("--checkpoint-activations 2", ["checkpoint_activations 2 with gradient_checkpointing false", "to true, or leave"]),
+    ("--gradient-checkpointing --checkpoint-activations 1", ["--checkpoint-activations 1"]),
+    ("--micro-batch-tokens -1", ["--micro-batch-tokens -1", "must be an integer >= 0"]),
+    ("--async-checkpoints maybe", ["--async-checkpoints maybe", "auto", "on", "off"]),
     ("--trust-remote-code --model a/b", ["trust_remote_code", "revision None", "40 hexadecimal"]),
     ("--trust-remote-code --model a/b --revision main", ["trust_remote_code", "revision main", "40 hexadecimal"]),
     ("--alpha 0 --epochs 0 --seed x", ["--alpha 0: must be a number > 0", "(and 2 more)"]),

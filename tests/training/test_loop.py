@@ -24,6 +24,7 @@ from adalora_dist.tasks.rows.tokens import EncodedRow
 from adalora_dist.training.engine import build_accelerator
 from adalora_dist.training.loop import train
 from adalora_dist.training.prepared import check_budget, learning_rate, prepare, total_steps
+from adalora_dist.training.run_checkpoints import writes_in_thread
 from adalora_dist.training.run_folder import RunFolder
 from tests.support.ranks import run_ranks
 from tests.support.refusals import refused
@@ -156,6 +157,14 @@ def test_learning_rate_without_warm_up_and_with_nothing_else() -> None:
     assert learning_rate(train, 0, 1) == 1.0
     train = TrainConfig(learning_rate=1.0, lr_warmup_ratio=0.99)
     assert [learning_rate(train, step, 4) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("word", "on_cpu", "on_gpu"), [("auto", False, True), ("on", True, True), ("off", False, False)]
+)
+def test_where_checkpoints_are_written_while_training_goes_on(word: Any, on_cpu: bool, on_gpu: bool) -> None:
+    train = TrainConfig(async_checkpoints=word)
+    assert [writes_in_thread(train, torch.device(kind)) for kind in ("cpu", "cuda")] == [on_cpu, on_gpu]
 
 
 # ---------------------------------------------------------------------------------------------------- the whole run

@@ -92,6 +92,8 @@ def cheapest_changes(config: RunConfig, engine: str, num_processes: int, weights
         activations.append(f"micro_batch_size {train.micro_batch_size} -> {fewer}: the same result in more passes")
     if not train.gradient_checkpointing:
         activations.append("gradient_checkpointing true: the same result for one more forward per step")
+    elif train.checkpoint_activations != "full":
+        activations.append(f"checkpoint_activations {train.checkpoint_activations} -> full: recompute every block")
     if train.precision == "fp32":
         activations.append("precision bf16: activations of half the size")
     if max_length:

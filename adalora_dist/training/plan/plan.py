@@ -65,7 +65,7 @@ class Planner:
         self._factors = list(_factors(model))
         self._num_matmul = sum(t.numel for t in self._tensors if t.is_quantized)
         self._dtype = dtype_named(config.model.dtype) or getattr(settings, "dtype", None) or torch.float32
-        self._alone: dict[tuple[int, bool], StepBytes] = {}
+        self._alone: dict[tuple[Any, ...], StepBytes] = {}
 
     def plan(self, cluster: Cluster, config: RunConfig | None = None) -> Plan:
         """
@@ -81,7 +81,7 @@ class Planner:
         check_engine(quantization, cluster.engine)
         micro_steps = num_micro_steps(train, world, longest(config))
         micro_batch = -(-train.batch_size // (world * micro_steps))
-        key = micro_batch, train.gradient_checkpointing
+        key = micro_batch, train.gradient_checkpointing, train.checkpoint_activations
         if key not in self._alone:
             self._alone[key] = step_bytes(config, self._auto_class, self._settings, self._dtype, micro_batch)
         compute = 4 if train.precision == "fp32" else 2
