@@ -28,9 +28,9 @@ from adalora_dist.methods.protocol import others_trained
 from adalora_dist.methods.shares import shares_line, weight_shares
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.rows.public import count_rows
-from adalora_dist.training.plan.cluster import PLANNED
+from adalora_dist.training.plan.cluster import PLANNED, Cluster
 from adalora_dist.training.plan.plan import Planner
-from adalora_dist.training.plan.text import cluster_text
+from adalora_dist.training.plan.text import cluster_text, own_text
 from adalora_dist.training.prepared import total_steps
 
 SHOWN_ALLOCATIONS = 3
@@ -161,12 +161,13 @@ def dry_run(
     if os.environ.get("RANK", "0") != "0":
         return
     print(plan_text(run, config))
+    described = run.described
+    planner = Planner(described.config, described.auto_class, described.architecture, described.model, run.schedule)
     if (cluster := PLANNED.get()) is not None:
-        described = run.described
-        planner = Planner(described.config, described.auto_class, described.architecture, described.model, run.schedule)
         print(cluster_text(planner, cluster, run.num_steps))
     else:
-        print("Memory, traffic and time on a cluster: adalora-dist plan RECIPE --gpus 8x80GB, and the same flags")
+        print(own_text(planner, Cluster.here()))
+        print("Other machines, traffic, disk and time: adalora-dist plan RECIPE --gpus 8x80GB, and the same flags")
 
 
 def plan_text(run: DryRun, config: RunConfig) -> str:
@@ -220,6 +221,8 @@ def _architecture(config: RunConfig, name: str, architectures: Path) -> Any:
             **({} if is_shipped else {"revision": config.model.revision}),
             trust_remote_code=config.model.trust_remote_code,
         )
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(

@@ -120,10 +120,12 @@ class AdaLoraConfig(AdaptiveConfig, LowRankConfig):
     def from_peft(cls, peft_config: Any, **settings: Any) -> AdaLoraConfig:
         """What a ``peft.AdaLoraConfig`` asks for, in one line; docs/trainer.md has the table of its fields.
 
-        It is PEFT's method: the published start and regulariser, importance of the weights after the step.
+        It is PEFT's method: the published start and regulariser, importance of the weights after the step. A
+        ``peft.LoraConfig`` is taken with a budget (``target_rank=...``), and is the start matched.
 
         Args:
             settings: of this class, which count instead of those that follow: ``start="matched"``, ``targets=...``.
+                An ``init_rank`` keeps the scale, by another alpha, unless alpha is given, too.
 
         Raises:
             UserError: another configuration, or fields that are not honoured and change what is learnt.

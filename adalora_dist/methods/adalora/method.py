@@ -6,7 +6,7 @@ W = W0 + s P diag(lambda) Q, with s = alpha / init_rank (rsLoRA: alpha / sqrt(in
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -21,6 +21,7 @@ from adalora_dist.methods.adalora.allocator import RankAllocator
 from adalora_dist.methods.adalora.compaction import shrink_layers
 from adalora_dist.methods.adalora.experts import ExpertTriplets, parts_of, put_beside
 from adalora_dist.methods.adalora.layers import LAMBDAS_NAME, SVDLinear, TripletLayer, add_lambdas
+from adalora_dist.methods.adalora.peft_stacks import is_swapped
 from adalora_dist.methods.adalora.schedule import BudgetSchedule
 from adalora_dist.methods.adalora.start import Triplets, read_peft, start_with, with_lambda_in_p
 from adalora_dist.methods.protocol import Adapter, Method, Step, adapters_of
@@ -29,10 +30,20 @@ from adalora_dist.methods.sizes import Sizes
 from adalora_dist.methods.update import AdapterWeights, Update
 
 
-def _start(config: LowRankConfig, names: Sequence[str]) -> dict[str, Triplets]:
-    """What ``init_from`` gives, by the name of the matrix; ``names``: of those that are adapted."""
-    start = read_peft(Path(config.init_from), config.scale) if config.init_from else {}
-    if unknown := sorted(start.keys() - set(names)):
+def _start(
+    config: LowRankConfig, model: nn.Module, names: Sequence[str], stacks: Sequence[ExpertStack]
+) -> dict[str, Triplets]:
+    """What ``init_from`` gives, by the name of the matrix.
+
+    Args:
+        names: of the matrices that are adapted; ``stacks``: of experts that are.
+    """
+    if not config.init_from:
+        return {}
+    swapped = {stack: is_swapped(stack, model.get_submodule(stack.owner)) for stack in stacks_of(model)}
+    start = read_peft(Path(config.init_from), config.scale, swapped)
+    targets = {*names, *(matrix for stack in stacks for matrix in stack.matrix_names())}
+    if unknown := sorted(start.keys() - targets):
         raise UserError(
             f"init_from={config.init_from}: {len(unknown)} of its matrices ({', '.join(unknown[:3])}) are not "
             "among the targets: name them there, and use the adapter's own base model"
@@ -53,7 +64,7 @@ class TripletMethod(Method):
     def adapt(self, model: nn.Module, generator: torch.Generator) -> list[Adapter]:
         config = self.config
         names, stacks = self.sites(model)
-        start = _start(config, names) if isinstance(config, LowRankConfig) else {}
+        start = _start(config, model, names, stacks) if isinstance(config, LowRankConfig) else {}
 
         def make(base: nn.Module, name: str) -> TripletLayer:
             d_in, d_out = linear_shape(base) or (0, 0)
@@ -70,10 +81,22 @@ class TripletMethod(Method):
             self.reset(layer, generator)
         with torch.no_grad():
             self.begin(add_lambdas(model, layers).lam)
-        for layer in layers:
-            if layer.name in start:
-                start_with(layer, self.given(start[layer.name]), cast(LowRankConfig, config))
+        if isinstance(config, LowRankConfig):
+            self.begin_with(layers, start, f"init_from={config.init_from}")
         return list(layers)
+
+    def begin_with(self, layers: Iterable[TripletLayer], given: Mapping[str, Triplets], where: str) -> None:
+        """Start from triplets of elsewhere at the matrices that have some.
+
+        Args:
+            where: they are from, for messages.
+
+        Raises:
+            UserError: as :func:`adalora_dist.methods.adalora.start.start_with`.
+        """
+        own = {name: self.given(triplets) for name, triplets in given.items()}
+        for layer in layers if own else ():
+            start_with(layer, own, where)
 
     def groups(self, model: nn.Module) -> dict[float, list[torch.Tensor]]:
         """LoRA+: P, which is LoRA's B, may learn faster than the rest."""
