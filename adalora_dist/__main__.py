@@ -20,7 +20,6 @@ subcommand imports what it needs when it is called, so that ``--help`` and mista
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -216,9 +215,12 @@ def _ls(arguments: argparse.Namespace) -> None:
 
 
 def _cp(arguments: argparse.Namespace) -> None:
-    from adalora_dist.training.shelf import copy
+    from adalora_dist.training.shelf import copy, write_schema
 
-    print(f"Copied: {copy(arguments.name, arguments.to)}")
+    copied = copy(arguments.name, arguments.to)
+    print(f"Copied: {copied}")
+    if schema := write_schema(copied):
+        print(f"Editors complete and check it by {schema}, written beside it")
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -234,11 +236,9 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _schema(arguments: argparse.Namespace) -> None:
-    from adalora_dist.config.json_schema import json_schema
-    from adalora_dist.training.recipe_file import schema_of
+    from adalora_dist.training.recipe_file import schema_text
 
-    title = f"What {Path(arguments.recipe).stem} reads with --config"
-    page(json.dumps(json_schema(schema_of(arguments.recipe), title), indent=2))
+    page(schema_text(arguments.recipe))
 
 
 def _completion(arguments: argparse.Namespace) -> None:

@@ -74,7 +74,9 @@ def main(config: CommonsenseConfig) -> None:
     with run.main_process_first():  # the others find its tokens in the cache
         rows = encode_examples(train_examples, tokenizer, data.max_length, data.train_on)
         for questions in (held_out, *eval_examples.values()):
-            check_questions(questions, tokenizer, data.max_length)
+            prompts = check_questions(questions, tokenizer, data.max_length)
+            if "generation" in run.config.evaluation.evaluate_by:
+                run.check_replies(prompts)
 
     # ---------------------------------------------------------------------------------------------- adapters and engine
     run.prepare(BatchPlan.of_rows(rows, *run.batching))

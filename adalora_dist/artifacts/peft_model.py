@@ -19,7 +19,7 @@ from adalora_dist.methods import method_for
 from adalora_dist.methods.adalora.layers import TripletLayer
 from adalora_dist.methods.adalora.method import TripletMethod
 from adalora_dist.methods.adalora.start import RANKNUM_OFFSET, Triplets, decompose, refuse_other_functions
-from adalora_dist.methods.protocol import adapters_of
+from adalora_dist.methods.protocol import adapters_of, carries_peft
 from adalora_dist.methods.sites import find_sites, trained_modules
 from adalora_dist.sharding.tensors import is_whole
 
@@ -53,11 +53,6 @@ class _Factors(NamedTuple):
         return Triplets(self.b[:, used], lam[used], self.a[used])
 
 
-def carries_peft(model: nn.Module) -> bool:
-    """Whether PEFT has put layers into a model, or lies around it."""
-    return hasattr(model, "peft_config")
-
-
 def convert_peft(
     model: nn.Module, config: LowRankConfig | None = None, seed: int = 0, **settings: Any
 ) -> tuple[Any, LowRankConfig]:
@@ -67,8 +62,8 @@ def convert_peft(
     ``modules_to_save`` are trained on as they are.
 
     Args:
-        model: a ``PeftModel``, or a model of transformers' after ``add_adapter``; not wrapped by an engine. It is used
-            up: go on with what is returned.
+        model: a ``PeftModel``, or a model of transformers' that has PEFT's layers without it (``add_adapter``,
+            ``inject_adapter_in_model``); not wrapped by an engine. It is used up: go on with what is returned.
         config: of the method adalora or lora, with the matrices that PEFT has adapted as targets; default: what PEFT's
             configuration says (:meth:`~adalora_dist.config.methods.AdaLoraConfig.from_peft`), for these matrices.
         seed: of fresh triplets, where init_rank is above a matrix's rank.
@@ -97,12 +92,15 @@ def convert_peft(
         )
     for name, module in {**found.bases, **found.saved}.items():
         _put(found.plain, name, module)
+    said = found.plain.__dict__.pop("peft_config", None)
     try:
         _compare(found, config)
         layers = [layer for layer in adapt(found.plain, config, seed) if isinstance(layer, TripletLayer)]
     except UserError:
         for name, module in found.layers.items():
             _put(found.plain, name, module)
+        if said is not None:
+            found.plain.peft_config = said
         raise
     method.begin_with(layers, {name: f.triplets(config) for name, f in found.factors.items()}, _WHERE)
     _forget(model, found.plain)
@@ -201,8 +199,6 @@ def _forget(model: Any, plain: Any) -> None:
     def gone(*args: Any, **options: Any) -> None:
         raise UserError("this PeftModel was converted: use the model that convert_peft gave back (trainer.model)")
 
-    if hasattr(plain, "peft_config"):
-        del plain.peft_config
     if hasattr(plain, "_hf_peft_config_loaded"):
         plain._hf_peft_config_loaded = False
     if model is not plain:

@@ -35,7 +35,8 @@ class ModelConfig(Section):
     allow_pickle_weights: bool = False
     """Also load weights from pytorch_model.bin, a pickle; with FSDP2 every process then reads them whole."""
     trust_remote_code: bool = False
-    """Run Python code from the model's repository. Needs revision to be a full commit hash."""
+    """Run Python code from the model's repository. Needs revision to be a full commit hash; of a folder, the digest of
+    its code, which the refusal of any other names."""
 
     @model_validator(mode="after")
     def _pinned_code(self) -> ModelConfig:

@@ -17,7 +17,6 @@ import secrets
 import shutil
 import socket
 import stat
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO
@@ -185,8 +184,10 @@ def _is_abandoned(scratch: Path, host: str, process: int) -> bool:
 
 
 def _is_old(scratch: Path) -> bool:
+    """By the clock that stamps the files, which may be neither this machine's nor the other's."""
     newest = max((path.lstat().st_mtime for path in (scratch, *scratch.rglob("*"))), default=0.0)
-    return time.time() - newest > _ABANDONED_SECONDS
+    os.utime(scratch.parent)
+    return scratch.parent.stat().st_mtime - newest > _ABANDONED_SECONDS
 
 
 def _remove(path: Path) -> None:

@@ -37,13 +37,16 @@ class Adapter(TrainedModule):
 
     The adapter answers its base's attributes (``weight``, ``in_features``, what a quantised linear has): model code
     asks for them, as T5 does for ``wo.weight.dtype``. They are no parameters of the adapter. Code that computes with
-    such a weight goes past the adapter: :mod:`adalora_dist.backbones.bypass` finds it beforehand.
+    such a weight goes past the adapter: :mod:`adalora_dist.backbones.bypass` finds it beforehand, and
+    :mod:`adalora_dist.methods.first_step` in the first step.
     """
 
     name: str
     """The name that what is adapted has in the plain model. (Engines and compilers change module paths.)"""
     base: nn.Module
     """None is there in an adapter beside a module."""
+    noted: Any = None
+    """While the first step is watched, where it is noted that the model has asked for the base's weight."""
     can_be_off: ClassVar[bool] = False
     """Whether its forward asks ``takes_part``."""
     is_on: bool = True
@@ -75,6 +78,8 @@ class Adapter(TrainedModule):
             value = getattr(base, name, self)
             if value is self or inspect.ismethod(value):
                 raise
+            if name == "weight" and self.noted is not None and self.noted.is_training:
+                self.noted.read.add(self.name)
             return value
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -132,6 +137,11 @@ def lora_start(shape: Sequence[int], num_read: int, generator: torch.Generator) 
 def adapters_of(model: nn.Module) -> list[Adapter]:
     """The adapters that a model has, in canonical order."""
     return [module for module in model.modules() if isinstance(module, Adapter)]
+
+
+def carries_peft(model: nn.Module) -> bool:
+    """Whether PEFT has put layers into a model, or lies around it."""
+    return hasattr(model, "peft_config")
 
 
 @contextmanager

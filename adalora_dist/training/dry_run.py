@@ -221,6 +221,8 @@ def _architecture(config: RunConfig, name: str, architectures: Path) -> Any:
             **({} if is_shipped else {"revision": config.model.revision}),
             trust_remote_code=config.model.trust_remote_code,
         )
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(

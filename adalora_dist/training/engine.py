@@ -32,6 +32,7 @@ from adalora_dist.config.sections import RunConfig, TrainConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.launchers import OWN_COMMAND
 from adalora_dist.io.redaction import redacted, redacted_command
+from adalora_dist.io.terminal import keep_from_listeners
 from adalora_dist.training.launch import deepspeed_file, is_true
 from adalora_dist.training.rendezvous import init_method
 
@@ -154,6 +155,7 @@ def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
             accelerator.init_trackers("adalora-dist", config=flat)
         finally:
             sys.argv = words
+        keep_from_listeners()
 
 
 def num_micro_steps(train: TrainConfig, world_size: int, length: int | None = None) -> int:

@@ -19,7 +19,7 @@ from adalora_dist.config.sections import EvaluationConfig, RunConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.progress import duration, progress_bar
 from adalora_dist.methods.protocol import trained_parameters
-from adalora_dist.sharding.tensors import gather_for, put_back_shards
+from adalora_dist.sharding.tensors import gather_for, put_back_shards, with_every_gradient
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.losses import LossSum
 from adalora_dist.training.engine import begin_accumulation, engine_name
@@ -62,6 +62,7 @@ def train(
     """
     settings, model, optimizer, hooks = config.train, prepared.model, prepared.optimizer, prepared.hooks
     num_steps = total_steps(settings, plan)
+    is_ddp = engine_name(accelerator) == "ddp"
     num_processes, limits = accelerator.num_processes, (settings.micro_batch_size, settings.micro_batch_tokens)
     put_back_shards(model)
     parameters = _clipped(model, prepared.inner_optimizer)
@@ -93,6 +94,13 @@ def train(
         for indices in micro_batches:
             with accelerator.accumulate(model):
                 loss = loss_sum(model, indices)
+                if not loss.requires_grad:
+                    raise UserError(
+                        f"the loss of {type(model).__name__} depends on nothing that is trained: name other targets, "
+                        "or add modules to train_modules"
+                    )
+                if is_ddp:
+                    loss = with_every_gradient(loss, list(prepared.parameters.values()))
                 loss_of_step += loss.detach()
                 # Engines average over processes and micro-steps; the loss is one mean over the global batch's targets.
                 accelerator.backward(loss * (num_processes * divisor / num_targets))
@@ -101,7 +109,7 @@ def train(
                 optimizer.step()  # here the method acts, in hooks of the innermost optimizer (methods/hooks.py)
                 optimizer.zero_grad()
         hooks.catch_up(step + 1)
-        if line := hooks.method_step.notice(step, lambda t: learning_rate(settings, t, num_steps)):
+        for line in hooks.notices(step, lambda t: learning_rate(settings, t, num_steps)):
             report(f"step {step + 1}/{num_steps}: {line}")
         if done := hooks.replace(model, optimizer):
             prepared.parameters = trained_parameters(model)

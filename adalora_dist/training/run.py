@@ -31,7 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adalora_dist.artifacts.checkpoints.content import Checkpoint
 from adalora_dist.artifacts.hub.push import check_push_of_run, push_run
-from adalora_dist.backbones.fit import check_lengths, check_room, lengths_of
+from adalora_dist.backbones.fit import Reply, check_lengths, check_room, lengths_of
 from adalora_dist.backbones.load import load_backbone
 from adalora_dist.backbones.quantization import bitsandbytes_config
 from adalora_dist.config.formats import ADAPTER_FORMATS
@@ -166,14 +166,16 @@ class Run(Generic[Config]):
         check_lengths(self._loaded, lengths_of(self.config), self._num_taken)
         return tokenizer
 
-    def check_replies(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Compare the evaluation's prompts (token ids), and ``max_new_tokens`` behind them, with the model's positions.
+    def check_replies(self, prompts: Sequence[Sequence[int]], setting: str = "max_new_tokens", count: int = 1) -> None:
+        """Compare prompts of the evaluation (token ids), and ``count`` replies, one in each turn, of so many tokens as
+        its ``setting`` says, with the model's positions. None there keeps within ``max_length``.
 
         Raises:
             UserError: the longest does not fit.
         """
-        new_tokens = cast(Any, self.config).evaluation.max_new_tokens
-        check_room(self.model, max(map(len, prompts), default=0), new_tokens, self._num_taken)
+        if (tokens := getattr(self.config.evaluation, setting)) is not None:
+            reply = Reply(setting, tokens, count)
+            check_room(self.model, max(map(len, prompts), default=0), reply, self._num_taken)
 
     @property
     def model(self) -> PreTrainedModel:

@@ -16,13 +16,14 @@ from transformers import (
 )
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from adalora_dist.artifacts.adapted_model import adapted_part
 from adalora_dist.artifacts.checkpoints.content import Checkpoint
 from adalora_dist.artifacts.export import SavedAdapter, task_settings
 from adalora_dist.artifacts.formats import FORMATS, Options
-from adalora_dist.artifacts.peft_model import carries_peft
 from adalora_dist.config.methods import LowRankConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.hooks import MethodHooks, attach
+from adalora_dist.methods.protocol import carries_peft
 from adalora_dist.sharding.agreement import agreed
 from adalora_dist.sharding.base import innermost
 from adalora_dist.sharding.optimizer_state import KNOWN, keeps_an_entry_per_weight
@@ -147,8 +148,8 @@ class AdaLoraCallback(TrainerCallback):
         hooks, trainer = self.hooks, self._trainer
         assert trainer is not None
         release_gathered(trainer.model_wrapped)
-        updates, trained = hooks.updates(), gather_trained(trainer.accelerator, trainer.model_wrapped)
-        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        model = adapted_part(trainer.accelerator.unwrap_model(trainer.model_wrapped))
+        updates, trained = hooks.updates(), gather_trained(trainer.accelerator, model)
 
         def write() -> None:
             base, tokenizer = base_of(model), getattr(trainer, "processing_class", None)

@@ -15,6 +15,7 @@ from adalora_dist.artifacts.adapted_model import adapt
 from adalora_dist.artifacts.peft_model import convert_peft
 from adalora_dist.config.methods import AdaLoraConfig, LoraConfig, method_config
 from adalora_dist.io.errors import UserError
+from adalora_dist.methods.hooks import attach
 from adalora_dist.methods.protocol import adapters_of
 from tests.support.tiny_language_model import tiny_gpt2, tiny_llama
 
@@ -126,6 +127,15 @@ def test_what_is_trained_in_full_and_adapters_without_a_wrapper(tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(llama(), tmp_path / "adapter")
     torch.testing.assert_close(logits_of(again), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_who_takes_plain_models_names_the_way():
+    theirs = trained_by_peft(llama(), lora())
+    config = AdaLoraConfig(init_rank=4)
+    with pytest.raises(UserError, match="has PEFT's adapters: convert_peft"):
+        adapt(theirs, config)
+    with pytest.raises(UserError, match=r"call convert_peft\(model\), as it has PEFT's before attach"):
+        attach(theirs, torch.optim.SGD(theirs.parameters(), lr=0.1), config, 20)
 
 
 def test_the_wrapper_says_nothing_any_more():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from adalora_dist.backbones.load import load_backbone, load_tokenizer
+from adalora_dist.backbones.load import load_backbone, load_tokenizer, refuse_code_from_elsewhere
 from adalora_dist.config.sections import ModelConfig, RunConfig, TrainConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.redaction import redacted, redacted_command
@@ -25,6 +26,7 @@ from adalora_dist.training.faults.memory import cheapest_changes
 from adalora_dist.training.faults.run_lock import RunLock
 from adalora_dist.training.run_folder import RunFolder
 from tests.support.faulty_runs import Ranks
+from tests.support.refusals import refusal
 from tests.support.tiny_project import RECIPE, Project, write_data
 
 # ------------------------------------------------------------------------------------------------------------- the lock
@@ -246,6 +248,35 @@ def test_code_of_another_repository_is_refused_even_if_code_is_trusted(tmp_path:
         load_tokenizer(trusted)
     with pytest.raises(UserError, match="someone/else--custom.Custom, which revision does not pin"):
         load_backbone(trusted, AutoModelForCausalLM)
+
+
+@pytest.mark.parametrize("change", ["another word", "another file", "a file less", "another name"])
+def test_code_in_a_folder_is_pinned_by_what_it_says(tmp_path: Path, change: str) -> None:
+    """A folder has no commits, so any forty digits would do there."""
+    folder, others = tmp_path / "model", tmp_path / "model" / "parts"
+    others.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"auto_map": {"AutoConfig": "custom.Config"}}))
+    (folder / "custom.py").write_text("one = 1\n")
+    (others / "more.py").write_text("two = 2\n")
+    trusted = ModelConfig(name=str(folder), trust_remote_code=True, revision="0" * 40)
+
+    def digest() -> str:
+        [found] = re.findall(r"--revision ([0-9a-f]{40})", refusal(refuse_code_from_elsewhere, trusted))
+        return str(found)
+
+    first = digest()
+    pinned = trusted.model_copy(update={"revision": first})
+    refuse_code_from_elsewhere(pinned)
+    match change:
+        case "another word":
+            (others / "more.py").write_text("two = 3\n")
+        case "another file":
+            (folder / "new.py").write_text("")
+        case "a file less":
+            (others / "more.py").unlink()
+        case "another name":
+            (folder / "custom.py").rename(folder / "other.py")
+    assert digest() != first and "is not that of the code" in refusal(refuse_code_from_elsewhere, pinned)
 
 
 # ------------------------------------------------------------------------------------------------------------- memory

@@ -70,8 +70,13 @@ def one_process() -> None:
 
 
 def arguments(
-    folder: str, world_size: int, engine: str = "single", accumulation: int = 1, **changes: Any
-) -> TrainingArguments:
+    folder: str,
+    world_size: int,
+    engine: str = "single",
+    accumulation: int = 1,
+    kind: type[TrainingArguments] = TrainingArguments,
+    **changes: Any,
+) -> Any:
     """For ``engine``: single, ddp, fsdp2, or the name of a file in ds_configs.
 
     Rows come in sequential order, from a data set that lists those of all global batches, one after the other.
@@ -89,7 +94,7 @@ def arguments(
     elif engine.startswith("zero"):
         deepspeed.init_distributed("gloo")  # with use_cpu, accelerate leaves this to deepspeed.initialize
         values |= {"deepspeed": str(DS_CONFIGS / f"{engine}.json")}
-    args = TrainingArguments(**{**values, **changes})
+    args = kind(**{**values, **changes})
     assert args.world_size == world_size
     if engine == "fsdp2":
         # On CPU accelerate would run DDP instead: it turns only the types of accelerators into FSDP.

@@ -213,6 +213,18 @@ def test_another_backbone_is_refused(copy: Path, tmp_path: Path) -> None:
     assert backbone_identity(ModelConfig())["sha256"] is None
 
 
+def test_a_backbone_in_pickles_is_known_by_its_weights(tmp_path: Path) -> None:
+    """Which an archive's directory, at its end, has checksums of, wherever in the file they differ."""
+    model = ModelConfig(name=str(tmp_path))
+    found = []
+    for value in (0.0, 1.0, 0.0):
+        weights = {name: torch.zeros(300, 300) for name in "abc"}
+        weights["b"][150, 150] = value
+        torch.save(weights, tmp_path / "pytorch_model.bin")
+        found.append(backbone_identity(model)["sha256"])
+    assert found[0] == found[2] != found[1]
+
+
 def test_auto_starts_a_run_where_there_is_none(tmp_path: Path) -> None:
     assert find_checkpoint(configuration(tmp_path, resume="auto")) is None
     assert find_checkpoint(configuration(tmp_path, resume="never")) is None

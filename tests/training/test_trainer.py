@@ -209,6 +209,22 @@ def test_refusals(tmp_path):
     assert "UserError: the model has no adapters" in result["no adapters"]
 
 
+def unkept_state(rank: int, world_size: int, folder: str, optimizer: str) -> dict[str, Any]:
+    settings = SETTINGS.model_copy(update={"compact": False})
+    args = arguments(folder, 1, optim=optimizer, save_strategy="steps", save_steps=10, save_only_model=True)
+    trainer = trainer_of(model_with_adapters(settings), args, AdaLoraCallback(settings))
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"ranks": sum(trainer.adalora.hooks.rank_pattern().values()), "losses": losses}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adafactor", "adamw_bnb_8bit"])
+def test_optimizers_whose_state_is_not_kept_train_without_it(optimizer, tmp_path):
+    [result] = run_ranks(1, unkept_state, str(tmp_path), optimizer)
+    assert result["ranks"] == TARGET and result["losses"][-1] < 0.9 * result["losses"][0]
+
+
 # ------------------------------------------------------------------------------------------------ missed budgets
 
 

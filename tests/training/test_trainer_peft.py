@@ -10,12 +10,21 @@ from typing import Any
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM, Trainer
 
 from adalora_dist import AdaLoraCallback, AdaLoraConfig, adapt, without_adapters
 from tests.support.ranks import run_ranks
 from tests.support.tiny_language_model import byte_tokenizer, tiny_llama
-from tests.support.trainer_runs import STEPS, VOCABULARY, arguments, one_process, trainer_of
+from tests.support.trainer_runs import (
+    STEPS,
+    VOCABULARY,
+    adapters_of,
+    arguments,
+    one_process,
+    patterns_of,
+    trainer_of,
+)
 
 IDS = torch.arange(3, 11).view(1, 8)
 NUM_MATRICES = 14
@@ -103,50 +112,78 @@ def test_lora_with_a_budget_under_trainer(tmp_path: Path) -> None:
     assert {name: found["errors"][name] for name in words if words[name] not in found["errors"][name]} == {}
 
 
-def by_sft_trainer(rank: int, world_size: int, folder: str) -> dict[str, Any]:
-    """PEFT's configuration as it is, in the place where TRL wants it."""
+def by_sft_trainer(rank: int, world_size: int, folder: str, engine: str) -> dict[str, Any]:
+    """PEFT's configuration as it is, in the place where TRL wants it: undisturbed, and resumed twice."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    one_process()
     tokenizer, base = byte_tokenizer(), Path(folder, "base")
-    tokenizer.save_pretrained(base)
-    tiny_llama(len(tokenizer), hidden_size=16).save_pretrained(base)
+    if rank == 0:
+        tokenizer.save_pretrained(base)
+        tiny_llama(len(tokenizer), hidden_size=16).save_pretrained(base)
+    dist.barrier()
     text = Dataset.from_list([{"text": f"{a} plus {b} is {a + b}"} for a in range(8) for b in range(4)])
+    found: dict[str, Any] = {}
 
-    def run(output: str, resume: str | None = None, **changes: Any) -> Any:
-        args = SFTConfig(
-            output_dir=f"{folder}/{output}", max_steps=STEPS, per_device_train_batch_size=8, learning_rate=5e-2,
-            logging_steps=1, save_steps=8, report_to="none", use_cpu=True, disable_tqdm=True, bf16=False, **changes,
+    def run(output: str, resume: str | None = None) -> Any:
+        args = arguments(
+            f"{folder}/{output}", world_size, engine, kind=SFTConfig, learning_rate=5e-2, save_strategy="steps",
+            save_steps=8, bf16=False,
         )  # fmt: skip
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # total_step
             trainer = SFTTrainer(
-                model=str(base), args=args, train_dataset=text, peft_config=adalora_of_peft(),
-                callbacks=[AdaLoraCallback()],
+                model=AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), args=args, train_dataset=text,
+                processing_class=tokenizer, peft_config=adalora_of_peft(), callbacks=[AdaLoraCallback()],
             )  # fmt: skip
         trainer.train(resume_from_checkpoint=resume)
+        hooks = trainer.adalora.hooks
+        logs = [record for record in trainer.state.log_history if "loss" in record]
+        found[output] = {
+            "losses": {record["step"]: record["loss"] for record in logs},
+            "budgets": [record["budget"] for record in logs],
+            "patterns": patterns_of(hooks),
+            "adapters": adapters_of(hooks),
+            "held": sum(len(adapter.held()) for adapter in hooks.method_step.adapters),
+        }
         return trainer
 
-    whole = run("whole")
-    resumed = run("resumed", f"{folder}/whole/checkpoint-8", gradient_checkpointing=True)
-    whole.save_model(f"{folder}/adapter")
-    found = {"whole": logits_of(whole.model), "resumed": logits_of(resumed.model)}
-    for name in ("adapter", "whole/checkpoint-20"):
-        found[name] = logits_of(peft.AutoPeftModelForCausalLM.from_pretrained(f"{folder}/{name}"))
-    budgets = [record["budget"] for record in whole.state.log_history if "loss" in record]
-    return found | {"budgets": budgets, "config": whole.adalora.config}
+    trainer = run("whole")
+    trainer.save_model(f"{folder}/adapter")
+    trainer.model_wrapped.eval()
+    with torch.no_grad():
+        found["logits"] = trainer.model_wrapped(IDS).logits.clone()
+    found["config"] = trainer.adalora.config
+    for step in (8, 16):
+        run(f"from {step}", f"{folder}/whole/checkpoint-{step}")
+    return found
+
+
+def loaded(rank: int, world_size: int, folder: str) -> list[torch.Tensor]:
+    adapters = [f"{folder}/adapter", f"{folder}/whole/checkpoint-{STEPS}"]
+    ways = [(peft.AutoPeftModelForCausalLM, path) for path in adapters] + [(AutoModelForCausalLM, adapters[0])]
+    return [logits_of(way.from_pretrained(path)) for way, path in ways]
 
 
 @needs_trl
 @pytest.mark.slow
-def test_peft_config_as_it_is_in_sft_trainer(tmp_path: Path) -> None:
-    [found] = run_ranks(1, by_sft_trainer, str(tmp_path), timeout=200)
-    assert found["budgets"][0] == 3 * NUM_MATRICES and found["budgets"][-1] == 2 * NUM_MATRICES
-    assert found["config"].start == "paper" and found["config"].final_steps == 6
-    torch.testing.assert_close(found["resumed"], found["whole"], rtol=0, atol=1e-6)
-    for name in ("adapter", "whole/checkpoint-20"):
-        torch.testing.assert_close(found[name], found["whole"], rtol=0, atol=1e-5)
+@pytest.mark.parametrize(
+    ("engine", "world_size"), [("single", 1), ("ddp", 2), ("fsdp2", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2)]
+)
+def test_peft_config_as_it_is_in_sft_trainer(engine: str, world_size: int, tmp_path: Path) -> None:
+    for found in run_ranks(world_size, by_sft_trainer, str(tmp_path), engine, timeout=300):
+        whole = found["whole"]
+        assert whole["budgets"][0] == 3 * NUM_MATRICES and whole["budgets"][-1] == 2 * NUM_MATRICES == whole["held"]
+        assert found["config"].start == "paper" and found["config"].final_steps == 6
+        for step in (8, 16):
+            resumed = found[f"from {step}"]
+            assert resumed["losses"] == whole["losses"] and resumed["patterns"] == whole["patterns"]
+            assert resumed["held"] == whole["held"]
+            for name, delta in whole["adapters"].items():
+                assert torch.equal(delta, resumed["adapters"][name])
+    [folders] = run_ranks(1, loaded, str(tmp_path))
+    for logits in folders:
+        torch.testing.assert_close(logits, found["logits"], rtol=0, atol=1e-5)
 
 
 REWARDED = "aeiou"

@@ -28,7 +28,7 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adapter import device_of, lora_start
 from adalora_dist.methods.dropout import Dropout
 from adalora_dist.methods.protocol import Adapter, TrainedModule
-from adalora_dist.sharding.tensors import is_whole
+from adalora_dist.sharding.tensors import awaits_gradient, is_whole
 
 
 class TripletLayer(Adapter):
@@ -280,8 +280,13 @@ class _Multiply(torch.autograd.Function):
         if ctx.versions != [p._version for p in ctx.ps]:
             raise RuntimeError("an adapter's P was changed between a forward and its backward: go backward first")
         used = [k for k, g in enumerate(gradients) if g is not None]
+        # Where no gradient came back there is none, but for an engine that would stumble over it.
+        of_ps: list[torch.Tensor | None] = [
+            torch.zeros_like(p) if g is None and awaits_gradient(p) else None
+            for p, g in zip(ctx.ps, gradients, strict=True)
+        ]
         if not used:
-            return (None,) * (3 + len(ctx.ps))
+            return None, None, None, *of_ps
         ps, lams, arrived = ([x[k] for k in used] for x in (ctx.ps, ctx.lams, cast(tuple[torch.Tensor], gradients)))
         of_lams = None
         if ctx.needs_input_grad[1]:
@@ -289,7 +294,6 @@ class _Multiply(torch.autograd.Function):
             of_lams = torch.cat([made[k] if k in made else torch.zeros_like(lam) for k, lam in enumerate(ctx.lams)])
         # In their place: each has come from the one matrix product that used it, and P's gradients are as large as P.
         torch._foreach_mul_(arrived, lams)
-        of_ps: list[torch.Tensor | None] = [None] * len(ctx.ps)
         for k, g in zip(used, arrived, strict=True):
             of_ps[k] = g
         return None, of_lams, None, *of_ps
