@@ -16,8 +16,8 @@ from adalora_dist.config.activations import ActivationsConfig
 from adalora_dist.io.errors import UserError
 
 _ATTENTION = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
-"""Kernels of sdpa, as torch's dispatcher names them. No product of a matrix with an adapter is kept: the branch is added
-to it in place."""
+"""Kernels of sdpa, as torch's dispatcher names them. The product of a matrix with an adapter is not kept: the branch is
+added to it in place."""
 
 
 def checkpoint_activations(model: nn.Module, settings: ActivationsConfig) -> None:
