@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from adalora_dist.methods.inject import adapt
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.commonsense.config import CommonsenseConfig
-from adalora_dist.tasks.losses import causal_loss
+from adalora_dist.tasks.losses import LossSum, causal_loss
 from adalora_dist.training.engine import build_accelerator
 from adalora_dist.training.prepared import Prepared, prepare
 from tests.support.paths import ROOT
@@ -54,15 +54,17 @@ def _accelerator(engine: str, config: CommonsenseConfig) -> Accelerator:
     return build_accelerator(config.train)
 
 
-def _prepared(accelerator: Accelerator, config: CommonsenseConfig) -> Prepared:
+def _prepared(accelerator: Accelerator, config: CommonsenseConfig) -> tuple[Prepared, LossSum]:
     model = AutoModelForCausalLM.from_config(architecture(), dtype=torch.float32)
     adapt(model, config.adapter, 0)
-    return prepare(accelerator, model, config, STEPS)
-
-
-def _step(accelerator: Accelerator, prepared: Prepared, config: CommonsenseConfig, step: int) -> None:
     rows = [{"input_ids": [3] * LENGTH, "attention_mask": [1] * LENGTH, "labels": [3] * LENGTH}] * ROWS
     loss_sum = causal_loss(rows, 0, accelerator.device)  # type: ignore[arg-type]
+    return prepare(accelerator, model, config, STEPS), loss_sum
+
+
+def _step(
+    accelerator: Accelerator, prepared: Prepared, loss_sum: LossSum, config: CommonsenseConfig, step: int
+) -> None:
     plan = BatchPlan([LENGTH] * ROWS, [LENGTH] * ROWS, ROWS, 0)
     own = accelerator.process_index, accelerator.num_processes
     for indices in plan.micro_batches(step, *own, config.train.micro_batch_size):
@@ -75,10 +77,10 @@ def _step(accelerator: Accelerator, prepared: Prepared, config: CommonsenseConfi
 def sent(rank: int, world_size: int, engine: str, config: CommonsenseConfig) -> int:
     """Bytes that a step puts into collectives, without AdaLoRA's; the second: in the first engines look around."""
     accelerator = _accelerator(engine, config)
-    prepared = _prepared(accelerator, config)
-    _step(accelerator, prepared, config, 0)
+    prepared, loss_sum = _prepared(accelerator, config)
+    _step(accelerator, prepared, loss_sum, config, 0)
     with WireBytes(world_size) as wire:
-        _step(accelerator, prepared, config, 1)
+        _step(accelerator, prepared, loss_sum, config, 1)
     partials = prepared.hooks.bound.partials
     prepared.hooks.detach()
     return wire.num_bytes - (4 * partials.numel() if prepared.hooks.engine.shard_group is not None else 0)
@@ -90,11 +92,11 @@ def counted(rank: int, world_size: int, engine: str, config: CommonsenseConfig) 
     accelerator = _accelerator(engine, config)
     marks, summed = [], 0
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        prepared = _prepared(accelerator, config)
+        prepared, loss_sum = _prepared(accelerator, config)
         for step in range(STEPS):
             gc.collect()  # of the model that engines have replaced, and of what a step leaves in circles
             marks.append(time.time_ns())
-            _step(accelerator, prepared, config, step)
+            _step(accelerator, prepared, loss_sum, config, step)
             if step == 0 and prepared.hooks.engine.shard_group is not None:
                 summed = 4 * prepared.hooks.bound.partials.numel()
             prepared.hooks.catch_up(step + 1)
