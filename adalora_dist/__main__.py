@@ -136,6 +136,7 @@ def _placement() -> _Parser:
     add("--node-rank", type=_at_least_0, metavar="K", help="number of this machine, from 0; default: SLURM's")
     add("--main-address", metavar="HOST[:PORT]", help="of machine 0; default: SLURM's first, port 29500")
     add("--deepspeed-config", type=Path, metavar="FILE", help="in place of the one that zero2 or zero3 has")
+    add("--restarts", type=_at_least_0, default=0, metavar="N", help="after a failure start again, N times at most")
     return parser
 
 
@@ -228,8 +229,9 @@ def _run(arguments: argparse.Namespace) -> None:
     command = ["adalora-dist", *arguments.words]
     given, flags = _placement().parse_known_args(arguments.flags, arguments)
     placement = Placement(
-        given.engine, given.processes, given.nodes, given.node_rank, given.main_address, given.deepspeed_config
-    )
+        given.engine, given.processes, given.nodes, given.node_rank, given.main_address, given.deepspeed_config,
+        given.restarts,
+    )  # fmt: skip
     start(given.recipe, placement, flags, command)
 
 

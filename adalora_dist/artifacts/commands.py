@@ -15,7 +15,7 @@ from adalora_dist.artifacts.checkpoints.files import step_of
 from adalora_dist.artifacts.checkpoints.writer import checkpoint_at, newest_checkpoint
 from adalora_dist.artifacts.export import SavedAdapter, read_adapter
 from adalora_dist.artifacts.formats import FORMATS, Options, as_lora
-from adalora_dist.artifacts.hub.pictures import draw_history, draw_rank_map, read_history
+from adalora_dist.artifacts.hub.pictures import draw_history, rank_pictures, read_history
 from adalora_dist.artifacts.peft_format import fold
 from adalora_dist.artifacts.tables import rank_table
 from adalora_dist.backbones.dequantized import QuantizedWeight, read_quantization_record
@@ -272,9 +272,8 @@ def inspect_run(path: Path, picture_format: Literal["svg", "png", "none"] = "svg
         else:
             say("\nIts adapter folder is written when the run is finished")
     if picture_format != "none":
-        drawn = [path / f"ranks.{picture_format}"]
-        draw_rank_map(pattern, drawn[0])
+        drawn = rank_pictures(pattern, path, picture_format)
         if history:
             drawn.append(path / f"history.{picture_format}")
-            draw_history(history, drawn[1])
+            draw_history(history, drawn[-1])
         say(f"\nPictures: {', '.join(map(str, drawn))}")

@@ -1,9 +1,6 @@
 """LoRA of stacked experts as PEFT has it: ``target_parameters``, with one rank for all experts of a stack.
 
-Experts of a lower rank get zeros, so the function is the same. PEFT keeps A of all experts one below the other,
-(experts * r, d_in), and in B, (d_out, r * experts), the experts are what changes fastest. Where it takes a transposed
-stack for one that is not (Llama 4), A and B change places. Of two stacks in one module, the second lies around the
-first.
+Experts of a lower rank get zeros, so the function is the same. Files: methods/adalora/peft_stacks.py.
 """
 
 from __future__ import annotations
@@ -14,9 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
-from adalora_dist.artifacts.expert_merge import stacks_among
+from adalora_dist.artifacts.edits import stacks_among
 from adalora_dist.backbones.experts import ExpertStack
 from adalora_dist.io.errors import UserError
+from adalora_dist.methods.adalora.peft_stacks import is_swapped, packed, wrapper_paths
 from adalora_dist.methods.adalora.start import PREFIX
 from adalora_dist.methods.update import AdapterWeights
 
@@ -49,6 +47,7 @@ def expert_lora(adapters: Sequence[AdapterWeights], model: PreTrainedModel | Non
         UserError: stacks are transposed, and without a model nobody knows how PEFT takes them.
     """
     found = ExpertLora({}, {}, {}, [])
+    factors: dict[ExpertStack, tuple[torch.Tensor, torch.Tensor]] = {}
     of_experts: set[str] = set()
     for stack, matrices in stacks_among(adapters).items():
         owner = _module(model, stack)
@@ -68,23 +67,14 @@ def expert_lora(adapters: Sequence[AdapterWeights], model: PreTrainedModel | Non
         rank = max(rank, least)
         a = torch.stack([_padded(m.Q, rank) for m in matrices])  # (experts, r, d_in)
         b = torch.stack([_padded((m.P * (m.scale * m.lam)).T, rank) for m in matrices])  # (experts, r, d_out)
-        if stack.is_transposed and not getattr(owner, "is_transposed", False):
-            a, b = b, a
         found.ranks[stack.name] = rank
-        if stack.owner in found.parameters:
-            inner = f"{stack.owner}.base_layer"
-            found.parameters[inner] = found.parameters[stack.owner]
-            for kind in ("lora_A", "lora_B"):
-                found.tensors[_key(inner, kind)] = found.tensors[_key(stack.owner, kind)]
-        found.parameters[stack.owner] = stack.leaf
-        found.tensors[_key(stack.owner, "lora_A")] = a.flatten(0, 1)
-        found.tensors[_key(stack.owner, "lora_B")] = b.permute(2, 1, 0).flatten(1)
+        factors[stack] = packed(a, b, is_swapped(stack, owner))
+    for path, stack in wrapper_paths(list(factors)).items():
+        found.parameters[path] = stack.leaf
+        for kind, factor in zip(("lora_A", "lora_B"), factors[stack], strict=True):
+            found.tensors[f"{PREFIX}{path}.{kind}.weight"] = factor
     found.others.extend(adapter for adapter in adapters if adapter.name not in of_experts)
     return found
-
-
-def _key(path: str, kind: str) -> str:
-    return f"{PREFIX}{path}.{kind}.weight"
 
 
 def _module(model: PreTrainedModel | None, stack: ExpertStack) -> nn.Module | None:

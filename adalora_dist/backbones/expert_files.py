@@ -57,7 +57,8 @@ def _stacked(names: FileNames, stack: ExpertStack, sources: tuple[Stored, ...]) 
         conversion = names.rules.conversion_of(stored.key) if names.rules is not None else None
         if conversion is None or conversion.operations not in (("MergeModulelist 0",), _SIDE_BY_SIDE):
             raise _unknown(stack, names)
-        found = re.search(re.escape(conversion.pattern).replace(r"\*", r"(\d+)"), stored.key)
+        spelt = re.sub(r"\\(.)", r"\1", conversion.pattern)  # some tables escape their dots, most do not
+        found = re.search(re.escape(spelt).replace(r"\*", r"(\d+)"), stored.key)
         if found is None or not found.groups() or int(found[1]) >= stack.num_experts:
             raise _unknown(stack, names)
         by_expert.setdefault(int(found[1]), {})[conversion.position] = stored

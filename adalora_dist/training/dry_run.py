@@ -63,12 +63,14 @@ class DryRun:
     """At the start: every matrix at init_rank."""
     num_other_trained: int
     """Trained in full besides: a new head, or the whole model."""
+    num_kept: int
+    """Of the adapters' those that no selection removes."""
     sizes: tuple[int, ...]
     """Parameters of one triplet, d_in + d_out + 1 (plain LoRA: without the 1), of each matrix."""
     shares: dict[str, int]
     """Numbers of the model by what becomes of them, see ``weight_shares``."""
     schedule: BudgetSchedule | None
-    """None where no budget falls: every method but adalora."""
+    """None where no budget falls."""
     fitted: Fitted | None
     """None where no budget of parameters is set."""
     described: Described
@@ -87,14 +89,14 @@ class DryRun:
         """Adapter parameters at the end, if the final budget is spread evenly over the matrices."""
         if self.schedule is None:
             return self.num_adapter_parameters
-        return -(-self.schedule.target_budget * sum(self.sizes) // len(self.sizes))  # rounded up
+        return self.num_kept - (-self.schedule.target_budget * sum(self.sizes) // len(self.sizes))  # rounded up
 
     def final_range(self, init_rank: int) -> tuple[int, int]:
         """Fewest and most adapter parameters that the final budget can leave: all in small matrices, or in large."""
         assert self.schedule is not None
         each = sorted(size for size in self.sizes for _ in range(init_rank))
         budget = self.schedule.target_budget
-        return sum(each[:budget]), sum(each[len(each) - budget :])
+        return self.num_kept + sum(each[:budget]), self.num_kept + sum(each[len(each) - budget :])
 
 
 def plan_run(
@@ -131,10 +133,11 @@ def plan_run(
     num_steps = total_steps(config.train, plan)
     schedule = method_for(adapter).step(adapters, num_steps).schedule
     sizes = tuple(adapter.part_size for adapter in adapters for _ in adapter.matrix_names())
+    of_parts = sum(adapter.part_size * len(adapter.held()) for adapter in adapters)
     described = Described(config.model_copy(update={"adapter": adapter}), auto_class, architecture, model)
     return DryRun(
-        name, num_parameters, num_rows, num_steps, len(sizes), trained - others, others, sizes, weight_shares(model),
-        schedule, fitted, described,
+        name, num_parameters, num_rows, num_steps, len(sizes), trained - others, others,
+        trained - others - of_parts, sizes, weight_shares(model), schedule, fitted, described,
     )  # fmt: skip
 
 
@@ -218,6 +221,8 @@ def _architecture(config: RunConfig, name: str, architectures: Path) -> Any:
             **({} if is_shipped else {"revision": config.model.revision}),
             trust_remote_code=config.model.trust_remote_code,
         )
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(

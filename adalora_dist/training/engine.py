@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import (
     DistributedType,
     GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
     is_aim_available,
     is_clearml_available,
     is_comet_ml_available,
@@ -31,7 +32,9 @@ from adalora_dist.config.sections import RunConfig, TrainConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.launchers import OWN_COMMAND
 from adalora_dist.io.redaction import redacted, redacted_command
+from adalora_dist.io.terminal import keep_from_listeners
 from adalora_dist.training.launch import deepspeed_file, is_true
+from adalora_dist.training.rendezvous import init_method
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
@@ -91,14 +94,15 @@ def _started(
     train: TrainConfig, on_cpu: bool, use_fsdp: bool, use_deepspeed: bool, environment: Mapping[str, str]
 ) -> Accelerator:
     """The process group, and the accelerator over it."""
+    meeting = init_method(environment)
     if on_cpu:
         _use_all_cores(environment)
         if use_deepspeed:
             _prepare_deepspeed_on_cpu()
-            PartialState(backend="gloo")
+            PartialState(backend="gloo", **meeting)
         else:
             os.environ["ACCELERATE_USE_CPU"] = "true"
-            PartialState(cpu=True)
+            PartialState(cpu=True, **meeting)
         if use_fsdp:
             # accelerate promotes to FSDP from the accelerator types only.
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
@@ -107,6 +111,7 @@ def _started(
         mixed_precision=_PRECISION[computed_in(train.precision)],
         log_with=_installed_trackers(train.trackers),
         project_dir=train.output_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(**meeting)] if meeting else None,
         # The loop cuts batches itself and takes every scale into its own loss; accelerate only has to hold back the
         # gradient reduction until the last micro-step.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -150,11 +155,31 @@ def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
             accelerator.init_trackers("adalora-dist", config=flat)
         finally:
             sys.argv = words
+        keep_from_listeners()
 
 
-def num_micro_steps(train: TrainConfig, world_size: int) -> int:
-    """Forward and backward passes per optimizer step: the fewest that respect ``micro_batch_size``."""
-    return -(-train.batch_size // (train.micro_batch_size * world_size))
+def num_micro_steps(train: TrainConfig, world_size: int, length: int | None = None) -> int:
+    """Forward and backward passes per optimizer step: the fewest that respect the limits of a micro-batch.
+
+    Args:
+        length: tokens of every row. Without it ``micro_batch_tokens`` tells no number: then it is 2 if there can be
+            several, so that engines make ready to add gradients up (:func:`begin_accumulation` counts).
+    """
+    if train.micro_batch_tokens and length is None:
+        return min(2, -(-train.batch_size // world_size))
+    rows = max(1, train.micro_batch_tokens // (length or 1)) if train.micro_batch_tokens else train.micro_batch_size
+    return -(-train.batch_size // (rows * world_size))
+
+
+def begin_accumulation(accelerator: Accelerator, num_micro_steps: int) -> int:
+    """The next so many backward passes are one optimizer step. Returns the number by which the engine divides losses.
+
+    It is this number, but under DeepSpeed, which divides by the one it was built with.
+    """
+    accelerator.step, accelerator.gradient_accumulation_steps = 0, num_micro_steps
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return int(AcceleratorState().deepspeed_plugin.deepspeed_config["gradient_accumulation_steps"])
+    return num_micro_steps
 
 
 def engine_name(accelerator: Accelerator) -> str:

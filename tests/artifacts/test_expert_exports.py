@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from adalora_dist import AdaLoraConfig, adapt, attach
 from adalora_dist.artifacts.export import load_adapter, merge, read_adapter, save_adapter, task_settings
+from adalora_dist.artifacts.hub.pictures import draw_expert_map, expert_grids, rank_pictures
 from adalora_dist.artifacts.peft_format import save_adalora, save_lora, vllm_options
 from adalora_dist.artifacts.tables import rank_table
 from adalora_dist.backbones.names import plain_model
@@ -98,6 +100,21 @@ def test_what_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:
     base = str(tmp_path / "base")
     line = refusal(partial(save_adalora, model=model), updates, tmp_path / "x", base)
     assert "no AdaLoRA of experts" in line and "down_proj" in line
+
+
+def test_pictures_have_a_map_of_layers_by_experts(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    pattern = {f"model.layers.{k}.mlp.experts.{e}.{p}": e % 5 for k in range(40) for e in reversed(range(128))
+               for p in ("gate_up_proj", "down_proj")}  # fmt: skip
+    assert expert_grids(pattern)["down_proj"]["model.layers.7.mlp.experts"] == [e % 5 for e in range(128)]
+    assert [path.name for path in rank_pictures(pattern, tmp_path, "svg")] == ["ranks.svg", "experts.svg"]
+    written = (tmp_path / "experts.svg").read_text(encoding="utf-8")
+    assert "model.layers.38.mlp.experts" in written and "model.layers.39.mlp.experts" not in written  # every second
+    assert f"down_proj: {40 * sum(e % 5 for e in range(128))} triplets, {40 * 26} experts at 0" in written
+    few = {name: rank for name, rank in pattern.items() if int(name.split(".")[5]) < 3}
+    assert rank_pictures({"q_proj": 1}, tmp_path, "png") == [tmp_path / "ranks.png"]
+    draw_expert_map(few | {"layers.0.experts.0.w1": 9}, tmp_path / "few.svg")
+    assert "9" in re.findall(r">(\d+)</text>", (tmp_path / "few.svg").read_text(encoding="utf-8"))
 
 
 def test_tables_have_experts_by_layer_and_by_expert() -> None:

@@ -18,7 +18,7 @@ import yaml
 from adalora_dist.__main__ import main
 from adalora_dist.artifacts.report.charts import chart, value_at
 from adalora_dist.artifacts.report.page import write_report
-from adalora_dist.artifacts.report.ranks import frames_of, rank_map
+from adalora_dist.artifacts.report.ranks import expert_maps, frames_of, rank_map
 from adalora_dist.artifacts.report.runs import RunRecord, read_runs
 from adalora_dist.artifacts.report.watch import view
 from adalora_dist.config.sections import RunConfig
@@ -275,6 +275,10 @@ def test_the_experts_of_a_layer_are_one_cell(tmp_path: Path) -> None:
         ("2", 2, "2"),
     ]
     assert "11" in view(record, in_colour=True)
+    experts = Page(write_report([run])).text
+    assert "active rank of each expert, up, of 6 at most" in experts
+    by_expert = re.findall(r'<b class="s(\d+)">(\d+)</b>', expert_maps(record))
+    assert by_expert == [("10", "6"), ("9", "5")]
 
 
 def test_numbers_that_no_run_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

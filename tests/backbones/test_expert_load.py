@@ -45,6 +45,8 @@ def test_experts_arrive_by_rows_and_learn_as_on_one_process(world_size, tmp_path
         torch.testing.assert_close(result["losses"], expected["losses"], rtol=1e-5, atol=0)
         assert result["loaded_bytes"] == 0
         assert result["held_bytes"] <= expected["held_bytes"] / world_size + result["row_bytes"]
+        # At no time more than what is left in the end, and one stack of experts.
+        assert result["peak_bytes"] <= result["held_bytes"] + result["trained_bytes"] + result["largest_bytes"]
 
 
 @pytest.mark.slow

@@ -32,6 +32,16 @@ deepspeed = import_deepspeed()
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora_fa": {"init_rank": 3, "alpha": 6},
     "dora": {"init_rank": 3, "alpha": 6},
+    "adadora": {
+        "init_rank": 3,
+        "target_rank": 1.5,
+        "alpha": 6,
+        "start": "paper",
+        "init": "orthonormal",
+        "initial_warmup_steps": 1,
+        "final_steps": 2,
+        "mask_interval_steps": 2,
+    },
     "vera": {"init_rank": 5},
     "dvora": {"init_rank": 5},
     "hydra": {"init_rank": 3, "sequential_rank": 2},
@@ -53,7 +63,7 @@ VARIANTS_OF: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """More rows for losses and resume: what does something else at every step; a prefix, whose start changes the model; and
 methods whose exports have tests of their own."""
-ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
+ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 MOVES = (("fsdp2", "zero3"), ("zero3", "ddp"), ("zero2", "fsdp2"))
 STEPS, STOP, GLOBAL_BATCH = 8, 4, 24
 
@@ -175,7 +185,7 @@ VARIANTS: dict[str, dict[str, bool]] = {
 """Of recipes' settings each engine gets some."""
 
 
-SLOW = ("hydra", "dylora", "houlsby", "pfeiffer", "adapterdrop", "series", "parallel", "lora_fa", "dvora")
+SLOW = ("adadora", "hydra", "dylora", "houlsby", "pfeiffer", "adapterdrop", "series", "parallel", "lora_fa", "dvora")
 """Nothing that they do has to do with a backbone's files, or with how it is quantised, but what the others do, too:
 dora reads the backbone's weights, vera makes matrices of a seed."""
 
@@ -191,7 +201,7 @@ def test_over_a_backbone_from_files(method: str, quantization: str, tmp_path: Pa
     adapter, folder = section(method), write_llama(tmp_path)
     [expected] = run_ranks(1, quantized_runs.run, Case(method=quantization, adapter=adapter), folder)
     assert expected.losses[-1] < expected.losses[0]
-    for engine in ENGINES:
+    for engine in VARIANTS:
         case = Case(engine, quantization, adapter=adapter, **VARIANTS[engine])
         for found in run_ranks(2, quantized_runs.run, case, folder):
             assert found.losses == pytest.approx(expected.losses, rel=2e-5), engine

@@ -16,10 +16,13 @@ from transformers import AutoModelForCausalLM
 from adalora_dist.artifacts.peft_format import save_adalora, save_lora
 from adalora_dist.backbones.load import load_backbone
 from adalora_dist.config.sections import ModelConfig
+from adalora_dist.methods import method_for
 from adalora_dist.methods.adalora.start import _VARIANTS
 from adalora_dist.methods.inject import adapt
-from adalora_dist.methods.protocol import adapters_of
+from adalora_dist.methods.protocol import adapters_of, trained_parameters
+from adalora_dist.methods.update import AdapterWeights
 from tests.support.adapted_models import IDS, TOLERANCE, build, logits, weights_of, with_adapters
+from tests.support.expert_models import loss_of, mixture
 from tests.support.ranks import run_ranks
 from tests.support.refusals import refusal
 from tests.support.settings import adapter_section
@@ -73,6 +76,44 @@ def test_lora_as_the_start(tmp_path: Path, kind: str, options: dict[str, Any]) -
         for factor in (layer.P, layer.Qt):  # ready for the regulariser
             torch.testing.assert_close(factor[:, :rank].T @ factor[:, :rank], torch.eye(rank), rtol=0, atol=1e-5)
             assert factor[:, rank:].abs().min() > 0  # the others as always: they can grow
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "llama4"])
+@pytest.mark.parametrize("parameters", [["experts.gate_up_proj", "experts.down_proj"], ["experts.down_proj"]])
+def test_lora_of_experts_as_the_start(tmp_path: Path, kind: str, parameters: list[str]) -> None:
+    """Written by PEFT, of one stack of a layer or of both, beside a linear map; then written here, and read again."""
+    options: dict[str, Any] = {"target_parameters": parameters, "rank_pattern": {".*down_proj": 3}, "lora_alpha": 5}
+    model = get_peft_model(mixture(kind).eval(), LoraConfig(r=2, target_modules=["q_proj"], **options))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    expected, before = loss_of(model), loss_of(mixture(kind).eval())
+    assert (expected - before).abs() > 1e-3
+    model.save_pretrained(tmp_path / "theirs")
+    section = {"targets": ("experts", "q_proj"), "init_rank": 4, "alpha": 9, "start": "paper"}
+    ours = mixture(kind).eval()
+    adapters = adapt(ours, adapter_section(init_from=str(tmp_path / "theirs"), **section))
+    assert (loss_of(ours) - expected).abs() < 1e-5
+    for layer in adapters:
+        size = 3 if layer.name.endswith("down_proj") else 2 if layer.name.endswith("q_proj") or parameters[1:] else 0
+        assert (layer.lam.view(-1, 4) != 0).sum(1).eq(size).all()
+
+    whole = trained_parameters(ours)
+    updates = method_for(adapter_section(**section)).updates(
+        {a.name: a.description() for a in adapters}, {a.name: a.held() for a in adapters}, None, whole.get
+    )
+    save_lora([u for u in updates if isinstance(u, AdapterWeights)], tmp_path / "ours", None, model=mixture(kind))
+    again = mixture(kind).eval()
+    adapt(again, adapter_section(init_from=str(tmp_path / "ours"), method="lora", **section | {"start": None}))
+    assert (loss_of(again) - expected).abs() < 1e-5
+    line = refusal(adapt, mixture(kind), adapter_section(init_from=str(tmp_path / "theirs"), **section | {
+        "targets": ("q_proj",)}))  # fmt: skip
+    assert "experts.0.down_proj" in line and "not among the targets" in line
+    line = refusal(adapt, mixture(kind), adapter_section(init_from=str(tmp_path / "theirs"), **section | {
+        "init_rank": 2}))  # fmt: skip
+    assert "has rank 3 at" in line and "set init_rank to at least 3" in line
 
 
 def test_lora_as_the_start_of_lora(tmp_path: Path) -> None:

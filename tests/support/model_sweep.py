@@ -39,10 +39,17 @@ AUTO_CLASSES = {
     "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 }
 WORKS, REFUSED, NOT_TRIED, FAILS = "works", "refused", "not tried", "fails"
+LATENT = dict(num_key_value_heads=4, head_dim=8)
 MAMBA2 = dict(mamba_n_heads=4, mamba_d_head=16, mamba_expand=2, mamba_d_ssm=64)
 CHANGES: dict[str, dict[str, Any]] = {
     "Jamba": dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
                   use_mamba_kernels=False, mamba_dt_rank=4),
+    **dict.fromkeys(("AXK", "BailingHybrid", "DeepseekV3", "Glm4MoeLite", "GlmMoeDsa"), LATENT),
+    **dict.fromkeys(("KimiLinear", "MiniCPM3", "Youtu"), LATENT),
+    "DeepseekV2": LATENT | dict(num_experts_per_tok=2, n_routed_experts=4, topk_method="greedy"),
+    "Dots1": dict(n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, first_k_dense_replace=1,
+                  n_group=1, topk_group=1),
+    "Lfm2Moe": dict(layer_types=["conv", "full_attention"], num_dense_layers=1),
     "Mamba2": dict(num_heads=8, head_dim=8, expand=2, n_groups=1),
     "Bamba": MAMBA2,
     "FalconH1": MAMBA2,

@@ -16,12 +16,14 @@ from adalora_dist.backbones.load import load_backbone
 from adalora_dist.config.methods import AdaLoraConfig
 from adalora_dist.config.sections import ModelConfig, RunConfig, TrainConfig
 from adalora_dist.methods.inject import adapt
+from adalora_dist.sharding.tensors import full_numel, local_part
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.losses import causal_loss
 from adalora_dist.training.engine import build_accelerator
 from adalora_dist.training.loop import train
 from adalora_dist.training.prepared import prepare
 from adalora_dist.training.run_folder import RunFolder
+from tests.support.memory import peak_bytes
 from tests.support.paths import DS_CONFIGS
 
 ENVIRONMENT = {
@@ -69,13 +71,19 @@ def run(
     config = RunConfig(model=ModelConfig(name=str(folder)), adapter=ADAPTER.model_copy(update=changes), train=settings)
     accelerator = start(engine, settings)
     torch.manual_seed(5)
-    if engine == "fsdp2 whole":  # loaded in full, to be sharded after that
-        model = auto_class.from_pretrained(folder)
-    else:
-        model, _ = load_backbone(config.model, auto_class)
-    loaded_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if not p.is_meta)
-    adapt(model, config.adapter, seed=1)
-    prepared = prepare(accelerator, model, config, STEPS)
+
+    def load() -> tuple[Any, int, Any]:
+        if engine == "fsdp2 whole":  # loaded in full, to be sharded after that
+            model = auto_class.from_pretrained(folder)
+        else:
+            model, _ = load_backbone(config.model, auto_class)
+        loaded_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if not p.is_meta)
+        adapt(model, config.adapter, seed=1)
+        return model, loaded_bytes, prepare(accelerator, model, config, STEPS)
+
+    loaded: list[tuple[Any, int, Any]] = []
+    peak = peak_bytes(lambda: loaded.append(load()), folder.glob("*.safetensors"))
+    [(model, loaded_bytes, prepared)] = loaded
     frozen = [p for p in prepared.model.parameters() if not p.requires_grad]
     if engine.startswith("fsdp2"):
         assert all(isinstance(p, DTensor) and not p.is_meta for p in frozen)
@@ -93,6 +101,9 @@ def run(
         "training": model.training,
         "loaded_bytes": loaded_bytes,
         "held_bytes": sum(t.numel() * t.element_size() for t in held),
+        "peak_bytes": peak,
+        "trained_bytes": sum(local_part(p).numel() * 4 for p in prepared.model.parameters() if p.requires_grad),
+        "largest_bytes": max(full_numel(p) * p.element_size() for p in frozen),
         "row_bytes": sum(p.shape[1:].numel() * p.element_size() for p in frozen),
         "num_frozen": len(frozen),
     }

@@ -22,7 +22,7 @@ from adalora_dist.training.plan.live import LiveBytes
 from adalora_dist.training.plan.plan import Plan, Planner
 from adalora_dist.training.plan.text import cluster_text, own_text
 from adalora_dist.training.start import Placement, environments_of
-from tests.support.planned_runs import STEPS, architecture, configuration, counted, sent
+from tests.support.planned_runs import LENGTH, STEPS, architecture, configuration, counted, sent
 from tests.support.ranks import run_ranks
 from tests.support.recipe_runs import ENGINES
 
@@ -70,7 +70,9 @@ def test_a_plan_is_what_a_run_does(engine: str, world_size: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("engine", "slack"), [("ddp", 512), ("fsdp2", 0), ("zero1", 16), ("zero2", 16), ("zero3", 0.01)])
+@pytest.mark.parametrize(
+    ("engine", "slack"), [("ddp", 512), ("fsdp2", 0), ("zero1", 16), ("zero2", 16), ("zero3", 0.01)]
+)
 def test_what_an_engine_sends_is_counted(engine: str, slack: float) -> None:
     """Two micro-steps on two processes. Besides: DDP's buffers, DeepSpeed's norms; stage 3 gathers a little more."""
     plan = planner(micro_batch_size=2).plan(Cluster.parse("2x80GB", engine=engine))
@@ -153,6 +155,15 @@ def test_what_does_not_fit_is_helped() -> None:
     assert "nothing that is tried" in cluster_text(plans, Cluster.parse("0.001GB"), STEPS)
     words = [words for words, _ in plans.changes(Cluster.parse("0.001GB"))]
     assert words[-1].endswith("--gradient-checkpointing --quantization nf4 --engine fsdp2 --nodes 8")
+
+
+def test_micro_batches_by_tokens_are_planned_as_rows() -> None:
+    by_tokens, by_rows = planner(micro_batch_tokens=4 * LENGTH + 1), planner(micro_batch_size=4)
+    cluster = Cluster.parse("0.001GB")
+    assert by_tokens.plan(cluster) == by_rows.plan(cluster) and by_rows.plan(cluster).micro_batch == 4
+    words = [words for words, _ in by_tokens.changes(cluster)]
+    assert words[:2] == [f"--micro-batch-tokens {2 * LENGTH}", f"--micro-batch-tokens {LENGTH}"]
+    assert words[2] == f"--micro-batch-tokens {LENGTH} --gradient-checkpointing"
 
 
 def test_int8_is_planned_where_it_runs() -> None:

@@ -18,7 +18,7 @@ from adalora_dist.artifacts.adapter_files import checked_task
 from adalora_dist.artifacts.auto_classes import auto_class
 from adalora_dist.artifacts.hub.files import without_tokens
 from adalora_dist.artifacts.hub.metadata import Scores, metadata
-from adalora_dist.artifacts.hub.pictures import draw_history, draw_rank_map, read_history
+from adalora_dist.artifacts.hub.pictures import draw_history, rank_pictures, read_history
 from adalora_dist.artifacts.results import records_in, scores_of, subject_of
 from adalora_dist.config.hub_names import is_repo_id
 from adalora_dist.config.methods import DEFAULT_METHOD
@@ -80,7 +80,7 @@ def _said(config: Mapping[str, Any]) -> str:
 
 
 def card_pictures(run: Path) -> dict[str, bytes]:
-    """ranks.svg and history.svg, of what the run has written.
+    """ranks.svg, experts.svg where there are experts, and history.svg, of what the run has written.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -89,7 +89,7 @@ def card_pictures(run: Path) -> dict[str, bytes]:
         folder = Path(name)
         pattern = _pattern(run)
         if pattern:
-            draw_rank_map(pattern, folder / "ranks.svg")
+            rank_pictures(pattern, folder, "svg")
         allocations = read_history(run / "allocations.jsonl")
         if allocations:
             draw_history(allocations, folder / "history.svg")

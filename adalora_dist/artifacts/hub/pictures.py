@@ -1,4 +1,4 @@
-"""A run's ranks as pictures (SVG or PNG): the map of layers and matrices, and how budget, scores and churn went."""
+"""A run's ranks as pictures (SVG or PNG): maps of layers by matrices and by experts; how budget, scores, churn went."""
 
 from __future__ import annotations
 
@@ -20,16 +20,27 @@ if TYPE_CHECKING:
     from matplotlib.ticker import MaxNLocator
 
 
-_EXPERT = re.compile(r"(.*experts)\.\d+\.([^.]+)")
+_EXPERT = re.compile(r"(.*experts)\.(\d+)\.([^.]+)")
+_NUMBERED_EXPERTS = 16
+"""So many cells of a line have room for their numbers."""
 
 
 def of_experts(pattern: Mapping[str, int]) -> dict[str, list[int]]:
     """The ranks of all experts of a layer for one projection, expert after expert, by the name that they share."""
-    found: dict[str, list[int]] = {}
+    found: dict[str, dict[int, int]] = {}
     for name, rank in pattern.items():
         if match := _EXPERT.fullmatch(name):
-            found.setdefault(f"{match[1]}.{match[2]}", []).append(rank)
-    return found
+            found.setdefault(f"{match[1]}.{match[3]}", {})[int(match[2])] = rank
+    return {name: [ranks[expert] for expert in sorted(ranks)] for name, ranks in found.items()}
+
+
+def expert_grids(pattern: Mapping[str, int]) -> dict[str, dict[str, list[int]]]:
+    """By projection a line for each layer that has it: the ranks of its experts, as :func:`of_experts`."""
+    grids: dict[str, dict[str, list[int]]] = {}
+    for name, ranks in of_experts(pattern).items():
+        layer, _, projection = name.rpartition(".")
+        grids.setdefault(projection, {})[layer] = ranks
+    return grids
 
 
 def rank_grid(pattern: Mapping[str, int]) -> tuple[list[str], list[str], dict[tuple[str, str], int]]:
@@ -85,6 +96,57 @@ def draw_rank_map(pattern: Mapping[str, int], path: Path) -> None:
     axes.set_title(f"Active ranks: {sum(pattern.values())} triplets in {len(pattern)} matrices", fontsize=10)
     figure.colorbar(image, ax=axes, label="rank").locator = _whole_numbers()
     _save(figure, path)
+
+
+def draw_expert_map(pattern: Mapping[str, int], path: Path) -> None:
+    """Heat maps of experts, layers down and experts across, one for each projection; numbers where there is room.
+
+    Args:
+        pattern: active rank by name of the adapted matrix; some are experts' (:func:`of_experts`).
+        path: of the .svg or .png to write.
+
+    Raises:
+        UserError: as :func:`draw_rank_map`.
+    """
+    grids = expert_grids(pattern)
+    num_experts = max(len(ranks) for grid in grids.values() for ranks in grid.values())
+    num_lines = sum(map(len, grids.values()))
+    figure = _figure(3.2 + max(4.0, 0.09 * num_experts), 0.9 * (1 + len(grids)) + 0.16 * num_lines)
+    heights = [len(grid) + 2 for grid in grids.values()]
+    all_axes = figure.subplots(len(grids), squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    largest = max(1, *(rank for grid in grids.values() for ranks in grid.values() for rank in ranks))
+    for axes, (projection, grid) in zip(all_axes, grids.items(), strict=True):
+        values = [[*ranks, *[float("nan")] * (num_experts - len(ranks))] for ranks in grid.values()]
+        image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, vmax=largest, interpolation="nearest")
+        if num_experts <= _NUMBERED_EXPERTS:
+            for line, ranks in enumerate(grid.values()):
+                for expert, rank in enumerate(ranks):
+                    colour = "white" if rank < 0.6 * largest else "black"
+                    axes.text(expert, line, str(rank), ha="center", va="center", fontsize=7, color=colour)
+        shown = range(0, len(grid), -(-len(grid) // 32))
+        names = list(grid)
+        axes.set_yticks(shown, [printable(names[line], 32) for line in shown], fontsize=7)
+        axes.xaxis.set_major_locator(_whole_numbers())
+        axes.tick_params(axis="x", labelsize=7)
+        total, at_zero = (sum(f(ranks) for ranks in grid.values()) for f in (sum, lambda ranks: ranks.count(0)))
+        axes.set_title(f"{printable(projection, 40)}: {total} triplets, {at_zero} experts at 0", fontsize=9)
+    all_axes[-1].set_xlabel("expert", fontsize=8)
+    figure.colorbar(image, ax=list(all_axes), label="rank").locator = _whole_numbers()
+    _save(figure, path)
+
+
+def rank_pictures(pattern: Mapping[str, int], folder: Path, ending: str) -> list[Path]:
+    """Draw ``ranks``, and where experts are adapted ``experts``, into a folder; returns what was written.
+
+    Raises:
+        UserError: as :func:`draw_rank_map`.
+    """
+    drawn = [folder / f"ranks.{ending}"]
+    draw_rank_map(pattern, drawn[0])
+    if of_experts(pattern):
+        drawn.append(folder / f"experts.{ending}")
+        draw_expert_map(pattern, drawn[1])
+    return drawn
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:

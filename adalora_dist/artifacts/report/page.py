@@ -14,7 +14,7 @@ from pathlib import Path
 
 from adalora_dist.artifacts.report.charts import Curve, chart
 from adalora_dist.artifacts.report.markup import folded, lines, mean_and_sd, number, said, table
-from adalora_dist.artifacts.report.ranks import frames_of, matrices_table, rank_map
+from adalora_dist.artifacts.report.ranks import expert_maps, frames_of, matrices_table, rank_map
 from adalora_dist.artifacts.report.runs import RunRecord, read_runs
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import NotReadable, opened
@@ -81,6 +81,7 @@ def report(runs: Sequence[RunRecord]) -> str:
         ("Summary", _summary(runs)),
         ("Curves", f'<div class="charts">{"".join(_charts(runs))}</div>'),
         ("Ranks over time", f'<div class="maps">{maps}</div>' if maps else ""),
+        ("Experts", "".join(map(expert_maps, runs))),
         ("Matrices", matrices_table(runs)),
         ("Scores", _scores(runs)),
         ("Samples", "".join(_samples(runs))),

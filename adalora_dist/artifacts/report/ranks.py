@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from adalora_dist.artifacts.hub.pictures import rank_grid
+from adalora_dist.artifacts.hub.pictures import expert_grids, rank_grid
 from adalora_dist.artifacts.report.markup import folded, mean_and_sd, number, said, table
 from adalora_dist.artifacts.report.runs import RunRecord
 
@@ -70,6 +70,21 @@ def rank_map(run: RunRecord, index: int, shown: Sequence[dict[str, Any]]) -> str
         )
     grid = table(caption, ["layer", *(said(c, 40) for c in columns)], rows, "ranks")
     return f'<div class="map" data-map="{index}">{slider}{grid}</div>'
+
+
+def expert_maps(run: RunRecord) -> str:
+    """Folded tables of experts, layers down and experts across, one for each projection; "" without experts."""
+    parts = []
+    for projection, grid in expert_grids(run.pattern).items():
+        largest = max(1, *(rank for ranks in grid.values() for rank in ranks))
+        num_experts = max(map(len, grid.values()))
+        rows = [
+            [said(layer, 60), *(f'<b class="s{shade(rank, largest)}">{rank}</b>' for rank in ranks)]
+            for layer, ranks in grid.items()
+        ]
+        caption = f"{said(run.label, 60)}: active rank of each expert, {said(projection, 40)}, of {largest} at most"
+        parts.append(folded(caption, table(caption, ["layer", *map(str, range(num_experts))], rows, "ranks experts")))
+    return "".join(parts)
 
 
 def shade(rank: int, largest: int) -> int:

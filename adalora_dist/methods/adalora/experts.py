@@ -41,7 +41,7 @@ class ExpertTriplets(TripletLayer):
         self.stack = stack
         self.__dict__["experts"] = experts  # which is the parent, not a part
         self.num_tokens: torch.Tensor | None = None
-        self._columns: dict[torch.device, torch.Tensor] = {}
+        self._columns: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def path(self) -> str:
@@ -74,35 +74,56 @@ class ExpertTriplets(TripletLayer):
             counted = offsets.diff(prepend=offsets.new_zeros(1)) if offsets is not None else x.any(-1).sum(-1)
             self.num_tokens = self.num_tokens.to(x.device).add_(counted)
         x = (x if self.dropout is None else self.dropout(x)).to(dtype)
-        q = self._by_expert(self.Qt.to(dtype))
-        p = self._by_expert(self.lambdas.weight(self).to(dtype)).transpose(1, 2)
+        q = self._by_expert(self.Qt.to(dtype), fill=False)
+        p = self._by_expert(self.lambdas.weight(self).to(dtype), fill=True).transpose(1, 2)
         if offsets is None:
             return torch.bmm(torch.bmm(x, q), p)
         return grouped_product(grouped_product(x, q, offsets), p, offsets)
 
     def settle(self) -> None:
-        """Where ranks differ, find the column that each one of the matrices is taken from if all are as wide.
+        """Where ranks differ, find where the column of each triplet lies if all matrices are equally wide.
 
-        On a GPU widths are multiples of 8 columns, which grouped products want to begin at 16 bytes.
+        Widths are whole multiples of 16 bytes, at which grouped products want matrices to begin.
         """
         ranks, self._columns = self.ranks, {}
-        unit = 8 if torch.cuda.is_available() else 1
+        unit = 8 if torch.cuda.is_available() else max(1, 16 // getattr(self.experts, self.stack.leaf).element_size())
         width = -(-max(ranks) // unit) * unit
         if set(ranks) == {width}:
             return
-        columns = torch.full((len(ranks), width), self.rank)
-        for row, rank, end in zip(columns, ranks, accumulate(ranks), strict=True):
-            row[:rank] = torch.arange(end - rank, end)
-        self._columns[torch.device("cpu")] = columns.flatten()
+        firsts, starts = [0, *accumulate(ranks)], range(0, len(ranks) * width, width)
+        sources = [min(first + k, self.rank - 1) for first in firsts[:-1] for k in range(width)]
+        places = [start + k for start, rank in zip(starts, ranks, strict=True) for k in range(rank)]
+        self._columns[torch.device("cpu")] = torch.tensor(sources), torch.tensor(places)
 
-    def _by_expert(self, matrix: torch.Tensor) -> torch.Tensor:
-        """(d, r) -> (experts, d, width), where experts of a lower rank have columns of zeros at the end."""
-        if self._columns:  # each column is taken once, but for that of zeros: its gradient has one summand
+    def _by_expert(self, matrix: torch.Tensor, fill: bool) -> torch.Tensor:
+        """(d, r) -> (experts, d, width); experts of a lower rank have columns of zeros at the end.
+
+        Args:
+            fill: whether those have to be zeros. Where they meet zeros in the next product, any finite ones will do.
+        """
+        if self._columns:
             if matrix.device not in self._columns:
-                self._columns[matrix.device] = self._columns[torch.device("cpu")].to(matrix.device)
-            zeros = matrix.new_zeros(len(matrix), 1)
-            matrix = torch.cat([matrix, zeros], dim=1).index_select(1, self._columns[matrix.device])
+                on_cpu = self._columns[torch.device("cpu")]
+                self._columns[matrix.device] = (on_cpu[0].to(matrix.device), on_cpu[1].to(matrix.device))
+            sources, places = self._columns[matrix.device]
+            spread: Callable[..., torch.Tensor] = _Spread.apply
+            matrix = spread(matrix, sources, places, fill)
         return matrix.view(len(matrix), self.stack.num_experts, -1).transpose(0, 1)
+
+
+class _Spread(torch.autograd.Function):
+    """Columns to their places in a wider matrix. Each goes to one place, and its gradient comes from there."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: torch.Tensor, sources: torch.Tensor, places: torch.Tensor, fill: bool) -> Any:
+        ctx.places = places
+        if fill:
+            return matrix.new_zeros(len(matrix), len(sources)).index_copy_(1, places, matrix)
+        return matrix.index_select(1, sources)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return grads[0].index_select(1, ctx.places), None, None, None
 
 
 class ExpertAdapters(nn.ModuleDict):
@@ -110,8 +131,11 @@ class ExpertAdapters(nn.ModuleDict):
 
     def add(self, leaf: str, x: torch.Tensor, offsets: torch.Tensor | None, y: torch.Tensor) -> torch.Tensor:
         """As ``run_with`` wants it."""
-        adapter = self[leaf] if leaf in self else None
-        return y if adapter is None or not adapter.rank else y.add_(adapter(x, offsets, y.dtype))
+        adapter = cast(ExpertTriplets, self[leaf]) if leaf in self else None
+        if adapter is None or not adapter.rank or not adapter.takes_part():
+            return y
+        added: torch.Tensor = adapter(x, offsets, y.dtype)
+        return y.add_(added)
 
 
 def put_beside(

@@ -3,7 +3,8 @@
 LoRA goes through an SVD of its update: P and Q have orthonormal columns and rows, as the regulariser wants them, and
 lambda holds the singular values, so that importance sees the update's own directions. Columns merely scaled to unit
 length would be as exact, but far from orthogonal, and the first steps would be spent on turning them. AdaLoRA's
-triplets have been through that regulariser already: they stay as they are, and only lambda is scaled.
+triplets have been through that regulariser already: they stay as they are, and only lambda is scaled. LoRA of stacked
+experts is one update for each of them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +20,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from adalora_dist.backbones.experts import ExpertStack
 from adalora_dist.backbones.files import is_module_pattern
-from adalora_dist.config.methods import LowRankConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import check_tensors, read_object
 from adalora_dist.methods.adalora.layers import TripletLayer
+from adalora_dist.methods.adalora.peft_stacks import targeted, unpacked, wrapper_paths
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of the plain model."""
@@ -53,12 +56,13 @@ class Triplets(NamedTuple):
     Q: torch.Tensor
 
 
-def read_peft(folder: Path, scale: float) -> dict[str, Triplets]:
+def read_peft(folder: Path, scale: float, stacks: Mapping[ExpertStack, bool] | None = None) -> dict[str, Triplets]:
     """An adapter folder of PEFT, by the names that its matrices have in the plain model.
 
     Args:
         folder: with adapter_config.json and adapter_model.safetensors; pickled weights are not read.
         scale: s, by which the branch is multiplied here.
+        stacks: all stacks of experts of the plain model, and whether PEFT swaps their factors (``is_swapped``).
 
     Raises:
         UserError: the folder is no such adapter, its variant has no such form (DoRA, PiSSA, biases), or a tensor in
@@ -73,9 +77,11 @@ def read_peft(folder: Path, scale: float) -> dict[str, Triplets]:
         raise UserError(
             f"init_from={folder} is no adapter folder of PEFT (adapter_config.json, adapter_model.safetensors): {error}"
         ) from error
-    _refuse_other_functions(config, kind, folder)
+    refuse_other_functions(config, kind, f"init_from={folder}")
     _check_numbers(config, kind, folder)
-    triplets = {}
+    stacks = stacks or {}
+    of_experts = wrapper_paths(targeted(stacks, config)) if kind == "LORA" else {}
+    triplets: dict[str, Triplets] = {}
     for key in [key for key in tensors if key.endswith(f".{_FACTORS[kind][0]}")]:
         stem = key.removesuffix(_FACTORS[kind][0])
         name = stem.removeprefix(PREFIX).removesuffix(".")
@@ -83,13 +89,24 @@ def read_peft(folder: Path, scale: float) -> dict[str, Triplets]:
         if not stem.startswith(PREFIX) or any(f is None or f.ndim != 2 for f in factors):
             raise UserError(f"init_from={folder}: {key} lacks its prefix or its other factor: export the adapter again")
         a, b, *e = (f.float() for f in factors if f is not None)
+        if (stack := of_experts.get(name)) is not None:
+            rank, rest = divmod(len(a), stack.num_experts)
+            if rest or len(a) != b.shape[1]:
+                raise UserError(
+                    f"init_from={folder}: the factors of {stack.name} are no {stack.num_experts} experts' of one rank: "
+                    "use the adapter's own base model"
+                )
+            a, b = unpacked(a, b, stack.num_experts, stacks[stack])
+            updates = decompose(b.mT, a, _lora_scale(config, stack.name, rank, folder) / scale)
+            triplets |= zip(stack.matrix_names(), map(Triplets, *updates), strict=True)
+            continue
         if not (len(a) == b.shape[1] == (len(e[0]) if e else len(a))):
             raise UserError(f"init_from={folder}: the factors of {name} have different ranks: export the adapter again")
         if kind == "ADALORA":
             theirs = config["lora_alpha"] / (config["init_r"] + RANKNUM_OFFSET)
             triplets[name] = Triplets(b, e[0].flatten() * (theirs / scale), a)
         else:
-            triplets[name] = _decompose(b, a, _lora_scale(config, name, len(a), folder) / scale)
+            triplets[name] = decompose(b, a, _lora_scale(config, name, len(a), folder) / scale)
     if tensors or not triplets:
         shown = ", ".join(sorted(tensors)[:3]) or "none"
         raise UserError(
@@ -99,19 +116,24 @@ def read_peft(folder: Path, scale: float) -> dict[str, Triplets]:
     return triplets
 
 
-def _refuse_other_functions(config: Mapping[str, Any], kind: str, folder: Path) -> None:
-    """Raise unless the adapter adds scale B A to the base as it is, and nothing else."""
+def refuse_other_functions(config: Mapping[str, Any], kind: str, where: str) -> None:
+    """Raise unless the adapter adds scale B A to the base as it is, and nothing else.
+
+    Args:
+        config: what adapter_config.json says.
+        where: the adapter, for messages.
+    """
     if kind not in _FACTORS:
-        raise UserError(f"init_from={folder} is of the type {kind!r:.50}: must be LORA or ADALORA")
+        raise UserError(f"{where} is of the type {kind!r:.50}: must be LORA or ADALORA")
     if (bias := config.get("bias", "none")) != "none":
-        raise UserError(f"init_from={folder} has bias={bias!r:.50}, trained biases: must be none")
+        raise UserError(f"{where} has bias={bias!r:.50}, trained biases: must be none")
     variant = next((f"{name} ({field})" for field, name in _VARIANTS.items() if config.get(field)), None)
     if variant is not None:
-        raise UserError(f"init_from={folder} is {variant}, which no triplets equal: must be plain LORA or ADALORA")
+        raise UserError(f"{where} is {variant}, which no triplets equal: must be plain LORA or ADALORA")
     init = config.get("init_lora_weights", True)
     if init not in _INITS_OF_ADAPTERS:
         raise UserError(
-            f"init_from={folder} has init_lora_weights={init!r:.50}, whose adapters go with a changed base: have PEFT "
+            f"{where} has init_lora_weights={init!r:.50}, whose adapters go with a changed base: have PEFT "
             "convert it to plain LoRA (save_pretrained with path_initial_model_for_weight_conversion)"
         )
 
@@ -129,11 +151,14 @@ def _check_numbers(config: Mapping[str, Any], kind: str, folder: Path) -> None:
             raise UserError(f"init_from={folder}: {name} in adapter_config.json is {value!r:.50}, must be a number > 0")
 
 
-def _decompose(b: torch.Tensor, a: torch.Tensor, factor: float) -> Triplets:
-    """SVD of factor * B A through QR of both, so the largest matrix decomposed is k x k; in float64."""
-    (q_b, r_b), (q_a, r_a) = (torch.linalg.qr(x.double()) for x in (b, a.T))
-    u, singular, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    return Triplets((q_b @ u).float(), (factor * singular).float(), (vt @ q_a.T).float())
+def decompose(b: torch.Tensor, a: torch.Tensor, factor: float) -> Triplets:
+    """SVD of factor * B A through QR of both, so the largest matrix decomposed is k x k; in float64.
+
+    Of a batch, (experts, d_out, k) and (experts, k, d_in), that of each.
+    """
+    (q_b, r_b), (q_a, r_a) = (torch.linalg.qr(x.double()) for x in (b, a.mT))
+    u, singular, vt = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
+    return Triplets((q_b @ u).float(), (factor * singular).float(), (vt @ q_a.mT).float())
 
 
 def _lora_scale(config: Mapping[str, Any], name: str, rank: int, folder: Path) -> float:
@@ -157,23 +182,31 @@ def with_lambda_in_p(triplets: Triplets) -> Triplets:
 
 
 @torch.no_grad()
-def start_with(layer: TripletLayer, triplets: Triplets, config: LowRankConfig) -> None:
-    """Put given triplets before the fresh ones, which add nothing at the start.
+def start_with(layer: TripletLayer, given: Mapping[str, Triplets], where: str) -> None:
+    """Put given triplets of each matrix before its fresh ones, which add nothing at the start.
+
+    Args:
+        given: by the name of the matrix.
+        where: they are from, for messages.
 
     Raises:
-        UserError: they are more than the layer has, or of another shape.
+        UserError: they are more than the matrix has, or of another shape.
     """
-    p, lam, q = triplets
-    if len(lam) > layer.rank:
-        raise UserError(
-            f"init_from={config.init_from} has rank {len(lam)} at {layer.name}, with init_rank {layer.rank}: set "
-            f"init_rank to at least {len(lam)}"
-        )
-    if (len(p), q.shape[1]) != (layer.d_out, layer.d_in):
-        raise UserError(
-            f"init_from={config.init_from}: {layer.name} is {len(p)} x {q.shape[1]} there and {layer.d_out} x "
-            f"{layer.d_in} in this model: use the adapter's own base model"
-        )
-    layer.P[:, : len(lam)] = p.to(layer.P.device)
-    layer.lam[: len(lam)] = lam.to(layer.lam.device)
-    layer.Qt[:, : len(lam)] = q.T.to(layer.Qt.device)
+    firsts = [0, *accumulate(layer.ranks)]
+    for name, rank, first in zip(layer.matrix_names(), layer.ranks, firsts, strict=False):
+        if name not in given:
+            continue
+        p, lam, q = given[name]
+        if len(lam) > rank:
+            raise UserError(
+                f"{where} has rank {len(lam)} at {name}, with init_rank {rank}: set init_rank to at least {len(lam)}"
+            )
+        if (len(p), q.shape[1]) != (layer.d_out, layer.d_in):
+            raise UserError(
+                f"{where}: {name} is {len(p)} x {q.shape[1]} there and {layer.d_out} x {layer.d_in} in this model: "
+                "use the adapter's own base model"
+            )
+        own = slice(first, first + len(lam))
+        layer.P[:, own] = p.to(layer.P.device)
+        layer.lam[own] = lam.to(layer.lam.device)
+        layer.Qt[:, own] = q.T.to(layer.Qt.device)

@@ -21,8 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.utils import clip_grad_norm_
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from adalora_dist.backbones.activations import checkpoint_activations
 from adalora_dist.backbones.fit import lengths_of
-from adalora_dist.config.methods import AdaLoraConfig
+from adalora_dist.config.methods import AdaptiveConfig
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods import method_for
@@ -117,7 +118,7 @@ def _measured(config: RunConfig, auto_class: Any, settings: Any, dtype: torch.dt
     # Rows are real, and what the model makes of them alone stays so: a mask, positions.
     mode, live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
     section, train = config.adapter, config.train
-    if isinstance(section, AdaLoraConfig):  # importance advances from the first step on
+    if isinstance(section, AdaptiveConfig):  # importance advances from the first step on
         section = section.model_copy(update={"initial_warmup_steps": None, "final_steps": None, "compact": False})
     with live, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -128,8 +129,8 @@ def _measured(config: RunConfig, auto_class: Any, settings: Any, dtype: torch.dt
             num_parameters = sum(p.numel() for p in model.parameters())
             with _HostReads():  # type: ignore[no-untyped-call]
                 adapt(model, section, train.seed)
-            if train.gradient_checkpointing:
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # What goes to the host is counted as if it stayed.
+            checkpoint_activations(model, train.model_copy(update={"offload_activations": False}))
             weights = live.now
             optimizer = method_for(section).optimizer(model, train)
             hooks = attach(model, optimizer, section, _NUM_STEPS)

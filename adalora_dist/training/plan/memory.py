@@ -91,7 +91,7 @@ def memory_of(
     cluster: Cluster,
     element_bytes: int,
     compute_bytes: int,
-    method: str,
+    adapts_ranks: bool,
     quantization: str = "none",
     double_quant: bool = True,
     micro_steps: int = 1,
@@ -102,6 +102,7 @@ def memory_of(
         alone: the same model's step in one process that shards nothing, not quantised.
         element_bytes: of a frozen weight as it is stored.
         compute_bytes: of the type that forward and backward compute in.
+        adapts_ranks: whether there are averages of importance.
         micro_steps: forward and backward passes per optimizer step.
     """
     engine, world = cluster.engine, cluster.world_size
@@ -123,7 +124,7 @@ def memory_of(
         gradients += trained if engine == "zero1" else 0
     elif engine == "ddp" and world > 1:
         adapters += trained  # reduction buckets, kept
-    buffers = 4 if method == "adalora" else 0
+    buffers = 4 if adapts_ranks else 0
     activations = alone.activations + (gradients if micro_steps > 1 else 0)
     # A quantised weight is dequantised for its product.
     activations += compute_bytes * max((t.numel for t in tensors if t.is_quantized), default=0)

@@ -65,7 +65,7 @@ class Planner:
         self._factors = list(_factors(model))
         self._num_matmul = sum(t.numel for t in self._tensors if t.is_quantized)
         self._dtype = dtype_named(config.model.dtype) or getattr(settings, "dtype", None) or torch.float32
-        self._alone: dict[tuple[int, bool], StepBytes] = {}
+        self._alone: dict[tuple[Any, ...], StepBytes] = {}
 
     def plan(self, cluster: Cluster, config: RunConfig | None = None) -> Plan:
         """
@@ -79,14 +79,14 @@ class Planner:
         config = config or self.config
         train, quantization, world = config.train, config.quantization, cluster.world_size
         check_engine(quantization, cluster.engine)
-        micro_steps = num_micro_steps(train, world)
+        micro_steps = num_micro_steps(train, world, longest(config))
         micro_batch = -(-train.batch_size // (world * micro_steps))
-        key = micro_batch, train.gradient_checkpointing
+        key = micro_batch, train.gradient_checkpointing, train.checkpoint_activations
         if key not in self._alone:
             self._alone[key] = step_bytes(config, self._auto_class, self._settings, self._dtype, micro_batch)
         compute = 4 if train.precision == "fp32" else 2
         before = memory_of(
-            self._tensors, self._alone[key], cluster, self._dtype.itemsize, compute, config.adapter.method,
+            self._tensors, self._alone[key], cluster, self._dtype.itemsize, compute, config.adapter.adapts_ranks,
             quantization.quantization, quantization.double_quant, micro_steps,
         )  # fmt: skip
         schedule = self._schedule
@@ -118,9 +118,12 @@ class Planner:
         while size > 1:
             size //= 2
             smaller = max(k for k in range(1, size + 1) if config.train.batch_size % k == 0)
-            config = with_train(micro_batch_size=smaller)
-            yield f"--micro-batch-size {smaller}", self.plan(cluster, config)
-        words += [f"--micro-batch-size {size}"] if self.plan(cluster).micro_batch > 1 else []
+            name, value = "micro_batch_size", smaller
+            if config.train.micro_batch_tokens:
+                name, value = "micro_batch_tokens", smaller * longest(config)
+            config = with_train(**{name: value})
+            words = [f"--{name.replace('_', '-')} {value}"]
+            yield words[0], self.plan(cluster, config)
         if not config.train.gradient_checkpointing:
             config = with_train(gradient_checkpointing=True)
             words.append("--gradient-checkpointing")
