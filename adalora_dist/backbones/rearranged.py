@@ -86,7 +86,8 @@ class Rearranged:
         for name, change in changes.items():
             where = positions[self._names.known_as(name)]
             flat[where] = change(flat[where]).to(flat.dtype)
-        return flat.split([len(part) for part in flats])[self.keys.index(key)].view(stored.shape)
+        parts: tuple[torch.Tensor, ...] = flat.split([len(part) for part in flats])
+        return parts[self.keys.index(key)].view(stored.shape)
 
 
 def check_shape(names: FileNames, name: str, shape: tuple[int, ...]) -> None:
