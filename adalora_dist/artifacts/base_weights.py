@@ -52,8 +52,8 @@ def of_base(
         weight = bases[name](stored) if name in bases else stored.float()
         found[adapter.name] = ask(adapter, weight.T if adapter.matrix.is_transposed else weight)
 
-    for name in [name for name in matrices if is_rearranged(names, name)]:
-        answer(name, Rearranged(names, name).read(name))
+    for moved in [name for name in matrices if is_rearranged(names, name)]:
+        answer(moved, Rearranged(names, moved).read(moved))
     places, _ = names.places({name: weight_shape(a) for name, a in matrices.items()}, (), base_folder)
     for shard in weight_files(base_folder):
         with safe_open(shard, framework="pt") as file:

@@ -249,9 +249,8 @@ def merge(
     for name in moved.keys() & shapes.keys():
         check_shape(names, name, shapes[name])
     edits |= rearranged_edits(moved, names)
-    places, new = names.places(
-        *({n: x for n, x in of.items() if n not in moved} for of in (shapes, whole)), base_folder
-    )
+    copied = {name: shape for name, shape in shapes.items() if name not in moved}
+    places, new = names.places(copied, [name for name in whole if name not in moved], base_folder)
     added = {name: whole[name].contiguous() for name in sorted(new)}
     if dtype is not None:
         settings = {key: value for key, value in settings.items() if key != "torch_dtype"}

@@ -70,8 +70,9 @@ class Rearranged:
 
     def read(self, name: str) -> torch.Tensor:
         """A parameter as it is loaded from the files, in their type."""
+        where = self.positions()[self._names.known_as(name)]
         flat = torch.cat([_read(source).flatten() for source in self.sources])
-        return flat[self.positions()[self._names.known_as(name)]]
+        return torch.take(flat, where)
 
     def changed(self, key: str, stored: torch.Tensor, changes: Mapping[str, Change]) -> torch.Tensor:
         """One of the tensors, when some of the parameters have changed.
