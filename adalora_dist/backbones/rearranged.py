@@ -72,7 +72,8 @@ class Rearranged:
         """A parameter as it is loaded from the files, in their type."""
         where = self.positions()[self._names.known_as(name)]
         flat = torch.cat([_read(source).flatten() for source in self.sources])
-        return torch.take(flat, where)
+        value: torch.Tensor = flat[where]
+        return value
 
     def changed(self, key: str, stored: torch.Tensor, changes: Mapping[str, Change]) -> torch.Tensor:
         """One of the tensors, when some of the parameters have changed.
