@@ -52,12 +52,12 @@ def of_base(
         weight = bases[name](stored) if name in bases else stored.float()
         found[adapter.name] = ask(adapter, weight.T if adapter.matrix.is_transposed else weight)
 
-    for moved in [name for name in matrices if is_rearranged(names, name)]:
-        answer(moved, Rearranged(names, moved).read(moved))
+    for name in [name for name in matrices if is_rearranged(names, name)]:
+        answer(name, Rearranged(names, name).read(name))
     places, _ = names.places({name: weight_shape(a) for name, a in matrices.items()}, (), base_folder)
     for shard in weight_files(base_folder):
         with safe_open(shard, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (not a dictionary)
-                if (name := places.get(key)) is not None:
-                    answer(name, file.get_tensor(key))
+                if (place := places.get(key)) is not None:
+                    answer(place, file.get_tensor(key))
     return found

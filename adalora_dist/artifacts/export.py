@@ -249,8 +249,8 @@ def merge(
     for name in moved.keys() & shapes.keys():
         check_shape(names, name, shapes[name])
     edits |= rearranged_edits(moved, names)
-    copied = {name: shape for name, shape in shapes.items() if name not in moved}
-    places, new = names.places(copied, [name for name in whole if name not in moved], base_folder)
+    unmoved = {name: shape for name, shape in shapes.items() if name not in moved}
+    places, new = names.places(unmoved, whole.keys() - moved.keys(), base_folder)
     added = {name: whole[name].contiguous() for name in sorted(new)}
     if dtype is not None:
         settings = {key: value for key, value in settings.items() if key != "torch_dtype"}

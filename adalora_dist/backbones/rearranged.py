@@ -70,10 +70,8 @@ class Rearranged:
 
     def read(self, name: str) -> torch.Tensor:
         """A parameter as it is loaded from the files, in their type."""
-        where = self.positions()[self._names.known_as(name)]
         flat = torch.cat([_read(source).flatten() for source in self.sources])
-        value: torch.Tensor = flat[where]
-        return value
+        return flat[self.positions()[self._names.known_as(name)]]
 
     def changed(self, key: str, stored: torch.Tensor, changes: Mapping[str, Change]) -> torch.Tensor:
         """One of the tensors, when some of the parameters have changed.
@@ -88,7 +86,8 @@ class Rearranged:
         for name, change in changes.items():
             where = positions[self._names.known_as(name)]
             flat[where] = change(flat[where]).to(flat.dtype)
-        return flat.split([len(part) for part in flats])[self.keys.index(key)].view(stored.shape)
+        parts: tuple[torch.Tensor, ...] = flat.split([len(part) for part in flats])
+        return parts[self.keys.index(key)].view(stored.shape)
 
 
 def check_shape(names: FileNames, name: str, shape: tuple[int, ...]) -> None:
