@@ -13,6 +13,8 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import MAX_BYTES, check_plain, check_tensors, read_object
 
 _BASE_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]  # weights, configurations, tokenizers
+_SETTINGS = {"config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"}
+"""What transformers takes for an object without a look."""
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -116,11 +118,14 @@ def refuse_odd_files(folder: Path) -> None:
     """Raise if a file that transformers would read from a model's folder is none, or without end.
 
     Raises:
-        UserError: a pipe, a device, a folder of a file's name, or words and settings of more than any model has.
+        UserError: a pipe, a device, a folder of a file's name, words and settings of more than any model has, or
+            settings that are no JSON object.
     """
     for path in sorted(folder.iterdir()):
         if any(path.match(pattern) for pattern in _BASE_FILES) and path.exists():
             check_plain(path, None if path.suffix == ".safetensors" else MAX_BYTES)
+            if path.name in _SETTINGS:
+                read_object(path)
 
 
 def is_module_pattern(key: object) -> bool:

@@ -131,6 +131,14 @@ def without(prefix: str) -> Callable[[Path], Path]:
     return lambda folder: edit(llama(folder), lambda t: {k: v for k, v in t.items() if not k.startswith(prefix)})
 
 
+def with_settings(name: str, content: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        (llama(folder) / name).write_text(content)
+        return folder
+
+    return make
+
+
 def with_bias(folder: Path) -> Path:
     name = "model.layers.0.self_attn.q_proj.bias"
     return edit(llama(folder), lambda tensors: tensors | {name: torch.zeros(16)})
@@ -171,6 +179,9 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str, str]] = {
     "a pointer in place of a file": (pointer, "model.safetensors", "fetch"),
     "a link to nothing": (dead_link, "link to nothing", "fetch"),
     "a link out of the folder": (foreign_link, "elsewhere.json", "put the file itself there"),
+    "generation settings that are a list": (with_settings("generation_config.json", "[1]"), "object", "copy"),
+    "generation settings that are no JSON": (with_settings("generation_config.json", "{1"), "JSON", "copy"),
+    "settings that are a number": (with_settings("config.json", "3"), "object", "copy"),
     "a layer is missing": (without("model.layers.1."), "model.layers.1.", "train_modules"),
     "the embeddings are missing": (without("model.embed_tokens"), "model.embed_tokens.weight", "train_modules"),
     "the last norm is missing": (without("model.norm"), "model.norm.weight", "train_modules"),
