@@ -73,17 +73,19 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path)
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "instruct.jsonl")
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".jsonl"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=STEPS)
     args = parser.parse_args()
     model, environment = demo_model_folder(print), {**os.environ, "PYTHONPATH": str(ROOT)}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    runs = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
+    lines = args.output.read_text().splitlines() if args.output.exists() else []
+    known: list[dict[str, Any]] = list(map(json.loads, lines))
+    runs: list[dict[str, Any]] = []
     for seed in args.seeds:
         for method in METHODS:
             about = {"method": method, "seed": seed, "steps": args.steps, "settings": f"{METHODS[method]} {COMMON}"}
-            if any(run | about == run for run in runs):
+            if done := [run for run in known if run | about == run]:
+                runs += done[:1]
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 words = command(method, seed, args.steps, args.data.resolve(), model, Path(folder))

@@ -78,9 +78,9 @@ def main() -> None:
             data = PretrainDataConfig(source=(str(path),), eval_share=0.01, max_length=256)
             started = time.process_time()
             store = token_store(data, tokenizer, BadRows("error"), show=False)
-            made = peak_bytes(), time.process_time() - started
+            made, seconds = peak_bytes(), time.process_time() - started
             num_tokens = sum(len(row["input_ids"]) for row in store.train)
-            found.append((path.stat().st_size, num_tokens, *made, peak_bytes()))
+            found.append((path.stat().st_size, num_tokens, made, seconds, peak_bytes()))
     (_, _, libraries, _, _), (size, num_tokens, made, seconds, read) = found
     print(f"{size:,} bytes of text, {num_tokens:,} tokens, {seconds:.0f} s of processor time for the store")
     print(f"peak with a store of 2 MB: {libraries / 1e6:.0f} MB, with this one: {made / 1e6:.0f} MB")

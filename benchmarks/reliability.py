@@ -21,6 +21,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from adalora_dist.io.progress import progress_bar
 from tests.support.checkpoint_faults import check_crashes, check_damages
 from tests.support.kill_trials import exports, pushes, resumes
@@ -96,6 +98,7 @@ def damages(folder: Path, arguments: argparse.Namespace) -> None:
 
 
 def kills(folder: Path, arguments: argparse.Namespace) -> None:
+    tqdm.monitor_interval = 0  # its thread would be there while processes are forked
     print("| killed at random times | trials | killed | half seen by a reader |\n| --- | ---: | ---: | ---: |")
     for what in (exports, pushes, resumes):
         num_trials = -(-arguments.trials // 3)

@@ -58,6 +58,6 @@ def of_base(
     for shard in weight_files(base_folder):
         with safe_open(shard, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (not a dictionary)
-                if (name := places.get(key)) is not None:
-                    answer(name, file.get_tensor(key))
+                if (place := places.get(key)) is not None:
+                    answer(place, file.get_tensor(key))
     return found

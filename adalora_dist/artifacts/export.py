@@ -35,7 +35,7 @@ from adalora_dist.artifacts.whole import check_files, check_whole, is_model_file
 from adalora_dist.backbones.files import base_folder_of as base_folder_of
 from adalora_dist.backbones.files import refuse_foreign_link, weight_files
 from adalora_dist.backbones.names import FileNames, names_in
-from adalora_dist.backbones.rearranged import Change, is_rearranged
+from adalora_dist.backbones.rearranged import Change, check_shape, is_rearranged
 from adalora_dist.backbones.tokenizer import save_tokenizer
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import check_tensors, read_object
@@ -246,10 +246,11 @@ def merge(
         return replaced[name](weight) if name in replaced else weight
 
     moved = {name: partial(change, name) for name in {**shapes, **whole} if is_rearranged(names, name)}
+    for name in moved.keys() & shapes.keys():
+        check_shape(names, name, shapes[name])
     edits |= rearranged_edits(moved, names)
-    places, new = names.places(
-        *({n: x for n, x in of.items() if n not in moved} for of in (shapes, whole)), base_folder
-    )
+    unmoved = {name: shape for name, shape in shapes.items() if name not in moved}
+    places, new = names.places(unmoved, whole.keys() - moved.keys(), base_folder)
     added = {name: whole[name].contiguous() for name in sorted(new)}
     if dtype is not None:
         settings = {key: value for key, value in settings.items() if key != "torch_dtype"}

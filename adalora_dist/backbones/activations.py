@@ -15,14 +15,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from adalora_dist.config.activations import ActivationsConfig
 from adalora_dist.io.errors import UserError
 
-_ATTENTION = [
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_fused_attention_overrideable.default,
-]
-"""Of sdpa. No product of a matrix with an adapter is among them: the branch is added to it in place."""
+_ATTENTION = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
+"""Kernels of sdpa, as torch's dispatcher names them. The product of a matrix with an adapter is not kept: the branch is
+added to it in place."""
 
 
 def checkpoint_activations(model: nn.Module, settings: ActivationsConfig) -> None:
@@ -43,7 +38,8 @@ def checkpoint_activations(model: nn.Module, settings: ActivationsConfig) -> Non
                 f"checkpoint_activations selective: it keeps the outputs of attention by sdpa, and {name} has "
                 f"{attention}; set attn_implementation to sdpa, or checkpoint_activations to full"
             )
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _ATTENTION)
+        kernels = [getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default for kernel in _ATTENTION]
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, kernels)
     if not blocks and (isinstance(what, int) or settings.offload_activations):
         raise UserError(
             f"checkpoint_activations {what}, offload_activations {settings.offload_activations}: {name} does not "

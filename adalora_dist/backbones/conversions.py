@@ -54,9 +54,9 @@ class ConversionRules:
         first, *others = self._by_pattern[pattern].target_patterns
         return [name, *(name.replace(first, other) for other in others)], False
 
-    def dimensions(self, name: str) -> int:
-        """How many the parameter ``name`` of the model has."""
-        return len(self._shapes[name])
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Of a parameter in the model."""
+        return self._shapes[name]
 
     def converted(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What loading makes of tensors of the files that one rule takes together: {name in the model: tensor}.

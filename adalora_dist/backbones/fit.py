@@ -194,8 +194,8 @@ class Reply(NamedTuple):
 
     setting: str
     tokens: int
-    count: int = 1
-    """Turns of a conversation that has a reply in each."""
+    turns: int = 1
+    """Of a conversation that has a reply in each."""
 
 
 def check_room(model: PreTrainedModel, num_prompt_tokens: int, reply: Reply, num_taken: int = 0) -> None:
@@ -209,12 +209,12 @@ def check_room(model: PreTrainedModel, num_prompt_tokens: int, reply: Reply, num
         UserError: they are more than the model has positions for them.
     """
     limit = position_limits(model).get("")
-    needed = num_taken + num_prompt_tokens + reply.count * reply.tokens
+    needed = num_taken + num_prompt_tokens + reply.turns * reply.tokens
     if limit is None or not limit.where or needed <= limit.length:
         return
-    room = (limit.length - num_taken - num_prompt_tokens) // reply.count
+    room = (limit.length - num_taken - num_prompt_tokens) // reply.turns
     remedy = f"set --{reply.setting.replace('_', '-')} {room}, or less" if room > 0 else "shorten it"
-    in_turns = f" in each of {reply.count} turns" if reply.count > 1 else ""
+    in_turns = f" in each of {reply.turns} turns" if reply.turns > 1 else ""
     raise UserError(
         f"{reply.setting}={reply.tokens}{in_turns} behind the longest prompt of the evaluation, {num_prompt_tokens} "
         f"tokens: {type(model).__name__} has {_positions(limit, num_taken)}: {remedy}"

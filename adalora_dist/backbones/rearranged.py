@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from adalora_dist.backbones.files import Stored
 from adalora_dist.backbones.names import FileNames
+from adalora_dist.io.errors import UserError
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 """A parameter's value in the files, float32 -> its new one."""
@@ -85,14 +86,24 @@ class Rearranged:
         for name, change in changes.items():
             where = positions[self._names.known_as(name)]
             flat[where] = change(flat[where]).to(flat.dtype)
-        return flat.split([len(part) for part in flats])[self.keys.index(key)].view(stored.shape)
+        parts: tuple[torch.Tensor, ...] = flat.split([len(part) for part in flats])
+        return parts[self.keys.index(key)].view(stored.shape)
+
+
+def check_shape(names: FileNames, name: str, shape: tuple[int, ...]) -> None:
+    """Raise a ``UserError`` if a parameter that is rearranged has another shape than the run's."""
+    assert names.rules is not None
+    if (found := names.rules.shape_of(names.known_as(name))) != shape:
+        raise UserError(
+            f"{name} has shape {found} in the base, the run's has {shape}: merge into the run's own base, not quantised"
+        )
 
 
 def is_rearranged(names: FileNames, name: str) -> bool:
     """Whether loading does more than copy a parameter. Stacks of experts count as none: their files are written by
     expert (:mod:`adalora_dist.backbones.expert_files`), and in full not at all."""
     known = names.known_as(name)
-    return known in names.computed and names.rules is not None and names.rules.dimensions(known) < 3
+    return known in names.computed and names.rules is not None and len(names.rules.shape_of(known)) < 3
 
 
 def _read(source: Stored) -> torch.Tensor:

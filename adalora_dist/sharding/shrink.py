@@ -31,8 +31,8 @@ def shrink_parameters(model: nn.Module, optimizer: Any, shrinks: Sequence[Shrink
 
     Args:
         model: as the engine wraps it (DDP, ``fully_shard``, DeepSpeed engine), or the plain model on one process.
-        optimizer: the torch optimizer, one with an entry per weight, or any wrapper of it; None where the model has
-            it, as a DeepSpeed engine does.
+        optimizer: the torch optimizer, one with an entry per weight, or any wrapper of it; None, or the one that it
+            has now, where the model has it, as a DeepSpeed engine does.
         shrinks: each of another parameter, in the same order on every rank; of at least one something stays.
 
     Returns:
@@ -43,6 +43,8 @@ def shrink_parameters(model: nn.Module, optimizer: Any, shrinks: Sequence[Shrink
     """
     put_back_shards(model)
     parameters: list[torch.Tensor] = [shrink.parameter for shrink in shrinks]
+    if optimizer is getattr(model, "optimizer", None):
+        optimizer = None  # the engine is about to get another
     outermost = optimizer
     if claimant(parameters, optimizer) is None and claimant(parameters, model) is not None:
         outermost = model

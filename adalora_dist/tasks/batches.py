@@ -94,6 +94,11 @@ class BatchPlan:
         content = digest_of(_numbers([*chain.from_iterable(row.values()), *answer]) for row, answer in rows)
         return cls(lengths, [1] * len(lengths), batch_size, seed, group_by_length, content)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(self.lengths)
+
     def fingerprint(self) -> str:
         """Equal for plans that put the same rows into the same steps."""
         described = [

@@ -46,7 +46,7 @@ def check_budget(plan: BatchPlan, train: TrainConfig) -> None:
     Raises:
         UserError: the longest row is not.
     """
-    longest = max(plan.lengths)
+    longest = plan.longest
     if 0 < train.micro_batch_tokens < longest:
         raise UserError(
             f"micro_batch_tokens {train.micro_batch_tokens}: the longest row has {longest} tokens, and a row is in one "

@@ -259,7 +259,7 @@ class AdaLoraCallback(TrainerCallback):
             away = [*["save_only_model=True"] * saves, *["compact=False in AdaLoraConfig"] * compacts]
             raise UserError(
                 f"the optimizer is {type(inner).__name__} (optim={str(getattr(args.optim, 'value', args.optim))!r}), "
-                f"whose state can be neither continued nor reduced: use {KNOWN} (optim='adamw_torch'), or set "
+                f"whose state can be neither continued nor reduced: use {KNOWN} (optim='adamw_torch'), or "
                 f"{' and '.join(away)}"
             )
         if schedule is None:

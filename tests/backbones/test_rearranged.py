@@ -65,6 +65,9 @@ def test_adapters_are_added_and_all_else_is_left(case: tuple[Path, FileNames, An
             torch.testing.assert_close(merged[name], weights[name].detach() + added[name])
         else:
             assert torch.equal(merged[name], weights[name]), name
+    wide = AdapterWeights(adapters[0].name, torch.randn(4, 1), torch.ones(1), torch.randn(1, 5), 0.5, False)
+    line = refusal(lambda: merge([wide], folder, tmp_path / "other", task=task_settings(model), show_progress=False))
+    assert "has shape (16, 16) in the base, the run's has (4, 5)" in line
     asked = of_base(adapters, folder, names, None, lambda adapter, weight: weight)
     assert all(torch.equal(asked[adapter.name], weights[f"{adapter.name}.weight"]) for adapter in adapters)
 

@@ -57,6 +57,9 @@ def test_a_plan_is_the_same_on_any_number_of_processes_and_needs_no_memory() -> 
     for world_size in (1, 2, 3, 8):
         again = WindowPlan(10**12, 256, 512, 3, "text")  # of a run that goes on there
         parts = [again.micro_batches(123_456, rank, world_size, 32) for rank in range(world_size)]
+        by_tokens = again.parts(123_456, world_size, 1, 32 * again.longest)
+        assert len(by_tokens) == sum(map(len, parts)) and max(map(len, by_tokens)) <= 32
+        assert sorted(row for rows in by_tokens for row in rows) == sorted(whole)
         assert sorted(row for part in parts for rows in part for row in rows) == sorted(whole)
         assert again.fingerprint() == plan.fingerprint()
     others = [WindowPlan(10**12, 256, 512, 3, "other"), WindowPlan(10**12, 128, 512, 3, "text")]

@@ -22,7 +22,7 @@ from adalora_dist.training.plan.live import LiveBytes
 from adalora_dist.training.plan.plan import Plan, Planner
 from adalora_dist.training.plan.text import cluster_text, own_text
 from adalora_dist.training.start import Placement, environments_of
-from tests.support.planned_runs import LENGTH, STEPS, architecture, configuration, counted
+from tests.support.planned_runs import LENGTH, STEPS, architecture, configuration, counted, sent
 from tests.support.ranks import run_ranks
 from tests.support.recipe_runs import ENGINES
 
@@ -67,6 +67,20 @@ def test_a_plan_is_what_a_run_does(engine: str, world_size: int) -> None:
         assert 0 < summed <= traffic.of_method_per_step
     else:
         assert traffic.of_method_per_step == summed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "slack"), [("ddp", 512), ("fsdp2", 0), ("zero1", 16), ("zero2", 16), ("zero3", 0.01)]
+)
+def test_what_an_engine_sends_is_counted(engine: str, slack: float) -> None:
+    """Two micro-steps on two processes. Besides: DDP's buffers, DeepSpeed's norms; stage 3 gathers a little more."""
+    plan = planner(micro_batch_size=2).plan(Cluster.parse("2x80GB", engine=engine))
+    assert plan.micro_steps == 2
+    found = {*run_ranks(2, sent, engine, configuration(micro_batch_size=2), timeout=500.0)}
+    assert len(found) == 1
+    room = {"rel": slack} if slack < 1 else {"abs": slack, "rel": 0}
+    assert plan.traffic.per_step == pytest.approx(found.pop(), **room)
 
 
 def test_many_layers_are_a_straight_line() -> None:

@@ -23,7 +23,7 @@ FILES = {
     "mlflow": "mlruns/**/metrics/loss",
     "swanlab": "swanlog/**/*.swanlab",
     "comet_ml": "**/*.zip",
-    "aim": ".aim/**/*",
+    "aim": "**/.aim/**/*",
     "clearml": "**/offline/*/**/*",
     "dvclive": "dvclive/plots/metrics/loss.tsv",
 }

@@ -36,9 +36,11 @@ def every_kind_of_folder(rank: int, world_size: int, folder: str) -> dict[str, t
     class MidTraining(TrainerCallback):
         """Has the Trainer save while it trains, as users' callbacks do."""
 
+        trainer: Any
+
         def on_step_end(self, args, state, control, model, **kwargs):
             if state.global_step == 7:
-                trainer.save_model(f"{folder}/mid-training")
+                self.trainer.save_model(f"{folder}/mid-training")
                 logits["mid-training"] = logits_of(model)
                 model.train()
 
@@ -52,12 +54,17 @@ def every_kind_of_folder(rank: int, world_size: int, folder: str) -> dict[str, t
     logits["by a Trainer that evaluates"] = logits_of(trainer.model)
     args = arguments(
         f"{folder}/smoothed", 1, "single", 2, label_smoothing_factor=0.1, save_strategy="steps", save_steps=7,
-        save_total_limit=1, bf16=True, auto_find_batch_size=True,
+        save_total_limit=1, auto_find_batch_size=True,
     )  # fmt: skip
-    recorder = LogitsOfCheckpoints()
-    trainer = trainer_of(model_of(base), args, AdaLoraCallback(SETTINGS), recorder, MidTraining())
+    mid_training = MidTraining()
+    mid_training.trainer = trainer = trainer_of(model_of(base), args, AdaLoraCallback(SETTINGS), mid_training)
     trainer.train()
-    logits[f"smoothed/checkpoint-{STEPS}"] = recorder.logits[STEPS]
+    logits[f"smoothed/checkpoint-{STEPS}"] = logits_of(trainer.model)
+    args = arguments(f"{folder}/bf16", 1, bf16=True, save_strategy="steps", save_steps=STEPS)
+    trainer = trainer_of(model_of(base), args, AdaLoraCallback(SETTINGS))
+    trainer.train()
+    without_autocast = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    logits[f"bf16/checkpoint-{STEPS}"] = logits_of(without_autocast)
     trainer.accelerator.save_model(trainer.model, f"{folder}/raw")
     trainer, after = trained("model only", save_strategy="steps", save_steps=6, save_only_model=True)
     trainer.save_model()

@@ -26,8 +26,12 @@ _DOUBLE_QUANT, _SCALES = 0.127, 0.5
 """Bits per 4-bit weight for its block's scale, itself quantised or not; int8 has a number per row, which is nothing."""
 ZERO_LIVE = 1_000_000_000
 """DeepSpeed's default for elements that stay gathered."""
+ZERO_REUSED = 1_000_000_000
+"""DeepSpeed's default: a weight stays gathered if fewer elements than these are used before it is used again."""
 ZERO_BUCKET = 500_000_000
 """DeepSpeed's default for elements of a reduction bucket; stage 2 with overlap_comm has two."""
+ROOT = -1
+"""FSDP2's group of what has none of its own."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Tensor:
     rows: int
     numel: int
     group: int
-    """What FSDP2 gathers together: a block's number; -1: what has no group of its own."""
+    """What FSDP2 gathers together, in the order of a forward: embeddings, blocks, head; ``ROOT``: what is left."""
     is_trained: bool
     is_quantized: bool
 

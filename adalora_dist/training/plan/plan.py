@@ -21,7 +21,7 @@ from adalora_dist.training.engine import num_micro_steps
 from adalora_dist.training.plan.cluster import Cluster
 from adalora_dist.training.plan.estimate import Time, Traffic, time_of, traffic_of
 from adalora_dist.training.plan.fake import StepBytes, longest, step_bytes
-from adalora_dist.training.plan.memory import FLOAT32, Memory, Tensor, after_freeze, memory_of
+from adalora_dist.training.plan.memory import FLOAT32, ROOT, Memory, Tensor, after_freeze, memory_of
 
 
 @dataclass(frozen=True)
@@ -151,17 +151,17 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
     """The parameters of an adapted model on the meta device, each once."""
     names = name_blocks(model)
     blocks = [m for m in model.modules() if type(m).__name__ in names]
-    group_of = {id(p): k for k, block in enumerate(blocks) for p in block.parameters()}
+    group_of = {id(p): k for k, block in enumerate(blocks, start=1) for p in block.parameters()}
     # accelerate makes groups of their own of the embeddings and the head.
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
-    for k, module in ((len(blocks), head), (len(blocks) + 1, embeddings)):
+    for k, module in ((len(blocks) + 1, head), (0, embeddings)):
         group_of |= {id(p): k for p in (() if module is None else module.parameters())}
     # bitsandbytes replaces the linear maps within blocks, not the head.
     linears = (m for block in blocks for m in block.modules() if linear_shape(m) is not None)
     in_linears = {id(m.weight) for m in linears if isinstance(getattr(m, "weight", None), nn.Parameter)}
     for p in model.parameters():
         is_packed = id(p) in in_linears and not p.requires_grad
-        yield Tensor(p.shape[0] if p.ndim else 1, p.numel(), group_of.get(id(p), -1), p.requires_grad, is_packed)
+        yield Tensor(p.shape[0] if p.ndim else 1, p.numel(), group_of.get(id(p), ROOT), p.requires_grad, is_packed)
 
 
 def _factors(model: nn.Module) -> Iterator[Factor]:
