@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -21,8 +22,10 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its bin folder. The packages that the wheel needs are those of this environment; the wheel itself is its own."""
     folder = tmp_path_factory.mktemp("wheel")
 
+    surroundings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # a clone's is not pip's
+
     def run(*words: object) -> None:
-        done = subprocess.run([*map(str, words)], capture_output=True, text=True)
+        done = subprocess.run([*map(str, words)], capture_output=True, text=True, env=surroundings)
         assert done.returncode == 0, done.stderr[-3000:]
 
     for part in ("adalora_dist", "recipes", "launch", "ds_configs"):  # a build leaves files beside what it builds

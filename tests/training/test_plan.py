@@ -71,13 +71,16 @@ def test_a_plan_is_what_a_run_does(engine: str, world_size: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("engine", "slack"), [("ddp", 512), ("fsdp2", 0), ("zero1", 16), ("zero2", 16), ("zero3", 0.01)]
-)
-def test_what_an_engine_sends_is_counted(engine: str, slack: float) -> None:
+    ("engine", "precision", "slack"),
+    [("ddp", "fp32", 512), ("fsdp2", "fp32", 0), ("zero1", "fp32", 16), ("zero2", "fp32", 16), ("zero3", "fp32", 0.01),
+     ("fsdp2", "bf16", 0), ("zero2", "bf16", 16)],
+)  # fmt: skip
+def test_what_an_engine_sends_is_counted(engine: str, precision: str, slack: float) -> None:
     """Two micro-steps on two processes. Besides: DDP's buffers, DeepSpeed's norms; stage 3 gathers a little more."""
-    plan = planner(micro_batch_size=2).plan(Cluster.parse("2x80GB", engine=engine))
+    train = {"micro_batch_size": 2, "precision": precision}
+    plan = planner(**train).plan(Cluster.parse("2x80GB", engine=engine))
     assert plan.micro_steps == 2
-    found = {*run_ranks(2, sent, engine, configuration(micro_batch_size=2), timeout=500.0)}
+    found = {*run_ranks(2, sent, engine, configuration(**train), timeout=500.0)}
     assert len(found) == 1
     room = {"rel": slack} if slack < 1 else {"abs": slack, "rel": 0}
     assert plan.traffic.per_step == pytest.approx(found.pop(), **room)

@@ -44,10 +44,12 @@ def traffic_of(
 
 
 def _of_engine(tensors: Sequence[Tensor], engine: str, world: int, compute_bytes: int, micro_steps: int) -> int:
-    """Bytes per step. Of what is gathered, each process gets what the others have."""
-    trained = FLOAT32 * sum(t.numel for t in tensors if t.is_trained)
+    """Bytes per step. Of what is gathered, each process gets what the others have. Shards and their gradients travel as
+    they are computed with; DDP's gradients are float32, as the parameters are."""
+    num_trained = sum(t.numel for t in tensors if t.is_trained)
     if engine == "ddp":
-        return trained
+        return FLOAT32 * num_trained
+    trained = compute_bytes * num_trained
     if engine in ("zero1", "zero2"):  # updated slices are gathered; stage 2 reduces gradients in each micro-step
         return (micro_steps if engine == "zero2" else 1) * trained + trained * (world - 1) // world
     numel = sum(t.numel for t in tensors)

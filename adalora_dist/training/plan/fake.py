@@ -36,6 +36,11 @@ from adalora_dist.training.plan.live import LiveBytes
 
 _DEPTHS = (2, 4)
 _DEPTH_FIELDS = ("num_hidden_layers", "decoder_layers", "num_decoder_layers")
+_WITHOUT_VALUES = (
+    RuntimeError, LookupError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError, ImportError,
+)  # fmt: skip
+"""What a model's code, which is somebody else's, may come to where it asks for values, or for kernels, that there are
+not."""
 _NUM_STEPS = 1000
 """Of the run that the two steps belong to: neither of them is at its end."""
 
@@ -80,7 +85,7 @@ def step_bytes(config: RunConfig, auto_class: Any, settings: Any, dtype: torch.d
             if whole.num_parameters == _num_parameters(auto_class, settings):
                 return whole
         return _measured(config, auto_class, settings, dtype, micro_batch)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
+    except _WITHOUT_VALUES as error:
         reason = " ".join(str(error).split())[:150]
         architecture = (settings.architectures or [type(settings).__name__])[0]
         raise NotPlanned(
