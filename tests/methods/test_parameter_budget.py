@@ -86,9 +86,11 @@ def test_counts_are_of_what_is_then_trained(method: str) -> None:
         adapt(model, config)
         if not config.adapts_ranks:
             assert num_trained(model) == sizes.count(size) > 0
-        else:  # what is left in the end, spread evenly
+        else:  # what is left in the end, spread evenly, and what no selection removes
             each = [adapter.part_size for adapter in adapters_of(model)]
-            exact = size * sum(each) / len(each)
+            kept = num_trained(model) - sum(a.part_size * len(a.held()) for a in adapters_of(model))
+            assert (kept > 0) == (method == "adadora")
+            exact = kept + size * sum(each) / len(each)
             assert exact <= sizes.count(size) < exact + 1
             assert config.init_rank * len(each) >= config.target_budget == size
 
