@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from adalora_dist.backbones import experts
-from tests.methods.test_experts import FALLING, config, run
 from tests.support.expert_models import MIXTURES, mixture
+from tests.support.expert_steps import FALLING, config, run
 from tests.support.fixed_order import FixedOrder
 
 ALWAYS = ("gpt_oss", "llama4")
