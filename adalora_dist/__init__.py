@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from adalora_dist.artifacts.hub.push import push as push
     from adalora_dist.artifacts.peft_format import save_adalora as save_adalora
     from adalora_dist.artifacts.peft_format import save_lora as save_lora
+    from adalora_dist.artifacts.peft_model import convert_peft as convert_peft
     from adalora_dist.config.methods import AdaLoraConfig as AdaLoraConfig
     from adalora_dist.config.methods import FullConfig as FullConfig
     from adalora_dist.config.methods import HeadConfig as HeadConfig
     from adalora_dist.config.methods import LoraConfig as LoraConfig
     from adalora_dist.config.methods import method_config as method_config
     from adalora_dist.io.errors import UserError as UserError
+    from adalora_dist.methods.adapter import without_adapters as without_adapters
     from adalora_dist.methods.hooks import MethodHooks as MethodHooks
     from adalora_dist.methods.hooks import attach as attach
     from adalora_dist.methods.inject import parameter_groups as parameter_groups
@@ -38,6 +40,8 @@ _HOMES = {
     "within_budget": "methods.parameter_budget",
     "adapt": "artifacts.adapted_model",
     "parameter_groups": "methods.inject",
+    "without_adapters": "methods.adapter",
+    "convert_peft": "artifacts.peft_model",
     "attach": "methods.hooks",
     "MethodHooks": "methods.hooks",
     "AdaLoraCallback": "training.trainer_callback",

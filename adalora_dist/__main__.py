@@ -20,7 +20,6 @@ subcommand imports what it needs when it is called, so that ``--help`` and mista
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -137,6 +136,7 @@ def _placement() -> _Parser:
     add("--node-rank", type=_at_least_0, metavar="K", help="number of this machine, from 0; default: SLURM's")
     add("--main-address", metavar="HOST[:PORT]", help="of machine 0; default: SLURM's first, port 29500")
     add("--deepspeed-config", type=Path, metavar="FILE", help="in place of the one that zero2 or zero3 has")
+    add("--restarts", type=_at_least_0, default=0, metavar="N", help="after a failure start again, N times at most")
     return parser
 
 
@@ -215,9 +215,12 @@ def _ls(arguments: argparse.Namespace) -> None:
 
 
 def _cp(arguments: argparse.Namespace) -> None:
-    from adalora_dist.training.shelf import copy
+    from adalora_dist.training.shelf import copy, write_schema
 
-    print(f"Copied: {copy(arguments.name, arguments.to)}")
+    copied = copy(arguments.name, arguments.to)
+    print(f"Copied: {copied}")
+    if schema := write_schema(copied):
+        print(f"Editors complete and check it by {schema}, written beside it")
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -226,17 +229,16 @@ def _run(arguments: argparse.Namespace) -> None:
     command = ["adalora-dist", *arguments.words]
     given, flags = _placement().parse_known_args(arguments.flags, arguments)
     placement = Placement(
-        given.engine, given.processes, given.nodes, given.node_rank, given.main_address, given.deepspeed_config
-    )
+        given.engine, given.processes, given.nodes, given.node_rank, given.main_address, given.deepspeed_config,
+        given.restarts,
+    )  # fmt: skip
     start(given.recipe, placement, flags, command)
 
 
 def _schema(arguments: argparse.Namespace) -> None:
-    from adalora_dist.config.json_schema import json_schema
-    from adalora_dist.training.recipe_file import schema_of
+    from adalora_dist.training.recipe_file import schema_text
 
-    title = f"What {Path(arguments.recipe).stem} reads with --config"
-    page(json.dumps(json_schema(schema_of(arguments.recipe), title), indent=2))
+    page(schema_text(arguments.recipe))
 
 
 def _completion(arguments: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@
     python benchmarks/reliability.py elsewhere                              on other engines and numbers of processes
     python benchmarks/reliability.py crashes                                every state that a crash can leave on disk
     python benchmarks/reliability.py damages --trials 1000                  files changed, cut off, lost, exchanged
+    python benchmarks/reliability.py kills --trials 60                      exports, pushes and runs that go on, killed
 
 Each prints the rows of a table in ``reliability.md`` and ends with an error at the first miss. What a run meets is in
 ``tests/support/resume_runs.py``, what happens to files in ``tests/support/checkpoint_faults.py``. What kills, stops and
@@ -20,8 +21,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from adalora_dist.io.progress import progress_bar
 from tests.support.checkpoint_faults import check_crashes, check_damages
+from tests.support.kill_trials import exports, pushes, resumes
 from tests.support.ranks import run_ranks
 from tests.support.resume_runs import (
     FINAL,
@@ -93,9 +97,19 @@ def damages(folder: Path, arguments: argparse.Namespace) -> None:
     print(f"| all | {sum(counts.values())} | 0 | {sum(counts.values())} |")
 
 
+def kills(folder: Path, arguments: argparse.Namespace) -> None:
+    tqdm.monitor_interval = 0  # its thread would be there while processes are forked
+    print("| killed at random times | trials | killed | half seen by a reader |\n| --- | ---: | ---: | ---: |")
+    for what in (exports, pushes, resumes):
+        num_trials = -(-arguments.trials // 3)
+        (folder / what.__name__).mkdir()
+        num_killed = what(folder / what.__name__, num_trials, arguments.seed)
+        print(f"| {what.__name__} | {max(num_trials, num_killed)} | {num_killed} | 0 |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["stops", "elsewhere", "crashes", "damages"])
+    parser.add_argument("what", choices=["stops", "elsewhere", "crashes", "damages", "kills"])
     parser.add_argument("--engine", nargs="+", choices=list(WORLD_SIZES), default=["single"])
     parser.add_argument("--num-stops", type=int, default=STEPS)
     parser.add_argument("--trials", type=int, default=1000)

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 from unittest import mock
 
@@ -23,9 +24,12 @@ from operations import Counts
 from torch import nn
 from variants import Variant, llama
 
+from adalora_dist.backbones.activations import checkpoint_activations
+from adalora_dist.backbones.merging import merged
+from adalora_dist.config.activations import ActivationsConfig
 from adalora_dist.methods.adalora import bound, layers
 from adalora_dist.methods.dropout import Dropout
-from adalora_dist.tasks.batches import collate
+from adalora_dist.tasks.batches import BatchPlan, collate
 from adalora_dist.tasks.commonsense.choices import evaluate_choices
 from adalora_dist.tasks.commonsense.prompts import choice_tokens, encode_example, encode_examples, prompt_tokens
 from adalora_dist.tasks.commonsense.rows import Example
@@ -54,6 +58,9 @@ def rows() -> Iterator[tuple[str, str, str]]:
     yield from dropout()
     yield from logits()
     yield from evaluation()
+    yield from decoding()
+    yield from micro_batches()
+    yield from checkpointing()
     yield from state()
     yield from start()
 
@@ -136,6 +143,47 @@ def evaluation() -> Iterator[tuple[str, str, str]]:
         before = sum(prompt + n for prompt, reply in zip(prompts, replies, strict=True) for n in reply)
         what = f"tokens of an evaluation by likelihood, {len(choices)} choices, of those needed"
         yield what, f"{before / needed:.2f}", f"{sum(read) / needed:.2f}"
+
+
+def decoding() -> Iterator[tuple[str, str, str]]:
+    model = Variant("adalora", llama(64, 176, 4), 8, 8, SCHEDULE).model.eval()
+
+    def operations() -> int:
+        counts = Counts()
+        with torch.no_grad(), counts:
+            model(input_ids=torch.tensor([[3]]))
+        return counts.aten.total()
+
+    before = operations()
+    with merged(model):
+        yield "operations of a decoding step, 4 layers, 28 matrices: adapters merged", str(before), str(operations())
+
+
+def micro_batches() -> Iterator[tuple[str, str, str]]:
+    """Of rows from 20 to 1,000 tokens, most of them short, 128 to a step."""
+    draws = random.Random(0)
+    lengths = [min(1000, 20 + int(draws.expovariate(1 / 120))) for _ in range(4096)]
+    plan = BatchPlan(lengths, lengths, 128, seed=6)
+    steps = range(plan.num_batches_per_epoch)
+    for what, summary in (("largest", max), ("median", median)):
+        rows_alone, within = (
+            f"{int(summary([plan.positions(rows) for step in steps for rows in plan.parts(step, 1, 16, limit)])):,}"
+            for limit in (0, 8192)
+        )
+        yield f"{what} micro-batch, positions: 16 rows at a time, at most 8,192 tokens", rows_alone, within
+
+
+def checkpointing() -> Iterator[tuple[str, str, str]]:
+    def peak(**how: Any) -> str:
+        model = Variant("adalora", llama(128, 344, 8), 8, 8, SCHEDULE).model.train()
+        checkpoint_activations(model, ActivationsConfig(gradient_checkpointing=bool(how), **how))
+        ids = torch.arange(2048).view(2, 1024) % 32
+        return f"{peak_bytes(lambda: model.model(input_ids=ids).last_hidden_state.sum().backward()) / 1e6:.1f}"
+
+    kinds: tuple[Any, ...] = (4, 2, "selective", "full")
+    for kind in kinds:
+        what = f"peak of forward and backward, MB: 2 x 1,024 tokens, 8 layers of 128, checkpoint_activations {kind}"
+        yield what, peak(), peak(checkpoint_activations=kind)
 
 
 def state() -> Iterator[tuple[str, str, str]]:

@@ -5,7 +5,7 @@
 #   deepspeed launch/deberta_glue.sh --preset paper --task cola --budget 0.3M
 ''':'
 command -v deepspeed > /dev/null || { echo "error: no deepspeed: pip install 'adalora-dist[deepspeed]'" >&2; exit 2; }
-exec deepspeed "$0" "$@"
+exec deepspeed --quiet "$0" "$@"
 '''
 from adalora_dist.training.launch import run_recipe
 

@@ -5,7 +5,7 @@
 #   deepspeed launch/llama_commonsense.sh --config recipes/configs/llama_commonsense_llama_7b.yaml --deepspeed-config ds_configs/zero3.json
 ''':'
 command -v deepspeed > /dev/null || { echo "error: no deepspeed: pip install 'adalora-dist[deepspeed]'" >&2; exit 2; }
-exec deepspeed "$0" "$@"
+exec deepspeed --quiet "$0" "$@"
 '''
 from adalora_dist.training.launch import run_recipe
 

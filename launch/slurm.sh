@@ -14,7 +14,8 @@
 #     on compute nodes without network, submit with HF_HUB_OFFLINE=1 in the environment.
 #
 # Three minutes before the time limit, and when the job is pre-empted, SLURM sends SIGUSR1 or SIGTERM: the run saves, and
-# the job is queued again. Pass --resume auto, and it goes on where it was.
+# the job is queued again. Pass --resume auto, and it goes on where it was. RESTARTS=3 in the environment queues it again
+# after failures, too (a process that was killed, a GPU that is gone), until it has been that often.
 #
 # One task per node starts one process per GPU. PROCESSES_PER_NODE overrides the number of GPUs, for nodes without any.
 #SBATCH --job-name=adalora
@@ -45,6 +46,7 @@ per_node=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 address=${nodes[0]:?scontrol named no node}
+[[ ${RESTARTS:=0} =~ ^[0-9]+$ ]] || fail "RESTARTS=$RESTARTS must be an integer >= 0"
 port=$((20000 + SLURM_JOB_ID % 20000)) # two jobs may share a node
 threads=$((${SLURM_CPUS_ON_NODE:-1} / per_node))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
@@ -68,6 +70,9 @@ srun --ntasks-per-node=1 --kill-on-bad-exit=1 \
     "$@" || code=$?
 if [[ -f $ADALORA_DIST_STATUS_FILE ]]; then
     echo "slurm.sh: the run was stopped by a signal and has saved: queueing the job again"
+    scontrol requeue "$SLURM_JOB_ID"
+elif [[ $code != 0 && ${SLURM_RESTART_COUNT:-0} -lt $RESTARTS ]]; then
+    echo "slurm.sh: the run has failed with code $code: queueing the job again, up to its restart $RESTARTS"
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -7,7 +7,7 @@
 #   bash launch/summarize_bart.sh --preset paper --task xsum --budget 0.65% --data hub
 ''':'
 command -v deepspeed > /dev/null || { echo "error: no deepspeed: pip install 'adalora-dist[deepspeed]'" >&2; exit 2; }
-exec deepspeed "$0" "$@"
+exec deepspeed --quiet "$0" "$@"
 '''
 from adalora_dist.training.launch import run_recipe
 

@@ -41,6 +41,7 @@ def main(config: CommonsenseConfig) -> None:
     from adalora_dist.tasks.commonsense.rows import Example, load_tasks_and_validation
     from adalora_dist.tasks.demo_models.smollm2 import demo_model_folder
     from adalora_dist.tasks.evaluation.loss import counts_of, validation_loss
+    from adalora_dist.tasks.evaluation.shown import shown_texts
     from adalora_dist.tasks.losses import causal_loss
     from adalora_dist.tasks.rows.tokens import padding_token
     from adalora_dist.training.dry_run import dry_run
@@ -73,7 +74,9 @@ def main(config: CommonsenseConfig) -> None:
     with run.main_process_first():  # the others find its tokens in the cache
         rows = encode_examples(train_examples, tokenizer, data.max_length, data.train_on)
         for questions in (held_out, *eval_examples.values()):
-            check_questions(questions, tokenizer, data.max_length)
+            prompts = check_questions(questions, tokenizer, data.max_length)
+            if "generation" in run.config.evaluation.evaluate_by:
+                run.check_replies(prompts)
 
     # ---------------------------------------------------------------------------------------------- adapters and engine
     run.prepare(BatchPlan.of_rows(rows, *run.batching))
@@ -83,15 +86,20 @@ def main(config: CommonsenseConfig) -> None:
     padding = padding_token(tokenizer)
     packed = run.packs(padding)
 
-    def evaluate(questions: Mapping[str, Sequence[Example]]) -> list[TaskResult]:
+    def evaluate(questions: Mapping[str, Sequence[Example]], show: Any = None) -> list[TaskResult]:
         results = []
         for examples in questions.values():
             common = (run.model, tokenizer, examples, settings.eval_batch_size, data.max_length)
             if "likelihood" in settings.evaluate_by:
                 results.append(evaluate_choices(*common, **run.ranks))
             if "generation" in settings.evaluate_by:
-                results.append(evaluate_generation(*common, settings.max_new_tokens, **run.ranks, synced_gpus=synced))
+                decoding = run.ranks | {"synced_gpus": synced, "merge_to_generate": settings.merge_to_generate}
+                results.append(evaluate_generation(*common, settings.max_new_tokens, **decoding, show=show))
         return results
+
+    def show(examples: Sequence[Example], replies: Sequence[str]) -> None:
+        asked = [f"{example.instruction} {example.input}" for example in examples]
+        run.say(shown_texts(asked, replies, settings.show_samples))
 
     checked = encode_examples(held_out, tokenizer, data.max_length, data.train_on) if held_out else []
     checked_loss = causal_loss(checked, padding, run.device, chunk)
@@ -99,7 +107,7 @@ def main(config: CommonsenseConfig) -> None:
     def validate() -> dict[str, float]:
         size = settings.eval_batch_size
         loss = validation_loss(run.model, checked_loss, *counts_of(checked), size, **run.ranks)
-        return loss | as_scores(evaluate(validation))
+        return loss | as_scores(evaluate(validation, show))
 
     columns: dict[str, Any] = {"before": [], **run.notes}
     if run.evaluates_before:

@@ -33,7 +33,7 @@ def main(config: SftConfig) -> None:
     from adalora_dist.tasks.demo_models.smollm2 import demo_model_folder
     from adalora_dist.tasks.losses import causal_loss
     from adalora_dist.tasks.rows.tokens import padding_token
-    from adalora_dist.tasks.sft.answers import answer_questions, read_questions
+    from adalora_dist.tasks.sft.answers import answer_questions, last_prompts, read_questions
     from adalora_dist.tasks.sft.evaluation import SftEvaluation
     from adalora_dist.tasks.sft.preview import preview, show
     from adalora_dist.tasks.sft.rows import load_rows
@@ -61,6 +61,8 @@ def main(config: SftConfig) -> None:
     with run.main_process_first():  # the others find it in the cache
         rows = load_rows(data, tokenizer, run.bad_rows, run.say, run.config.train.seed, settings)
     run.report_bad_rows()
+    for num_turns, prompts in last_prompts(questions, tokenizer).items():
+        run.check_replies(prompts, "answer_tokens", num_turns)
 
     # ---------------------------------------------------------------------------------------------- adapters and engine
     run.prepare(rows.plan(*run.batching))

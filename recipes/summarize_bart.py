@@ -32,7 +32,7 @@ def main(config: SummarizationConfig) -> None:
     from datasets import Dataset
     from transformers import AutoModelForSeq2SeqLM
 
-    from adalora_dist.tasks.batches import BatchPlan
+    from adalora_dist.tasks.batches import PairPlan
     from adalora_dist.tasks.demo_models.pretrained import demo_bart_folder
     from adalora_dist.tasks.evaluation.loss import validation_loss
     from adalora_dist.tasks.evaluation.rouge import rouge_scorer, rouge_scores
@@ -69,8 +69,7 @@ def main(config: SummarizationConfig) -> None:
     run.report_bad_rows()
     run.say_sizes(f"{len(train_rows):,} training rows, {len(eval_rows):,} evaluation rows", validation)
     num_source, num_targets = train_rows["num_source"][:], train_rows["num_targets"][:]
-    lengths = [sum(pair) for pair in zip(num_source, num_targets, strict=True)]
-    plan = BatchPlan(lengths, num_targets, *run.batching, digest_of_tokens(train_rows))
+    plan = PairPlan(num_source, num_targets, *run.batching, digest_of_tokens(train_rows))
 
     # ---------------------------------------------------------------------------------------------- adapters and engine
     run.prepare(plan)

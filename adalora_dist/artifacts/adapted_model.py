@@ -10,13 +10,15 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from adalora_dist.artifacts.adapter_files import task_settings
 from adalora_dist.artifacts.peft_check import not_verified
@@ -53,20 +55,28 @@ def save_as_adapter(model: nn.Module, method: type[Method]) -> SaveAdapter | Non
     """Make ``model.save_pretrained`` write the adapter.
 
     Args:
-        model: not wrapped, as ``adapt`` left it; nothing is done to one that does so already.
+        model: not wrapped, as ``adapt`` left it; nothing is done to one that does so already, nor to one that is none
+            of transformers' and has such a one inside, which its own ``save_pretrained`` asks (sentence-transformers).
         method: of its adapters.
 
     Returns:
         What does it; None where there is no adapter, or no ``save_pretrained``.
     """
     present = getattr(model, "save_pretrained", None)
-    if isinstance(present, SaveAdapter):
-        return present
+    part: Any = model if isinstance(model, PreTrainedModel) else adapted_part(model)
+    if isinstance(saver := getattr(part, "save_pretrained", None), SaveAdapter):
+        return saver
     if present is None or not adapters_of(model):
         return None
     saver = SaveAdapter(model, method)
     model.save_pretrained = saver  # type: ignore[assignment]
     return saver
+
+
+def adapted_part(model: nn.Module) -> nn.Module:
+    """The model that ``adapt`` was given, of whatever has been put around it; ``model`` itself where there is none."""
+    parts = (part for part in model.modules() if isinstance(part.__dict__.get("save_pretrained"), SaveAdapter))
+    return next(parts, model)
 
 
 class SaveAdapter:
@@ -81,6 +91,30 @@ class SaveAdapter:
     def __init__(self, model: nn.Module, method: type[Method]) -> None:
         self._model, self._method = model, method
         self._others = {name for name in self._trained_besides() if not self._is_base(name)}
+        self._held: Mapping[str, torch.Tensor] | None = None
+        self._was_asked = False
+
+    def saves(self, model: nn.Module) -> bool:
+        """Whether it is ``model`` that is saved, and not a part of it."""
+        return self._model is model
+
+    @contextmanager
+    def holding(self, state: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Have ``state`` for calls without a ``state_dict``, as they come from a model around this one.
+
+        Raises:
+            UserError: at the end, if there was no call: what was written is not the adapter.
+        """
+        self._held, self._was_asked = state, False
+        try:
+            yield
+            if not self._was_asked:
+                raise UserError(
+                    f"what lies around {type(self._model).__name__} was saved without asking it, so that its adapter "
+                    "is not in the folder: call save_pretrained of the model that has the adapters"
+                )
+        finally:
+            self._held = None
 
     def __call__(
         self,
@@ -100,10 +134,13 @@ class SaveAdapter:
             UserError: as :meth:`check`; parameters are sharded and ``state_dict`` is not given, or lacks some; PEFT
                 would load another function.
         """
+        self._was_asked = True
         if not is_main_process:
             return
-        for option in ("push_to_hub", "variant"):
-            if options.get(option):
+        state_dict = self._held if state_dict is None else state_dict
+        ordinary = {"push_to_hub": False, "variant": None, "safe_serialization": True}
+        for option, value in ordinary.items():
+            if options.get(option, value) != value:
                 raise UserError(
                     f"save_pretrained({option}={options[option]!r}) of a model with adapters is not supported: leave "
                     "it out; model.push_to_hub(repo_id) uploads the adapter"
@@ -165,6 +202,10 @@ class SaveAdapter:
             if keep:
                 state[path] = whole.cpu()
         return state
+
+    def is_whole(self) -> bool:
+        """Whether every process has all that :meth:`state` gives, so that it takes no other."""
+        return all(is_whole(parameter) for parameter in self._needed().values())
 
     def _of_adapters(self) -> dict[str, nn.Parameter]:
         return {

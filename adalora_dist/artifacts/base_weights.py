@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from adalora_dist.backbones.files import weight_files
 from adalora_dist.backbones.names import FileNames
+from adalora_dist.backbones.rearranged import Rearranged, is_rearranged
 from adalora_dist.methods.update import Update, weight_shape
 
 U = TypeVar("U", bound=Update)
@@ -44,14 +45,19 @@ def of_base(
     """
     bases = dict(base_weights or {})
     matrices = {f"{a.name}.weight": a for a in adapters}
-    places, _ = names.places({name: weight_shape(a) for name, a in matrices.items()}, (), base_folder)
     found = {}
+
+    def answer(name: str, stored: torch.Tensor) -> None:
+        adapter = matrices.pop(name)
+        weight = bases[name](stored) if name in bases else stored.float()
+        found[adapter.name] = ask(adapter, weight.T if adapter.matrix.is_transposed else weight)
+
+    for name in [name for name in matrices if is_rearranged(names, name)]:
+        answer(name, Rearranged(names, name).read(name))
+    places, _ = names.places({name: weight_shape(a) for name, a in matrices.items()}, (), base_folder)
     for shard in weight_files(base_folder):
         with safe_open(shard, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (not a dictionary)
-                if (name := places.get(key)) is not None:
-                    stored, adapter = file.get_tensor(key), matrices[name]
-                    weight = bases[name](stored) if name in bases else stored.float()
-                    rows = weight.T if adapter.matrix.is_transposed else weight
-                    found[adapter.name] = ask(adapter, rows)
+                if (place := places.get(key)) is not None:
+                    answer(place, file.get_tensor(key))
     return found

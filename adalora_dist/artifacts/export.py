@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +30,12 @@ from adalora_dist.artifacts.adapter_files import (
 )
 from adalora_dist.artifacts.adapter_files import task_settings as task_settings
 from adalora_dist.artifacts.base_weights import BaseWeight as BaseWeight
-from adalora_dist.artifacts.expert_merge import expert_edits
+from adalora_dist.artifacts.edits import expert_edits, rearranged_edits
 from adalora_dist.artifacts.whole import check_files, check_whole, is_model_file
 from adalora_dist.backbones.files import base_folder_of as base_folder_of
 from adalora_dist.backbones.files import refuse_foreign_link, weight_files
 from adalora_dist.backbones.names import FileNames, names_in
+from adalora_dist.backbones.rearranged import Change, check_shape, is_rearranged
 from adalora_dist.backbones.tokenizer import save_tokenizer
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import check_tensors, read_object
@@ -226,29 +228,37 @@ def merge(
     check_base(base_folder)
     shards = weight_files(base_folder)
     settings = read_object(base_folder / "config.json")
-    replaced: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+    replaced: dict[str, Change] = {}
     whole = dict(trained or {})
     bases = dict(base_weights or {})
     names = names_in(base_folder, task or {}) if names is None else names
     others, edits = expert_edits(adapters, names)
     shapes: dict[str, tuple[int, ...]] = {name: base.shape for name, base in bases.items()}
-    for adapter in (a for a in others if a.rank):
+    for adapter in (a for a in others if a.tensors()):
         replaced[name := f"{adapter.name}.weight"], shapes[name] = adapter.merged, weight_shape(adapter)
-        if adapter.changes_bias and names.source_of(name := f"{adapter.name}.bias") is not None:
+        if adapter.changes_bias and names.has(name := f"{adapter.name}.bias"):
             replaced[name], shapes[name] = adapter.merged_bias, adapter.matrix.shape[:1]
-    places, new = names.places(shapes, whole, base_folder)
+
+    def change(name: str, stored: torch.Tensor) -> torch.Tensor:
+        if name in whole:
+            return whole[name]
+        weight = bases[name](stored) if name in bases else stored.to(torch.float32, copy=True)
+        return replaced[name](weight) if name in replaced else weight
+
+    moved = {name: partial(change, name) for name in {**shapes, **whole} if is_rearranged(names, name)}
+    for name in moved.keys() & shapes.keys():
+        check_shape(names, name, shapes[name])
+    edits |= rearranged_edits(moved, names)
+    unmoved = {name: shape for name, shape in shapes.items() if name not in moved}
+    places, new = names.places(unmoved, whole.keys() - moved.keys(), base_folder)
     added = {name: whole[name].contiguous() for name in sorted(new)}
     if dtype is not None:
         settings = {key: value for key, value in settings.items() if key != "torch_dtype"}
         settings["dtype"] = str(dtype).removeprefix("torch.")
 
     def merged(key: str, tensor: torch.Tensor) -> torch.Tensor:
-        name = places.get(key)
-        if name in whole:
-            tensor = whole[name].to(tensor.dtype)
-        elif name is not None:
-            weight = bases[name](tensor) if name in bases else tensor.to(torch.float32, copy=True)
-            tensor = (replaced[name](weight) if name in replaced else weight).to(dtype or tensor.dtype)
+        if (name := places.get(key)) is not None:
+            tensor = change(name, tensor).to(tensor.dtype if name in whole else dtype or tensor.dtype)
         elif key in edits:
             tensor = edits[key](tensor.to(torch.float32, copy=True)).to(dtype or tensor.dtype)
         return (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).contiguous()

@@ -133,7 +133,7 @@ def _hydra_as_lora(
 ) -> list[AdapterWeights]:
     """Its sequential branch reads W0 x, so its A is made of W0."""
     for adapter in adapters:
-        if names.source_of(f"{adapter.name}.bias") is not None:
+        if names.has(f"{adapter.name}.bias"):
             raise UserError(HydraUpdate.no_lora(adapter.name))
     read = of_base(adapters, folder, names, base_weights, lambda adapter, weight: adapter.V @ weight)
     return [adapter.lora_with(read[adapter.name]) for adapter in adapters]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
-from adalora_dist.artifacts.expert_merge import stacks_among
+from adalora_dist.artifacts.edits import stacks_among
 from adalora_dist.backbones.experts import ExpertStack
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adalora.peft_stacks import is_swapped, packed, wrapper_paths

@@ -214,6 +214,8 @@ def save_dora(
 ) -> None:
     """Write PEFT's DoRA of the same function: B carries the scale, alpha is the rank. Arguments as of save_lora.
 
+    A matrix of rank 0 keeps its lengths, beside factors of rank 1 that are 0.
+
     Args:
         lengths: of every row of each base weight, (d_out,), by the name of the matrix.
 
@@ -221,27 +223,31 @@ def save_dora(
         UserError: PEFT would divide 0 by 0, or takes a matrix for one of stacked experts; as :func:`save_lora`.
     """
     _refuse_experts(adapters, folder, model, "DoRA")
-    largest = max(a.rank for a in adapters)
+    largest = max(1, *(a.rank for a in adapters))  # PEFT has no rank 0
+    ranks = {anchored(a.name): max(1, a.rank) for a in adapters}
+    ranks = ranks if min(ranks.values()) < largest else {}
     config = {
         **common_config(adapters, adapters, base_model, base_revision, trained, model),
         "peft_type": "LORA",
         "r": largest,
         "lora_alpha": largest,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,
         "use_rslora": False,
         "use_dora": True,
     }
     tensors = {}
     for adapter in adapters:
-        name, b = PREFIX + adapter.name, adapter.P * adapter.matrix.scale
-        own, added = lengths[adapter.name], torch.linalg.vector_norm(b @ adapter.Q, dim=1)
+        name, b, a = PREFIX + adapter.name, adapter.P * adapter.matrix.scale, adapter.Q
+        if not adapter.rank:
+            b, a = pad_with_zeros(b, (0, 1)), pad_with_zeros(a, (0, 0, 0, 1))
+        own, added = lengths[adapter.name], torch.linalg.vector_norm(b @ a, dim=1)
         if ((own == 0) & (added == 0)).any():
             raise UserError(
                 f"{folder}: {adapter.name} has rows that are 0 with and without the adapter, of which PEFT makes nan: "
                 "use the merged model"
             )
-        tensors[f"{name}.lora_A.weight"] = adapter.Q.to(dtype)
+        tensors[f"{name}.lora_A.weight"] = a.to(dtype)
         tensors[f"{name}.lora_B.weight"] = b.to(dtype)
         # Rows of 0 get what is added to them as it is.
         tensors[f"{name}.lora_magnitude_vector"] = torch.where(own == 0, added, own + adapter.dm).to(dtype)

@@ -7,7 +7,9 @@ neither weights nor data, nor the kernels that are installed on some machines on
 partitioned models, and sees a path that only another machine takes.
 
 What counts: ``.weight`` of a submodule in any method that a forward may reach, unless only its type, device or shape is
-asked for. Branches that the model's own settings rule out do not count (BLOOM's slow sum, with ``pretraining_tp`` 1).
+asked for; and every submodule that is handed to an autograd function of the model's own, which computes with it where
+no graph is made, and again in its own backward (Reformer's reversible layers). Branches that the model's own settings
+rule out do not count (BLOOM's slow sum, with ``pretraining_tp`` 1).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from functools import cache
 from types import FunctionType
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 _METADATA = {
@@ -38,6 +41,7 @@ _NEVER_TAKEN = {("DisentangledSelfAttention", "in_proj"): "only for query_states
 """(class, linear map) -> why a branch that reads its weight is not taken, though settings do not say so."""
 _MAX_CALLS = 3
 _UNKNOWN, _ANY = "?", "*"  # at the start of a path: whatever leads there; within one: an element of a list
+_ALL = "**"  # at the end of one: it, and everything below
 
 Path = tuple[str, ...]
 
@@ -66,15 +70,15 @@ def weights_read_directly(model: nn.Module, names: Collection[str]) -> dict[str,
                 continue
             pattern = re.compile(_pattern(read.path))
             for name in names:
-                if name.startswith(inside) and pattern.fullmatch(name[len(inside) :]):
+                if name.startswith(inside) and pattern.fullmatch(f"{name[len(inside) :]}."):
                     found.setdefault(name, read.where)
     return found
 
 
 def _pattern(path: Path) -> str:
-    """Regular expression of the dotted names that a path can stand for."""
-    ways = {_UNKNOWN: r"(?:.+\.)?", _ANY: r"[^.]+\."}
-    return "".join(ways.get(part, re.escape(part) + r"\.") for part in path).removesuffix(r"\.")
+    """Regular expression of the dotted names that a path can stand for, each with a dot behind it."""
+    ways = {_UNKNOWN: r"(?:.+\.)?", _ANY: r"[^.]+\.", _ALL: r"(?:.+\.)?"}
+    return "".join(ways.get(part, re.escape(part) + r"\.") for part in path)
 
 
 @cache
@@ -223,6 +227,10 @@ class _Walk:
             for keyword in node.keywords
             if keyword.arg and (path := self._path(keyword.value)) and path[0] != _UNKNOWN
         }
+        if self._is_autograd_function(node.func):
+            for path in passed.values():
+                self._note((*path, _ALL))
+            return
         if not (passed or named) or self.depth == _MAX_CALLS:
             return
         called, is_method = self._function(node.func)
@@ -237,6 +245,13 @@ class _Walk:
         walk = _Walk(self.kind, called, {**names, **named}, self.depth + 1)
         walk.conditions = list(self.conditions)
         self.reads += walk.reads_of(tree)
+
+    def _is_autograd_function(self, node: ast.expr) -> bool:
+        """Whether a call is ``F.apply(...)`` of an autograd function that the file of the model has."""
+        if not isinstance(node, ast.Attribute) or node.attr != "apply" or not isinstance(node.value, ast.Name):
+            return False
+        found = self.function.__globals__.get(node.value.id)
+        return isinstance(found, type) and issubclass(found, torch.autograd.Function)
 
     def _function(self, node: ast.expr) -> tuple[FunctionType | None, bool]:
         """What a call calls, if that is a method of the module or a function of its file; whether it takes self."""

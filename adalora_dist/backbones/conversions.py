@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,7 +34,7 @@ class ConversionRules:
         self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self._by_pattern = {p: c for c in self._converters for p in c.source_patterns}
-        self._prefix = model.base_model_prefix
+        self._model, self._prefix = model, model.base_model_prefix
         self._shapes = dict(shapes)
 
     def conversion_of(self, key: str) -> Conversion | None:
@@ -50,6 +53,32 @@ class ConversionRules:
             return [name], True
         first, *others = self._by_pattern[pattern].target_patterns
         return [name, *(name.replace(first, other) for other in others)], False
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Of a parameter in the model."""
+        return self._shapes[name]
+
+    def converted(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What loading makes of tensors of the files that one rule takes together: {name in the model: tensor}.
+
+        Args:
+            tensors: by their names in the files, all that the rule takes, in the order of :class:`FileNames`.
+
+        Raises:
+            ValueError: the rule does not take these, whatever it says itself of it.
+        """
+        converter: Any = None
+        for key, tensor in tensors.items():
+            name, pattern = self._renamed(key)
+            if pattern is None:
+                raise ValueError(f"{key} is not converted")
+            converter = deepcopy(self._by_pattern[pattern]) if converter is None else converter
+            converter.add_tensor(name, key, pattern, tensor)
+        try:
+            made = converter.convert(name, model=self._model, config=self._model.config)
+        except Exception as error:  # any of the library's operations
+            raise ValueError(str(error)) from error
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
     def _renamed(self, key: str) -> tuple[str, str | None]:
         """A name in the model, and the pattern of the rule that makes more than a copy of the tensor, if any."""

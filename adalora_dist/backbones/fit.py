@@ -189,21 +189,33 @@ def _positions(limit: Limit, num_taken: int) -> str:
     return f"{limit.length} positions ({where}){of_prefix}"
 
 
-def check_room(model: PreTrainedModel, num_prompt_tokens: int, max_new_tokens: int, num_taken: int = 0) -> None:
-    """Compare the longest prompt of a model with one side, and a reply behind it, with the positions that it has.
+class Reply(NamedTuple):
+    """What a model is to write behind a prompt, and how long it may be."""
+
+    setting: str
+    tokens: int
+    turns: int = 1
+    """Of a conversation that has a reply in each."""
+
+
+def check_room(model: PreTrainedModel, num_prompt_tokens: int, reply: Reply, num_taken: int = 0) -> None:
+    """Compare the longest prompt of a model with one side, and replies with it, with the positions that it has.
 
     Args:
+        num_prompt_tokens: of all turns together, without replies.
         num_taken: as of :func:`check_lengths`.
 
     Raises:
         UserError: they are more than the model has positions for them.
     """
     limit = position_limits(model).get("")
-    if limit is None or not limit.where or num_taken + num_prompt_tokens + max_new_tokens <= limit.length:
+    needed = num_taken + num_prompt_tokens + reply.turns * reply.tokens
+    if limit is None or not limit.where or needed <= limit.length:
         return
-    room = limit.length - num_taken - num_prompt_tokens
-    remedy = f"set --max-new-tokens {room}, or less" if room > 0 else "shorten it"
+    room = (limit.length - num_taken - num_prompt_tokens) // reply.turns
+    remedy = f"set --{reply.setting.replace('_', '-')} {room}, or less" if room > 0 else "shorten it"
+    in_turns = f" in each of {reply.turns} turns" if reply.turns > 1 else ""
     raise UserError(
-        f"max_new_tokens={max_new_tokens} behind the longest prompt of the evaluation, {num_prompt_tokens} tokens: "
-        f"{type(model).__name__} has {_positions(limit, num_taken)}: {remedy}"
+        f"{reply.setting}={reply.tokens}{in_turns} behind the longest prompt of the evaluation, {num_prompt_tokens} "
+        f"tokens: {type(model).__name__} has {_positions(limit, num_taken)}: {remedy}"
     )

@@ -21,7 +21,9 @@ from adalora_dist.backbones.quantization import settle_quantized
 from adalora_dist.backbones.sharded_load import load_on_meta
 from adalora_dist.backbones.tokenizer import remember_rules
 from adalora_dist.config.sections import ModelConfig
+from adalora_dist.io.digest import digest_of
 from adalora_dist.io.errors import UserError
+from adalora_dist.io.foreign_files import read_bytes
 from adalora_dist.sharding.tensors import full_numel
 
 if TYPE_CHECKING:
@@ -203,6 +205,7 @@ def refuse_code_from_elsewhere(config: ModelConfig) -> None:
     """Raise a ``UserError`` if code would be run that ``revision`` does not pin.
 
     A repository may name classes of another one, REPOSITORY--module.Class, of which transformers takes the main branch.
+    A folder has no commits: there ``revision`` is a digest of the code itself.
     """
     if not config.trust_remote_code:
         return
@@ -220,6 +223,19 @@ def refuse_code_from_elsewhere(config: ModelConfig) -> None:
                         f"trust_remote_code true, but model={config.name!r} names code of another repository, {name}, "
                         "which revision does not pin: copy that code into a repository of your own and name it there"
                     )
+    if (found := _code_digest(Path(config.name))) not in (None, config.revision):
+        raise UserError(
+            f"trust_remote_code true, but revision {config.revision} is not that of the code in the folder "
+            f"model={config.name!r}: read its Python files, then give --revision {found}, which stands for what is in "
+            "them now"
+        )
+
+
+def _code_digest(folder: Path) -> str | None:
+    """Of the names and contents of all Python files in a folder, 40 hexadecimal digits; None: it has none."""
+    files = sorted(folder.rglob("*.py")) if folder.is_dir() else []
+    parts = [(str(path.relative_to(folder)).encode(), read_bytes(path)) for path in files]
+    return digest_of(b"\0".join((name, digest_of([code]).encode())) for name, code in parts)[:40] if files else None
 
 
 def _cannot_be_loaded(config: ModelConfig, error: Exception) -> UserError:

@@ -128,6 +128,10 @@ class FileNames:
             [name, *_], _ = self.rules.names_of(name)
         return name
 
+    def has(self, name: str) -> bool:
+        """Whether parameter ``name`` is in the files, or made of what is in them."""
+        return self.known_as(name) in self.sources
+
     def source_of(self, name: str) -> Stored | None:
         """The tensor of the files that parameter ``name`` is a copy of; None if it is in no file.
 

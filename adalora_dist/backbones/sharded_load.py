@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from accelerate.state import AcceleratorState
@@ -22,6 +22,7 @@ from adalora_dist.backbones.expert_files import ExpertPart, parts_of
 from adalora_dist.backbones.experts import stacks_of
 from adalora_dist.backbones.files import Stored
 from adalora_dist.backbones.names import FileNames
+from adalora_dist.backbones.rearranged import Rearranged
 from adalora_dist.io.errors import UserError
 from adalora_dist.sharding.tensors import first_row, is_whole, local_part, whole_tensor
 
@@ -29,8 +30,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-Source = Stored | list[ExpertPart]
-"""The tensor that a parameter is a copy of, or what a stack of experts is made of."""
+class Moved(NamedTuple):
+    """What a parameter is among the tensors of the files that loading rearranges."""
+
+    tensors: Rearranged
+    name: str
+
+
+Source = Stored | list[ExpertPart] | Moved
+"""The tensor that a parameter is a copy of, what a stack of experts is made of, or where the numbers lie."""
 Sources = dict[str, Source]
 """Of a module, by the name that a parameter has in it."""
 
@@ -45,16 +53,13 @@ def load_on_meta(auto_class: Any, name: str, names: FileNames, **options: Any) -
         names: of this model in its files.
 
     Raises:
-        UserError: the model has tensors that transformers computes from others while it loads.
+        UserError: the model has tensors that transformers computes from others while it loads, and not by moving
+            numbers alone.
     """
     model: PreTrainedModel = auto_class.from_pretrained(name, device_map="meta", **options)
-    stacks = {stack.name: parts_of(names, stack) for stack in stacks_of(model) if stack.name in names.computed}
-    if other := names.computed - stacks.keys():
-        raise UserError(
-            f"model={name!r}: {min(other)} is computed from several tensors of its files, which is not "
-            "possible row by row under FSDP2: use ZeRO-3 (launch/accelerate/zero3.yaml)"
-        )
-    to_read = []
+    stacks: Sources = {stack.name: parts_of(names, stack) for stack in stacks_of(model) if stack.name in names.computed}
+    made = {**stacks, **{other: _moved(names, other, name) for other in sorted(names.computed - stacks.keys())}}
+    to_read: list[tuple[torch.Tensor, Source]] = []
     new = set(names.missing)
     for path, module in model.named_modules():
         # On the module, because names change when adapters are put around it, and parameters when it is sharded.
@@ -63,7 +68,7 @@ def load_on_meta(auto_class: Any, name: str, names: FileNames, **options: Any) -
         prefix = f"{path}." if path else ""
         for leaf, parameter in module.named_parameters(recurse=False):
             if (full := prefix + leaf) in names.sources and full not in new:
-                known[leaf] = stacks.get(full, names.sources[full][0])
+                known[leaf] = made.get(full, names.sources[full][0])
             else:
                 _allocate(parameter, "cpu")
         for leaf, buffer in module.named_buffers(recurse=False):
@@ -78,12 +83,22 @@ def load_on_meta(auto_class: Any, name: str, names: FileNames, **options: Any) -
     return model
 
 
+def _moved(names: FileNames, name: str, model: str) -> Moved:
+    try:
+        return Moved(Rearranged(names, name), name)
+    except UserError as error:
+        raise UserError(
+            f"model={model!r}: {name} is computed from other tensors of its files, which is not possible in parts "
+            "under FSDP2: use ZeRO-3 (launch/accelerate/zero3.yaml)"
+        ) from error
+
+
 def read_trained_modules(model: nn.Module) -> None:
     """Read the backbone's trained parameters (``train_modules``) whole. Does nothing for a model that is not on meta.
 
     Call it before the optimizer is built: accelerate finds an optimizer's parameters again by their addresses.
     """
-    to_read: list[tuple[torch.Tensor, Stored]] = []
+    to_read: list[tuple[torch.Tensor, Source]] = []
     for module in model.modules():
         if not hasattr(module, "weights_on_disk"):  # an adapter, or a model that was loaded in another way
             continue
@@ -91,7 +106,7 @@ def read_trained_modules(model: nn.Module) -> None:
         for leaf, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and parameter.is_meta:
                 _allocate(parameter, "cpu")
-                to_read += _pieces(parameter, sources[leaf])
+                to_read.append((parameter, sources[leaf]))
     _read(to_read)
 
 
@@ -104,29 +119,29 @@ def whole_weight(module: nn.Module) -> torch.Tensor:
     if not weight.is_meta or not hasattr(module, "weights_on_disk"):
         return whole_tensor(weight)
     read = torch.empty(weight.shape, dtype=weight.dtype)
-    _read([(read, cast(dict[str, Stored], module.weights_on_disk)["weight"])])
+    _read([(read, cast(Sources, module.weights_on_disk)["weight"])])
     return read
 
 
 def read_shards(model: nn.Module) -> None:
     """Read this process's rows of every parameter that is on meta. Does nothing if there is none."""
-    to_read: list[tuple[torch.Tensor, Stored]] = []
+    to_read: list[tuple[torch.Tensor, Source]] = []
     # fully_shard has put the adapters where it wants parameters: on the device, or on the CPU if they are offloaded.
     device = next((local_part(p).device for p in model.parameters() if not (p.is_meta or is_whole(p))), "cpu")
     for module in model.modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
                 _allocate(parameter, device)
-                to_read += _pieces(parameter, cast(Sources, module.weights_on_disk)[leaf])
+                to_read.append((parameter, cast(Sources, module.weights_on_disk)[leaf]))
     _read(to_read)
 
 
-def _pieces(parameter: torch.Tensor, source: Source) -> Iterator[tuple[torch.Tensor, Stored]]:
+def _pieces(tensor: torch.Tensor, source: Stored | list[ExpertPart]) -> Iterator[tuple[torch.Tensor, Stored]]:
     """What is to be filled from which tensor of the files; of a stack of experts, what this process holds of each."""
     if isinstance(source, Stored):
-        yield parameter, source
+        yield tensor, source
         return
-    local, first = local_part(parameter), first_row(parameter)
+    local, first = local_part(tensor), first_row(tensor)
     for part in source:
         if first <= (part.expert or 0) < first + len(local):
             yield local[(part.expert or 0) - first, part.start : part.stop], part.stored
@@ -139,14 +154,24 @@ def _allocate(parameter: nn.Parameter, device: torch.device | str) -> None:
 
 
 @torch.no_grad()
-def _read(tensors: Iterable[tuple[torch.Tensor, Stored]]) -> None:
-    """Fill each tensor, or this process's rows of it, from its file."""
-    for file, entries in groupby(sorted(tensors, key=lambda entry: entry[1]), key=lambda entry: entry[1].file):
+def _read(tensors: Iterable[tuple[torch.Tensor, Source]]) -> None:
+    """Fill each tensor, or this process's rows of it, from the files."""
+    pieces: list[tuple[torch.Tensor, Stored]] = []
+    for tensor, source in tensors:
+        if isinstance(source, Moved):  # all that is moved together at a time, whole: rows of one lie anywhere in it
+            _copy_rows(tensor, source.tensors.read(source.name))
+        else:
+            pieces += _pieces(tensor, source)
+    for file, entries in groupby(sorted(pieces, key=lambda entry: entry[1]), key=lambda entry: entry[1].file):
         with safe_open(file, framework="pt") as opened:
-            for tensor, source in entries:
-                stored = opened.get_slice(source.key)
-                if is_whole(tensor):
-                    tensor.copy_(stored[...])
-                elif (local := local_part(tensor)).numel():
-                    first = first_row(tensor)
-                    local.copy_(stored[first : first + local.shape[0]])
+            for tensor, stored in entries:
+                _copy_rows(tensor, opened.get_slice(stored.key))
+
+
+def _copy_rows(tensor: torch.Tensor, whole: Any) -> None:
+    """Into a tensor, or this process's rows of it, from a whole one, or the slice of a file."""
+    if is_whole(tensor):
+        tensor.copy_(whole[...])
+    elif (local := local_part(tensor)).numel():
+        first = first_row(tensor)
+        local.copy_(whole[first : first + local.shape[0]])

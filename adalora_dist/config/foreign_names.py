@@ -40,6 +40,7 @@ _FLAGS = {
     "double-quant": "bnb-4bit-use-double-quant double-quantization",
     "attn-implementation": "flash-attn flash-attention sdp-attention",
     "checkpoint-every": "save-steps save-strategy",
+    "offload-activations": "activation-offloading",
     "keep-checkpoints": "save-total-limit",
     "log-every": "logging-steps",
     "eval-every": "eval-steps",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
@@ -101,7 +101,9 @@ class RunFile:
                 raise UserError(f"{where}: {self._no_such(name, infos, *keys)}")
             shown = str(value).lower() if isinstance(value, bool) else "null" if value is None else value
             origins[keys[0], name] = f"{where}: {group}.{name}: {shown}"
-            if isinstance(value, bool) and infos[name].annotation is not bool:  # pydantic would read true as 1
+            kind = infos[name].annotation
+            is_switch = kind is bool or "on" in get_args(kind)
+            if isinstance(value, bool) and not is_switch:  # pydantic would read true as 1
                 raise UserError(f"{origins[keys[0], name]}: must be {legal(infos[name])}; {remedy(infos[name])}")
         return content
 

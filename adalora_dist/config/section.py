@@ -1,8 +1,18 @@
-"""A group of settings."""
+"""A group of settings, and the kind of setting that a run may decide by itself."""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+
+
+def _word(value: Any) -> Any:
+    """YAML reads on and off as true and false."""
+    return ("off", "on")[value] if isinstance(value, bool) else value
+
+
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_word)]
 
 
 class Section(BaseModel):

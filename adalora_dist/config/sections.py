@@ -14,12 +14,13 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import Field, model_validator
 
+from adalora_dist.config.activations import ActivationsConfig
 from adalora_dist.config.data import ColumnsConfig as ColumnsConfig
 from adalora_dist.config.data import DataConfig as DataConfig
 from adalora_dist.config.formats import ExportFormat
 from adalora_dist.config.hub_names import check_branch, check_repo_id
 from adalora_dist.config.methods import METHODS, AdaLoraConfig, AnyMethodConfig
-from adalora_dist.config.section import Section
+from adalora_dist.config.section import Section, Switch
 
 
 class ModelConfig(Section):
@@ -34,7 +35,8 @@ class ModelConfig(Section):
     allow_pickle_weights: bool = False
     """Also load weights from pytorch_model.bin, a pickle; with FSDP2 every process then reads them whole."""
     trust_remote_code: bool = False
-    """Run Python code from the model's repository. Needs revision to be a full commit hash."""
+    """Run Python code from the model's repository. Needs revision to be a full commit hash; of a folder, the digest of
+    its code, which the refusal of any other names."""
 
     @model_validator(mode="after")
     def _pinned_code(self) -> ModelConfig:
@@ -47,7 +49,7 @@ class ModelConfig(Section):
         return self
 
 
-class TrainConfig(Section):
+class TrainConfig(ActivationsConfig):
     output_dir: str = Field("runs/latest", min_length=1)
     """Run folder: resolved configuration, metrics.jsonl, exports. A folder that holds a run is refused."""
     overwrite: bool = False
@@ -64,6 +66,9 @@ class TrainConfig(Section):
     """Largest number of sequences per process in one forward; accumulation steps follow from it.
 
     Must divide batch_size unless it is larger."""
+    micro_batch_tokens: int = Field(0, ge=0)
+    """Largest number of positions, padding among them, per process in one forward, in place of micro_batch_size: short
+    rows are many at a time, long ones few. 0: micro_batch_size counts."""
     learning_rate: float = Field(5e-4, gt=0)
     """Peak learning rate of AdamW."""
     weight_decay: float = Field(0.0, ge=0)
@@ -84,8 +89,6 @@ class TrainConfig(Section):
     logits_chunk: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     """Target tokens of a micro-batch whose logits are in memory at a time; 0: all; auto: as many as take about 1 GB
     (523 for 128,256 words), and all where a model changes its logits behind its head."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass to save memory."""
     group_by_length: bool = True
     """Put sequences of similar length into the same batch."""
     seed: int = Field(6, ge=0, lt=2**32)
@@ -105,10 +108,12 @@ class TrainConfig(Section):
     """Optimizer steps between checkpoints; one is written before the first step and one at the end, too. 0: none."""
     keep_checkpoints: int = Field(2, ge=1)
     """Number of checkpoints kept; an old one goes after a new one is complete."""
-    async_checkpoints: bool = False
-    """Write checkpoints while training goes on, from a copy in CPU memory."""
+    async_checkpoints: Switch = "auto"
+    """Write checkpoints while training goes on, from a copy in CPU memory; auto: on GPUs, not on CPUs."""
     resume: str = Field("never", min_length=1)
     """auto: continue the run in output_dir, or start one; PATH: continue from that checkpoint or run; never."""
+    max_restarts_at_step: int = Field(3, ge=0)
+    """End a run that launchers or schedulers have started again so often from the same checkpoint."""
 
     @model_validator(mode="before")
     @classmethod
@@ -128,7 +133,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> TrainConfig:
         batch, micro = self.batch_size, self.micro_batch_size
-        if batch > micro and batch % micro:
+        if batch > micro and batch % micro and not self.micro_batch_tokens:
             divisor = next(size for size in range(micro, 0, -1) if batch % size == 0)
             raise ValueError(
                 f"batch_size {batch} with micro_batch_size {micro}: a batch must be a whole number of micro-batches; "
@@ -312,7 +317,7 @@ class EncoderModelConfig(ModelConfig):
 
 
 class PackedTrainConfig(TrainConfig):
-    packing: Literal["auto", "on", "off"] = "off"
+    packing: Switch = "off"
     """Put rows of a micro-batch into one sequence where there would be padding, without their seeing each other; auto:
     where the model can, and at least a tenth of all positions is saved."""
 
@@ -320,18 +325,3 @@ class PackedTrainConfig(TrainConfig):
 class RepeatedTrainConfig(TrainConfig):
     seeds: tuple[int, ...] = ()
     """Repeat the whole run with each of these seeds, and report mean and standard deviation; default: seed alone."""
-
-
-class GenerationConfig(EvaluationConfig):
-    num_beams: int = Field(4, ge=1)
-    """Beams of the search; 1: greedy."""
-    max_new_tokens: int = Field(64, ge=1)
-    """Longest generated text."""
-    min_new_tokens: int = Field(0, ge=0)
-    """Shortest generated text."""
-    length_penalty: float = 1.0
-    """Scores of beams are divided by length to this power: above 0, larger prefers longer texts."""
-    no_repeat_ngram_size: int = Field(0, ge=0)
-    """No sequence of this many tokens occurs twice in a text; 0: allowed."""
-    show_samples: int = Field(0, ge=0)
-    """Show so many generated texts at each evaluation while training."""

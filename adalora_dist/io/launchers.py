@@ -15,6 +15,9 @@ OWN_COMMAND = "ADALORA_DIST_COMMAND"
 """Environment variable: the words of ``adalora-dist run`` that started this process, as JSON.
 
 That is no launcher like those below: it prints nothing after its processes."""
+RESTARTS = "ADALORA_DIST_RESTARTS"
+"""Environment variable: how often ``adalora-dist run`` has started this program again."""
+_COUNTS = (RESTARTS, "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 _NAMES = ("accelerate", "deepspeed", "torchrun")
 _MODULES = {
     "accelerate.commands.accelerate_cli": "accelerate",
@@ -35,6 +38,11 @@ _watching: int | None = None
 def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
     """Started by a launcher, whose end means that nobody waits for this process any more."""
     return "LOCAL_RANK" in environment or "ACCELERATE_MIXED_PRECISION" in environment
+
+
+def is_restarted(environment: Mapping[str, str] = os.environ) -> bool:
+    """Started again by a launcher or a scheduler, after an earlier attempt, with nobody looking on."""
+    return any(environment.get(name, "0") not in ("", "0") for name in _COUNTS)
 
 
 def launchers() -> list[tuple[psutil.Process, list[str]]]:

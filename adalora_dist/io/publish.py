@@ -17,7 +17,6 @@ import secrets
 import shutil
 import socket
 import stat
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO
@@ -104,22 +103,54 @@ def _refuse_taken(folder: Path, replaces: Callable[[Path], bool] | None) -> None
         raise UserError(f"{folder} exists: give another folder, or remove it")
 
 
+@contextlib.contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """An empty folder in ``parent`` for something that is built there, removed at the end.
+
+    Any number of processes may have one each. What those that were killed have left of theirs is removed first.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    name = parent / "building"
+    with _alone_in(parent):
+        _clear(name)
+        scratch, lock = _new_scratch(name)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        os.close(lock)
+
+
 def _claim(folder: Path) -> tuple[Path, int]:
-    """A new scratch folder, and the descriptor whose lock says that its process lives."""
+    """The one scratch folder of ``folder``, as :func:`_new_scratch` gives it."""
     with _alone_in(folder.parent):
-        pattern = re.compile(rf"\.{re.escape(folder.name[:_SHORT_CHARACTERS])}\.([\w-]+)-(\d+)-[0-9a-f]+\{PARTIAL}")
-        for name in os.listdir(folder.parent):
-            if match := pattern.fullmatch(name):
-                if not _is_abandoned(folder.parent / name, match[1], int(match[2])):
-                    raise UserError(
-                        f"{folder} is being written by another process: wait for it, or give another folder"
-                    )
+        if not _clear(folder):
+            raise UserError(f"{folder} is being written by another process: wait for it, or give another folder")
+        return _new_scratch(folder)
+
+
+def _clear(folder: Path) -> bool:
+    """Remove the scratch folders of processes that are gone; whether there were none of others."""
+    pattern = re.compile(rf"\.{re.escape(folder.name[:_SHORT_CHARACTERS])}\.([\w-]+)-(\d+)-[0-9a-f]+\{PARTIAL}")
+    is_alone = True
+    for name in os.listdir(folder.parent):
+        if match := pattern.fullmatch(name):
+            if _is_abandoned(folder.parent / name, match[1], int(match[2])):
                 _remove(folder.parent / name)
-        scratch = folder.with_name(_scratch_name(folder))
-        os.mkdir(scratch)
-        lock = os.open(scratch, os.O_RDONLY | os.O_CLOEXEC)
-        with contextlib.suppress(OSError):  # a network file system may lock no folders: the names tell them apart
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                is_alone = False
+    return is_alone
+
+
+def _new_scratch(folder: Path) -> tuple[Path, int]:
+    """A new scratch folder, and the descriptor whose lock says that its process lives."""
+    scratch = folder.with_name(_scratch_name(folder))
+    os.mkdir(scratch)
+    lock = os.open(scratch, os.O_RDONLY | os.O_CLOEXEC)
+    with contextlib.suppress(OSError):  # a network file system may lock no folders: the names tell them apart
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return scratch, lock
 
 
@@ -153,8 +184,10 @@ def _is_abandoned(scratch: Path, host: str, process: int) -> bool:
 
 
 def _is_old(scratch: Path) -> bool:
+    """By the clock that stamps the files, which may be neither this machine's nor the other's."""
     newest = max((path.lstat().st_mtime for path in (scratch, *scratch.rglob("*"))), default=0.0)
-    return time.time() - newest > _ABANDONED_SECONDS
+    os.utime(scratch.parent)
+    return scratch.parent.stat().st_mtime - newest > _ABANDONED_SECONDS
 
 
 def _remove(path: Path) -> None:

@@ -50,6 +50,10 @@ _IN_ADDRESS = re.compile(
 _WITH_PASSWORD = re.compile(r"://[^/\s:@\"']*:(?!\d+(?:/|$))[^/\s@\"']+@")
 _IN_QUERY = re.compile(rf"(?i)(?<![a-z])((?:{_NAMES}|key)=)[^&;\s]+")
 _IN_JSON = re.compile(rf"(?i)([\"'](?:\w+[-_])?(?:{_NAMES.replace('token|', '')})[\"']\s*:\s*[\"'])[^\"']+")
+_IN_FLAG = re.compile(rf"(?i)((?<![\w-])--?(?:[\w-]*[-_])?(?:{_NAMES})\s+)(?!-)\S+")
+_IN_LINE = re.compile(  # of YAML, and of a netrc
+    rf"(?i)((?<![A-Za-z])(?:{_NAMES.replace('token|', '')})\s*:\s+|\blogin\s+\S+\s+password\s+)[^\s\"']{{6,}}"
+)
 _IN_HEADER = re.compile(
     r"(?i)(\bbearer\s+|\bauthorization:\s*(?:\w+\s+)?|\bbasic\s+(?=[\w+/]*[\d=])|\bx-api-key:\s*)[\w.~+/=-]{8,}"
 )
@@ -62,7 +66,7 @@ def redacted(value: Any) -> Any:
         for shape in _TOKENS.values():
             value = shape.sub(HIDDEN, value)
         value = _IN_ADDRESS.sub(HIDDEN, value)
-        for shape in (_IN_QUERY, _IN_JSON, _IN_HEADER):
+        for shape in (_IN_QUERY, _IN_JSON, _IN_FLAG, _IN_LINE, _IN_HEADER):
             value = shape.sub(rf"\1{HIDDEN}", value)
         return value
     if isinstance(value, dict):

@@ -1,26 +1,52 @@
-"""Standard output and error that never end a program: whatever cannot be shown is escaped, or goes nowhere."""
+"""Standard output and error that never end a program: whatever cannot be shown is escaped, or goes nowhere.
+
+And that show nobody's secrets, and do nothing to a terminal, whoever writes: libraries print addresses with tokens in
+them, and names from files that anybody may have made, in warnings, logs and errors of their own.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import io
+import logging
 import os
+import re
 import stat
 import sys
 
 from adalora_dist.io.redaction import redacted
 
+_MOVES = re.compile(r"\n*(?:\x1b\[A)*")
+"""All that progress bars below each other write to get from one to another."""
+_UNSAFE = re.compile(r"(\x1b\[[\d;]*m)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""What terminals act on, besides the ends of lines: colours, and everything else."""
 
-class _Terminal(io.TextIOWrapper):
-    """A terminal that may be closed while the program goes on: then it takes what is written, and shows nothing."""
+
+def safe(text: str, is_terminal: bool) -> str:
+    """``text`` for a screen or a log: without secrets, and with all that a terminal would act on written out.
+
+    Colours stay where there is a terminal, and are left out elsewhere.
+    """
+    if is_terminal and _MOVES.fullmatch(text):
+        return text
+    shown: str = redacted(text)
+    return _UNSAFE.sub(lambda found: (found[1] if is_terminal else "") if found[1] else ascii(found[0])[1:-1], shown)
+
+
+class _Stream(io.TextIOWrapper):
+    """Shows what is :func:`safe`. A terminal may be closed while the program goes on: then it takes what is written,
+    and shows nothing."""
+
+    replaced: io.TextIOWrapper
+    """What was there before, which would close the file if it were collected."""
 
     def write(self, text: str) -> int:
         try:
-            return super().write(text)
+            super().write(safe(text, self.isatty()))
         except OSError as error:
             self._let_go(error)
-            return len(text)
+        return len(text)
 
     def flush(self) -> None:
         try:
@@ -29,28 +55,51 @@ class _Terminal(io.TextIOWrapper):
             self._let_go(error)
 
     def _let_go(self, error: OSError) -> None:
-        if error.errno not in (errno.EIO, errno.ENXIO):
+        if error.errno not in (errno.EIO, errno.ENXIO) or not _is_terminal(self.fileno()):
             raise error
         let_go_of_terminal()
 
 
 def keep_writing() -> None:
     """For a program's start: a character that the terminal's encoding lacks is written as ``\\xe9``, ``\\u2264``; a
-    terminal that is closed raises nothing. Streams that something else has put in place are left as they are."""
+    terminal that is closed raises nothing; what is written is :func:`safe`. Streams that something else has put in
+    place are left as they are."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if type(stream) is not io.TextIOWrapper:
             continue
-        stream.reconfigure(errors="backslashreplace")
-        if stream.isatty():
-            stream.flush()
-            # The stream itself lives on as sys.__stdout__, or else it would close the terminal when it is collected.
-            setattr(sys, name, _Terminal(stream.buffer, stream.encoding, stream.errors, line_buffering=True))
+        stream.flush()
+        own = _Stream(stream.buffer, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering)
+        own.replaced = stream
+        setattr(sys, name, own)
+        _move_handlers(stream, own)
+
+
+def keep_from_listeners() -> None:
+    """After something has begun to listen to what is written, as trackers do: let it hear what is :func:`safe`."""
+    for stream in (sys.stdout, sys.stderr):
+        if "write" in vars(stream):
+            heard = stream.write
+            stream.write = lambda text, heard=heard: heard(safe(text, is_terminal=False))  # type: ignore[method-assign]
+
+
+def _move_handlers(old: io.TextIOWrapper, new: io.TextIOWrapper) -> None:
+    """Loggers that libraries have made while they were imported hold the stream that was there."""
+    for logger in (logging.root, *logging.Logger.manager.loggerDict.values()):
+        for handler in getattr(logger, "handlers", ()):
+            if isinstance(handler, logging.StreamHandler) and handler.stream is old:
+                handler.setStream(new)
 
 
 def say(text: str) -> None:
     """Print ``text`` without the secrets in it."""
     print(redacted(text))
+
+
+def clear() -> None:
+    """Empty the terminal, and begin at its top."""
+    sys.stdout.flush()
+    os.write(sys.stdout.fileno(), b"\x1b[H\x1b[2J")
 
 
 def page(text: str) -> None:
@@ -67,7 +116,12 @@ def let_go_of_terminal() -> None:
     """The terminal is closed, or about to be: from here on what would be written there goes nowhere."""
     for descriptor in (1, 2):
         with contextlib.suppress(OSError):
-            if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+            if _is_terminal(descriptor):
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, descriptor)
                 os.close(null)
+
+
+def _is_terminal(descriptor: int) -> bool:
+    """Or another device that shows characters; also when it has been closed at its other end."""
+    return stat.S_ISCHR(os.fstat(descriptor).st_mode)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from adalora_dist.config.methods import MethodConfig
+from adalora_dist.methods.adadora import AdaDora
 from adalora_dist.methods.adalora.method import AdaLora
 from adalora_dist.methods.bitfit import BitFit
 from adalora_dist.methods.bottleneck import AdapterDrop, Houlsby, Parallel, Pfeiffer, Series
@@ -26,6 +27,7 @@ METHODS: dict[str, type[Method]] = {
     "lora": Lora,
     "lora_fa": LoraFa,
     "dora": Dora,
+    "adadora": AdaDora,
     "vera": Vera,
     "dvora": Dvora,
     "hydra": Hydra,

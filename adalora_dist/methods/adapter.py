@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from adalora_dist.io.errors import UserError
 from adalora_dist.sharding.tensors import full_numel, full_shape
 
 
@@ -35,13 +37,31 @@ class Adapter(TrainedModule):
 
     The adapter answers its base's attributes (``weight``, ``in_features``, what a quantised linear has): model code
     asks for them, as T5 does for ``wo.weight.dtype``. They are no parameters of the adapter. Code that computes with
-    such a weight goes past the adapter: :mod:`adalora_dist.backbones.bypass` finds it beforehand.
+    such a weight goes past the adapter: :mod:`adalora_dist.backbones.bypass` finds it beforehand, and
+    :mod:`adalora_dist.methods.first_step` in the first step.
     """
 
     name: str
     """The name that what is adapted has in the plain model. (Engines and compilers change module paths.)"""
     base: nn.Module
     """None is there in an adapter beside a module."""
+    noted: Any = None
+    """While the first step is watched, where it is noted that the model has asked for the base's weight."""
+    can_be_off: ClassVar[bool] = False
+    """Whether its forward asks ``takes_part``."""
+    is_on: bool = True
+    """False: what is adapted computes alone (:func:`without_adapters`)."""
+
+    def takes_part(self) -> bool:
+        """Whether a forward has the adapter in it.
+
+        Raises:
+            RuntimeError: it is off where gradients are wanted, as in a checkpoint's second forward, which has to
+                compute what the first did.
+        """
+        if not self.is_on and torch.is_grad_enabled():
+            raise RuntimeError(f"{self.name}: a forward with gradients within without_adapters: go backward after it")
+        return self.is_on
 
     def __getattr__(self, name: str) -> Any:
         """Look up in the base what the adapter lacks: data alone, neither methods nor the marks of engines.
@@ -58,6 +78,8 @@ class Adapter(TrainedModule):
             value = getattr(base, name, self)
             if value is self or inspect.ismethod(value):
                 raise
+            if name == "weight" and self.noted is not None and self.noted.is_training:
+                self.noted.read.add(self.name)
             return value
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -115,6 +137,45 @@ def lora_start(shape: Sequence[int], num_read: int, generator: torch.Generator) 
 def adapters_of(model: nn.Module) -> list[Adapter]:
     """The adapters that a model has, in canonical order."""
     return [module for module in model.modules() if isinstance(module, Adapter)]
+
+
+def carries_peft(model: nn.Module) -> bool:
+    """Whether PEFT has put layers into a model, or lies around it."""
+    return hasattr(model, "peft_config")
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Let ``model`` compute what it did before there were adapters, as the reference of a preference or reward loss.
+
+    Without gradients, so that importance does not see it. Under FSDP2 and ZeRO-3 all processes compute together.
+
+    Args:
+        model: may be wrapped by an engine.
+
+    Raises:
+        UserError: there is no adapter, its method knows no such thing, or something is trained besides, which has
+            no other values to go back to.
+    """
+    adapters = adapters_of(model)
+    if not adapters:
+        raise UserError("the model has no adapters to switch off")
+    if stays := next((adapter for adapter in adapters if not adapter.can_be_off), None):
+        raise UserError(f"{stays.name}: a {type(stays).__name__} cannot be switched off: load the plain model beside")
+    if besides := next((plain_path(name) for name, _ in others_trained(model)), None):
+        raise UserError(
+            f"{besides} is trained in full, and its first values are gone: without adapters the model would not be the "
+            "plain one; load that beside"
+        )
+    before = [adapter.is_on for adapter in adapters]
+    try:
+        for adapter in adapters:
+            adapter.is_on = False
+        with torch.no_grad():
+            yield
+    finally:
+        for adapter, was_on in zip(adapters, before, strict=True):
+            adapter.is_on = was_on
 
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")

@@ -34,8 +34,8 @@ class DoraLinear(MagnitudeLinear):
     def branch(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return tokens @ self.Qt.to(tokens.dtype), self.scale * self.P
 
-    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.scale * self.P, self.Qt.T
+    def inner(self) -> torch.Tensor:
+        return self.Qt.T
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,8 @@ from adalora_dist.methods.vera import SharedMethod, SharedUpdate, VeraLinear
 class DvoraLinear(VeraLinear, MagnitudeLinear):
     """Parameters: d and b of VeRA, dm of DoRA."""
 
-    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        a, b = self.part(self.d)
-        return self.b.unsqueeze(1) * b, self.d.unsqueeze(1) * a
+    def inner(self) -> torch.Tensor:
+        return self.d.unsqueeze(1) * self.part(self.d)[0]
 
 
 @dataclass(frozen=True)

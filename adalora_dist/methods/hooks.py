@@ -2,7 +2,7 @@
 
 What every method needs lives here and not in any of them: the hooks of the innermost optimizer's step, where gradients
 are reduced, unscaled and clipped on every engine; the count of its firings; the guard against gradients that are not
-finite; the count of steps that an engine has left out; the complaint at exit.
+finite; the count of steps that an engine has left out; the look whether adapters take part; the complaint at exit.
 
 A step with a non-finite gradient anywhere is left out on all ranks, by the optimizer and by the method together, as one
 NaN would poison weights and averages for ever. It is left out on the device, where the optimizer can look at a flag
@@ -17,7 +17,7 @@ from __future__ import annotations
 import atexit
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,16 @@ from adalora_dist.config.methods import MethodConfig
 from adalora_dist.io.ending import has_failed
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods import method_for
-from adalora_dist.methods.protocol import Adapter, Method, Step, StepState, adapters_of, trained_parameters
+from adalora_dist.methods.first_step import FirstStep
+from adalora_dist.methods.protocol import (
+    Adapter,
+    Method,
+    Step,
+    StepState,
+    adapters_of,
+    carries_peft,
+    trained_parameters,
+)
 from adalora_dist.methods.update import Update
 from adalora_dist.sharding import select_engine
 from adalora_dist.sharding.base import ShardEngine, sum_over
@@ -61,6 +70,8 @@ class MethodHooks:
         self._num_missed = 0  # steps that the engine left out by itself
         self._num_skipped: torch.Tensor | None = None  # those left out here, counted on the device
         self._ended = False
+        self._first_step: FirstStep | None = FirstStep(model, method_step.adapters)
+        self._said = ""  # of the first step, until a loop asks for it
         method_step.begin(0)
 
     # ------------------------------------------------------------------ the step, seen from the optimizer's hooks
@@ -74,6 +85,8 @@ class MethodHooks:
                 f"{type(optimizer).__name__}(fused=True) unscales fp16 gradients inside its step, after this hook: "
                 "with fp16 use fused=False (Trainer: optim='adamw_torch')"
             )
+        if self._first_step is not None:
+            self._said, self._first_step = self._first_step.end(), None
         if self._firing == 0:
             self._begin(bound)
         if (factor := self.method_step.rate_factor(self.step)) != 1:
@@ -146,6 +159,12 @@ class MethodHooks:
             RuntimeError: no step has been made, so it is not known yet.
         """
         return self.bound.engine
+
+    def notices(self, step: int, learning_rate: Callable[[int], float]) -> list[str]:
+        """Lines for the console after ``step``. Collective; arguments as of :meth:`Step.notice`."""
+        lines = [self._said, self.method_step.notice(step, learning_rate)]
+        self._said = ""
+        return [line for line in lines if line]
 
     def replace(self, model: nn.Module, optimizer: Any) -> str:
         """Between two steps: exchange parameters if the method is due to; in a few words what was done. Collective.
@@ -279,7 +298,8 @@ def attach(model: nn.Module, optimizer: Any, config: MethodConfig, total_steps: 
     method = method_for(config)
     adapters: list[Adapter] = adapters_of(model)
     if config.has_adapters and not adapters:
-        raise UserError("the model has no adapters: call adapt(model, config) before attach")
+        missing = "convert_peft(model), as it has PEFT's" if carries_peft(model) else "adapt(model, config)"
+        raise UserError(f"the model has no adapters: call {missing} before attach")
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     method.check_optimizer(model, optimizer)

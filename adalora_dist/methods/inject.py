@@ -10,7 +10,7 @@ from torch import nn
 from adalora_dist.config.methods import MethodConfig, SizedConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods import method_for
-from adalora_dist.methods.protocol import Adapter
+from adalora_dist.methods.protocol import Adapter, carries_peft
 from adalora_dist.methods.sites import trained_modules
 
 
@@ -25,8 +25,12 @@ def adapt(model: nn.Module, config: MethodConfig, seed: int = 0) -> list[Adapter
         UserError: a target or train module that matches nothing, is not a linear map, is shared between two places,
             or has a weight tied to another module's; ``full`` with weights that are not float32; an ``init_from`` that
             does not fit the targets; a ``budget``, which :func:`~adalora_dist.methods.parameter_budget.within_budget`
-            turns into sizes.
+            turns into sizes; PEFT's adapters in the model.
     """
+    if carries_peft(model):
+        raise UserError(
+            "the model has PEFT's adapters: convert_peft(model) takes their place; or begin with a plain model"
+        )
     if isinstance(config, SizedConfig) and config.budget is not None:
         raise UserError(f"budget={config.budget}: sizes come first: adapt(model, within_budget(model, config))")
     method = method_for(config)

@@ -1,4 +1,4 @@
-"""What DoRA and DVoRA share: the rows of an adapted weight get lengths that are trained on their own.
+"""What DoRA, DVoRA and AdaDoRA share: the rows of an adapted weight get lengths that are trained on their own.
 
 W' = diag(m) V / |V| with V = W0 + W A, where |.| is of each row and counts as a constant in the gradient (DoRA, section
 4.3). Trained is dm = m - |W0|, which starts at 0: the same steps as those of m, and whoever reads dm from a checkpoint
@@ -14,7 +14,7 @@ only then. |W0_j| is read from the weight once, while the base computes: then ev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,14 +23,16 @@ from torch import nn
 
 from adalora_dist.backbones.linears import has_readable_weight, weight_of
 from adalora_dist.io.errors import UserError
+from adalora_dist.methods.adapter import device_of
 from adalora_dist.methods.branch import BranchLinear, BranchStep
-from adalora_dist.methods.protocol import StepState
+from adalora_dist.methods.dropout import Dropout
+from adalora_dist.methods.protocol import Adapter, Step, StepState
 from adalora_dist.methods.update import Matrix, OfMatrix
 from adalora_dist.sharding.tensors import is_whole
 
 
-class MagnitudeLinear(BranchLinear):
-    """``y = b + diag(c) (W0 + W A) x`` with c = m / |V|; the bias b is not scaled.
+class RowLengths(Adapter):
+    """``y = b + diag(c) (W0 + W A) x`` with c = m / |V|; the bias b is not scaled. What W and A are, says another base.
 
     Where a row of W0 is 0, its length cannot be changed by a factor: c = 1 there, and dm stays 0.
 
@@ -38,30 +40,44 @@ class MagnitudeLinear(BranchLinear):
 
     Parameter:
         dm: (d_out,), float32, 0 at the start.
-
-    Raises:
-        UserError: the base holds its weight in a form that cannot be read.
     """
 
-    keeps_norms = False
-    """Whether somebody says when weights have changed, as :class:`MagnitudeStep` does."""
+    d_in: int
+    d_out: int
+    dropout: Dropout | None
+    dm: nn.Parameter
 
-    def __init__(self, base: nn.Module, name: str, rank: int, scale: float = 1.0, dropout: float = 0.0) -> None:
-        super().__init__(base, name, rank, scale, dropout)
-        if not has_readable_weight(base):
+    keeps_norms = False
+    """Whether somebody says when weights have changed, as :class:`LengthsStep` does."""
+
+    def add_lengths(self) -> None:
+        """The last that a constructor does.
+
+        Raises:
+            UserError: the base holds its weight in a form that cannot be read.
+        """
+        if not has_readable_weight(self.base):
             raise UserError(
-                f"targets: {name} is a {type(base).__name__}, whose rows have no lengths that can be read: leave it "
-                "out of targets, or set method to lora"
+                f"targets: {self.name} is a {type(self.base).__name__}, whose rows have no lengths that can be read: "
+                "leave it out of targets, or set method to lora"
             )
-        self.dm = self.vector(self.d_out)
+        self.dm = nn.Parameter(torch.zeros(self.d_out, dtype=torch.float32, device=device_of(self.base)))
         self._lengths: torch.Tensor | None = None  # |W0_j|, (d_out,)
         self._bias: torch.Tensor | None = None
         self._norms: torch.Tensor | None = None  # |V_j|, (d_out,)
         self._versions: tuple[int, ...] = ()
 
-    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """W (d_out, r), the scale included, and A (r, d_in), as the branch multiplies them."""
-        raise NotImplementedError(f"{type(self).__name__}.factors")
+    def branch(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As of :class:`BranchLinear`: A x (tokens, r) and W (d_out, r), the scale included."""
+        raise NotImplementedError(f"{type(self).__name__}.branch")
+
+    def inner(self) -> torch.Tensor:
+        """A (r, d_in), as the branch multiplies it."""
+        raise NotImplementedError(f"{type(self).__name__}.inner")
+
+    def made_of(self) -> list[torch.Tensor]:
+        """The parameters that W and A are made of."""
+        return [p for p in self.parameters(recurse=False) if p is not self.dm]
 
     def release(self) -> None:
         """Forget the norms: what they were made of has changed."""
@@ -79,11 +95,11 @@ class MagnitudeLinear(BranchLinear):
         measures = not self._has_norms()
         if measures:
             with torch.no_grad():  # a checkpoint's second forward must not find that the first has kept more
-                rows.append(self.factors()[1].to(tokens.dtype))
+                rows.append(self.inner().to(tokens.dtype))
         y, *others = self._call_base(rows)
-        if measures:
-            self._measure(others.pop().detach())
         hidden, weight = self.branch(dropped.to(y.dtype))
+        if measures:
+            self._measure(others.pop().detach(), weight.detach())
         hidden, weight = hidden.to(y.dtype), weight.to(y.dtype).T
         whole = torch.addmm(y, hidden, weight)
         changed = torch.addmm(others[0], hidden, weight) if others else whole
@@ -118,49 +134,71 @@ class MagnitudeLinear(BranchLinear):
 
     def _has_norms(self) -> bool:
         """Whether the norms are those of the weights as they are now."""
-        made_of = [p for p in self.parameters(recurse=False) if p is not self.dm]
+        made_of = self.made_of()
         before, self._versions = self._versions, tuple(p._version for p in made_of)
         if self._norms is None or self._norms.device != self.dm.device or self._versions != before:
             return False
         return self.keeps_norms or (not self.training and all(map(is_whole, made_of)))
 
     @torch.no_grad()
-    def _measure(self, of_a: torch.Tensor) -> None:
+    def _measure(self, of_a: torch.Tensor, w: torch.Tensor) -> None:
         """
         Args:
             of_a: what the base has made of A's rows, (r, d_out).
+            w: W, (d_out, r).
         """
         assert self._lengths is not None
         with torch.autocast(of_a.device.type, enabled=False):
-            w, a = self.factors()
+            a = self.inner()
             of_a = of_a if self._bias is None else of_a - self._bias.to(of_a.dtype)
             crossed = (of_a.to(w.dtype).T * w).sum(dim=1)
             squared = ((w @ (a @ a.T)) * w).sum(dim=1)
             self._norms = (self._lengths.square() + 2 * crossed + squared).clamp_min(0).sqrt()
 
 
-class MagnitudeStep(BranchStep):
-    """Norms are those of the weights of a step."""
+class MagnitudeLinear(RowLengths, BranchLinear):
+    """Around a branch."""
 
-    def __init__(self, layers: Sequence[MagnitudeLinear]) -> None:
-        super().__init__(layers)
-        self._layers = list(layers)
+    def __init__(self, base: nn.Module, name: str, rank: int, scale: float = 1.0, dropout: float = 0.0) -> None:
+        super().__init__(base, name, rank, scale, dropout)
+        self.add_lengths()
+
+
+class LengthsStep(Step):
+    """Norms are those of the weights of a step. Stands before the step that the method has besides."""
+
+    def __init__(self, layers: Sequence[RowLengths], *others: Any) -> None:
+        super().__init__(layers, *others)
+        self._with_lengths = list(layers)
         for layer in layers:
             layer.keeps_norms = True
 
     def after(self, step: int) -> None:
-        for layer in self._layers:
-            layer.release()
+        super().after(step)
+        self._release()
 
     def load_state(self, state: StepState) -> None:
-        for layer in self._layers:
+        super().load_state(state)
+        self._release()
+
+    def _release(self) -> None:
+        for layer in self._with_lengths:
             layer.release()
 
-    def notice(self, step: int, learning_rate: Any) -> str:
-        """At the first step, how many rows have no direction."""
-        if step or not (count := sum(layer.num_zero_rows for layer in self._layers)):
-            return ""
-        return f"{count} rows of the adapted weights are 0: their lengths are not trained, what is added to them is"
+    def notice(self, step: int, learning_rate: Callable[[int], float]) -> str:
+        """Besides, at the first step, how many rows have no direction."""
+        said = super().notice(step, learning_rate)
+        if step or not (count := sum(layer.num_zero_rows for layer in self._with_lengths)):
+            return said
+        rows = f"{count} rows of the adapted weights are 0: their lengths are not trained, what is added to them is"
+        return f"{rows}; {said}" if said else rows
+
+
+class MagnitudeStep(LengthsStep, BranchStep):
+    """Of methods whose ranks stay as they are."""
+
+    def __init__(self, layers: Sequence[MagnitudeLinear]) -> None:
+        super().__init__(layers)
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,15 @@
 They enter as a cache of transformers' that is filled before the backbone's forward, as PEFT does it: attention sees n
 more positions, the text's own positions begin at n, and there are no logits, nor losses, of the prefix. While a text is
 generated the cache is the one that grows, filled when it is still empty.
+
+With a hidden size keys and values are outer tanh(inner e + c) + d of an embedding e of each position, which trains more
+steadily (section 4.3); what is kept in the end are keys and values.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, cast
@@ -19,8 +23,8 @@ from adalora_dist.backbones.linears import linear_shape
 from adalora_dist.backbones.parts import backbone_of
 from adalora_dist.config.methods.prefix import PrefixConfig
 from adalora_dist.io.errors import UserError
-from adalora_dist.methods.adapter import device_of
-from adalora_dist.methods.protocol import Adapter, Method, Step
+from adalora_dist.methods.adapter import device_of, lora_start
+from adalora_dist.methods.protocol import Adapter, Method, Step, adapters_of
 from adalora_dist.methods.sizes import Sizes
 from adalora_dist.methods.update import Matrix, OfMatrix, Update
 
@@ -45,20 +49,35 @@ class Heads(NamedTuple):
 class Prefix(Adapter):
     """Beside the layers of a backbone, which it serves through a hook on the backbone's forward.
 
-    Parameter:
-        embedding: (n, 2 x layers x heads x head size), float32: of each position keys and values layer by layer, as
-            PEFT's encoder has them.
+    Parameters (float32):
+        embedding: (n, 2 x layers x heads x head size), 0: of each position keys and values layer by layer, as PEFT's
+            encoder has them. With ``inner_size``: (n, heads x head size), and
+        inner, inner_bias, outer, outer_bias: (inner_size, heads x head size), (inner_size,), (2 x layers x heads x head
+            size, inner_size) and (2 x layers x heads x head size,).
     """
 
-    def __init__(self, name: str, backbone: nn.Module, length: int, heads: Heads) -> None:
+    def __init__(
+        self, name: str, backbone: nn.Module, length: int, heads: Heads, inner_size: int | None = None
+    ) -> None:
         super().__init__()
         self.name, self.heads, self.hidden_size = name, heads, _text_config(backbone).hidden_size
-        zeros = torch.zeros(length, heads.width, dtype=torch.float32, device=device_of(backbone))
-        self.embedding = nn.Parameter(zeros)
+        self.length, self.inner_size = length, inner_size
+        shapes = encoder_shapes(length, heads, inner_size)
+        for kind, shape in shapes.items():
+            zeros = torch.zeros(shape, dtype=torch.float32, device=device_of(backbone))
+            self.register_parameter(kind, nn.Parameter(zeros))
 
-    @property
-    def length(self) -> int:
-        return int(self.description()["init_rank"])
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator) -> None:
+        """Embeddings ~ N(0, 1), maps as PyTorch's own, U(-a, a) with a = 1/sqrt(d_in); drawn on the CPU."""
+        for kind, parameter in self.named_parameters(recurse=False):
+            if kind == "embedding":
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+            else:
+                num_read = getattr(self, kind.removesuffix("_bias")).shape[1]
+                parameter.copy_(lora_start(parameter.shape, num_read, generator))
+
+    embedding: nn.Parameter
 
     def forward(self, batch: int, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of each layer, (batch, heads, n, head size).
@@ -69,7 +88,8 @@ class Prefix(Adapter):
         """
         dtype = dtype if self.embedding.dtype == torch.float32 else self.embedding.dtype
         shape = (-1, 2 * self.heads.num_layers, self.heads.num_heads, self.heads.head_size)
-        parts = self.embedding.to(dtype).view(shape).permute(1, 2, 0, 3).unsqueeze(1).expand(-1, batch, -1, -1, -1)
+        made = encoded(dict(self.named_parameters(recurse=False)))
+        parts = made.to(dtype).view(shape).permute(1, 2, 0, 3).unsqueeze(1).expand(-1, batch, -1, -1, -1)
         return list(zip(parts[::2], parts[1::2], strict=True))
 
     def serve(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -112,8 +132,28 @@ class Prefix(Adapter):
         return []
 
     def description(self) -> dict[str, Any]:
-        sizes = {"d_out": self.heads.width, "d_in": self.hidden_size, "init_rank": self.part_size // self.heads.width}
-        return sizes | {"scale": 1.0, "is_transposed": False} | self.heads._asdict()
+        sizes = {"d_out": self.heads.width, "d_in": self.hidden_size, "init_rank": self.length}
+        encoder = {} if self.inner_size is None else {"inner_size": self.inner_size}
+        return sizes | {"scale": 1.0, "is_transposed": False} | self.heads._asdict() | encoder
+
+
+def encoder_shapes(length: int, heads: Heads, inner_size: int | None) -> dict[str, tuple[int, ...]]:
+    """Of the parameters of a :class:`Prefix`, by their names."""
+    if inner_size is None:
+        return {"embedding": (length, heads.width)}
+    read = heads.num_heads * heads.head_size
+    maps = {"inner": (inner_size, read), "outer": (heads.width, inner_size)}
+    biases = {f"{kind}_bias": shape[:1] for kind, shape in maps.items()}
+    return {"embedding": (length, read), **maps, **biases}
+
+
+def encoded(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Keys and values, (n, 2 x layers x heads x head size), of the parameters of a :class:`Prefix`."""
+    made = parts["embedding"]
+    if "inner" in parts:
+        hidden = nn.functional.linear(made, parts["inner"], parts["inner_bias"]).tanh()
+        made = nn.functional.linear(hidden, parts["outer"], parts["outer_bias"])
+    return made
 
 
 def _text_config(backbone: nn.Module) -> Any:
@@ -231,23 +271,44 @@ class PrefixTuning(Method):
 
     def adapt(self, model: nn.Module, generator: torch.Generator) -> list[Adapter]:
         heads, name = heads_of(model), _name(model)
-        adapter = _put(model, name, self.config.prefix_length, heads)
-        if self.config.prefix_init == "normal":
-            with torch.no_grad():
-                adapter.embedding.copy_(torch.randn(adapter.embedding.shape, generator=generator))
+        adapter = _put(model, name, self.config.prefix_length, heads, self.config.prefix_hidden_size)
+        if self.config.prefix_init == "normal" or self.config.prefix_hidden_size is not None:
+            adapter.reset(generator)
         return [adapter]
 
     def sizes(self, model: nn.Module) -> Sizes:
-        width, limit = heads_of(model).width, _text_config(backbone_of(model)).max_position_embeddings
-        return Sizes(
-            lambda length: length * width, lambda length: {"prefix_length": length}, limit, "all of its positions"
-        )
+        heads, limit = heads_of(model), _text_config(backbone_of(model)).max_position_embeddings
+
+        def count(length: int) -> int:
+            shapes = encoder_shapes(length, heads, self.config.prefix_hidden_size)
+            return sum(math.prod(shape) for shape in shapes.values())
+
+        return Sizes(count, lambda length: {"prefix_length": length}, limit, "all of its positions")
 
     def undecayed(self, model: nn.Module) -> list[torch.Tensor]:
-        return []
+        """Biases of the MLP."""
+        own = [p for adapter in adapters_of(model) for p in adapter.named_parameters(recurse=False)]
+        return [parameter for kind, parameter in own if kind.endswith("_bias")]
 
     def step(self, adapters: Sequence[Adapter], total_steps: int) -> Step:
         return Step(adapters)
+
+    @classmethod
+    def updates(
+        cls,
+        described: Mapping[str, Mapping[str, Any]],
+        held: Mapping[str, Sequence[int]],
+        keep: torch.Tensor | None,
+        whole: Callable[[str], torch.Tensor | None],
+    ) -> Sequence[Update]:
+        """Keys and values themselves, whatever made them."""
+        found: list[Update] = []
+        for name, about in described.items():
+            heads = _checked(about)
+            kinds = encoder_shapes(about["init_rank"], heads, about.get("inner_size"))
+            parts = {kind: cast(torch.Tensor, whole(f"{name}.{kind}")) for kind in kinds}
+            found.append(PrefixUpdate(Matrix.described(name, about), heads, encoded(parts)))
+        return found
 
     @classmethod
     def shapes_in(cls, model: nn.Module) -> Callable[[str], tuple[int, int] | None]:
@@ -270,11 +331,11 @@ def _name(model: nn.Module) -> str:
     return f"{path}.{_LEAF}" if path else _LEAF
 
 
-def _put(model: nn.Module, name: str, length: int, heads: Heads) -> Prefix:
+def _put(model: nn.Module, name: str, length: int, heads: Heads, inner_size: int | None = None) -> Prefix:
     backbone = backbone_of(model)
     if hasattr(backbone, _LEAF):
         raise UserError("the model already has a prefix: take the plain backbone")
-    adapter = Prefix(name, backbone, length, heads)
+    adapter = Prefix(name, backbone, length, heads, inner_size)
     adapter.train(model.training)
     setattr(backbone, _LEAF, adapter)
     backbone.register_forward_pre_hook(adapter.serve, with_kwargs=True)

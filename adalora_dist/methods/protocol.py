@@ -22,6 +22,7 @@ from adalora_dist.methods.adalora.schedule import BudgetSchedule
 from adalora_dist.methods.adapter import Adapter as Adapter
 from adalora_dist.methods.adapter import TrainedModule as TrainedModule
 from adalora_dist.methods.adapter import adapters_of as adapters_of
+from adalora_dist.methods.adapter import carries_peft as carries_peft
 from adalora_dist.methods.adapter import others_trained as others_trained
 from adalora_dist.methods.adapter import plain_path as plain_path
 from adalora_dist.methods.adapter import trained_parameters as trained_parameters

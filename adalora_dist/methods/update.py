@@ -98,7 +98,7 @@ class Update(Protocol):
 
     @property
     def rank(self) -> int:
-        """0: the matrix is as it was."""
+        """Of what is added to the matrix; 0: nothing is."""
         ...
 
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
@@ -118,7 +118,7 @@ class Update(Protocol):
         ...
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All that adapter.safetensors keeps of it, by kind."""
+        """All that adapter.safetensors keeps of it, by kind; {}: the matrix is as it was."""
         ...
 
     def settings(self) -> dict[str, Any]:

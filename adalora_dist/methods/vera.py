@@ -135,12 +135,15 @@ class VeraUpdate(SharedUpdate):
     vectors = ("d", "b")
 
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
-        return self.as_lora().add_to(weight)
+        return self._lora(*self.factors()).add_to(weight)
 
     def as_lora(self) -> AdapterWeights:
-        """Exact, of rank r."""
+        """Exact, of rank r, with an A of its own: files hold no memory that tensors share."""
         p, a = self.factors()
-        return AdapterWeights(self.name, p, self.d, a.clone(), 1.0, self.matrix.is_transposed)
+        return self._lora(p, a.clone())
+
+    def _lora(self, p: torch.Tensor, a: torch.Tensor) -> AdapterWeights:
+        return AdapterWeights(self.name, p, self.d, a, 1.0, self.matrix.is_transposed)
 
 
 class SharedMethod(Method):

@@ -7,7 +7,7 @@ spans and flat values only; see ``docs/sharding.md`` for the drawing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -15,12 +15,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import get_total_norm
 
-from adalora_dist.io.errors import UserError
+from adalora_dist.sharding.optimizer_state import State as State
 from adalora_dist.sharding.spans import Span as Span
-
-State = dict[str, torch.Tensor]
-"""What an optimizer remembers of one parameter, by the optimizer's own names: the local span of what has an entry per
-weight (``exp_avg``, ``exp_avg_sq``), and ``step`` as a tensor without dimension. Empty before the first step."""
 
 
 class ShardEngine(Protocol):
@@ -107,8 +103,8 @@ class ShardEngine(Protocol):
         values to the ranks that read them.
 
         Raises:
-            UserError: the optimizer is not torch's Adam or AdamW and has made no state yet, or keeps other state; or
-                parameters that share one step counter in this engine come with different ones.
+            UserError: as of :func:`adalora_dist.sharding.optimizer_state.ready_state`, or the optimizer keeps other
+                state; parameters that share one step counter in this engine come with different ones.
         """
         ...
 
@@ -237,69 +233,6 @@ def skip_step_if(optimizer: torch.optim.Optimizer, flag: torch.Tensor) -> None:
         for group in optimizer.param_groups:
             for p in group["params"]:
                 p.grad = None
-
-
-def local_state(state: Mapping[str, Any], holder: torch.Tensor, cut: Callable[[Any], torch.Tensor]) -> State:
-    """What ``cut`` takes out of each tensor of ``state``.
-
-    Args:
-        state: the optimizer's, of ``holder``, the tensor that it steps.
-        cut: the span of a parameter, as a view, out of a tensor of ``holder``'s shape.
-
-    Raises:
-        UserError: a tensor of another shape.
-    """
-    found = {}
-    for name, value in state.items():
-        if name == "step":
-            found[name] = torch.as_tensor(value).detach()
-        elif torch.is_tensor(value) and value.shape == holder.shape:
-            found[name] = cut(value)
-        else:
-            raise UserError(
-                f"the optimizer's state {name} does not have one entry per weight: use torch.optim.AdamW or another "
-                "optimizer that keeps its moments unpacked"
-            )
-    return found
-
-
-def ready_state(optimizer: torch.optim.Optimizer, holder: torch.Tensor) -> dict[str, Any]:
-    """The optimizer's state of ``holder``; made as torch's Adam and AdamW make it at their first step if it is not."""
-    state: dict[str, Any] = optimizer.state[holder]
-    if not state:
-        if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
-            raise UserError(
-                f"the state of {type(optimizer).__name__} cannot be restored before its first step: use "
-                "torch.optim.AdamW or torch.optim.Adam"
-            )
-        options = optimizer.defaults
-        on_device = options["capturable"] or options["fused"]
-        state["step"] = torch.zeros((), dtype=torch.float32, device=holder.device if on_device else "cpu")
-        for name in ("exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * options["amsgrad"]):
-            state[name] = torch.zeros_like(holder, memory_format=torch.preserve_format)
-    return state
-
-
-def restore_state(
-    optimizer: torch.optim.Optimizer, holder: torch.Tensor, cut: Callable[[Any], torch.Tensor], saved: State
-) -> None:
-    """Set what ``cut`` takes out of the optimizer's state of ``holder``; all of it goes if nothing was saved."""
-    if not saved:
-        optimizer.state.pop(holder, None)
-        return
-    state = ready_state(optimizer, holder)
-    if state.keys() != saved.keys():
-        raise UserError(
-            f"the optimizer keeps {', '.join(sorted(state))}, saved were {', '.join(sorted(saved))}: continue with the "
-            "optimizer that the run was started with"
-        )
-    for name, value in saved.items():
-        if name != "step":
-            cut(state[name]).copy_(value)
-        elif torch.is_tensor(state[name]):
-            state[name].fill_(float(value))
-        else:
-            state[name] = int(value)
 
 
 def assemble(local: torch.Tensor, span: Span, shape: torch.Size, group: dist.ProcessGroup | None) -> torch.Tensor:

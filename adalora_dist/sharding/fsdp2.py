@@ -24,14 +24,13 @@ from adalora_dist.sharding.base import (
     State,
     assemble,
     innermost,
-    local_state,
     nonfinite_flag,
     num_missing,
     optimizer_gradients,
     replace_in_optimizer,
-    restore_state,
     skip_step_if,
 )
+from adalora_dist.sharding.optimizer_state import local_state, restore_state
 from adalora_dist.sharding.spans import Span
 
 

@@ -18,13 +18,12 @@ from adalora_dist.sharding.base import (
     Shrink,
     State,
     innermost,
-    local_state,
     nonfinite_flag,
     num_missing,
     optimizer_gradients,
-    restore_state,
     skip_step_if,
 )
+from adalora_dist.sharding.optimizer_state import local_state, restore_state
 from adalora_dist.sharding.spans import Span
 
 

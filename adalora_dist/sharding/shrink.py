@@ -15,6 +15,7 @@ from torch import nn
 from adalora_dist.io.errors import UserError
 from adalora_dist.sharding import claimant, select_engine
 from adalora_dist.sharding.base import Shrink, assemble, innermost
+from adalora_dist.sharding.optimizer_state import KNOWN, keeps_an_entry_per_weight
 from adalora_dist.sharding.spans import Span
 from adalora_dist.sharding.tensors import put_back_shards
 
@@ -30,8 +31,8 @@ def shrink_parameters(model: nn.Module, optimizer: Any, shrinks: Sequence[Shrink
 
     Args:
         model: as the engine wraps it (DDP, ``fully_shard``, DeepSpeed engine), or the plain model on one process.
-        optimizer: the torch optimizer (torch's AdamW or Adam), or any wrapper of it; None where the model has it, as
-            a DeepSpeed engine does.
+        optimizer: the torch optimizer, one with an entry per weight, or any wrapper of it; None, or the one that it
+            has now, where the model has it, as a DeepSpeed engine does.
         shrinks: each of another parameter, in the same order on every rank; of at least one something stays.
 
     Returns:
@@ -42,13 +43,14 @@ def shrink_parameters(model: nn.Module, optimizer: Any, shrinks: Sequence[Shrink
     """
     put_back_shards(model)
     parameters: list[torch.Tensor] = [shrink.parameter for shrink in shrinks]
+    if optimizer is getattr(model, "optimizer", None):
+        optimizer = None  # the engine is about to get another
     outermost = optimizer
     if claimant(parameters, optimizer) is None and claimant(parameters, model) is not None:
         outermost = model
-    if not isinstance(innermost(outermost), torch.optim.Adam | torch.optim.AdamW):
+    if not keeps_an_entry_per_weight(innermost(outermost)):
         raise UserError(
-            f"it is not known how to reduce the state of {type(innermost(outermost)).__name__}: use torch.optim.AdamW "
-            "or torch.optim.Adam"
+            f"it is not known how to reduce the state of {type(innermost(outermost)).__name__}: use {KNOWN}"
         )
     others = select_engine(parameters, outermost).neighbours()
     old = select_engine([*parameters, *others], outermost)

@@ -6,6 +6,7 @@ A tensor is either whole on this process (one process, DDP, ZeRO-1 and -2, and w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -94,6 +95,32 @@ def norm_share(norm: torch.Tensor) -> torch.Tensor:
         if placement.is_partial():
             num_replicas //= norm.device_mesh.size(dim)
     return norm.to_local().square() / num_replicas
+
+
+def awaits_gradient(parameter: torch.Tensor) -> bool:
+    """Whether an engine waits in a hook for the parameter's gradient, and takes none for an error (ZeRO-1 and 2)."""
+    return bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
+def with_every_gradient(loss: torch.Tensor, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+    """``loss``, from whose backward every parameter hears, also those that had no part in it.
+
+    DDP waits for all of them. They get no gradient, which it takes for 0; nothing is computed, and no graph searched.
+    """
+    joined: torch.Tensor = _Joined.apply(loss, *parameters)  # type: ignore[no-untyped-call]
+    return joined
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.count = len(parameters)
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return gradient, *[None] * ctx.count
 
 
 def put_back_shards(model: nn.Module) -> None:

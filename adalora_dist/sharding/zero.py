@@ -35,11 +35,10 @@ from adalora_dist.sharding.base import (
     State,
     assemble,
     innermost,
-    local_state,
     nonfinite_flag,
     num_missing,
-    restore_state,
 )
+from adalora_dist.sharding.optimizer_state import local_state, restore_state
 from adalora_dist.sharding.spans import Span
 from adalora_dist.sharding.zero_shrink import rebuild_smaller
 
@@ -227,7 +226,7 @@ class ZeroEngine:
     def restore(self, values: Sequence[torch.Tensor], states: Sequence[State]) -> None:
         counters: dict[int, set[float]] = {}
         for f, state in zip(self._fragments, states, strict=True):
-            counters.setdefault(f.group, set()).update({float(state["step"])} if state else ())
+            counters.setdefault(f.group, set()).update({float(state["step"])} if "step" in state else ())
         for group, steps in counters.items():
             if len(steps) > 1:
                 raise UserError(

@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import random
 from array import array
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -23,6 +24,9 @@ from adalora_dist.tasks.rows.tokens import IGNORED, EncodedRow
 # Rows are sorted by length inside random pools of this many batches: long enough for little padding, short enough
 # that batches differ from epoch to epoch.
 POOL_BATCHES = 50
+
+Positions = Callable[[Sequence[int]], int]
+"""Lengths of rows -> positions of the tensors that hold them in one forward."""
 
 
 class BatchPlan:
@@ -43,6 +47,9 @@ class BatchPlan:
     Raises:
         ValueError: no rows, or as many target counts as lengths were not given.
     """
+
+    packed: Positions | None = None
+    """Positions where rows share sequences (``packing.py``); None: every row is padded to the longest."""
 
     def __init__(
         self,
@@ -87,6 +94,11 @@ class BatchPlan:
         content = digest_of(_numbers([*chain.from_iterable(row.values()), *answer]) for row, answer in rows)
         return cls(lengths, [1] * len(lengths), batch_size, seed, group_by_length, content)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(self.lengths)
+
     def fingerprint(self) -> str:
         """Equal for plans that put the same rows into the same steps."""
         described = [
@@ -109,18 +121,32 @@ class BatchPlan:
         """Target tokens of the whole global batch: what the loss of ``step`` is divided by."""
         return sum(self.target_counts[row] for row in self.batch(step))
 
-    def micro_batches(self, step: int, rank: int, world_size: int, micro_batch_size: int) -> list[list[int]]:
-        """Row indices of one process in each micro-step of ``step``.
+    def positions(self, rows: Sequence[int]) -> int:
+        """Positions, padding among them, that these rows have in one forward; what ``micro_batch_tokens`` bounds."""
+        lengths = [self.lengths[row] for row in rows]
+        return self.packed(lengths) if self.packed is not None else len(lengths) * max(lengths)
+
+    def micro_batches(
+        self, step: int, rank: int, world_size: int, micro_batch_size: int, micro_batch_tokens: int = 0
+    ) -> list[list[int]]:
+        """Row indices of one process in each micro-step of ``step``: its part of :meth:`parts`."""
+        return self.parts(step, world_size, micro_batch_size, micro_batch_tokens)[rank::world_size]
+
+    def parts(self, step: int, world_size: int, micro_batch_size: int, micro_batch_tokens: int = 0) -> list[list[int]]:
+        """Row indices of every forward of ``step``: of the first micro-step those of all processes, then of the next.
 
         All processes get the same number of micro-steps, the fewest possible, and at most ``micro_batch_size`` rows
-        in each. Where rows do not divide evenly, sizes differ by one and a list can be empty (``collate`` then makes
-        a row without targets, because a forward may be collective).
+        in each; or, where that is not 0, at most ``micro_batch_tokens`` :meth:`positions`, whatever the number of rows
+        (one row at least). Where rows do not divide evenly, a list can be empty (``collate`` then makes a row without
+        targets, because a forward may be collective).
         """
         rows = self.batch(step)
+        if micro_batch_tokens:
+            rows = sorted(rows, key=lambda row: -self.lengths[row])
+            return _within(rows, self.positions, micro_batch_tokens, world_size)
         num_micro_steps = -(-len(rows) // (micro_batch_size * world_size))
-        return [
-            _part(_part(rows, micro_step, num_micro_steps), rank, world_size) for micro_step in range(num_micro_steps)
-        ]
+        of_steps = (_part(rows, micro_step, num_micro_steps) for micro_step in range(num_micro_steps))
+        return [_part(part, rank, world_size) for part in of_steps for rank in range(world_size)]
 
     def _shuffled(self, epoch: int) -> list[list[int]]:
         generator = random.Random(f"{self.seed} {epoch}")  # seeded by the text: the same on every machine
@@ -138,6 +164,31 @@ class BatchPlan:
         if self.group_by_length:
             generator.shuffle(batches)
         return batches
+
+
+class PairPlan(BatchPlan):
+    """The plan for an encoder-decoder: rows' sources and their targets are tensors of their own.
+
+    Args:
+        num_source, num_targets: tokens of each row's two sides.
+    """
+
+    def __init__(
+        self,
+        num_source: Sequence[int],
+        num_targets: Sequence[int],
+        batch_size: int,
+        seed: int,
+        group_by_length: bool = True,
+        content: str = "",
+    ) -> None:
+        lengths = [sum(pair) for pair in zip(num_source, num_targets, strict=True)]
+        super().__init__(lengths, num_targets, batch_size, seed, group_by_length, content)
+
+    def positions(self, rows: Sequence[int]) -> int:
+        targets = [self.target_counts[row] for row in rows]
+        sources = [self.lengths[row] - count for row, count in zip(rows, targets, strict=True)]
+        return len(targets) * (max(sources) + max(targets))
 
 
 def count_targets(labels: Sequence[int]) -> int:
@@ -199,3 +250,27 @@ def _numbers(row: Sequence[float]) -> bytes:
 def _part(items: list[int], index: int, num_parts: int) -> list[int]:
     """Contiguous part ``index`` of ``num_parts``; sizes differ by at most one."""
     return items[index * len(items) // num_parts : (index + 1) * len(items) // num_parts]
+
+
+def _within(
+    rows: Sequence[int], positions: Callable[[Sequence[int]], int], limit: int, world_size: int
+) -> list[list[int]]:
+    """``rows``, the longest first, in parts of at most ``limit`` positions: as few per process as possible, and even.
+
+    The longest come first, so that what a run needs at most it needs at once.
+    """
+
+    def cut(limit: int) -> list[list[int]]:
+        made, start = [], 0
+        while start < len(rows):
+            ends = range(start + 1, len(rows) + 1)
+            end = start + max(1, bisect_right(ends, limit, key=lambda end: positions(rows[start:end])))
+            made.append(list(rows[start:end]))
+            start = end
+        return made
+
+    num_parts = -(-len(cut(limit)) // world_size) * world_size
+    lowest = max(positions([row]) for row in rows)
+    lowest += bisect_left(range(lowest, limit), True, key=lambda tried: len(cut(tried)) <= num_parts)
+    made = cut(lowest)
+    return made + [[] for _ in range(-len(made) % world_size)]

@@ -12,8 +12,10 @@ sequence for all rows. A model that does not keep rows apart is refused by its n
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -25,8 +27,6 @@ from adalora_dist.tasks.evaluation.batches import evaluating
 from adalora_dist.tasks.padding import is_purely_causal, unwrapped
 from adalora_dist.tasks.rows.tokens import IGNORED, EncodedRow
 
-FLAT = ("flash_attention_2", "flash_attention_3")
-"""Kernels that take all rows of a micro-batch as one sequence, with the ends of each."""
 WORTH = 0.1
 """Share of all positions that must be saved for ``auto`` to pack."""
 _NUM_STEPS = 200  # of a plan, that are looked at for this share
@@ -86,24 +86,39 @@ def pack(rows: Sequence[EncodedRow], padding_token: int, flat: bool = False) -> 
 
 
 def is_flat(model: nn.Module) -> bool:
-    """Whether the model's attention takes all rows as one sequence."""
-    return getattr(unwrapped(model).config, "_attn_implementation", None) in FLAT
+    """Whether the model's attention takes all rows as one sequence, with the ends of each: FlashAttention of any kind.
+
+    In more than one it would not look at positions, and rows would see each other.
+    """
+    return "flash" in (getattr(unwrapped(model).config, "_attn_implementation", None) or "")
 
 
-def positions_of(plan: BatchPlan, micro_batch_size: int, world_size: int, flat: bool) -> tuple[int, int, int]:
+def packed_positions(lengths: Sequence[int], flat: bool = False) -> int:
+    """Positions that rows of these lengths have when they are packed: sequences x the longest."""
+    ends = [sum(lengths[row] for row in pack) for pack in sequences(lengths, flat)]
+    return len(ends) * max(ends)
+
+
+def with_packing(plan: BatchPlan, flat: bool) -> BatchPlan:
+    """The same rows in the same steps; micro-batches by tokens count packed positions."""
+    packed = copy.copy(plan)
+    packed.packed = partial(packed_positions, flat=flat)
+    return packed
+
+
+def positions_of(
+    plan: BatchPlan, micro_batch_size: int, world_size: int, flat: bool, micro_batch_tokens: int = 0
+) -> tuple[int, int, int]:
     """(tokens, positions with padding, positions packed) of the first steps of a run."""
-    tokens = padded = packed = 0
-    for step in range(min(plan.num_batches_per_epoch, _NUM_STEPS)):
-        for rank in range(world_size):
-            for rows in plan.micro_batches(step, rank, world_size, micro_batch_size):
-                lengths = [plan.lengths[row] for row in rows]
-                if not lengths:
-                    continue
-                ends = [sum(lengths[row] for row in pack) for pack in sequences(lengths, flat)]
-                tokens += sum(lengths)
-                padded += len(lengths) * max(lengths)
-                packed += len(ends) * max(ends)
-    return tokens, padded, packed
+
+    steps = range(min(plan.num_batches_per_epoch, _NUM_STEPS))
+    sizes = world_size, micro_batch_size, micro_batch_tokens
+
+    def positions(plan: BatchPlan) -> int:
+        return sum(plan.positions(rows) for step in steps for rows in plan.parts(step, *sizes) if rows)
+
+    tokens = sum(plan.lengths[row] for step in steps for row in plan.batch(step))
+    return tokens, positions(plan), positions(with_packing(plan, flat))
 
 
 def decide(
@@ -121,7 +136,8 @@ def decide(
     """
     if train.packing == "off":
         return False
-    tokens, padded, packed = positions_of(plan, train.micro_batch_size, world_size, is_flat(model))
+    sizes = train.micro_batch_size, world_size, is_flat(model), train.micro_batch_tokens
+    tokens, padded, packed = positions_of(plan, *sizes)
     saved = f"padding is {1 - tokens / padded:.1%} of all positions without it, {1 - tokens / packed:.1%} with it"
     if train.packing == "auto" and padded - packed < WORTH * padded:
         say(f"Packing: off, as it saves too little: {saved}")

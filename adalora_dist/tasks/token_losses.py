@@ -12,14 +12,14 @@ twice; one that is trained makes a chunk's logits again in backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from adalora_dist.backbones.merging import forward_of
 from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.evaluation.batches import evaluating
 from adalora_dist.tasks.padding import unwrapped
@@ -84,7 +84,7 @@ class TokenLosses:
             logits = model(**inputs, **options).logits
         else:
             plain: Head = head.forward
-            with _forward_of(head, at_targets):
+            with forward_of(head, at_targets):
                 logits = model(**inputs, **options).logits
         if passed.total is not None:
             received: torch.Tensor = _Receive.apply(logits, passed)  # type: ignore[no-untyped-call]
@@ -129,26 +129,12 @@ def vocabulary_of(model: nn.Module) -> int:
 def _ends_in_head(model: nn.Module, head: nn.Module, inputs: Mapping[str, torch.Tensor]) -> bool:
     """Whether the model's logits are what its head gives, and nothing else: tried with two tokens. Collective."""
     few = {name: tensor[:1, :2] for name, tensor in inputs.items() if tensor.ndim == 2}
-    with evaluating(model), _forward_of(head, lambda hidden: hidden.new_full((1, 1, 1), _MARK)):
+    with evaluating(model), forward_of(head, lambda hidden: hidden.new_full((1, 1, 1), _MARK)):
         try:
             logits: torch.Tensor = model(**few).logits
         except (RuntimeError, ValueError, IndexError):  # what follows wants a logit of every word
             return False
     return logits.shape == (1, 1, 1) and float(logits) == _MARK
-
-
-@contextmanager
-def _forward_of(module: nn.Module, forward: Head) -> Iterator[None]:
-    """In it ``module`` does ``forward``, between the same hooks as before."""
-    own = vars(module).get("forward")
-    vars(module)["forward"] = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del vars(module)["forward"]
-        else:
-            vars(module)["forward"] = own
 
 
 def _in_chunks(head: nn.Module, plain: Head, states: torch.Tensor, labels: torch.Tensor, size: int) -> torch.Tensor:

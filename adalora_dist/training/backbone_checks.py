@@ -9,11 +9,13 @@ from typing import cast
 
 from torch import nn
 
+from adalora_dist.artifacts.edits import rearranged_edits
 from adalora_dist.artifacts.export import check_base
 from adalora_dist.backbones.expert_files import parts_of
 from adalora_dist.backbones.experts import ExpertStack
 from adalora_dist.backbones.linears import is_conv1d, linear_shape
 from adalora_dist.backbones.names import FileNames
+from adalora_dist.backbones.rearranged import is_rearranged
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods import method_for
@@ -74,7 +76,9 @@ def _check_merge(
         )
     folder = min(files).parent
     check_base(folder)
-    names.places(adapted, trained, folder)
+    moved = {name for name in {*adapted, *trained} if is_rearranged(names, name)}
+    rearranged_edits(dict.fromkeys(sorted(moved), lambda value: value), names)
+    names.places({n: s for n, s in adapted.items() if n not in moved}, trained - moved, folder)
     for stack in stacks:
         parts_of(names, stack)
 

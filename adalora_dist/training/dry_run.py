@@ -28,9 +28,9 @@ from adalora_dist.methods.protocol import others_trained
 from adalora_dist.methods.shares import shares_line, weight_shares
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.rows.public import count_rows
-from adalora_dist.training.plan.cluster import PLANNED
+from adalora_dist.training.plan.cluster import PLANNED, Cluster
 from adalora_dist.training.plan.plan import Planner
-from adalora_dist.training.plan.text import cluster_text
+from adalora_dist.training.plan.text import cluster_text, own_text
 from adalora_dist.training.prepared import total_steps
 
 SHOWN_ALLOCATIONS = 3
@@ -63,12 +63,14 @@ class DryRun:
     """At the start: every matrix at init_rank."""
     num_other_trained: int
     """Trained in full besides: a new head, or the whole model."""
+    num_kept: int
+    """Of the adapters' those that no selection removes."""
     sizes: tuple[int, ...]
     """Parameters of one triplet, d_in + d_out + 1 (plain LoRA: without the 1), of each matrix."""
     shares: dict[str, int]
     """Numbers of the model by what becomes of them, see ``weight_shares``."""
     schedule: BudgetSchedule | None
-    """None where no budget falls: every method but adalora."""
+    """None where no budget falls."""
     fitted: Fitted | None
     """None where no budget of parameters is set."""
     described: Described
@@ -87,14 +89,14 @@ class DryRun:
         """Adapter parameters at the end, if the final budget is spread evenly over the matrices."""
         if self.schedule is None:
             return self.num_adapter_parameters
-        return -(-self.schedule.target_budget * sum(self.sizes) // len(self.sizes))  # rounded up
+        return self.num_kept - (-self.schedule.target_budget * sum(self.sizes) // len(self.sizes))  # rounded up
 
     def final_range(self, init_rank: int) -> tuple[int, int]:
         """Fewest and most adapter parameters that the final budget can leave: all in small matrices, or in large."""
         assert self.schedule is not None
         each = sorted(size for size in self.sizes for _ in range(init_rank))
         budget = self.schedule.target_budget
-        return sum(each[:budget]), sum(each[len(each) - budget :])
+        return self.num_kept + sum(each[:budget]), self.num_kept + sum(each[len(each) - budget :])
 
 
 def plan_run(
@@ -131,10 +133,11 @@ def plan_run(
     num_steps = total_steps(config.train, plan)
     schedule = method_for(adapter).step(adapters, num_steps).schedule
     sizes = tuple(adapter.part_size for adapter in adapters for _ in adapter.matrix_names())
+    of_parts = sum(adapter.part_size * len(adapter.held()) for adapter in adapters)
     described = Described(config.model_copy(update={"adapter": adapter}), auto_class, architecture, model)
     return DryRun(
-        name, num_parameters, num_rows, num_steps, len(sizes), trained - others, others, sizes, weight_shares(model),
-        schedule, fitted, described,
+        name, num_parameters, num_rows, num_steps, len(sizes), trained - others, others,
+        trained - others - of_parts, sizes, weight_shares(model), schedule, fitted, described,
     )  # fmt: skip
 
 
@@ -158,12 +161,13 @@ def dry_run(
     if os.environ.get("RANK", "0") != "0":
         return
     print(plan_text(run, config))
+    described = run.described
+    planner = Planner(described.config, described.auto_class, described.architecture, described.model, run.schedule)
     if (cluster := PLANNED.get()) is not None:
-        described = run.described
-        planner = Planner(described.config, described.auto_class, described.architecture, described.model, run.schedule)
         print(cluster_text(planner, cluster, run.num_steps))
     else:
-        print("Memory, traffic and time on a cluster: adalora-dist plan RECIPE --gpus 8x80GB, and the same flags")
+        print(own_text(planner, Cluster.here()))
+        print("Other machines, traffic, disk and time: adalora-dist plan RECIPE --gpus 8x80GB, and the same flags")
 
 
 def plan_text(run: DryRun, config: RunConfig) -> str:
@@ -217,6 +221,8 @@ def _architecture(config: RunConfig, name: str, architectures: Path) -> Any:
             **({} if is_shipped else {"revision": config.model.revision}),
             trust_remote_code=config.model.trust_remote_code,
         )
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(

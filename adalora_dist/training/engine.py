@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -15,6 +14,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import (
     DistributedType,
     GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
     is_aim_available,
     is_clearml_available,
     is_comet_ml_available,
@@ -32,7 +32,9 @@ from adalora_dist.config.sections import RunConfig, TrainConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.launchers import OWN_COMMAND
 from adalora_dist.io.redaction import redacted, redacted_command
-from adalora_dist.io.shipped import own_or_shipped
+from adalora_dist.io.terminal import keep_from_listeners
+from adalora_dist.training.launch import deepspeed_file, is_true
+from adalora_dist.training.rendezvous import init_method
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
@@ -69,17 +71,17 @@ def build_accelerator(train: TrainConfig, environment: Mapping[str, str] = os.en
         UserError: the launcher promised more processes than it started, or an engine that cannot be had here.
     """
     world_size = int(environment.get("WORLD_SIZE", 1))
-    use_fsdp = environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    use_deepspeed = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    on_cpu = not _has_gpu() or environment.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    use_fsdp = is_true(environment, "ACCELERATE_USE_FSDP")
+    use_deepspeed = is_true(environment, "ACCELERATE_USE_DEEPSPEED")
+    on_cpu = not _has_gpu() or is_true(environment, "ACCELERATE_USE_CPU")
     _refuse_missing_processes(environment)
     if use_fsdp and environment.get("FSDP_VERSION", "1") != "2":
         raise UserError("FSDP_VERSION=1 is not supported: set fsdp_version: 2 in the accelerate configuration")
     if train.precision == "fp16" and on_cpu:
         raise UserError("precision=fp16 needs a GPU: use fp32 or bf16 on CPU")
 
-    if use_deepspeed:
-        _find_deepspeed_config(environment)
+    if use_deepspeed and (name := environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")):
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(deepspeed_file(name))
     with _port_in_use_named(environment):
         accelerator = _started(train, on_cpu, use_fsdp and world_size > 1, use_deepspeed, environment)
     _check(accelerator, world_size, use_fsdp, use_deepspeed)
@@ -92,14 +94,15 @@ def _started(
     train: TrainConfig, on_cpu: bool, use_fsdp: bool, use_deepspeed: bool, environment: Mapping[str, str]
 ) -> Accelerator:
     """The process group, and the accelerator over it."""
+    meeting = init_method(environment)
     if on_cpu:
         _use_all_cores(environment)
         if use_deepspeed:
             _prepare_deepspeed_on_cpu()
-            PartialState(backend="gloo")
+            PartialState(backend="gloo", **meeting)
         else:
             os.environ["ACCELERATE_USE_CPU"] = "true"
-            PartialState(cpu=True)
+            PartialState(cpu=True, **meeting)
         if use_fsdp:
             # accelerate promotes to FSDP from the accelerator types only.
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
@@ -108,6 +111,7 @@ def _started(
         mixed_precision=_PRECISION[computed_in(train.precision)],
         log_with=_installed_trackers(train.trackers),
         project_dir=train.output_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(**meeting)] if meeting else None,
         # The loop cuts batches itself and takes every scale into its own loss; accelerate only has to hold back the
         # gradient reduction until the last micro-step.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -138,24 +142,6 @@ def _port_in_use_named(environment: Mapping[str, str]) -> Iterator[None]:
         ) from error
 
 
-def _find_deepspeed_config(environment: Mapping[str, str]) -> None:
-    """Paths in launch/accelerate/*.yaml are relative to the repository's root, which need not be the working folder.
-
-    Raises:
-        UserError: the file is neither there nor among those that are shipped.
-    """
-    name = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-    if name is None or Path(name).is_file():
-        return
-    at_root = Path(sys.argv[0]).resolve().parents[1] / name
-    found = at_root if at_root.is_file() else own_or_shipped(Path(name))
-    if not found.is_file():
-        raise UserError(
-            f"deepspeed_config_file {name}: no such file, here or in {at_root.parents[1]}: give a full path"
-        )
-    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(found)
-
-
 def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
     """Open a run with every tracker of ``train.trackers``, with the resolved configuration as its parameters."""
     if config.train.trackers:
@@ -169,11 +155,31 @@ def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
             accelerator.init_trackers("adalora-dist", config=flat)
         finally:
             sys.argv = words
+        keep_from_listeners()
 
 
-def num_micro_steps(train: TrainConfig, world_size: int) -> int:
-    """Forward and backward passes per optimizer step: the fewest that respect ``micro_batch_size``."""
-    return -(-train.batch_size // (train.micro_batch_size * world_size))
+def num_micro_steps(train: TrainConfig, world_size: int, length: int | None = None) -> int:
+    """Forward and backward passes per optimizer step: the fewest that respect the limits of a micro-batch.
+
+    Args:
+        length: tokens of every row. Without it ``micro_batch_tokens`` tells no number: then it is 2 if there can be
+            several, so that engines make ready to add gradients up (:func:`begin_accumulation` counts).
+    """
+    if train.micro_batch_tokens and length is None:
+        return min(2, -(-train.batch_size // world_size))
+    rows = max(1, train.micro_batch_tokens // (length or 1)) if train.micro_batch_tokens else train.micro_batch_size
+    return -(-train.batch_size // (rows * world_size))
+
+
+def begin_accumulation(accelerator: Accelerator, num_micro_steps: int) -> int:
+    """The next so many backward passes are one optimizer step. Returns the number by which the engine divides losses.
+
+    It is this number, but under DeepSpeed, which divides by the one it was built with.
+    """
+    accelerator.step, accelerator.gradient_accumulation_steps = 0, num_micro_steps
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return int(AcceleratorState().deepspeed_plugin.deepspeed_config["gradient_accumulation_steps"])
+    return num_micro_steps
 
 
 def engine_name(accelerator: Accelerator) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import runpy
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from adalora_dist.config.flags import user_errors
@@ -51,6 +52,48 @@ def deepspeed_environment(path: Path) -> dict[str, str]:
         "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path),
         "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true" if _zero_stage(path) == 3 else "false",
     }
+
+
+def deepspeed_file(name: str) -> Path:
+    """The DeepSpeed configuration that an environment names. In launch/accelerate/*.yaml paths are relative to the
+    repository's root, which need not be the working folder.
+
+    Raises:
+        UserError: the file is neither there nor among those that are shipped.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    at_root = Path(sys.argv[0]).resolve().parents[1] / name
+    found = at_root if at_root.is_file() else own_or_shipped(Path(name))
+    if not found.is_file():
+        raise UserError(
+            f"deepspeed_config_file {name}: no such file, here or in {at_root.parents[1]}: give a full path"
+        )
+    return found
+
+
+def engine_asked_for(environment: Mapping[str, str] = os.environ) -> str:
+    """What a run with this environment would start, in a word of ``config.engines.ENGINES``.
+
+    Raises:
+        UserError: DeepSpeed's configuration is none.
+    """
+    num_processes = int(environment.get("WORLD_SIZE", 1))
+    stage = 0
+    if is_true(environment, "ACCELERATE_USE_DEEPSPEED"):
+        stage = int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))  # accelerate's default, without a file
+        if name := environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+            stage = _zero_stage(deepspeed_file(name))
+    if stage:
+        return f"zero{stage}"
+    if num_processes == 1:
+        return "single"
+    return "fsdp2" if is_true(environment, "ACCELERATE_USE_FSDP") else "ddp"
+
+
+def is_true(environment: Mapping[str, str], name: str) -> bool:
+    """Whether accelerate takes the variable for set."""
+    return environment.get(name, "false").lower() == "true"
 
 
 def threads_of_each(num_processes: int) -> int:

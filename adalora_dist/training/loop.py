@@ -12,15 +12,17 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
+from adalora_dist.backbones.merging import check_mergeable
 from adalora_dist.config.engines import BACKBONE_SHARDING
-from adalora_dist.config.sections import RunConfig
+from adalora_dist.config.generation import DecodingConfig
+from adalora_dist.config.sections import EvaluationConfig, RunConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.progress import duration, progress_bar
 from adalora_dist.methods.protocol import trained_parameters
-from adalora_dist.sharding.tensors import gather_for, put_back_shards
+from adalora_dist.sharding.tensors import gather_for, put_back_shards, with_every_gradient
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.losses import LossSum
-from adalora_dist.training.engine import engine_name
+from adalora_dist.training.engine import begin_accumulation, engine_name
 from adalora_dist.training.evaluations import Evaluate, Evaluations
 from adalora_dist.training.faults.guard import Guard
 from adalora_dist.training.faults.nonfinite import BadSteps, find_origin
@@ -60,7 +62,8 @@ def train(
     """
     settings, model, optimizer, hooks = config.train, prepared.model, prepared.optimizer, prepared.hooks
     num_steps = total_steps(settings, plan)
-    num_processes, num_micro = accelerator.num_processes, accelerator.gradient_accumulation_steps
+    is_ddp = engine_name(accelerator) == "ddp"
+    num_processes, limits = accelerator.num_processes, (settings.micro_batch_size, settings.micro_batch_tokens)
     put_back_shards(model)
     parameters = _clipped(model, prepared.inner_optimizer)
     past: list[bytes] = []
@@ -86,21 +89,27 @@ def train(
             group["lr"] = group["lr_ratio"] * learning_rate(settings, step, num_steps)
         num_targets = plan.num_target_tokens(step)
         loss_of_step, norm = torch.zeros((), device=accelerator.device), None
-        micro_batches = plan.micro_batches(step, accelerator.process_index, num_processes, settings.micro_batch_size)
-        # With fewer rows than batch_size there are fewer; the engine was set up to count to num_micro.
-        micro_batches += [[]] * (num_micro - len(micro_batches))
+        micro_batches = plan.micro_batches(step, accelerator.process_index, num_processes, *limits)
+        divisor = begin_accumulation(accelerator, len(micro_batches))
         for indices in micro_batches:
             with accelerator.accumulate(model):
                 loss = loss_sum(model, indices)
+                if not loss.requires_grad:
+                    raise UserError(
+                        f"the loss of {type(model).__name__} depends on nothing that is trained: name other targets, "
+                        "or add modules to train_modules"
+                    )
+                if is_ddp:
+                    loss = with_every_gradient(loss, list(prepared.parameters.values()))
                 loss_of_step += loss.detach()
                 # Engines average over processes and micro-steps; the loss is one mean over the global batch's targets.
-                accelerator.backward(loss * (num_processes * num_micro / num_targets))
+                accelerator.backward(loss * (num_processes * divisor / num_targets))
                 if accelerator.sync_gradients and settings.max_grad_norm > 0:
                     norm = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
                 optimizer.step()  # here the method acts, in hooks of the innermost optimizer (methods/hooks.py)
                 optimizer.zero_grad()
         hooks.catch_up(step + 1)
-        if line := hooks.method_step.notice(step, lambda t: learning_rate(settings, t, num_steps)):
+        for line in hooks.notices(step, lambda t: learning_rate(settings, t, num_steps)):
             report(f"step {step + 1}/{num_steps}: {line}")
         if done := hooks.replace(model, optimizer):
             prepared.parameters = trained_parameters(model)
@@ -183,11 +192,16 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return engine_name(accelerator) in BACKBONE_SHARDING
 
 
-def generates_together(accelerator: Accelerator, model: nn.Module) -> bool:
+def generates_together(accelerator: Accelerator, model: nn.Module, evaluation: EvaluationConfig) -> bool:
     """Whether processes must take the same number of decoding steps; makes ``model.generate`` ready for FSDP2.
 
     FSDP2 gathers what lies outside the layers (embeddings) when the model's forward is called; ``generate`` of an
     encoder-decoder calls the encoder first, by itself.
+
+    Raises:
+        UserError: ``merge_to_generate`` is set, and there is nothing to merge.
     """
+    if isinstance(evaluation, DecodingConfig) and evaluation.merge_to_generate:
+        check_mergeable(model)
     gather_for(model, "generate")
     return is_sharded(accelerator) and accelerator.num_processes > 1

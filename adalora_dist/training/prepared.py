@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
 from adalora_dist.artifacts.checkpoints.content import Checkpoint, held_parts, load_checkpoint
+from adalora_dist.backbones.activations import checkpoint_activations
 from adalora_dist.backbones.sharded_load import read_shards, read_trained_modules
 from adalora_dist.config.sections import RunConfig, TrainConfig
+from adalora_dist.io.errors import UserError
 from adalora_dist.methods import method_for
 from adalora_dist.methods.hooks import MethodHooks, attach
 from adalora_dist.methods.protocol import adapters_of, trained_parameters
@@ -39,6 +40,20 @@ def total_steps(train: TrainConfig, plan: BatchPlan) -> int:
     return train.max_steps or plan.num_steps(train.epochs)
 
 
+def check_budget(plan: BatchPlan, train: TrainConfig) -> None:
+    """Raise unless every row of ``plan`` is within ``micro_batch_tokens``, where it is set.
+
+    Raises:
+        UserError: the longest row is not.
+    """
+    longest = plan.longest
+    if 0 < train.micro_batch_tokens < longest:
+        raise UserError(
+            f"micro_batch_tokens {train.micro_batch_tokens}: the longest row has {longest} tokens, and a row is in one "
+            f"forward; set it to at least {longest}, to 0 (micro_batch_size counts), or cut rows shorter"
+        )
+
+
 def prepare(
     accelerator: Accelerator, model: nn.Module, config: RunConfig, num_steps: int, resumed: Checkpoint | None = None
 ) -> Prepared:
@@ -57,8 +72,7 @@ def prepare(
     read_trained_modules(model)
     optimizer = method.optimizer(model, config.train)
     hooks = attach(model, optimizer, config.adapter, num_steps)
-    if config.train.gradient_checkpointing:
-        cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_activations(model, config.train)
     with tied_weights_in_one_group(accelerator, model):
         model, wrapped = accelerator.prepare(model, optimizer)
     read_shards(model)

@@ -1,11 +1,13 @@
-"""Recipes by name or file, and the schema of what one reads. Neither this nor a recipe by itself imports torch."""
+"""Recipes by name or file, and the schemas of what one reads. Neither this nor a recipe by itself imports torch."""
 
 from __future__ import annotations
 
+import json
 import runpy
 import typing
 from pathlib import Path
 
+from adalora_dist.config.json_schema import json_schema
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.shipped import own_or_shipped, shipped
@@ -19,6 +21,15 @@ def recipe_file(recipe: str) -> Path:
     """
     path = own_or_shipped(Path(recipe))
     return path if path.suffix == ".py" and path.is_file() else shipped("recipe", recipe)
+
+
+def schema_text(recipe: str) -> str:
+    """The JSON schema of a recipe's YAML file.
+
+    Raises:
+        UserError: as :func:`schema_of`.
+    """
+    return json.dumps(json_schema(schema_of(recipe), f"What {Path(recipe).stem} reads with --config"), indent=2)
 
 
 def schema_of(recipe: str) -> type[RunConfig]:

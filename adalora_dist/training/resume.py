@@ -34,10 +34,12 @@ _FREE_FIELDS = (
     *("model.name", "model.revision", "model.trust_remote_code", "model.allow_pickle_weights"),
     *("train.output_dir", "train.overwrite", "train.resume", "train.log_every", "train.trackers"),
     *("train.checkpoint_every", "train.keep_checkpoints", "train.async_checkpoints"),
-    *("train.micro_batch_size", "train.gradient_checkpointing", "train.logits_chunk", "train.dry_run"),
+    *("train.micro_batch_size", "train.micro_batch_tokens", "train.gradient_checkpointing", "train.logits_chunk"),
+    *("train.checkpoint_activations", "train.offload_activations", "train.dry_run"),
     "adapter.importance_kernel",
     "train.packing",
-    *("train.max_nonfinite_steps", "train.peer_timeout_seconds", "adapter.compact"),
+    *("train.max_nonfinite_steps", "train.peer_timeout_seconds", "train.max_restarts_at_step"),
+    "adapter.compact",
 )
 _EDGE_BYTES = 1 << 16
 
@@ -187,8 +189,10 @@ def compare_backbone(checkpoint: Checkpoint, model: ModelConfig) -> None:
 def backbone_identity(model: ModelConfig) -> dict[str, str | None]:
     """Name, revision, and a SHA-256 over the configuration and the names, sizes and ends of the weight files.
 
-    The ends of a safetensors file have its table of tensors and the last of them: cheap, and different for any other
-    model. None where the files are not in a local folder or the Hub's cache.
+    The ends of a safetensors file have its table of tensors and the last of them, those of a pickle the end of its
+    archive, which lists a checksum of every tensor: cheap, and different for other sizes, other dtypes and other
+    training, not for a change by hand in the middle of a safetensors file. None where the files are not in a local
+    folder or the Hub's cache.
     """
     folder: Path | None = Path(model.name)
     if not model.name or not Path(model.name).is_dir():
@@ -196,7 +200,9 @@ def backbone_identity(model: ModelConfig) -> dict[str, str | None]:
     digest: str | None = None
     if folder is not None:
         sha256 = hashlib.sha256(read_bytes(config) if (config := folder / "config.json").is_file() else b"")
-        for path in sorted(path for path in folder.glob("*.safetensors") if path.is_file()):
+        weights = [path for path in folder.glob("*.safetensors") if path.is_file()]
+        weights = weights or [path for path in folder.glob("*.bin") if path.is_file()]
+        for path in sorted(weights):
             size_bytes = path.stat().st_size
             sha256.update(f"{path.name} {size_bytes}".encode())
             with path.open("rb") as file:

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adalora_dist.artifacts.checkpoints.content import Checkpoint
 from adalora_dist.artifacts.hub.push import check_push_of_run, push_run
-from adalora_dist.backbones.fit import check_lengths, check_room, lengths_of
+from adalora_dist.backbones.fit import Reply, check_lengths, check_room, lengths_of
 from adalora_dist.backbones.load import load_backbone
 from adalora_dist.backbones.quantization import bitsandbytes_config
 from adalora_dist.config.formats import ADAPTER_FORMATS
@@ -43,14 +43,16 @@ from adalora_dist.sharding.tensors import put_back_shards
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.losses import LossSum
 from adalora_dist.tasks.packing import decide as decide_packing
+from adalora_dist.tasks.packing import is_flat, with_packing
 from adalora_dist.tasks.rows.bad_rows import BadRows
 from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers, with_precision
 from adalora_dist.training.evaluations import Evaluate
 from adalora_dist.training.faults.guard import Guard
 from adalora_dist.training.finish import export_trained
 from adalora_dist.training.loop import generates_together, train
-from adalora_dist.training.prepared import Prepared, prepare, total_steps
+from adalora_dist.training.prepared import Prepared, check_budget, prepare, total_steps
 from adalora_dist.training.report import facts_line, rank_report, run_facts
+from adalora_dist.training.restarts import count_restart
 from adalora_dist.training.resume import compare_data, find_checkpoint
 from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
 from adalora_dist.training.verify import Probe, last_logits, load_plainly, logit_differences
@@ -96,10 +98,12 @@ class Run(Generic[Config]):
         """Seed everything, and find the checkpoint that ``resume`` asks for.
 
         Raises:
-            UserError: as :func:`adalora_dist.training.resume.find_checkpoint`.
+            UserError: as :func:`adalora_dist.training.resume.find_checkpoint`, or of
+                :func:`adalora_dist.training.restarts.count_restart`.
         """
         set_seed(self.config.train.seed)
         self.resumed = find_checkpoint(self.config)
+        count_restart(self.config.train, 0 if self.resumed is None else self.resumed.step)
         if self.resumed is not None:
             self.say(f"Continuing after step {self.resumed.step} from {self.resumed.path}")
 
@@ -162,14 +166,16 @@ class Run(Generic[Config]):
         check_lengths(self._loaded, lengths_of(self.config), self._num_taken)
         return tokenizer
 
-    def check_replies(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Compare the evaluation's prompts (token ids), and ``max_new_tokens`` behind them, with the model's positions.
+    def check_replies(self, prompts: Sequence[Sequence[int]], setting: str = "max_new_tokens", count: int = 1) -> None:
+        """Compare prompts of the evaluation (token ids), and ``count`` replies, one in each turn, of so many tokens as
+        its ``setting`` says, with the model's positions. None there keeps within ``max_length``.
 
         Raises:
             UserError: the longest does not fit.
         """
-        new_tokens = cast(Any, self.config).evaluation.max_new_tokens
-        check_room(self.model, max(map(len, prompts), default=0), new_tokens, self._num_taken)
+        if (tokens := getattr(self.config.evaluation, setting)) is not None:
+            reply = Reply(setting, tokens, count)
+            check_room(self.model, max(map(len, prompts), default=0), reply, self._num_taken)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -191,9 +197,10 @@ class Run(Generic[Config]):
 
         Raises:
             UserError: adapters, schedule or checkpoint do not fit the model, the run that is continued had other
-                training rows, or the folder cannot be written.
+                training rows, a row is longer than ``micro_batch_tokens``, or the folder cannot be written.
         """
         accelerator, config = self.accelerator, self.config
+        check_budget(plan, config.train)
         if self.resumed is not None:  # before the folder is made, which changes what is in it
             compare_data(self.resumed, plan, config)
         model, num_steps = self.model, total_steps(config.train, plan)
@@ -216,8 +223,8 @@ class Run(Generic[Config]):
         return self._prepared
 
     def generates_together(self) -> bool:
-        """Make the model ready to generate; whether processes must take the same number of decoding steps."""
-        return generates_together(self.accelerator, self.prepared.model)
+        """As :func:`adalora_dist.training.loop.generates_together`."""
+        return generates_together(self.accelerator, self.prepared.model, self.config.evaluation)
 
     def packs(self, padding_token: int) -> bool:
         """Whether rows share sequences, as ``train.packing`` asks; says what is saved. Collective.
@@ -229,6 +236,8 @@ class Run(Generic[Config]):
         world_size = self.accelerator.num_processes
         decided = decide_packing(self.model, self._plan, train, world_size, padding_token, self.say)
         put_back_shards(self.prepared.model)
+        if decided:
+            self._plan = with_packing(self._plan, is_flat(self.model))
         return decided
 
     @property

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from adalora_dist.artifacts.checkpoints.content import Checkpoint
@@ -13,7 +14,7 @@ from adalora_dist.artifacts.checkpoints.files import checkpoints_in, folder_name
 from adalora_dist.artifacts.checkpoints.schema import STATE
 from adalora_dist.artifacts.checkpoints.writer import CheckpointWriter, checkpoint_at, copy_checkpoint
 from adalora_dist.artifacts.export import task_settings
-from adalora_dist.config.sections import RunConfig
+from adalora_dist.config.sections import RunConfig, TrainConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import read_object
 from adalora_dist.io.redaction import redacted
@@ -47,7 +48,8 @@ class RunCheckpoints:
         train = config.train
         self._accelerator, self._prepared, self._num_steps = accelerator, prepared, num_steps
         self._every, self._folder = train.checkpoint_every, Path(train.output_dir)
-        self._writer = CheckpointWriter(self._folder / CHECKPOINTS, train.keep_checkpoints, train.async_checkpoints)
+        in_thread = writes_in_thread(train, accelerator.device)
+        self._writer = CheckpointWriter(self._folder / CHECKPOINTS, train.keep_checkpoints, in_thread)
         self._run = {
             "config": redacted(config.model_dump(mode="json")),
             "backbone": redacted(backbone_identity(config.model)),
@@ -62,11 +64,12 @@ class RunCheckpoints:
         self._best_of: dict[int, int] = {}  # the step of a kept checkpoint -> the best step up to it
         prepared.hooks.bind(prepared.optimizer)
         if keep_best:
-            self._best_writer = CheckpointWriter(self._folder / BEST, 1, train.async_checkpoints)
+            self._best_writer = CheckpointWriter(self._folder / BEST, 1, in_thread)
             if prepared.resumed is not None:
                 self._take_over(prepared.resumed)
         if self._every and prepared.resumed is None:
             self.save(0)
+            self.finish()  # so that there is one before any step that could be lost
 
     def due(self, num_done: int, is_last: bool = False) -> bool:
         """Whether a checkpoint is to be written after ``num_done`` steps; ``is_last``: there will be no others."""
@@ -74,6 +77,8 @@ class RunCheckpoints:
 
     def save(self, num_done: int) -> None:
         """Write one after ``num_done`` steps, all of them logged. Collective."""
+        if self._best_writer is not None:
+            self._best_writer.wait()  # it is going to be named, and must be found by whoever continues
         self._write(self._writer, num_done)
         if self._best is not None:
             self._best_of[num_done] = self._best["step"]
@@ -143,6 +148,11 @@ class RunCheckpoints:
         self._writer.wait()
         if self._best_writer is not None:
             self._best_writer.wait()
+
+
+def writes_in_thread(train: TrainConfig, device: torch.device) -> bool:
+    """Whether checkpoints are written while training goes on; by default where it does not take the cores away."""
+    return train.async_checkpoints == "on" or (train.async_checkpoints == "auto" and device.type != "cpu")
 
 
 def _best_in(folder: Path, step: int) -> dict[int, int]:

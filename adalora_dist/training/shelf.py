@@ -9,8 +9,11 @@ from pathlib import Path
 
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.shipped import KINDS, ROOT, any_shipped, files_of
+from adalora_dist.training.recipe_file import schema_text
 
 MAX_CHARACTERS = 118
+_NAMES_SCHEMA = r"# yaml-language-server: \$schema=(?P<schema>(?P<recipe>\w+)\.schema\.json)\n"
+"""The first line of an experiment: where editors find what may stand in it."""
 
 
 def listing() -> str:
@@ -33,8 +36,8 @@ def about(path: Path) -> str:
     if path.suffix == ".py":
         text = ast.get_docstring(ast.parse(text)) or ""
     elif path.suffix in (".yaml", ".sh", ""):
-        comments = re.match(r"(?:#!.*\n)?((?:#.*\n)*)", text)
-        text = re.sub(r"^# ?", "", comments[1] if comments else "", flags=re.MULTILINE)
+        comments = re.match(rf"(?:#!.*\n|{_NAMES_SCHEMA})?(?P<about>(?:#.*\n)*)", text)
+        text = re.sub(r"^# ?", "", comments["about"] if comments else "", flags=re.MULTILINE)
     else:
         return ""
     paragraph = " ".join(text.strip().partition("\n\n")[0].split())
@@ -69,6 +72,29 @@ def copy(name: str, destination: Path | None) -> Path:
             f"{target} cannot be written ({error.strerror}): name a file in a folder that exists"
         ) from error
     return target
+
+
+def write_schema(copied: Path) -> Path | None:
+    """Write the JSON schema that the first line of a copied experiment names, beside it.
+
+    Returns:
+        Where it is; None where the file names none, or it is there already.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    named = re.match(_NAMES_SCHEMA, copied.read_text(encoding="utf-8"))
+    if named is None:
+        return None
+    path = copied.parent / named["schema"]
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(schema_text(named["recipe"]) + "\n")
+    except FileExistsError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): name a file in a folder that can") from error
+    return path
 
 
 def _cut(line: str) -> str:

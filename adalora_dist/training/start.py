@@ -17,9 +17,10 @@ from typing import Any, NamedTuple, NoReturn
 
 from adalora_dist.io.ending import EXIT_PREEMPTED
 from adalora_dist.io.errors import UserError
-from adalora_dist.io.launchers import OWN_COMMAND
+from adalora_dist.io.launchers import OWN_COMMAND, RESTARTS
 from adalora_dist.io.processes import free_port, run_together
 from adalora_dist.io.shipped import own_or_shipped, shipped
+from adalora_dist.io.signals import SIGNALS
 from adalora_dist.io.yaml_file import read_yaml
 from adalora_dist.training.launch import deepspeed_environment, threads_of_each
 from adalora_dist.training.recipe_file import recipe_file
@@ -28,6 +29,8 @@ DEFAULT_PORT = 29500
 """Where processes of several machines meet; those of one take any that is free."""
 _DEVICES = ("/dev/nvidia0", "/dev/kfd", "/dev/dri/renderD128", "/dev/dxg")
 """One of them is there where a GPU is: without, torch need not be imported to count."""
+_FINAL_CODES = (0, 2, EXIT_PREEMPTED, *(128 + number for number in SIGNALS))
+"""Exit codes after which nothing is started again: done, a mistake that would be made again, told to end."""
 
 
 class Placement(NamedTuple):
@@ -41,6 +44,8 @@ class Placement(NamedTuple):
     address: str | None = None
     """HOST or HOST:PORT of the first machine."""
     deepspeed_config: Path | None = None
+    num_restarts: int = 0
+    """How often the run is started again, from its newest checkpoint, when a process has failed."""
 
 
 def start(recipe: str, placement: Placement, flags: Sequence[str], command: Sequence[str]) -> NoReturn:
@@ -55,14 +60,46 @@ def start(recipe: str, placement: Placement, flags: Sequence[str], command: Sequ
         UserError: a recipe or an engine that there is not, or a placement that does not say where.
         SystemExit: with the exit code of the process that failed first, or 0.
     """
-    path = recipe_file(recipe)
+    path, flags = recipe_file(recipe), list(flags)
+    if placement.num_restarts:
+        _refuse_restarts_elsewhere(placement)
+        flags = _resumed(flags)
     common = {**os.environ, OWN_COMMAND: json.dumps(list(command))}
-    environments = [{**common, **own} for own in environments_of(placement, os.environ)]
     words = [sys.executable, str(path), *flags]
     sys.stdout.flush()
-    if len(environments) == 1:  # nothing to hold together: the process becomes the run
-        os.execve(sys.executable, words, environments[0])
-    raise SystemExit(run_together(words, environments, EXIT_PREEMPTED))
+    for attempt in range(placement.num_restarts + 1):
+        again = {RESTARTS: str(attempt)} if attempt else {}
+        environments = [{**common, **again, **own} for own in environments_of(placement, os.environ)]
+        if len(environments) == 1 and not placement.num_restarts:  # nothing to hold together: the process is the run
+            os.execve(sys.executable, words, environments[0])
+        code = run_together(words, environments, EXIT_PREEMPTED)
+        if code in _FINAL_CODES or attempt == placement.num_restarts:
+            break
+        print(
+            f"adalora-dist run: ended with code {code}; restart {attempt + 1} of {placement.num_restarts}",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+    raise SystemExit(code)
+
+
+def _refuse_restarts_elsewhere(placement: Placement) -> None:
+    if (placement.num_nodes or 1) > 1:
+        raise UserError(
+            f"--restarts {placement.num_restarts} with --nodes {placement.num_nodes}: of several machines each would "
+            "restart by itself; use torchrun --max-restarts, or launch/slurm.sh with RESTARTS"
+        )
+
+
+def _resumed(flags: list[str]) -> list[str]:
+    """The recipe's flags, with which a start continues what is there."""
+    given = [
+        word.partition("=")[2] or " ".join(flags[at + 1 : at + 2])
+        for at, word in enumerate(flags)
+        if word.partition("=")[0] == "--resume"
+    ]
+    if given and given[-1] != "auto":
+        raise UserError(f"--restarts with --resume {given[-1]}: a restart continues its own run; leave --resume out")
+    return flags if given else [*flags, "--resume", "auto"]
 
 
 def environments_of(placement: Placement, surroundings: Mapping[str, str]) -> list[dict[str, str]]:

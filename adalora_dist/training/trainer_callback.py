@@ -16,19 +16,23 @@ from transformers import (
 )
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from adalora_dist.artifacts.adapted_model import adapted_part
 from adalora_dist.artifacts.checkpoints.content import Checkpoint
 from adalora_dist.artifacts.export import SavedAdapter, task_settings
 from adalora_dist.artifacts.formats import FORMATS, Options
 from adalora_dist.config.methods import LowRankConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.hooks import MethodHooks, attach
+from adalora_dist.methods.protocol import carries_peft
 from adalora_dist.sharding.agreement import agreed
 from adalora_dist.sharding.base import innermost
+from adalora_dist.sharding.optimizer_state import KNOWN, keeps_an_entry_per_weight
 from adalora_dist.sharding.tensors import release_gathered
 from adalora_dist.training.trained import gather_trained
 from adalora_dist.training.trainer_checkpoints import TrainerCheckpoints, base_of
 from adalora_dist.training.trainer_loss import multiplied_loss
 from adalora_dist.training.trainer_mixin import calling_trainer, saver_of, take_over
+from adalora_dist.training.trainer_peft import WithoutAdapters, convert_model, refuse_raw_parameters
 
 
 class AdaLoraCallback(TrainerCallback):
@@ -58,8 +62,13 @@ class AdaLoraCallback(TrainerCallback):
     Ranks do not depend on accumulation and processes, unless the loss does: with T5 and many classifiers ``Trainer``
     multiplies it by both. That is refused; ``model.accepts_loss_kwargs = False``, set before, makes it right.
 
+    A Trainer whose model has PEFT's LoRA or AdaLoRA (``SFTTrainer(peft_config=...)``) gets the converted one
+    (:func:`~adalora_dist.artifacts.peft_model.convert_peft`); then ``config`` may be left out.
+
     Args:
         config: the ``adapter`` section that ``adapt`` was given.
+        settings: for PEFT's adapters, without ``config``: of AdaLoraConfig, besides what PEFT's configuration says;
+            for LoRA a budget, ``target_rank=4``.
 
     Raises:
         UserError: from ``train``, before the first step: no adapters in the model, a schedule that does not fit the
@@ -69,14 +78,30 @@ class AdaLoraCallback(TrainerCallback):
             optimizer that is stepped is not the Trainer's, or processes disagree on the pattern.
     """
 
-    def __init__(self, config: LowRankConfig) -> None:
-        self.config = config
+    def __init__(self, config: LowRankConfig | None = None, **settings: Any) -> None:
+        if config is not None and settings:
+            raise UserError(f"AdaLoraCallback: config and {min(settings)}: give one of the two")
+        self._config, self._settings, self._is_converted = config, settings, False
         self._hooks: MethodHooks | None = None
         self._trainer: Trainer | None = None
         self._checkpoints: TrainerCheckpoints | None = None
         self._resumed: Checkpoint | None = None
         self.first_candidate = 0
         """The number of steps from which on a checkpoint meets the budget; known once training has begun."""
+
+    @property
+    def config(self) -> LowRankConfig:
+        """The ``adapter`` section.
+
+        Raises:
+            UserError: none was given, and no model with PEFT's adapters has said it.
+        """
+        if self._config is None:
+            raise UserError(
+                "AdaLoraCallback without a config takes it from PEFT's adapters, and the model has none: call "
+                "adapt(model, config), and give AdaLoraCallback(config) the same"
+            )
+        return self._config
 
     @property
     def hooks(self) -> MethodHooks:
@@ -90,7 +115,13 @@ class AdaLoraCallback(TrainerCallback):
         return self._hooks
 
     def attach_to(self, trainer: Trainer) -> None:
-        """Serve a Trainer that was made without this callback, before it trains."""
+        """Serve a Trainer that was made without this callback, before it trains.
+
+        Raises:
+            UserError: its model has adapters of PEFT's that cannot be converted, or none and ``config`` was left out.
+        """
+        if trainer.model is not None and carries_peft(trainer.model):
+            self._config, self._is_converted = convert_model(trainer, self._config, self._settings), True
         if not any(known is self for known in trainer.callback_handler.callbacks):
             trainer.add_callback(self)
         callbacks = trainer.callback_handler.callbacks
@@ -117,8 +148,8 @@ class AdaLoraCallback(TrainerCallback):
         hooks, trainer = self.hooks, self._trainer
         assert trainer is not None
         release_gathered(trainer.model_wrapped)
-        updates, trained = hooks.updates(), gather_trained(trainer.accelerator, trainer.model_wrapped)
-        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        model = adapted_part(trainer.accelerator.unwrap_model(trainer.model_wrapped))
+        updates, trained = hooks.updates(), gather_trained(trainer.accelerator, model)
 
         def write() -> None:
             base, tokenizer = base_of(model), getattr(trainer, "processing_class", None)
@@ -178,11 +209,14 @@ class AdaLoraCallback(TrainerCallback):
                 f"{args.n_gpu} GPUs in one process: Trainer would copy the model to each (torch.nn.DataParallel), "
                 "adapters and all; start one process per GPU, with accelerate launch or torchrun"
             )
-        if hasattr(model, "peft_config"):
+        if carries_peft(model):
             raise UserError(
-                "the model has PEFT's adapters (peft_config): leave peft_config out, and call adapt(model, "
-                "AdaLoraConfig.from_peft(peft_config)) before the Trainer is made"
+                "the model has PEFT's adapters (peft_config), put in by model_init or after the Trainer was made: "
+                "call convert_peft on what has them there, and give AdaLoraCallback the config that it gives back"
             )
+        refuse_raw_parameters(args)
+        if self._is_converted:
+            WithoutAdapters.give(trainer)
         num_processes = args.world_size if args.average_tokens_across_devices else 1
         settings = (args.gradient_accumulation_steps, num_processes, args.label_smoothing_factor)
         if problem := multiplied_loss(model, *settings):
@@ -221,11 +255,11 @@ class AdaLoraCallback(TrainerCallback):
         saves = SaveStrategy(args.save_strategy) != SaveStrategy.NO and not args.save_only_model
         compacts = schedule is not None and getattr(self.config, "compact", False)
         inner = innermost(optimizer)
-        if (saves or compacts) and not isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
+        if (saves or compacts) and not keeps_an_entry_per_weight(inner):
             away = [*["save_only_model=True"] * saves, *["compact=False in AdaLoraConfig"] * compacts]
             raise UserError(
                 f"the optimizer is {type(inner).__name__} (optim={str(getattr(args.optim, 'value', args.optim))!r}), "
-                "whose state can be neither continued nor reduced: set optim='adamw_torch', or "
+                f"whose state can be neither continued nor reduced: use {KNOWN} (optim='adamw_torch'), or "
                 f"{' and '.join(away)}"
             )
         if schedule is None:

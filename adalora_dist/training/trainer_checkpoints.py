@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers.trainer import SCHEDULER_NAME
 
+from adalora_dist.artifacts.adapted_model import adapted_part
 from adalora_dist.artifacts.checkpoints.content import Checkpoint, held_parts, load_checkpoint
 from adalora_dist.artifacts.checkpoints.files import checkpoints_in
 from adalora_dist.artifacts.checkpoints.writer import CheckpointWriter, checkpoint_at
@@ -62,8 +63,8 @@ class TrainerCheckpoints:
         run = {
             "config": {"adapter": self._config.model_dump(mode="json")},
             "num_steps": self._num_steps,
-            "backbone": backbone_identity(base_of(trainer.model)),
-            "task": task_settings(trainer.model),
+            "backbone": backbone_identity(base_of(adapted_part(trainer.model))),
+            "task": task_settings(adapted_part(trainer.model)),
             "learning_rates": [float(group["lr"]) for group in innermost(trainer.optimizer).param_groups],
             "loss_scale": loss_scale(trainer.accelerator, trainer.optimizer),
         }
@@ -110,7 +111,7 @@ class TrainerCheckpoints:
         Raises:
             UserError: the checkpoint is of another model, or an optimizer has taken the whole adapters over already.
         """
-        compare_backbone(checkpoint, base_of(trainer.model))
+        compare_backbone(checkpoint, base_of(adapted_part(trainer.model)))
         adapters = adapters_of(trainer.model)
         held = held_parts(checkpoint, adapters)
         if all(held[adapter.name] == adapter.held() for adapter in adapters):

@@ -36,8 +36,10 @@ _REPLACED = (
 class Served(Protocol):
     """Of the callback, what the mixin asks for."""
 
-    config: LowRankConfig
     first_candidate: int
+
+    @property
+    def config(self) -> LowRankConfig: ...
 
     def open(self, trainer: Any, folder: Path, num_steps: int) -> None: ...
 
@@ -52,7 +54,10 @@ class AdaLoraTrainerMixin(_Base):
     adalora: Served
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter, gathered over all processes; no engine gathers the backbone. Collective."""
+        """Write the adapter, gathered over all processes; no engine gathers the backbone.
+
+        Collective where an engine shards parameters, and in a checkpoint; else the main process may call it alone.
+        """
         own: Any = super().save_model
         saver = saver_of(self)
         # A subclass's asks the model's save_pretrained; of a model without it only the state is saved, which nobody
@@ -62,8 +67,17 @@ class AdaLoraTrainerMixin(_Base):
             return
         folder = self.args.output_dir if output_dir is None else output_dir
         release_gathered(self.model_wrapped)
+        is_alone = saver.is_whole() and not _internal_call
         state = saver.state(keep=self.args.should_save)
-        agreed(lambda: self._save(folder, state_dict=state), keep=False)
+
+        def write() -> None:
+            if saver.saves(unwrapped(self)):
+                self._save(folder, state_dict=state)
+            elif self.args.should_save:  # its own save asks the part that has the adapters
+                with saver.holding(state):
+                    self._save(folder, state_dict=state)
+
+        write() if is_alone else agreed(write, keep=False)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -110,8 +124,12 @@ def take_over(trainer: Trainer, callback: Served) -> None:
 
 def saver_of(trainer: Any) -> SaveAdapter | None:
     """What saves the model of ``trainer`` as an adapter; None where it has none, or is no model of transformers'."""
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    return save_as_adapter(model, METHODS[trainer.adalora.config.method])
+    return save_as_adapter(unwrapped(trainer), METHODS[trainer.adalora.config.method])
+
+
+def unwrapped(trainer: Any) -> Any:
+    """The model of ``trainer`` as it was made with."""
+    return trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
 
 
 def calling_trainer(callback: TrainerCallback) -> Trainer | None:

@@ -35,6 +35,8 @@ def read_in(class_name: str, **changes) -> set[str]:
         ("RwkvForCausalLM", {"output", "value"}),  # divided in place for evaluation
         ("WavLMForSequenceClassification", {"q_proj", "k_proj", "v_proj", "out_proj"}),
         ("Gemma3nForCausalLM", {"prediction_coefs", "correction_coefs"}),
+        # its reversible layers are computed where no graph is made, and again in their own backward
+        ("ReformerForSequenceClassification", {"query_key", "query", "key", "value", "dense"}),
         # their weights are asked for a type, or not at all
         ("LlamaForCausalLM", set()),
         ("GPT2LMHeadModel", set()),
@@ -130,6 +132,17 @@ class Extended(Functional):
         return super().forward(self.a(x))
 
 
+class Reversible(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, layers, last):
+        return last(layers[1](layers[0](x)))
+
+
+class Reversed(Base):
+    def forward(self, x):
+        return self.c(Reversible.apply(x, self.stack, self.a))
+
+
 class FromAbove(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -153,6 +166,7 @@ class FromAbove(nn.Module):
         (Overridden(), set()),
         (Extended(), {"a"}),
         (FromAbove(), {"inner.0.a"}),
+        (Reversed(), {"stack.0", "stack.1", "a"}),
         (nn.MultiheadAttention(4, 2), {"out_proj"}),
         (nn.TransformerEncoderLayer(4, 2, 8), {"self_attn.out_proj", "linear1", "linear2"}),
     ],

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 from adalora_dist.artifacts.export import task_settings, with_task
 from adalora_dist.backbones.fit import (
     Length,
+    Reply,
     check_lengths,
     check_room,
     fit_tokenizer,
@@ -168,12 +169,21 @@ def test_a_given_reply_length_counts():
     assert Length("max_new_tokens", 9, "") in lengths_of(config)
 
 
-@pytest.mark.parametrize(("prompt", "reply", "remedy"), [(8, 5, "--max-new-tokens 4,"), (12, 1, "shorten it")])
+@pytest.mark.parametrize(
+    ("prompt", "reply", "remedy"),
+    [
+        (8, Reply("max_new_tokens", 5), "--max-new-tokens 4,"),
+        (12, Reply("max_new_tokens", 1), "shorten it"),
+        (4, Reply("answer_tokens", 5, 2), "answer_tokens=5 in each of 2 turns behind"),
+        (4, Reply("answer_tokens", 5, 2), "--answer-tokens 4,"),
+    ],
+)
 def test_a_reply_has_room_behind_the_longest_prompt(prompt, reply, remedy):
     model = made("GPT2LMHeadModel", GPT)
-    check_room(model, POSITIONS - 4, 4)
+    check_room(model, POSITIONS - 4, Reply("max_new_tokens", 4))
+    check_room(model, POSITIONS - 4, Reply("answer_tokens", 2, 2))
     assert remedy in refusal(check_room, model, prompt, reply)
-    check_room(made("LlamaForCausalLM", LLAMA), POSITIONS, 4)  # rotary
+    check_room(made("LlamaForCausalLM", LLAMA), POSITIONS, Reply("max_new_tokens", 4))  # rotary
 
 
 def test_a_prefix_leaves_the_text_fewer_positions(caplog):
@@ -191,8 +201,9 @@ def test_a_prefix_leaves_the_text_fewer_positions(caplog):
     message = refusal(check_lengths, model, most, taken + 1)
     assert "4 of them the prefix's" in message and f"--max-length {POSITIONS - taken - 1}, or less" in message
     assert f"--prefix-length {POSITIONS - 1}, or less" in refusal(check_lengths, model, most, POSITIONS)
-    check_room(model, POSITIONS - taken - 2, 2, taken)
-    assert "--max-new-tokens 1, or less" in refusal(check_room, model, POSITIONS - taken - 1, 2, taken)
+    reply = Reply("max_new_tokens", 2)
+    check_room(model, POSITIONS - taken - 2, reply, taken)
+    assert "--max-new-tokens 1, or less" in refusal(check_room, model, POSITIONS - taken - 1, reply, taken)
     check_lengths(made("LlamaForCausalLM", LLAMA), most, taken + 1)
     assert f"was made for {POSITIONS} positions (max_position_embeddings), 4 of them the prefix's" in caplog.text
 

@@ -19,6 +19,8 @@ from adalora_dist.config.sections import RunConfig, TrainConfig
 from adalora_dist.config.settings import settings_by_flag
 from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.commonsense.config import COMMONSENSE_TASKS, CommonsenseConfig
+from adalora_dist.tasks.e2e.config import E2EConfig
+from adalora_dist.tasks.summarization.config import SummarizationConfig
 from tests.support.paths import ROOT
 
 CONFIG_FILES = sorted((ROOT / "recipes" / "configs").glob("llama_commonsense*.yaml"))
@@ -87,6 +89,13 @@ def test_flags_override_the_file_which_overrides_the_defaults(tmp_path: Path) ->
     assert (run.adapter.alpha, run.adapter.init_rank, run.adapter.target_rank) == (5.0, 9, 8.0)
     assert run.train.learning_rate == 5e-4  # YAML 1.1 reads 5e-4, without a point, as text
     assert run.train.trackers == () and run.train.max_steps is None
+
+
+def test_on_and_off_are_words_in_a_file_too(tmp_path: Path) -> None:
+    for word, packing in (("on", "off"), ("off", "on"), ("auto", "'on'")):
+        (tmp_path / "a.yaml").write_text(f"train:\n  async_checkpoints: {word}\n  packing: {packing}\n")
+        train = parse("--config", str(tmp_path / "a.yaml")).train
+        assert (train.async_checkpoints, train.packing) == (word, packing.strip("'"))
 
 
 def test_last_of_a_repeated_flag_counts() -> None:
@@ -205,6 +214,10 @@ BAD_FLAGS = [
     ("--max-steps 9 --initial-warmup-steps 5 --final-steps 4", ["5", "4", "max_steps 9", "must be < max_steps"]),
     ("--max-steps 9 --final-steps 9", ["final_steps 9 with max_steps 9", "lower final_steps"]),
     ("--batch-size 16 --micro-batch-size 12", ["batch_size 16", "micro_batch_size 12", "micro_batch_size to 8"]),
+    ("--checkpoint-activations 2", ["checkpoint_activations 2 with gradient_checkpointing false", "to true, or leave"]),
+    ("--gradient-checkpointing --checkpoint-activations 1", ["--checkpoint-activations 1"]),
+    ("--micro-batch-tokens -1", ["--micro-batch-tokens -1", "must be an integer >= 0"]),
+    ("--async-checkpoints maybe", ["--async-checkpoints maybe", "auto", "on", "off"]),
     ("--trust-remote-code --model a/b", ["trust_remote_code", "revision None", "40 hexadecimal"]),
     ("--trust-remote-code --model a/b --revision main", ["trust_remote_code", "revision main", "40 hexadecimal"]),
     ("--alpha 0 --epochs 0 --seed x", ["--alpha 0: must be a number > 0", "(and 2 more)"]),
@@ -320,3 +333,17 @@ def test_rank_0_does_not_wait(capsys: pytest.CaptureFixture[str], monkeypatch: p
     with pytest.raises(SystemExit):
         fail("no such file")
     assert capsys.readouterr().err == "error: no such file\n"
+
+
+@pytest.mark.parametrize("config", [CommonsenseConfig, E2EConfig, SummarizationConfig])
+def test_samples_that_nothing_would_show_are_refused(config: type[RunConfig], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit), user_errors():
+        parse_config(config, ["--show-samples", "2"])
+    assert "show_samples 2 with eval_every 0: nothing is generated while training" in capsys.readouterr().err
+    parse_config(config, ["--show-samples", "2", "--eval-every", "5"])
+
+
+def test_samples_of_replies_that_are_not_generated_are_refused(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit), user_errors():
+        parse("--show-samples", "2", "--eval-every", "5", "--evaluate-by", "likelihood")
+    assert "show_samples 2 with evaluate_by likelihood: no reply is generated" in capsys.readouterr().err

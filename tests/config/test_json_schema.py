@@ -27,7 +27,10 @@ def problems(schema: dict[str, Any], text: str) -> list[str]:
 
 @pytest.mark.parametrize("path", files_of("config"), ids=lambda path: path.stem)
 def test_what_is_shipped_is_valid(path: Path) -> None:
-    assert problems(json_schema(schema_of(path), "t"), path.read_text(encoding="utf-8")) == []
+    text = path.read_text(encoding="utf-8")
+    assert problems(json_schema(schema_of(path), "t"), text) == []
+    [recipe] = [recipe for recipe, schema in SCHEMAS.items() if schema is schema_of(path)]
+    assert text.startswith(f"# yaml-language-server: $schema={recipe}.schema.json\n")
 
 
 def test_it_is_a_schema_and_says_what_settings_are() -> None:

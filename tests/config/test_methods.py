@@ -31,10 +31,10 @@ from tests.support.paths import ROOT
 from tests.support.shipped import schema_of
 
 BOTTLENECKS = ("houlsby", "pfeiffer", "adapterdrop", "series", "parallel")
-WITH_ADAPTERS = ("adalora", "lora", "lora_fa", "dora", "vera", "dvora", "hydra", "dylora", "relora")
+WITH_ADAPTERS = ("adalora", "lora", "lora_fa", "dora", "adadora", "vera", "dvora", "hydra", "dylora", "relora")
 ALL = (*WITH_ADAPTERS, *BOTTLENECKS, "prefix", "low_rank", "galore", "bitfit", "head", "full")
 WITH_TARGETS = (*WITH_ADAPTERS, "low_rank", "galore")
-WITH_ALPHA = ("adalora", "lora", "lora_fa", "dora", "dylora", "relora")
+WITH_ALPHA = ("adalora", "lora", "lora_fa", "dora", "adadora", "dylora", "relora")
 WITH_MODULES = (*WITH_ADAPTERS, *BOTTLENECKS, "prefix", "bitfit", "head")
 DEMOS = sorted((ROOT / "recipes" / "configs").glob("*_demo.yaml"))
 
@@ -167,12 +167,14 @@ def test_demonstrations_are_for_every_method(demo: Path, name: str) -> None:
 # --------------------------------------------------------------------------------------------------------- the refusals
 
 FLAGS = {
-    "--method lora --target-rank 1": "--target-rank 1: method lora has no target_rank (adalora has): leave it out, or "
-    "set method to adalora",
-    "--orthogonality 9 --method lora": "--orthogonality 9: method lora has no orthogonality (adalora has)",
-    "--method lora --target-rank 1 --importance magnitude": "target_rank (adalora has): leave it out, or set method to "
-    "adalora (and 1 more)",
-    "--method lora --no-compact": "--compact false: method lora has no compact (adalora has)",
+    "--method lora --target-rank 1": "--target-rank 1: method lora has no target_rank (adalora and adadora have): "
+    "leave it out, or set method to one that has",
+    "--method lora --expert-scores per_token": "--expert-scores per_token: method lora has no expert_scores (adalora "
+    "has): leave it out, or set method to adalora",
+    "--orthogonality 9 --method lora": "--orthogonality 9: method lora has no orthogonality (adalora and adadora have)",
+    "--method lora --target-rank 1 --importance magnitude": "target_rank (adalora and adadora have): leave it out, or "
+    "set method to one that has (and 1 more)",
+    "--method lora --no-compact": "--compact false: method lora has no compact (adalora and adadora have)",
     "--method full --targets no_such_module": f"--targets no_such_module: method full has no targets "
     f"{have(WITH_TARGETS)}: leave it out, or set method to one that has",
     "--method full --train-modules a": f"method full has no train_modules {have(WITH_MODULES)}",
@@ -181,7 +183,7 @@ FLAGS = {
     "--method": f"--method has no value: give it one of {', '.join(ALL)}",
     "--method head --train-modules none": "method head with no train_modules",
     "--method full --export-formats peft": "export_formats peft with method full: it cannot be written so (adalora, "
-    "lora, lora_fa, dora, vera, prefix can be)",
+    "lora, lora_fa, dora, adadora, vera, prefix can be)",
 }
 
 
@@ -194,12 +196,12 @@ FILES = [
     (
         "  method: lora\n  target_rank: 8\n",
         "",
-        ":3: adapter.target_rank: 8: method lora has no target_rank (adalora has",
+        ":3: adapter.target_rank: 8: method lora has no target_rank (adalora and adadora have",
     ),
     (
         "  target_rank: 8\n",
         "--method lora",
-        "set method to adalora (or put it under adapter.adalora, which adalora alone",
+        "set method to one that has (or put it under adapter.adalora, which adalora alone",
     ),
     ("  target_rank: null\n", "--method head", ":2: adapter.target_rank: null: method head has no target_rank"),
     (
@@ -218,7 +220,8 @@ FILES = [
     (
         "  lora: {target_rank: 3}\n",
         "",
-        ":2: adapter.lora.target_rank: method lora has no target_rank (adalora has): leave it out, or put it under ada",
+        ":2: adapter.lora.target_rank: method lora has no target_rank (adalora and adadora have): leave it out, or put "
+        "it under ada",
     ),
     ("  lora:\n    alpa: 3\n", "", ":3: alpa is not a setting of adapter.lora: did you mean adapter.lora.alpha?"),
     ("  lora:\n    method: full\n", "", ":3: method is not a setting of adapter.lora"),
@@ -276,7 +279,9 @@ def test_a_table_is_for_all_methods_and_what_a_user_adds_is_not(
 
 
 def test_python() -> None:
-    with pytest.raises(ValidationError, match=r"target_rank\n +method lora has no target_rank \(adalora has\): leave"):
+    with pytest.raises(
+        ValidationError, match=r"target_rank\n +method lora has no target_rank \(adalora and adadora have\): leave"
+    ):
         LoraConfig(target_rank=3)
     with pytest.raises(ValidationError, match=re.escape(f"method full has no train_modules {have(WITH_MODULES)}")):
         method_config("full", train_modules=("a",))

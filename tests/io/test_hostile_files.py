@@ -27,9 +27,10 @@ from adalora_dist.backbones.dequantized import read_quantization_record
 from adalora_dist.backbones.files import refuse_odd_files, stored_tensors, weight_files
 from adalora_dist.backbones.load import load_backbone
 from adalora_dist.config.flags import fail
-from adalora_dist.config.sections import ModelConfig
+from adalora_dist.config.sections import ModelConfig, TrainConfig
 from adalora_dist.io.errors import UserError, printable
 from adalora_dist.io.foreign_files import NotReadable, read_object, read_records, read_sections, read_text
+from adalora_dist.io.launchers import RESTARTS
 from adalora_dist.io.yaml_file import read_yaml
 from adalora_dist.methods.adalora.start import read_peft
 from adalora_dist.methods.update import AdapterWeights
@@ -39,6 +40,7 @@ from adalora_dist.tasks.rows.files import file_rows, find_split
 from adalora_dist.tasks.rows.table import checked_table
 from adalora_dist.training.faults.run_lock import RunLock
 from adalora_dist.training.launch import _zero_stage
+from adalora_dist.training.restarts import count_restart
 from adalora_dist.training.resume import backbone_identity
 from tests.support.checkpoint_faults import Run
 from tests.support.tiny_language_model import byte_tokenizer, tiny_llama
@@ -138,6 +140,11 @@ def lock(folder: Path) -> None:
     RunLock(folder / "locked").release()
 
 
+def restart(folder: Path) -> None:
+    os.environ[RESTARTS] = "1"  # of the process that reads
+    count_restart(TrainConfig(output_dir=str(folder / "restarted")), 5)
+
+
 def all_rows(path: Path) -> None:
     for _, row in file_rows(path):
         if isinstance(row, UserError):
@@ -172,6 +179,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "ds.json": lambda folder: _zero_stage(folder / "ds.json"),
     "words.txt": lambda folder: read_text(folder / "words.txt"),
     "locked/.lock-owner": lock,
+    "restarted/.restarts": restart,
     "train.jsonl": lambda folder: all_rows(folder / "train.jsonl"),
     "train.json": lambda folder: all_rows(folder / "train.json"),
     "train.jsonl.gz": lambda folder: all_rows(folder / "train.jsonl.gz"),
@@ -244,7 +252,8 @@ def test_whatever_lies_there(project: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 MAY_BE_WITHOUT = {
-    "adapter/task.json", "adapter/trained.safetensors", "locked/.lock-owner", "backbone/config.json",
+    "adapter/task.json", "adapter/trained.safetensors", "locked/.lock-owner", "restarted/.restarts",
+    "backbone/config.json",
     "base/LICENSE", "base/tokenizer.json", "base/tokenizer_config.json", "base/generation_config.json",
 }  # fmt: skip
 """What is passed over where it is no file."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import runpy
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from adalora_dist.backbones.load import load_backbone, load_tokenizer
+from adalora_dist.backbones.load import load_backbone, load_tokenizer, refuse_code_from_elsewhere
 from adalora_dist.config.sections import ModelConfig, RunConfig, TrainConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.redaction import redacted, redacted_command
@@ -23,9 +23,10 @@ from adalora_dist.tasks.commonsense.config import CommonsenseConfig, Commonsense
 from adalora_dist.tasks.commonsense.rows import load_tasks
 from adalora_dist.tasks.rows.bad_rows import BadRows
 from adalora_dist.training.faults.memory import cheapest_changes
-from adalora_dist.training.faults.run_lock import STALE_SECONDS, RunLock
+from adalora_dist.training.faults.run_lock import RunLock
 from adalora_dist.training.run_folder import RunFolder
 from tests.support.faulty_runs import Ranks
+from tests.support.refusals import refusal
 from tests.support.tiny_project import RECIPE, Project, write_data
 
 # ------------------------------------------------------------------------------------------------------------- the lock
@@ -53,22 +54,6 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path: Path, way: str) -> N
     lock = RunLock(tmp_path)
     assert json.loads((tmp_path / ".lock-owner").read_text())["pid"] == os.getpid()
     lock.release()
-
-
-def test_an_owner_on_another_machine_counts_while_it_shows_itself(tmp_path: Path) -> None:
-    """Where the file system keeps locks to one machine."""
-    owner = tmp_path / ".lock-owner"
-    owner.write_text(json.dumps({"host": "node7", "pid": 4711, "since": "2030-01-01 00:00:00"}))
-    with pytest.raises(UserError, match="process 4711 on node7 since 2030-01-01"):
-        RunLock(tmp_path)
-    os.utime(owner, (time.time() - STALE_SECONDS - 1,) * 2)
-    lock = RunLock(tmp_path)
-    os.utime(owner, (1, 1))
-    lock._touched -= STALE_SECONDS
-    lock.touch()
-    assert time.time() - owner.stat().st_mtime < 5
-    lock.release()
-    assert not owner.exists()
 
 
 def test_overwriting_a_run_keeps_the_lock_on_its_folder(tmp_path: Path) -> None:
@@ -265,6 +250,35 @@ def test_code_of_another_repository_is_refused_even_if_code_is_trusted(tmp_path:
         load_backbone(trusted, AutoModelForCausalLM)
 
 
+@pytest.mark.parametrize("change", ["another word", "another file", "a file less", "another name"])
+def test_code_in_a_folder_is_pinned_by_what_it_says(tmp_path: Path, change: str) -> None:
+    """A folder has no commits, so any forty digits would do there."""
+    folder, others = tmp_path / "model", tmp_path / "model" / "parts"
+    others.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"auto_map": {"AutoConfig": "custom.Config"}}))
+    (folder / "custom.py").write_text("one = 1\n")
+    (others / "more.py").write_text("two = 2\n")
+    trusted = ModelConfig(name=str(folder), trust_remote_code=True, revision="0" * 40)
+
+    def digest() -> str:
+        [found] = re.findall(r"--revision ([0-9a-f]{40})", refusal(refuse_code_from_elsewhere, trusted))
+        return str(found)
+
+    first = digest()
+    pinned = trusted.model_copy(update={"revision": first})
+    refuse_code_from_elsewhere(pinned)
+    match change:
+        case "another word":
+            (others / "more.py").write_text("two = 3\n")
+        case "another file":
+            (folder / "new.py").write_text("")
+        case "a file less":
+            (others / "more.py").unlink()
+        case "another name":
+            (folder / "custom.py").rename(folder / "other.py")
+    assert digest() != first and "is not that of the code" in refusal(refuse_code_from_elsewhere, pinned)
+
+
 # ------------------------------------------------------------------------------------------------------------- memory
 
 
@@ -272,6 +286,9 @@ def test_cheapest_changes_fit_the_run() -> None:
     config = CommonsenseConfig(train=TrainConfig(batch_size=24, micro_batch_size=12))
     first = cheapest_changes(config, "ddp", 2, weights_weigh_most=False)
     assert len(first) == 3 and first[0].startswith("micro_batch_size 12 -> 6") and "checkpointing" in first[1]
+    for tokens, told in ((4096, "micro_batch_tokens 4096 -> 2048"), (400, "micro_batch_tokens 400 -> 256"), (256, "g")):
+        by_tokens = CommonsenseConfig(train=TrainConfig(micro_batch_tokens=tokens))
+        assert cheapest_changes(by_tokens, "ddp", 2, weights_weigh_most=False)[0].startswith(told)
     first = cheapest_changes(config, "ddp", 2, weights_weigh_most=True)
     assert "bfloat16" in first[0] and "fsdp2" in first[1]
     spent = CommonsenseConfig(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import subprocess
@@ -110,6 +111,12 @@ def test_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert Path("my_recipe.py").read_bytes() == (ROOT / "recipes/llama_sft.py").read_bytes()
     assert copy("fsdp2", tmp_path) == tmp_path / "fsdp2.yaml" and copy("zero1", None) == Path("zero1.json")
     assert copy("slurm", Path("job.sh")).stat().st_mode & 0o100
+    for name in ("one.yaml", "two.yaml"):  # the schema is written once
+        main(["cp", "llama_sft_demo", name])
+        copied, *beside = capsys.readouterr().out.splitlines()
+        schema = "Editors complete and check it by llama_sft.schema.json, written beside it"
+        assert (copied, beside) == (f"Copied: {name}", [schema] if name == "one.yaml" else [])
+    assert "properties" in json.loads(Path("llama_sft.schema.json").read_text(encoding="utf-8"))
     assert "my_recipe.py exists already" in refusal(copy, "llama_sft", Path("my_recipe.py"))
     assert "in a folder that exists" in refusal(copy, "llama_sft", Path("nowhere/recipe.py"))
     with pytest.raises(SystemExit) as stopped:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from adalora_dist.io.terminal import safe
 from tests.support.paths import ROOT
+from tests.support.secret_words import IN_PATHS, IN_TEXT, INNOCENT, SECRET
 
 PROGRAM = """
 import fcntl, sys, termios
@@ -55,3 +59,68 @@ def test_a_terminal_is_closed(tmp_path: Path, before: tuple[str, ...], whose: st
     else:
         process.communicate(b"\n", timeout=60)
     assert process.returncode == code and (tmp_path / "done").exists() == (code == 0)
+
+
+# ------------------------------------------------------------------------------------------------ what libraries print
+
+LIBRARY = """
+import logging, sys, warnings
+early = logging.getLogger("early")
+early.addHandler(logging.StreamHandler())  # as libraries make them while they are imported
+from adalora_dist.config.flags import user_errors
+from adalora_dist.io.progress import progress_bar
+from adalora_dist.io.terminal import keep_from_listeners
+with user_errors():
+    from tests.support.secret_words import IN_PATHS, IN_TEXT
+    late = logging.getLogger("late")
+    late.addHandler(logging.StreamHandler(sys.stdout))
+    heard = []  # as a tracker listens
+    write = sys.stdout.write
+    sys.stdout.write = lambda text: (heard.append(text), write(text))[1]
+    keep_from_listeners()
+    controls = "red \\x1b[31m, empty \\x1b[2J, title \\x1b]0;x\\x07, \\x9b1m \\u202e"
+    for shape in (*IN_PATHS.values(), *IN_TEXT.values(), controls):
+        print("from", shape)
+        print("from", shape, file=sys.stderr)
+        warnings.warn(shape)
+        early.error("from %s", shape)
+        late.error("from %s", shape)
+        for _ in progress_bar([1], desc=shape): pass
+    with open(sys.argv[1], "w") as file:
+        file.writelines(heard)
+    raise RuntimeError("; ".join([*IN_PATHS.values(), *IN_TEXT.values()]))
+"""
+
+
+def test_whatever_libraries_print_has_no_secret_and_does_nothing_to_a_terminal(tmp_path: Path) -> None:
+    """Printed, warned of, logged by handlers old and new, shown beside a bar, raised, and heard by a tracker."""
+    words = [sys.executable, "-c", LIBRARY, str(tmp_path / "heard")]
+    done = subprocess.run(
+        words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1 and "RuntimeError" in done.stderr, done.stderr[-2000:]
+    heard = (tmp_path / "heard").read_text()
+    for said in (done.stdout, done.stderr, heard):
+        hits = [name for name, secret in (*IN_PATHS.items(), ("text", SECRET)) if secret in said]
+        assert not hits and said.count("***") >= len(IN_PATHS) + len(IN_TEXT)
+        assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202e]", said)
+        assert "red , empty \\x1b[2J, title \\x1b]0;x\\x07, \\x9b1m \\u202e" in said
+
+
+def test_what_a_terminal_may_be_sent() -> None:
+    bars = "\n\n\x1b[A\x1b[A"
+    assert safe(bars, is_terminal=True) == bars and safe("\rred \x1b[31mx\x1b[0m\n", True) == "\rred \x1b[31mx\x1b[0m\n"
+    assert safe("up \x1b[A", True) == "up \\x1b[A" and safe("\x1b[2J", True) == "\\x1b[2J"
+    assert safe(bars, is_terminal=False) == "\n\n\\x1b[A\\x1b[A" and safe("\x1b[1;31mx\x1b[0m", False) == "x"
+    for text in (*INNOCENT, "größe ≤ 7 🚀 ▁▂▃ 👩‍🔬\ttab\nline\n"):
+        assert safe(text, True) == safe(text, False) == text
+
+
+def test_streams_of_others_and_their_loggers_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a program that has put in its own, as a test does."""
+    from adalora_dist.io.terminal import keep_from_listeners, keep_writing
+
+    before = sys.stdout, sys.stderr, list(logging.root.handlers)
+    keep_writing()
+    keep_from_listeners()
+    assert (sys.stdout, sys.stderr, list(logging.root.handlers)) == before

@@ -15,6 +15,7 @@ from adalora_dist.artifacts.checkpoints.content import load_checkpoint
 from adalora_dist.artifacts.checkpoints.writer import CheckpointWriter, checkpoint_at
 from adalora_dist.artifacts.export import load_adapter, merge, read_adapter, save_adapter
 from adalora_dist.config.methods import MethodConfig, method_config
+from adalora_dist.config.sections import QuantizationConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods import METHODS
 from adalora_dist.methods.hooks import attach
@@ -25,6 +26,7 @@ from tests.support.engine_steps import backward_and_step, shard_blocks, wrapped
 from tests.support.models import global_batch, net_for
 from tests.support.quantized_runs import Case, write_llama
 from tests.support.ranks import import_deepspeed, run_ranks
+from tests.support.support_matrix import may
 from tests.support.tiny_language_model import logits, tiny_gpt2, tiny_llama
 
 deepspeed = import_deepspeed()
@@ -32,6 +34,16 @@ deepspeed = import_deepspeed()
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora_fa": {"init_rank": 3, "alpha": 6},
     "dora": {"init_rank": 3, "alpha": 6},
+    "adadora": {
+        "init_rank": 3,
+        "target_rank": 1.5,
+        "alpha": 6,
+        "start": "paper",
+        "init": "orthonormal",
+        "initial_warmup_steps": 1,
+        "final_steps": 2,
+        "mask_interval_steps": 2,
+    },
     "vera": {"init_rank": 5},
     "dvora": {"init_rank": 5},
     "hydra": {"init_rank": 3, "sequential_rank": 2},
@@ -47,13 +59,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 VARIANTS_OF: dict[str, tuple[str, dict[str, Any]]] = {
     "lora_fa projected": ("lora_fa", {"init_rank": 3, "alpha": 6, "projected": True}),
     "prefix": ("prefix", {"prefix_length": 3, "train_modules": ("head",)}),
+    "prefix projected": ("prefix", {"prefix_length": 3, "prefix_hidden_size": 5, "train_modules": ("head",)}),
     "lora": ("lora", {"init_rank": 3, "alpha": 6}),
     "head": ("head", {"train_modules": ("head",)}),
     "full": ("full", {}),
 }
 """More rows for losses and resume: what does something else at every step; a prefix, whose start changes the model; and
 methods whose exports have tests of their own."""
-ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
+ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 MOVES = (("fsdp2", "zero3"), ("zero3", "ddp"), ("zero2", "fsdp2"))
 STEPS, STOP, GLOBAL_BATCH = 8, 4, 24
 
@@ -175,7 +188,7 @@ VARIANTS: dict[str, dict[str, bool]] = {
 """Of recipes' settings each engine gets some."""
 
 
-SLOW = ("hydra", "dylora", "houlsby", "pfeiffer", "adapterdrop", "series", "parallel", "lora_fa", "dvora")
+SLOW = ("adadora", "hydra", "dylora", "houlsby", "pfeiffer", "adapterdrop", "series", "parallel", "lora_fa", "dvora")
 """Nothing that they do has to do with a backbone's files, or with how it is quantised, but what the others do, too:
 dora reads the backbone's weights, vera makes matrices of a seed."""
 
@@ -191,21 +204,50 @@ def test_over_a_backbone_from_files(method: str, quantization: str, tmp_path: Pa
     adapter, folder = section(method), write_llama(tmp_path)
     [expected] = run_ranks(1, quantized_runs.run, Case(method=quantization, adapter=adapter), folder)
     assert expected.losses[-1] < expected.losses[0]
-    for engine in ENGINES:
+    for engine in VARIANTS:
         case = Case(engine, quantization, adapter=adapter, **VARIANTS[engine])
         for found in run_ranks(2, quantized_runs.run, case, folder):
             assert found.losses == pytest.approx(expected.losses, rel=2e-5), engine
             torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=2e-4)
 
 
+OVER_INT8 = [name for name in SETTINGS if may(name, quantization=QuantizationConfig(quantization="int8"))]
+
+
+def over_int8(rank: int, world_size: int, engine: str, folder: Path) -> dict[str, list[float]]:
+    """Losses of each method in turn."""
+    cases = {name: Case(engine, "int8", adapter=section(name)) for name in OVER_INT8}
+    return {name: quantized_runs.run(rank, world_size, case, folder).losses for name, case in cases.items()}
+
+
+@pytest.mark.slow
+def test_over_int8_or_refused(tmp_path: Path) -> None:
+    """Inputs are rounded to int8, too, and a last bit decides how: processes differ by more than in other types."""
+    pytest.importorskip("bitsandbytes")
+    assert {*SETTINGS} - {*OVER_INT8} == {"dora", "adadora", "dvora", "bitfit"}
+    folder = write_llama(tmp_path)
+    [alone] = run_ranks(1, over_int8, "single", folder, timeout=900)
+    for losses in run_ranks(2, over_int8, "ddp", folder, timeout=900):
+        for name, expected in alone.items():
+            assert expected[-1] < expected[0] and losses[name] == pytest.approx(expected, rel=2e-2), name
+
+
 # ------------------------------------------------------------------------------------------------------------- exports
 
 
-MODELS = {"gpt2": tiny_gpt2, "llama": lambda: tiny_llama(40)}
+def llama_of_small_logits() -> Any:
+    """Up to about 3, as GPT-2's; they would be 12, of which float32 rounds the fifth digit behind the point."""
+    model = tiny_llama(40)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.25)
+    return model
+
+
+MODELS = {"gpt2": tiny_gpt2, "llama": llama_of_small_logits}
 
 
 def exported(rank: int, world_size: int, method: str, kind: str, folder: Path) -> dict[str, torch.Tensor]:
-    """Three steps, then every way in which the model can be put together again, by its logits."""
+    """Four steps, then every way in which the model can be put together again, by its logits."""
     model: Any = MODELS[kind]()
     model.save_pretrained(folder / "base")
     settings = section(method)
@@ -213,9 +255,9 @@ def exported(rank: int, world_size: int, method: str, kind: str, folder: Path) -
     adapt(model, settings, seed=1)
     start = logits(model)
     optimizer = torch.optim.AdamW(parameter_groups(model, settings, 5e-2), lr=5e-2)
-    hooks = attach(model, optimizer, settings, 3)
+    hooks = attach(model, optimizer, settings, 4)
     tokens = torch.arange(3, 15)[None]
-    for _ in range(3):
+    for _ in range(4):
         model(input_ids=tokens, labels=tokens.flip(1)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -243,10 +285,12 @@ def exported(rank: int, world_size: int, method: str, kind: str, folder: Path) -
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("method", SETTINGS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[pytest.mark.slow] if name == "adadora" else []) for name in SETTINGS]
+)
 def test_what_is_exported_says_the_same(method: str, kind: str, tmp_path: Path) -> None:
     [found] = run_ranks(1, exported, method, kind, tmp_path)
     plain, start, trained = (found.pop(name) for name in ("plain", "start", "trained"))
     assert (start - plain).abs().max() < 1e-5 and (trained - plain).abs().max() > 0.05
     for name, again in found.items():
-        assert (again - trained).abs().max() < 2e-5, name
+        assert (again - trained).abs().max() <= 1e-5, name

@@ -7,7 +7,7 @@ import torch
 
 from adalora_dist.backbones import experts
 from tests.support.expert_models import MIXTURES, mixture
-from tests.support.expert_steps import FALLING, config, run
+from tests.support.expert_training import FALLING, config, run
 from tests.support.fixed_order import FixedOrder
 
 ALWAYS = ("gpt_oss", "llama4")

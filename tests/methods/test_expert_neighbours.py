@@ -12,7 +12,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from adalora_dist import adapt
 from adalora_dist.backbones.experts import stacks_of
 from tests.support.expert_models import SIZES, loss_of, mixture
-from tests.support.expert_steps import FALLING, config, expert_layers, looped_loss, moved, run
+from tests.support.expert_steps import expert_layers, looped_loss, moved
+from tests.support.expert_training import FALLING, config, run
 from tests.support.model_sweep import CHANGES
 from tests.support.tiny_any import CannotBeTiny, tiny_model
 

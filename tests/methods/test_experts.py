@@ -18,7 +18,8 @@ from adalora_dist.methods.adalora.sums import TripletSums
 from adalora_dist.sharding.layout import FlatBuffer, SpanLayout
 from adalora_dist.sharding.spans import Factor, Span
 from tests.support.expert_models import MIXTURES, SIZES, loss_of, mixture
-from tests.support.expert_steps import FALLING, RANK, config, expert_layers, looped_loss, moved, run
+from tests.support.expert_steps import expert_layers, looped_loss, moved
+from tests.support.expert_training import FALLING, RANK, config, run
 from tests.support.refusals import refusal
 
 
@@ -77,7 +78,7 @@ def test_experts_by_name(targets, leaves):
     assert len(adapters) == {"mlp.experts": 4, "experts": 4, "down_proj": 4, "experts.down_proj": 2}.get(targets[0], 3)
 
 
-@pytest.mark.parametrize("method", ["dora", "lora_fa", "vera", "dvora"])
+@pytest.mark.parametrize("method", ["dora", "adadora", "lora_fa", "vera", "dvora"])
 def test_other_methods_leave_experts_or_refuse_them_by_name(method):
     line = refusal(adapt, mixture("mixtral"), method_config(method, init_rank=2, targets=("experts",)))
     assert "adalora and lora" in line and "experts" in line

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from pydantic import ValidationError
 
 from adalora_dist.artifacts.export import SavedAdapter, load_adapter, merge, read_adapter, save_adapter
 from adalora_dist.artifacts.formats import FORMATS, Options
 from adalora_dist.config.methods import LoraConfig, PrefixConfig
 from adalora_dist.config.sections import ExportConfig, RunConfig, TrainConfig
-from adalora_dist.methods.inject import adapt
+from adalora_dist.methods.inject import adapt, parameter_groups
 from adalora_dist.methods.prefix import Prefix, PrefixTuning
 from adalora_dist.methods.protocol import adapters_of
 from tests.support.quantized_runs import Case, write_llama
@@ -38,12 +39,13 @@ def updates_of(model: Any) -> Any:
     return PrefixTuning.updates({layer.name: layer.description()}, {}, None, parts.get)
 
 
-def of_peft(kind: str, prefix: torch.Tensor, **changes: Any) -> Any:
+def of_peft(kind: str, prefix: torch.Tensor | None, **changes: Any) -> Any:
     peft = pytest.importorskip("peft")
     config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH, **changes)
     model = peft.get_peft_model(MODELS[kind](), config)
-    with torch.no_grad():
-        model.prompt_encoder["default"].embedding.weight.copy_(prefix)
+    if prefix is not None:
+        with torch.no_grad():
+            model.prompt_encoder["default"].embedding.weight.copy_(prefix)
     return model
 
 
@@ -66,6 +68,43 @@ def test_logits_gradients_and_losses_are_pefts(kind: str) -> None:
     assert found.abs().max() > 0
     plain = MODELS[kind]().double()
     assert (plain(input_ids=tokens).logits - own(input_ids=tokens).logits).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_an_mlp_makes_what_pefts_makes(kind: str, tmp_path: Path) -> None:
+    """Logits and gradients of all its parameters in float64; what it has made is PEFT's form without one."""
+    peft = pytest.importorskip("peft")
+    own: Any = MODELS[kind]()
+    config = PrefixConfig(prefix_length=LENGTH, prefix_hidden_size=6)
+    [layer] = adapt(own, config, seed=3)
+    parts, others = dict(layer.named_parameters(recurse=False)), parameter_groups(own, config, 1e-3)
+    assert PrefixTuning(config).sizes(MODELS[kind]()).count(LENGTH) == sum(p.numel() for p in parts.values())
+    assert [len(group["params"]) for group in others] == [3, 2] and others[1]["weight_decay"] == 0
+    updates, tokens = updates_of(own), torch.arange(3, 11).view(2, 4)
+    theirs = of_peft(kind, None, prefix_projection=True, encoder_hidden_size=6)
+    encoder = theirs.prompt_encoder["default"]
+    inner, _, outer = encoder.transform
+    of_peft_s = [encoder.embedding.weight, inner.weight, outer.weight, inner.bias, outer.bias]
+    with torch.no_grad():
+        for parameter, value in zip(of_peft_s, parts.values(), strict=True):
+            parameter.copy_(value)
+    own.double(), theirs.double()
+    mine, expected = (model(input_ids=tokens, labels=tokens) for model in (own, theirs))
+    torch.testing.assert_close(mine.logits, expected.logits, rtol=0, atol=1e-12)
+    found = torch.autograd.grad(mine.loss, list(parts.values()))
+    torch.testing.assert_close(found, torch.autograd.grad(expected.loss, of_peft_s), rtol=0, atol=1e-12)
+    assert all(gradient.abs().max() > 0 for gradient in found)
+    MODELS[kind]().save_pretrained(tmp_path / "base")
+    saved = SavedAdapter(updates, str(tmp_path / "base"), None, {}, {})
+    FORMATS["peft"].write(saved, tmp_path / "peft", Options())
+    loaded = peft.PeftModel.from_pretrained(MODELS[kind](), tmp_path / "peft")
+    torch.testing.assert_close(logits(loaded), logits(own.float()), rtol=0, atol=1e-5)
+
+
+def test_equal_positions_are_refused() -> None:
+    with pytest.raises(ValidationError, match="prefix_init zero with prefix_hidden_size 4: all positions would start"):
+        PrefixConfig(prefix_hidden_size=4, prefix_init="zero")
+    assert PrefixConfig.resolved(PrefixConfig().model_dump())["prefix_init"] == "zero"
 
 
 @pytest.mark.parametrize("kind", MODELS)

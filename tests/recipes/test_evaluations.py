@@ -122,6 +122,15 @@ def test_questions_packed_and_not(tmp_path: Path) -> None:
         assert read_json(folder, "rank_pattern.json") == read_json(tmp_path / "plain", "rank_pattern.json")
 
 
+def test_replies_to_questions_are_shown(tmp_path: Path) -> None:
+    write_data(tmp_path / "data")
+    write_model(tmp_path / "model", tmp_path / "data")
+    words = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "data"), "--max-length", "64"]
+    said = run("llama_commonsense", tmp_path / "run", *words, "--show-samples", "1", engine="ddp")
+    assert said.count("Of: Please answer with true or false") == said.count("Of: Which one is a") == 3
+    assert said.count("Written now: ") == 6  # of each task one, at three evaluations
+
+
 def test_a_packed_run_continues_exactly(tmp_path: Path) -> None:
     write_data(tmp_path / "data")
     write_model(tmp_path / "model", tmp_path / "data")

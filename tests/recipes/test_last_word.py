@@ -41,6 +41,20 @@ def test_the_last_line_is_the_cause(launcher: str) -> None:
     assert ": error: --typo is not a flag: did you mean --dtype?\n" in process.stderr  # at once, too
 
 
+@pytest.mark.slow
+def test_quiet_launchers_say_nothing_before_and_next_to_nothing_after(tmp_path: Path) -> None:
+    """As docs/clusters.md has it: accelerate with its own default configuration, DeepSpeed from bash."""
+    said = "error: --typo is not a flag: did you mean --dtype?"
+    home = {"HF_HOME": str(tmp_path)}
+    assert run_command("accelerate", "config", "default", **home).returncode == 0
+    process = run_command("accelerate", "launch", "--quiet", RECIPE, "--typo", **home)
+    assert (process.returncode, process.stdout) == (1, "")
+    assert process.stderr.splitlines() == [f"llama_commonsense.py: {said}", said]
+    process = run_command(*LAUNCHERS["bash"].split(), "--typo", DS_ACCELERATOR="cpu")
+    assert (process.returncode, process.stderr.splitlines()) == (2, [f"summarize_bart.py: {said}", said])
+    assert process.stdout.count("\n") == 1 and "exits with return code = 2" in process.stdout
+
+
 def test_without_a_launcher_it_is_the_only_line() -> None:
     process = run_command(sys.executable, RECIPE, "--typo")
     assert process.returncode == 2

@@ -13,7 +13,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from adalora_dist.artifacts.export import load_adapter
-from adalora_dist.config.sections import GenerationConfig
+from adalora_dist.config.generation import GenerationConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.batches import collate_pairs
 from adalora_dist.tasks.demo_models.pretrained import word_tokenizer

@@ -1,4 +1,4 @@
-"""Steps over adapted experts, and the same loss by a loop over the experts of the plain model."""
+"""Adapted experts away from their start, and the same loss by a loop over the experts of the plain model."""
 
 from __future__ import annotations
 
@@ -7,16 +7,7 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
-from adalora_dist import AdaLoraConfig, adapt, attach
 from adalora_dist.methods.adalora.experts import ExpertTriplets
-from tests.support.expert_models import loss_of
-
-RANK = 3
-FALLING: dict[str, Any] = dict(initial_warmup_steps=1, final_steps=3, mask_interval_steps=1)
-
-
-def config(**settings: Any) -> AdaLoraConfig:
-    return AdaLoraConfig(**{"init_rank": RANK, "target_rank": 1.5, "alpha": 6, **settings})
 
 
 def expert_layers(adapters: Any) -> list[ExpertTriplets]:
@@ -47,19 +38,3 @@ def looped_loss(plain: Any, layers: Any, factors: Any) -> torch.Tensor:
     ids = torch.randint(3, 32, (2, 12), generator=torch.Generator().manual_seed(1))
     loss: torch.Tensor = functional_call(plain, weights, kwargs={"input_ids": ids, "labels": ids}).loss
     return loss
-
-
-def run(model: Any, adapters_config: AdaLoraConfig, num_steps: int = 8) -> tuple[Any, Any, list[float]]:
-    adapters = adapt(model, adapters_config)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    hooks = attach(model, optimizer, adapters_config, num_steps)
-    losses = []
-    for step in range(num_steps):
-        loss = loss_of(model, step)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        hooks.replace(model, optimizer)
-    hooks.finish()
-    return adapters, hooks, losses

@@ -36,6 +36,7 @@ from adalora_dist.training.loop import train
 from adalora_dist.training.prepared import Prepared, prepare
 from adalora_dist.training.resume import find_checkpoint
 from adalora_dist.training.run_folder import RunFolder
+from tests.support.kills import own_progress_lock
 from tests.support.quantized_runs import environment
 from tests.support.settings import adapter_section
 from tests.support.tiny_language_model import tiny_llama
@@ -112,6 +113,7 @@ def _live(rank: int, world_size: int, folder: Path, fn: Callable[..., Any], args
         os.dup2(log, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
         atexit._clear()  # what the parent registered is not this program's
+        own_progress_lock()
         torch.set_num_threads(1)
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size),

@@ -5,16 +5,25 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable
 
+from tqdm import tqdm
+
 from adalora_dist.io.errors import UserError
+
+
+def own_progress_lock() -> None:
+    """In a fork: the lock of progress bars is shared with the parent, and a process that is killed would keep it."""
+    tqdm.set_lock(threading.RLock())
 
 
 def forked(action: Callable[[], None]) -> int:
     """The number of a process that does it, and ends: 0, or 2 after a refusal."""
     if number := os.fork():
         return number
+    own_progress_lock()
     try:
         action()
         os._exit(0)

@@ -70,6 +70,13 @@ PLAIN: dict[str, tuple[Callable[[], Any], Any]] = {
 }
 """What is saved, and what it is loaded as. Every tensor of the files becomes one of the model."""
 
+REARRANGED: dict[str, tuple[Callable[[], Any], Any]] = {
+    "nomic": (lambda: tf.NomicBertModel(tf.NomicBertConfig(**ENCODER)), CLASSIFIER),
+    "gte": (lambda: tf.GteModel(tf.GteConfig(**ENCODER)), CLASSIFIER),
+    "jina": (lambda: tf.JinaEmbeddingsV3Model(tf.JinaEmbeddingsV3Config(**ENCODER)), CLASSIFIER),
+}
+"""Files have queries, keys and values in one tensor, models in three."""
+
 EXPERTS: dict[str, Callable[[], Any]] = {
     "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**DECODER, num_local_experts=4)),
     "qwen2_moe": lambda: tf.Qwen2MoeForCausalLM(

@@ -1,4 +1,4 @@
-"""A few steps of a small LLaMA under an engine, and the most that PyTorch's allocator had given out in them."""
+"""A few steps of a small LLaMA under an engine: the most that PyTorch's allocator had given out, what was sent."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ import time
 from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from adalora_dist.methods.inject import adapt
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.commonsense.config import CommonsenseConfig
-from adalora_dist.tasks.losses import causal_loss
+from adalora_dist.tasks.losses import LossSum, causal_loss
 from adalora_dist.training.engine import build_accelerator
-from adalora_dist.training.prepared import prepare
+from adalora_dist.training.prepared import Prepared, prepare
+from tests.support.paths import ROOT
 from tests.support.recipe_runs import ENGINES
 from tests.support.settings import adapter_section
+from tests.support.wire import WireBytes
 
 ROWS, LENGTH, STEPS = 8, 64, 6
 
@@ -45,29 +48,55 @@ def configuration(**train: Any) -> CommonsenseConfig:
     return CommonsenseConfig.model_validate({"adapter": adapter, "train": settings, "data": {"max_length": LENGTH}})
 
 
+def _accelerator(engine: str, config: CommonsenseConfig) -> Accelerator:
+    zero1 = {**ENGINES["zero2"], "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ROOT / "ds_configs" / "zero1.json")}
+    os.environ.update({**ENGINES, "zero1": zero1}.get(engine, {}))
+    return build_accelerator(config.train)
+
+
+def _prepared(accelerator: Accelerator, config: CommonsenseConfig) -> tuple[Prepared, LossSum]:
+    model = AutoModelForCausalLM.from_config(architecture(), dtype=torch.float32)
+    adapt(model, config.adapter, 0)
+    rows = [{"input_ids": [3] * LENGTH, "attention_mask": [1] * LENGTH, "labels": [3] * LENGTH}] * ROWS
+    loss_sum = causal_loss(rows, 0, accelerator.device)  # type: ignore[arg-type]
+    return prepare(accelerator, model, config, STEPS), loss_sum
+
+
+def _step(
+    accelerator: Accelerator, prepared: Prepared, loss_sum: LossSum, config: CommonsenseConfig, step: int
+) -> None:
+    plan = BatchPlan([LENGTH] * ROWS, [LENGTH] * ROWS, ROWS, 0)
+    own = accelerator.process_index, accelerator.num_processes
+    for indices in plan.micro_batches(step, *own, config.train.micro_batch_size):
+        with accelerator.accumulate(prepared.model):
+            accelerator.backward(loss_sum(prepared.model, indices))
+            prepared.optimizer.step()
+            prepared.optimizer.zero_grad()
+
+
+def sent(rank: int, world_size: int, engine: str, config: CommonsenseConfig) -> int:
+    """Bytes that a step puts into collectives, without AdaLoRA's; the second: in the first engines look around."""
+    accelerator = _accelerator(engine, config)
+    prepared, loss_sum = _prepared(accelerator, config)
+    _step(accelerator, prepared, loss_sum, config, 0)
+    with WireBytes(world_size) as wire:
+        _step(accelerator, prepared, loss_sum, config, 1)
+    partials = prepared.hooks.bound.partials
+    prepared.hooks.detach()
+    return wire.num_bytes - (4 * partials.numel() if prepared.hooks.engine.shard_group is not None else 0)
+
+
 def counted(rank: int, world_size: int, engine: str, config: CommonsenseConfig) -> tuple[int, int, int, int]:
     """Most bytes alive in a step before the freeze, and in one after it; bytes that the method sums over processes in a
     step before the freeze, and in an allocation."""
-    os.environ.update(ENGINES.get(engine, {}))
-    accelerator = build_accelerator(config.train)
+    accelerator = _accelerator(engine, config)
     marks, summed = [], 0
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        model = AutoModelForCausalLM.from_config(architecture(), dtype=torch.float32)
-        adapt(model, config.adapter, 0)
-        rows = [{"input_ids": [3] * LENGTH, "attention_mask": [1] * LENGTH, "labels": [3] * LENGTH}] * ROWS
-        plan = BatchPlan([LENGTH] * ROWS, [LENGTH] * ROWS, ROWS, 0)
-        prepared = prepare(accelerator, model, config, STEPS)
-        loss_sum = causal_loss(rows, 0, accelerator.device)  # type: ignore[arg-type]
+        prepared, loss_sum = _prepared(accelerator, config)
         for step in range(STEPS):
             gc.collect()  # of the model that engines have replaced, and of what a step leaves in circles
             marks.append(time.time_ns())
-            for indices in plan.micro_batches(step, rank, world_size, config.train.micro_batch_size):
-                with accelerator.accumulate(prepared.model):
-                    loss = loss_sum(prepared.model, indices)
-                    accelerator.backward(loss)
-                    prepared.optimizer.step()
-                    prepared.optimizer.zero_grad()
-                    del loss
+            _step(accelerator, prepared, loss_sum, config, step)
             if step == 0 and prepared.hooks.engine.shard_group is not None:
                 summed = 4 * prepared.hooks.bound.partials.numel()
             prepared.hooks.catch_up(step + 1)

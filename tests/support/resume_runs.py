@@ -123,13 +123,13 @@ def run(
     folder = RunFolder(config, accelerator.is_main_process, {}, resumed)
     loss_of = causal_loss(data, 0, accelerator.device)
     first_step = 0 if resumed is None else resumed.step
-    num_calls = 0
+    step = first_step - 1
 
     def loss_sum(model: Any, indices: list[int]) -> torch.Tensor:
-        nonlocal num_calls
-        step, micro = divmod(num_calls, accelerator.gradient_accumulation_steps)
-        num_calls += 1
-        if stop is not None and (first_step + step, micro) >= stop:
+        nonlocal step
+        micro = accelerator.step - 1  # steps may have different numbers of them
+        step += micro == 0
+        if stop is not None and (step, micro) >= stop:
             raise Stopped
         return loss_of(model, indices)
 

@@ -78,6 +78,8 @@ def shrunk(values: dict[str, Any]) -> dict[str, Any]:
             small[name] = [min(x, VOCABULARY - 1) for x in value]
         else:
             small[name] = value
+    if "kv_lora_rank" in small and "num_key_value_heads" in small:  # latent attention has as many of each
+        small["num_key_value_heads"] = small["num_attention_heads"]
     return small
 
 

@@ -11,6 +11,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, DebertaV2Config, DebertaV2Model, PreTrainedTokenizerFast
 
+from adalora_dist.tasks.demo_models.pretrained import word_tokenizer
+
 SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
 GOOD, BAD = ("lovely", "tasty", "clever", "quiet"), ("nasty", "rotten", "stupid", "loud")
 THINGS = ("soup", "song", "book", "chair", "train", "park", "film", "cake")
@@ -100,3 +102,16 @@ def write_encoder(folder: Path, kind: str) -> None:
         model = DebertaV2Model(DebertaV2Config(**size))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def sentence_encoder(folder: str, texts: list[str] | None = None) -> str:
+    """Written to ``folder`` for sentence-transformers: two layers of BERT and the mean of their outputs."""
+    from sentence_transformers import SentenceTransformer, models
+
+    word_tokenizer(texts or ["a cat sits", "a dog runs"]).save_pretrained(f"{folder}/bert")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=64, **sizes)).save_pretrained(f"{folder}/bert")
+    transformer, pooling = models.Transformer(f"{folder}/bert"), models.Pooling(16, pooling_mode="mean")
+    SentenceTransformer(modules=[transformer, pooling], device="cpu").save(folder)
+    return folder

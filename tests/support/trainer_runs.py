@@ -64,9 +64,19 @@ def global_batches() -> tuple[list[EncodedRow], BatchPlan]:
     return rows, BatchPlan.of_rows(rows, GLOBAL_BATCH, seed=3, group_by_length=False)
 
 
+def one_process() -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE"):
+        os.environ.pop(name, None)
+
+
 def arguments(
-    folder: str, world_size: int, engine: str = "single", accumulation: int = 1, **changes: Any
-) -> TrainingArguments:
+    folder: str,
+    world_size: int,
+    engine: str = "single",
+    accumulation: int = 1,
+    kind: type[TrainingArguments] = TrainingArguments,
+    **changes: Any,
+) -> Any:
     """For ``engine``: single, ddp, fsdp2, or the name of a file in ds_configs.
 
     Rows come in sequential order, from a data set that lists those of all global batches, one after the other.
@@ -78,14 +88,13 @@ def arguments(
         save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
     )  # fmt: skip
     if engine == "single":  # Trainer takes a launcher's variables for a distributed run, of one process if need be
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE"):
-            os.environ.pop(name, None)
+        one_process()
     elif engine == "fsdp2":
         values |= {"fsdp": True, "fsdp_config": {}}
     elif engine.startswith("zero"):
         deepspeed.init_distributed("gloo")  # with use_cpu, accelerate leaves this to deepspeed.initialize
         values |= {"deepspeed": str(DS_CONFIGS / f"{engine}.json")}
-    args = TrainingArguments(**{**values, **changes})
+    args = kind(**{**values, **changes})
     assert args.world_size == world_size
     if engine == "fsdp2":
         # On CPU accelerate would run DDP instead: it turns only the types of accelerators into FSDP.

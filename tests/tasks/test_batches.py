@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from adalora_dist.io.errors import UserError
-from adalora_dist.tasks.batches import BatchPlan, collate, count_targets
+from adalora_dist.tasks.batches import BatchPlan, PairPlan, collate, count_targets
 from adalora_dist.tasks.commonsense.prompts import encode_example, encode_examples, prompt_text, prompt_tokens
 from adalora_dist.tasks.commonsense.rows import Example
+from adalora_dist.tasks.packing import with_packing
 from adalora_dist.tasks.rows.tokens import IGNORED, padding_token
 from tests.support.paths import shared
 from tests.support.ranks import run_ranks
@@ -131,6 +132,38 @@ def test_ranks_and_micro_steps_partition_the_global_batch(
     assert [row for part in zip(*by_rank, strict=True) for rows in part for row in rows] == batch
     assert max(len(rows) for parts in by_rank for rows in parts) <= micro_batch_size
     assert plan.num_target_tokens(step) == sum(lengths[row] for row in batch)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60),
+    limit=st.integers(40, 200),
+    world_size=st.integers(1, 5),
+    kind=st.sampled_from(["padded", "packed", "flat", "pairs"]),
+    step=st.integers(0, 200),
+)
+def test_micro_batches_by_tokens_partition_the_global_batch(lengths, limit, world_size, kind, step):
+    plan = BatchPlan(lengths, lengths, 20, seed=6)
+    if kind == "pairs":
+        plan = PairPlan([length // 2 for length in lengths], [-(-length // 2) for length in lengths], 20, seed=6)
+    elif kind != "padded":
+        plan = with_packing(plan, flat=kind == "flat")
+    by_rank = [plan.micro_batches(step, rank, world_size, 1, limit) for rank in range(world_size)]
+    parts = plan.parts(step, world_size, 1, limit)
+    assert [part for micro in zip(*by_rank, strict=True) for part in micro] == parts
+    assert sorted(row for part in parts for row in part) == sorted(plan.batch(step))
+    assert max(plan.positions(part) for part in parts if part) <= limit
+    assert sum(1 for part in parts if not part) < world_size, "a micro-step has nothing to do"
+    if kind == "flat":  # none could be left out, even if rows were cut
+        assert (len(by_rank[0]) - 1) * world_size * (limit - 39) < sum(lengths[row] for row in plan.batch(step))
+
+
+def test_micro_batches_by_tokens_are_even_and_the_longest_come_first():
+    plan = BatchPlan([8] * 4 + [2] * 12, [1] * 16, 16, seed=0)
+    of_all = plan.parts(0, 1, 1, micro_batch_tokens=24)
+    assert [plan.positions(part) for part in of_all] == [24, 24, 20] and [len(part) for part in of_all] == [3, 3, 10]
+    dealt = plan.parts(0, 2, 1, micro_batch_tokens=24)
+    assert len(dealt) == 4 and max(plan.positions(part) for part in dealt) == 16
+    assert [plan.lengths[part[0]] for part in dealt] == [8, 8, 2, 2]
 
 
 @pytest.mark.parametrize("group_by_length", [False, True])

@@ -12,7 +12,7 @@ import transformers
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from adalora_dist.config.sections import GenerationConfig
+from adalora_dist.config.generation import GenerationConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.commonsense.generation import evaluate_generation
 from adalora_dist.tasks.commonsense.prompts import check_questions, longest_reply, prompt_tokens

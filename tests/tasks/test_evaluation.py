@@ -205,7 +205,16 @@ def test_both_evaluations_find_what_was_learnt(taught):
         by_generation = evaluate_generation(model, tokenizer, examples, batch_size, 128, max_new_tokens=8)
         assert by_likelihood.num_correct == by_generation.num_correct == 10
         assert by_generation.num_parse_failures == 0 and by_generation.method == "generation"
-    babble = evaluate_generation(untaught, tokenizer, examples, 4, 128, max_new_tokens=8)
+    seen: list[tuple[list[str], list[str]]] = []
+    babble = evaluate_generation(
+        untaught, tokenizer, examples, 4, 128, 8, show=lambda asked, said: seen.append((asked, said))
+    )
+    [(asked, said)] = seen
+    assert asked == examples and len(said) == 10
+    assert (
+        sum(parse_answer(text, q.choices) is None for q, text in zip(asked, said, strict=True))
+        == babble.num_parse_failures
+    )
     assert babble.num_parse_failures > 0 and babble.num_correct + babble.num_parse_failures <= 10
     assert evaluate_generation(model, tokenizer, examples, 4, 128, max_new_tokens=2).num_parse_failures == 10
 

@@ -2,49 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import modeling_flash_attention_utils as flash
+from transformers.integrations import flash_attention
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adalora_dist.config.sections import PackedTrainConfig
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.losses import causal_loss
 from adalora_dist.tasks.packing import decide, pack, positions_of, refusal, sequences
 from adalora_dist.tasks.rows.tokens import IGNORED
+from tests.support.packed_models import SMALL, some_rows, tiny
 from tests.support.refusals import refused
 from tests.support.tiny_language_model import tiny_gpt2, tiny_llama
 
-SMALL = {
-    "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "head_dim": 8,
-}  # fmt: skip
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "phi3", "olmo2", "smollm3", "gpt_neox", "opt")
-
-
-def tiny(family: str, **how: Any) -> Any:
-    torch.manual_seed(0)
-    if family == "gpt2":
-        size = GPT2Config(vocab_size=60, n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3)
-        size.resid_pdrop = size.embd_pdrop = size.attn_pdrop = 0.0
-        return GPT2LMHeadModel(size).train()
-    config = AutoConfig.for_model(family, **SMALL, pad_token_id=0)
-    return AutoModelForCausalLM.from_config(config, **how).train()
-
-
-def some_rows(count: int, seed: int = 0) -> list[dict[str, list[int]]]:
-    draw, rows = random.Random(seed), []
-    for _ in range(count):
-        tokens = [draw.randrange(3, 60) for _ in range(draw.randint(2, 12))]
-        rows.append({"input_ids": tokens, "labels": [IGNORED, *tokens[1:]]})
-    return rows
 
 
 def loss_and_gradients(model: Any, rows: Any, packed: bool) -> tuple[float, dict[str, torch.Tensor]]:
@@ -157,3 +136,45 @@ def test_what_is_saved_is_counted_from_the_plan() -> None:
     plan = BatchPlan([10, 5, 5, 2], [1] * 4, 4, 0, group_by_length=False)
     assert positions_of(plan, 4, 1, flat=False) == (22, 40, 30)
     assert positions_of(plan, 4, 1, flat=True) == (22, 40, 22)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("name", ["flash_attention_2", "kernels-community/flash-attn3"])
+def test_flash_attention_is_given_the_ends_of_all_rows(family: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernel runs on no CPU: a function in its place notes what it is given, and computes what that means."""
+    model, rows, seen = tiny(family), some_rows(7), []
+    expected, gradients = loss_and_gradients(model, rows, packed=False)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: Any = None, **how: Any) -> Any:
+        assert how["causal"] and not how.get("dropout_p")
+        q, k, v = (x.transpose(-2, -3) for x in (q, k, v))
+        part = torch.nn.functional.scaled_dot_product_attention
+        return part(q, k, v, is_causal=True, scale=softmax_scale, enable_gqa=True).transpose(-2, -3)
+
+    def of_variable_length(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
+        max_seqlen_q: int, max_seqlen_k: int, dropout_p: float = 0.0, softmax_scale: Any = None, causal: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
+        assert q.dim() == 3 and torch.equal(cu_seqlens_q, cu_seqlens_k) and max_seqlen_q == max_seqlen_k
+        assert cu_seqlens_q.dtype == torch.int32
+        ends = cu_seqlens_q.tolist()
+        seen.append((ends, int(max_seqlen_q)))
+        how = {"softmax_scale": softmax_scale, "causal": causal, "dropout_p": dropout_p}
+        return torch.cat([attend(q[a:b], k[a:b], v[a:b], **how) for a, b in itertools.pairwise(ends)])
+
+    functions = (attend, of_variable_length, None, None, None)
+    settings = flash._lazy_define_process_function(of_variable_length)
+    monkeypatch.setattr(
+        flash_attention, "get_target_dtype", lambda *_: None
+    )  # the kernel's place has no need of halves
+    monkeypatch.setattr(flash, "lazy_import_flash_attention", lambda *_, **__: (functions, (settings, dict)))
+    model.config._attn_implementation = name
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, name, flash_attention.flash_attention_forward)
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._local_mapping, name, flash_attention_mask)
+    loss, packed = loss_and_gradients(model, rows, packed=True)
+    lengths = [len(row["input_ids"]) for row in rows]
+    assert seen == [([0, *itertools.accumulate(lengths)], max(lengths))] * model.config.num_hidden_layers
+    assert loss == pytest.approx(expected, rel=1e-5)
+    scale = max(float(g.abs().max()) for g in gradients.values())
+    assert all(float((packed[n] - g).abs().max()) <= 1e-5 * scale for n, g in gradients.items())
+    assert refusal(model, 0) == ""

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from adalora_dist.config.methods import ReloraConfig
 from adalora_dist.io.errors import UserError
+from adalora_dist.io.publish import scratch_folder
 from adalora_dist.tasks.pretrain import store as store_file
 from adalora_dist.tasks.pretrain.config import PretrainConfig, PretrainDataConfig, PretrainTrainConfig
 from adalora_dist.tasks.pretrain.demo import demo_stories
@@ -56,6 +57,9 @@ def test_a_plan_is_the_same_on_any_number_of_processes_and_needs_no_memory() -> 
     for world_size in (1, 2, 3, 8):
         again = WindowPlan(10**12, 256, 512, 3, "text")  # of a run that goes on there
         parts = [again.micro_batches(123_456, rank, world_size, 32) for rank in range(world_size)]
+        by_tokens = again.parts(123_456, world_size, 1, 32 * again.longest)
+        assert len(by_tokens) == sum(map(len, parts)) and max(map(len, by_tokens)) <= 32
+        assert sorted(row for rows in by_tokens for row in rows) == sorted(whole)
         assert sorted(row for part in parts for rows in part for row in rows) == sorted(whole)
         assert again.fingerprint() == plan.fingerprint()
     others = [WindowPlan(10**12, 256, 512, 3, "other"), WindowPlan(10**12, 128, 512, 3, "text")]
@@ -121,7 +125,14 @@ def test_a_killed_tokenisation_leaves_nothing_and_the_next_gives_the_same(
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert not [path for path in (tmp_path / "other").glob("pretrain-*") if path.is_dir()]
+    [left] = (tmp_path / "other").glob(".building.*")
+    with scratch_folder(tmp_path / "other") as of_another:  # which is at work
+        assert not left.exists() and of_another.is_dir()
+        left.mkdir()
+        store(data.model_copy(update={"max_length": 32}))  # whichever store it is
+        assert not left.exists() and of_another.is_dir()
     again, _ = store(data)
+    assert not [*(tmp_path / "other").glob(".building.*")]
     assert len(again.train) > 300 and again.train[:] == expected.train[:] and again.held_out[:] == expected.held_out[:]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,12 @@ from adalora_dist.tasks.rows.bad_rows import BadRows
 from adalora_dist.tasks.sft.config import SftConfig, SftDataConfig
 from adalora_dist.tasks.sft.demo import demo_conversations, reply_about, ships_of
 from adalora_dist.tasks.sft.forms import recognise
-from adalora_dist.tasks.sft.rows import Table, load_tables, num_training_rows
+from adalora_dist.tasks.sft.rows import load_tables, num_training_rows
 from adalora_dist.tasks.sft.sources import Source, parse_source
 from tests.support.paths import shared
 from tests.support.refusals import refused
+from tests.support.sft_rows import HELLO, Row, contents, lines, load
 
-Row = dict[str, Any]
-
-HELLO = [{"role": "user", "content": "Hi – é"}, {"role": "assistant", "content": "Hello\r\nthere 日本"}]
 SYSTEM = [{"role": "system", "content": "Be brief."}]
 FORMS: dict[str, tuple[Row, Row]] = {
     "messages": ({"messages": HELLO}, {"messages": HELLO}),
@@ -63,19 +60,6 @@ every_form = pytest.mark.parametrize(("row", "content"), FORMS.values(), ids=FOR
 @pytest.fixture(autouse=True)
 def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ADALORA_DIST_CACHE", str(tmp_path / "cache"))
-
-
-def lines(rows: Iterable[object]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def load(*words: str, bad: BadRows | None = None, said: list[str] | None = None, **settings: Any) -> list[Table]:
-    data = SftDataConfig(source=words, **settings)
-    return load_tables(data, bad or BadRows("error"), (said if said is not None else []).append)[0]
-
-
-def contents(table: Table) -> list[Row]:
-    return [json.loads(row) for row in table.contents["row"]]
 
 
 # ------------------------------------------------------------------------------------------------- forms and files

@@ -15,46 +15,21 @@ from adalora_dist.config.sections import ModelConfig
 from adalora_dist.tasks.rows.bad_rows import BadRows
 from adalora_dist.tasks.rows.tokens import IGNORED
 from adalora_dist.tasks.sft import template as template_file
-from adalora_dist.tasks.sft.config import SftDataConfig, SftEvaluationConfig
+from adalora_dist.tasks.sft.config import SftDataConfig
 from adalora_dist.tasks.sft.preview import marked_text, preview
-from adalora_dist.tasks.sft.rows import SftRows, load_rows
 from adalora_dist.tasks.sft.template import ChatTemplate, plain_template, set_template
 from tests.support.chat_templates import STYLES, Style, Turns
 from tests.support.paths import ROOT
 from tests.support.refusals import refused
+from tests.support.sft_rows import CONVERSATIONS, FIRST, content, loaded, marked, tokenizer_of
 from tests.support.tiny_language_model import byte_tokenizer
 
-FIRST = (("user", "Hi – é?"), ("assistant", "Hello\nthere"))
-CONVERSATIONS: dict[str, Turns] = {
-    "one turn": FIRST,
-    "three turns": (*FIRST, ("user", "And?"), ("assistant", "No."), ("user", "Why?"), ("assistant", "日本")),
-    "a system turn": (("system", "Be brief."), *FIRST, ("user", "And?"), ("assistant", "No.")),
-    "a question at the end": (*FIRST, ("user", "And?")),
-}
 every_style = pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ADALORA_DIST_CACHE", str(tmp_path / "cache"))
-
-
-def tokenizer_of(chat_template: str | None, specials: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
-    tokenizer = byte_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": list(specials)})
-    tokenizer.chat_template = chat_template
-    return tokenizer
-
-
-def content(turns: Turns) -> dict[str, Any]:
-    return {"messages": [{"role": role, "content": text} for role, text in turns]}
-
-
-def marked(template: ChatTemplate, row: dict[str, Any], train_on: Any = "assistant", max_length: int = 4096) -> str:
-    encoded = template.encode(row, "a.jsonl:1", train_on, max_length)
-    assert len(encoded["labels"]) == len(encoded["input_ids"])
-    assert all(label in (IGNORED, token) for token, label in zip(*encoded.values(), strict=True))
-    return marked_text(encoded, template.tokenizer, colour=False)
 
 
 # ------------------------------------------------------------------------------------------------- what carries loss
@@ -239,18 +214,6 @@ def test_other_threads_render_without_a_limit() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ rows on disk
-
-
-def loaded(
-    tmp_path: Path, rows: list[dict[str, Any]], style: Style = STYLES["chatml"], bad: BadRows | None = None,
-    said: list[str] | None = None, samples: int = 0, name: str = "a.jsonl", **settings: Any,
-) -> SftRows:  # fmt: skip
-    (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {"source": (str(tmp_path / name),), "eval_share": 0.0} | settings
-    evaluation = SftEvaluationConfig(show_samples=samples, max_new_tokens=8)
-    tokenizer = tokenizer_of(style.plain, style.specials)
-    lines = said if said is not None else []
-    return load_rows(SftDataConfig(**settings), tokenizer, bad or BadRows("error"), lines.append, 3, evaluation)
 
 
 def test_long_rows_are_cut_and_counted(tmp_path: Path) -> None:

@@ -239,4 +239,6 @@ def test_every_recipe_says_what_its_demonstration_would_be(recipe: str) -> None:
     assert code == 0, errors
     trained = r"Besides +[\d,]+ \(.*\) trained in full" if recipe == "llama_pretrain" else r"Adapters +[\d,]+ \(\d"
     assert output.startswith("Dry run") and re.search(trained, output)
+    memory = r"Memory     not planned: .* galore" if recipe == "llama_pretrain" else r"(?m)^peak +[\d.]+ [MG]B"
+    assert re.search(memory, output)
     assert (ROOT / "recipes" / f"{recipe}.py").exists()

@@ -23,9 +23,11 @@ from adalora_dist.tasks.losses import causal_loss
 from adalora_dist.tasks.rows.tokens import EncodedRow
 from adalora_dist.training.engine import build_accelerator
 from adalora_dist.training.loop import train
-from adalora_dist.training.prepared import learning_rate, prepare, total_steps
+from adalora_dist.training.prepared import check_budget, learning_rate, prepare, total_steps
+from adalora_dist.training.run_checkpoints import writes_in_thread
 from adalora_dist.training.run_folder import RunFolder
 from tests.support.ranks import run_ranks
+from tests.support.refusals import refused
 from tests.support.settings import adapter_section
 from tests.support.tiny_language_model import tiny_llama, word_tokenizer
 from tests.support.tiny_project import write_data
@@ -157,6 +159,14 @@ def test_learning_rate_without_warm_up_and_with_nothing_else() -> None:
     assert [learning_rate(train, step, 4) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
 
 
+@pytest.mark.parametrize(
+    ("word", "on_cpu", "on_gpu"), [("auto", False, True), ("on", True, True), ("off", False, False)]
+)
+def test_where_checkpoints_are_written_while_training_goes_on(word: Any, on_cpu: bool, on_gpu: bool) -> None:
+    train = TrainConfig(async_checkpoints=word)
+    assert [writes_in_thread(train, torch.device(kind)) for kind in ("cpu", "cuda")] == [on_cpu, on_gpu]
+
+
 # ---------------------------------------------------------------------------------------------------- the whole run
 
 
@@ -186,6 +196,15 @@ def test_loop_is_a_plain_training_loop(rows: list[EncodedRow], loop: Any) -> Non
 @pytest.mark.parametrize("micro_batch_size", [2, 1])
 def test_accumulation_changes_nothing(loop: Any, micro_batch_size: int) -> None:
     assert_same(loop(micro_batch_size=micro_batch_size), loop())
+
+
+def test_micro_batches_by_tokens_change_nothing(rows: list[EncodedRow], loop: Any) -> None:
+    longest = max(len(row["input_ids"]) for row in rows)
+    assert_same(loop(micro_batch_tokens=2 * longest, micro_batch_size=3), loop())
+    plan, train = plan_of(rows, settings()), settings(micro_batch_tokens=longest - 1).train
+    with refused(f"micro_batch_tokens {longest - 1}: the longest row has {longest} tokens"):
+        check_budget(plan, train)
+    check_budget(plan, settings(micro_batch_tokens=longest).train)
 
 
 def test_fewer_rows_than_the_batch_size(rows: list[EncodedRow], loop: Any) -> None:

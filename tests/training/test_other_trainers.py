@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
@@ -20,8 +20,10 @@ from transformers import (
 from adalora_dist import AdaLoraCallback, AdaLoraConfig, adapt
 from adalora_dist.tasks.demo_models.pretrained import word_tokenizer
 from tests.support.ranks import run_ranks
+from tests.support.tiny_encoders import sentence_encoder
 from tests.support.tiny_language_model import byte_tokenizer, tiny_llama
 from tests.support.tiny_text_project import tiny_bart
+from tests.support.trainer_runs import adapters_of, arguments, one_process
 
 pytestmark = pytest.mark.slow
 
@@ -41,11 +43,6 @@ class Tracker(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
         self.logs.append(dict(logs))
-
-
-def one_process() -> None:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE"):
-        del os.environ[name]
 
 
 def by_dpo(rank: int, world_size: int, folder: str) -> dict[str, Any]:
@@ -85,6 +82,69 @@ def test_preferences(tmp_path: Path) -> None:
     logs = [record for record in result["logs"] if "loss" in record]
     assert [record["budget"] for record in logs][-1] == 28 and all("mean_rank" in record for record in logs)
     assert any("rewards/accuracies" in record for record in logs)
+
+
+SENTENCES = ["a cat sits", "a dog runs", "one more word", "no more words", "the sun is up", "rain falls down"]
+
+
+def by_sentence_transformers(rank: int, world_size: int, folder: str, engine: str) -> dict[str, Any]:
+    from datasets import Dataset
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    if rank == 0:
+        sentence_encoder(f"{folder}/encoder", SENTENCES)
+    dist.barrier()
+    rows = Dataset.from_list([{"anchor": a, "positive": b} for a in SENTENCES for b in SENTENCES if a != b])
+    found: dict[str, Any] = {}
+
+    def run(output: str, resume: str | None = None) -> Any:
+        model = SentenceTransformer(f"{folder}/encoder", device="cpu")
+        adapt(model[0].model, SETTINGS)
+        args = arguments(
+            f"{folder}/{output}", world_size, engine, kind=SentenceTransformerTrainingArguments, max_steps=STEPS,
+            save_strategy="steps", save_steps=5,
+        )  # fmt: skip
+        callback = AdaLoraCallback(SETTINGS)
+        trainer = SentenceTransformerTrainer(
+            model=model, args=args, train_dataset=rows, loss=MultipleNegativesRankingLoss(model), callbacks=[callback]
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        found[output] = adapters_of(callback.hooks)
+        found["ranks"] = sum(callback.hooks.rank_pattern().values()) / len(callback.hooks.rank_pattern())
+        return trainer
+
+    trainer = run("whole")
+    trainer.save_model(f"{folder}/saved")
+    found["vectors"] = torch.tensor(trainer.model.encode(SENTENCES, show_progress_bar=False))
+    run("resumed", f"{folder}/whole/checkpoint-5")
+    return found
+
+
+def embedded(rank: int, world_size: int, folder: str) -> list[torch.Tensor]:
+    from sentence_transformers import SentenceTransformer
+
+    return [
+        torch.tensor(SentenceTransformer(f"{folder}/{name}", device="cpu").encode(SENTENCES, show_progress_bar=False))
+        for name in ("encoder", "saved", f"whole/checkpoint-{STEPS}")
+    ]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sentence_transformers") is None, reason="sentence-transformers is absent")
+@pytest.mark.parametrize(("engine", "world_size"), [("single", 1), ("ddp", 2)])
+def test_encoders_of_sentences(engine: str, world_size: int, tmp_path: Path) -> None:
+    for found in run_ranks(world_size, by_sentence_transformers, str(tmp_path), engine, timeout=200):
+        assert found["ranks"] == 2
+        for name, delta in found["whole"].items():
+            assert torch.equal(delta, found["resumed"][name])
+    [[untrained, *loaded]] = run_ranks(1, embedded, str(tmp_path), timeout=200)
+    assert (untrained - found["vectors"]).abs().max() > 1e-2
+    for vectors in loaded:
+        torch.testing.assert_close(vectors, found["vectors"], rtol=0, atol=1e-5)
 
 
 def by_seq2seq(rank: int, world_size: int, folder: str, eval_delay: int) -> dict[str, Any]:

@@ -7,27 +7,38 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from adalora_dist.__main__ import main
 from adalora_dist.config.methods import method_config
+from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods import method_for
 from adalora_dist.methods.inject import adapt
+from adalora_dist.methods.protocol import adapters_of
 from adalora_dist.training.plan.cluster import Cluster
 from adalora_dist.training.plan.live import LiveBytes
 from adalora_dist.training.plan.plan import Plan, Planner
-from tests.support.planned_runs import STEPS, architecture, configuration, counted
+from adalora_dist.training.plan.text import cluster_text, own_text
+from adalora_dist.training.start import Placement, environments_of
+from tests.support.planned_runs import LENGTH, STEPS, architecture, configuration, counted, sent
 from tests.support.ranks import run_ranks
+from tests.support.recipe_runs import ENGINES
 
 
 def planner(layers: int = 3, **train: Any) -> Planner:
     config = configuration(**train)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(architecture(layers))
-    adapters = adapt(model, config.adapter, 0)
-    schedule = method_for(config.adapter).step(adapters, STEPS).schedule
+    model = adapted(config, layers)
+    schedule = method_for(config.adapter).step(adapters_of(model), STEPS).schedule
     return Planner(config, AutoModelForCausalLM, architecture(layers), model, schedule)
+
+
+def adapted(config: RunConfig, layers: int) -> nn.Module:
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(architecture(layers))
+    adapt(model, config.adapter, 0)
+    return model
 
 
 def planned(engine: str, world_size: int) -> Plan:
@@ -56,6 +67,20 @@ def test_a_plan_is_what_a_run_does(engine: str, world_size: int) -> None:
         assert 0 < summed <= traffic.of_method_per_step
     else:
         assert traffic.of_method_per_step == summed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "slack"), [("ddp", 512), ("fsdp2", 0), ("zero1", 16), ("zero2", 16), ("zero3", 0.01)]
+)
+def test_what_an_engine_sends_is_counted(engine: str, slack: float) -> None:
+    """Two micro-steps on two processes. Besides: DDP's buffers, DeepSpeed's norms; stage 3 gathers a little more."""
+    plan = planner(micro_batch_size=2).plan(Cluster.parse("2x80GB", engine=engine))
+    assert plan.micro_steps == 2
+    found = {*run_ranks(2, sent, engine, configuration(micro_batch_size=2), timeout=500.0)}
+    assert len(found) == 1
+    room = {"rel": slack} if slack < 1 else {"abs": slack, "rel": 0}
+    assert plan.traffic.per_step == pytest.approx(found.pop(), **room)
 
 
 def test_many_layers_are_a_straight_line() -> None:
@@ -122,8 +147,6 @@ def test_a_typing_error_is_one_line(words: str, capsys: pytest.CaptureFixture[st
 
 def test_what_does_not_fit_is_helped() -> None:
     """The change that is told of is one after which it fits, and a smaller one would not do."""
-    from adalora_dist.training.plan.text import cluster_text
-
     plans = planner()
     peak = plans.plan(Cluster.parse("80GB")).peak
     tight = Cluster.parse(f"{0.8 * peak / 0.92 / 1e9:.6f}GB")
@@ -134,6 +157,15 @@ def test_what_does_not_fit_is_helped() -> None:
     assert words[-1].endswith("--gradient-checkpointing --quantization nf4 --engine fsdp2 --nodes 8")
 
 
+def test_micro_batches_by_tokens_are_planned_as_rows() -> None:
+    by_tokens, by_rows = planner(micro_batch_tokens=4 * LENGTH + 1), planner(micro_batch_size=4)
+    cluster = Cluster.parse("0.001GB")
+    assert by_tokens.plan(cluster) == by_rows.plan(cluster) and by_rows.plan(cluster).micro_batch == 4
+    words = [words for words, _ in by_tokens.changes(cluster)]
+    assert words[:2] == [f"--micro-batch-tokens {2 * LENGTH}", f"--micro-batch-tokens {LENGTH}"]
+    assert words[2] == f"--micro-batch-tokens {LENGTH} --gradient-checkpointing"
+
+
 def test_int8_is_planned_where_it_runs() -> None:
     plans = planner()
     int8 = plans.config.quantization.model_copy(update={"quantization": "int8"})
@@ -141,6 +173,29 @@ def test_int8_is_planned_where_it_runs() -> None:
     with pytest.raises(UserError, match="quantization=int8 with fsdp2"):
         plans.plan(Cluster.parse("2x80GB"))
     assert all("fsdp2" not in words for words, _ in plans.changes(Cluster.parse("2x80GB", engine="ddp")))
+
+
+def test_a_dry_run_plans_what_its_launcher_has_asked_for() -> None:
+    """From the variables that launchers set, those of ``adalora-dist run`` included; what cannot be made is a line."""
+    asked: dict[tuple[str, int], dict[str, str]] = {("single", 1): {}}
+    asked |= {(engine, 2): {**ENGINES[engine], "WORLD_SIZE": "2"} for engine in ENGINES}
+    for engine in ("single", "ddp", "fsdp2", "zero2", "zero3"):
+        count = 1 if engine == "single" else 8
+        asked[engine, count] = environments_of(Placement(engine, count), {})[0]
+    for (engine, world_size), environment in asked.items():
+        found = Cluster.here(environment)
+        assert (found.engine, found.world_size, found.nodes) == (engine, world_size, 1)
+    two_nodes = environments_of(Placement("fsdp2", 8, 2, 1, "host"), {})[0]
+    assert (Cluster.here(two_nodes).nodes, Cluster.here(two_nodes).gpus_per_node) == (2, 8)
+    assert Cluster.here({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}).engine == "single"
+
+    plans = planner(layers=1)
+    said = own_text(plans, Cluster.here(asked["zero3", 2]))
+    assert said.startswith("Memory     of one of 2 processes under zero3: 4 sequences each in 1 micro-step(s)")
+    assert "before the freeze" in said and "\npeak " in said and "\nFits       24 GB yes, 48 GB yes, 80 GB yes" in said
+    galore = plans.config.model_copy(update={"adapter": method_config("galore")})
+    said = own_text(Planner(galore, AutoModelForCausalLM, architecture(1), adapted(galore, 1), None), Cluster.here({}))
+    assert said.startswith("Memory     not planned: a step of LlamaConfig with method galore") and "\n" not in said
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import tempfile
 from collections.abc import Callable
 from functools import lru_cache
@@ -32,6 +31,7 @@ from tests.support.trainer_runs import (
     example_rows,
     folder_of_rank_0,
     model_with_adapters,
+    one_process,
     trainer_of,
 )
 
@@ -184,8 +184,10 @@ def refusals(rank: int, world_size: int, folder: str) -> dict[str, str]:
         "never a candidate": error_of(trainer(**best | {"eval_steps": 13, "save_steps": 13, "eval_delay": 0})),
         "delayed beyond the end": error_of(trainer(**best | {"eval_delay": STEPS + 1})),
         "best of models alone": error_of(trainer(**best | {"save_only_model": True})),
-        "another optimizer": error_of(trainer(optim="sgd")),
-        "another optimizer, with checkpoints": error_of(trainer(optim="sgd", save_strategy="steps", save_steps=10)),
+        "another optimizer": error_of(trainer(optim="adafactor")),
+        "another optimizer, with checkpoints": error_of(
+            trainer(optim="adafactor", save_strategy="steps", save_steps=10)
+        ),
         "no adapters": error_of(trainer_of(tiny_llama(VOCABULARY), arguments(folder, 1), AdaLoraCallback(SETTINGS))),
     }
 
@@ -200,11 +202,27 @@ def test_refusals(tmp_path):
         assert "UserError: load_best_model_at_end=True" in result[case]
         assert f"no evaluation falls into steps {FROZEN_FROM} to {STEPS}" in result[case]
     assert "save_only_model=True" in result["best of models alone"]
-    assert "UserError: the optimizer is SGD (optim='sgd')" in result["another optimizer"]
+    assert "UserError: the optimizer is Adafactor (optim='adafactor')" in result["another optimizer"]
     assert result["another optimizer"].endswith("or compact=False in AdaLoraConfig")
     ending = "save_only_model=True and compact=False in AdaLoraConfig"
     assert result["another optimizer, with checkpoints"].endswith(ending)
     assert "UserError: the model has no adapters" in result["no adapters"]
+
+
+def unkept_state(rank: int, world_size: int, folder: str, optimizer: str) -> dict[str, Any]:
+    settings = SETTINGS.model_copy(update={"compact": False})
+    args = arguments(folder, 1, optim=optimizer, save_strategy="steps", save_steps=10, save_only_model=True)
+    trainer = trainer_of(model_with_adapters(settings), args, AdaLoraCallback(settings))
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"ranks": sum(trainer.adalora.hooks.rank_pattern().values()), "losses": losses}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adafactor", "adamw_bnb_8bit"])
+def test_optimizers_whose_state_is_not_kept_train_without_it(optimizer, tmp_path):
+    [result] = run_ranks(1, unkept_state, str(tmp_path), optimizer)
+    assert result["ranks"] == TARGET and result["losses"][-1] < 0.9 * result["losses"][0]
 
 
 # ------------------------------------------------------------------------------------------------ missed budgets
@@ -260,8 +278,7 @@ def by_sft_trainer(rank: int, world_size: int) -> dict[str, Any]:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE"):
-        del os.environ[name]
+    one_process()
     tokenizer = byte_tokenizer()
     model = tiny_llama(len(tokenizer), hidden_size=16)
     adapt(model, SETTINGS)

@@ -18,6 +18,7 @@ from adalora_dist import AdaLoraCallback, AdaLoraConfig, adapt
 from tests.support.paths import ROOT
 from tests.support.ranks import run_ranks
 from tests.support.tiny_language_model import byte_tokenizer, tiny_llama
+from tests.support.trainer_runs import one_process
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "trainer.md").read_text(encoding="utf-8"), re.DOTALL)
 IDS = torch.arange(3, 11).view(1, 8)
@@ -27,11 +28,6 @@ NUM_MATRICES = 14
 def logits_of(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(IDS).logits.clone()
-
-
-def one_process() -> None:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE"):
-        del os.environ[name]
 
 
 def run_page(rank: int, world_size: int, folder: str) -> dict[str, Any]:

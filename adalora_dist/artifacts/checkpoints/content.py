@@ -79,7 +79,11 @@ def snapshot(step: int, names: Sequence[str], engine: ShardEngine, hooks: Method
         if span.stop > span.start:
             spans[name] = span
             tensors |= {_key(kind, name): value.detach().flatten().to("cpu", copy=True) for kind, value in held.items()}
-        table[name] = {"shape": list(shape), "step": float(state["step"]) if state else None, "state": sorted(moments)}
+        table[name] = {
+            "shape": list(shape),
+            "step": float(state["step"]) if "step" in state else None,
+            "state": sorted(moments),
+        }
     for name, kept in learnt.kept.items():
         if kept.values is not None and kept.span.stop > kept.span.start:
             spans[name], tensors[_key(_KEPT, name)] = kept.span, kept.values
@@ -242,10 +246,8 @@ class _Stored:
 
     def optimizer_state(self, name: str, span: Span) -> dict[str, torch.Tensor]:
         described = self._table[name]
-        if described["step"] is None:
-            return {}
         moments = {kind: self.part(kind, name, span) for kind in described["state"]}
-        return {"step": torch.tensor(described["step"]), **moments}
+        return moments if described["step"] is None else {"step": torch.tensor(described["step"]), **moments}
 
     def patterns(self) -> torch.Tensor:
         patterns: torch.Tensor = self._first.get_tensor(_PATTERNS)

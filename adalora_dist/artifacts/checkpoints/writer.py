@@ -200,7 +200,9 @@ class CheckpointWriter:
         if not self.asynchronous:
             self._write(state["step"], shard, main)
             return
-        self._thread = threading.Thread(target=self._write_and_remember, args=(state["step"], shard, main), daemon=True)
+        # Alone, an interpreter that ends after an error waits for it. With others it might wait for one that has died.
+        work, is_alone = (state["step"], shard, main), not dist.is_initialized()
+        self._thread = threading.Thread(target=self._write_and_remember, args=work, daemon=not is_alone)
         self._thread.start()
 
     def wait(self) -> None:

@@ -19,13 +19,12 @@ from adalora_dist.artifacts.tables import aligned
 from adalora_dist.io.errors import printable
 from adalora_dist.io.progress import duration
 from adalora_dist.io.redaction import redacted
-from adalora_dist.io.terminal import page, say
+from adalora_dist.io.terminal import clear, page, say
 
 _BARS = "▁▂▃▄▅▆▇█"
 _SHADES = (236, 17, 18, 19, 20, 26, 32, 38, 44, 50, 86)
 """Of the terminal's 256 colours, from rank 0 to the largest."""
 _CURVE_WIDTH = 48
-_HOME_AND_CLEAR = "\x1b[H\x1b[2J"
 _CURVES = {
     "loss": "training loss", "eval_loss": "validation loss", "budget": "budget", "gradient_norm": "gradient norm",
 }  # fmt: skip
@@ -45,7 +44,8 @@ def watch(path: Path, every_seconds: float, once: bool) -> None:
         if not is_live:
             page(redacted(shown))
             return
-        say(_HOME_AND_CLEAR + shown)
+        clear()
+        say(shown)
         if run.is_finished:
             return
         time.sleep(every_seconds)

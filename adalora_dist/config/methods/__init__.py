@@ -12,13 +12,15 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, SerializeAsAny, ValidationError
 from pydantic_core import InitErrorDetails
 
-from adalora_dist.config.methods.adalora import AdaLoraConfig
+from adalora_dist.config.methods.adadora import AdaDoraConfig
+from adalora_dist.config.methods.adalora import AdaLoraConfig, AdaptiveConfig
 from adalora_dist.config.methods.base import (
     METHODS,
     LowRankConfig,
     MethodConfig,
     SizedConfig,
     TargetsConfig,
+    TripletConfig,
     methods_with,
 )
 from adalora_dist.config.methods.bitfit import BitFitConfig
@@ -48,6 +50,7 @@ METHODS.update(
     lora=LoraConfig,
     lora_fa=LoraFaConfig,
     dora=DoraConfig,
+    adadora=AdaDoraConfig,
     vera=VeraConfig,
     dvora=DvoraConfig,
     hydra=HydraConfig,
@@ -107,8 +110,10 @@ AnyMethodConfig = Annotated[SerializeAsAny[MethodConfig], BeforeValidator(_of_it
 __all__ = [
     "DEFAULT_METHOD",
     "METHODS",
+    "AdaDoraConfig",
     "AdaLoraConfig",
     "AdapterDropConfig",
+    "AdaptiveConfig",
     "AnyMethodConfig",
     "BitFitConfig",
     "BottleneckConfig",
@@ -132,6 +137,7 @@ __all__ = [
     "SeriesConfig",
     "SizedConfig",
     "TargetsConfig",
+    "TripletConfig",
     "VeraConfig",
     "is_method",
     "method_config",

@@ -1,13 +1,13 @@
-"""Settings of AdaLoRA (arXiv 2303.10512)."""
+"""Settings of AdaLoRA (arXiv 2303.10512), and of whichever method adapts ranks as it does."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from adalora_dist.config.methods.base import LowRankConfig
+from adalora_dist.config.methods.base import LowRankConfig, TripletConfig
 from adalora_dist.config.methods.peft_fields import settings_from_peft
 
 Start = Literal["matched", "paper"]
@@ -17,10 +17,9 @@ _FORM_OF: dict[Start, Form] = {"matched": "directions", "paper": "norm"}
 """``orthogonality_form``, where it is left to ``start``."""
 
 
-class AdaLoraConfig(LowRankConfig):
-    """low-rank adapters whose ranks adapt to one budget"""
+class AdaptiveConfig(TripletConfig):
+    """One whose ranks adapt to a budget."""
 
-    method: Literal["adalora"] = "adalora"
     target_rank: float = Field(8.0, ge=0)
     """Average final rank, at most init_rank; the final budget is round(target_rank x number of adapted matrices)."""
     target_budget: int | None = Field(None, ge=0)
@@ -48,9 +47,6 @@ class AdaLoraConfig(LowRankConfig):
     """Smoothing of the uncertainty."""
     importance_order: Literal["before", "after"] = "before"
     """Weights in |w g|: before the optimizer step (Algorithm 1) or after it (the authors' code)."""
-    expert_scores: Literal["per_step", "per_token"] = "per_step"
-    """Scores of experts: as gradients are, sums over an expert's tokens; or divided by its share of tokens, so that
-    experts that are rarely chosen are compared by what a token of theirs teaches."""
     importance_kernel: Literal["eager", "compiled"] = "eager"
     """How the averages advance: in six operations, or in one kernel, equal up to rounding, which torch.compile builds
     at the first step, in seconds, with a C++ compiler on a CPU and Triton on a GPU."""
@@ -72,40 +68,17 @@ class AdaLoraConfig(LowRankConfig):
             follows["init"] = "gaussian"
         return {name: follows.get(name) if value is None else value for name, value in settings.items()}
 
-    @classmethod
-    def from_peft(cls, peft_config: Any, **settings: Any) -> AdaLoraConfig:
-        """What a ``peft.AdaLoraConfig`` asks for, in one line; docs/trainer.md has the table of its fields.
-
-        It is PEFT's method: the published start and regulariser, importance of the weights after the step.
-
-        Args:
-            settings: of this class, which count instead of those that follow: ``start="matched"``, ``targets=...``.
-
-        Raises:
-            UserError: another configuration, or fields that are not honoured and change what is learnt.
-        """
-        return cls(**settings_from_peft(peft_config, settings))
-
     @property
     def regulariser(self) -> Form:
         """``orthogonality_form``, or what follows from ``start``."""
         return self.orthogonality_form or _FORM_OF[self.start]
 
     @model_validator(mode="after")
-    def _init_is_read(self) -> AdaLoraConfig:
+    def _init_is_read(self) -> Self:
         if self.init is not None and self.start == "matched":
             raise ValueError(
                 f"init {self.init} with start matched: that start has P = 0 and LoRA's Q, so init would not be read; "
                 "leave init out, or set start to paper"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _scores_have_tokens(self) -> AdaLoraConfig:
-        if self.expert_scores == "per_token" and self.importance == "magnitude":
-            raise ValueError(
-                "expert_scores per_token with importance magnitude: |lambda| does not grow with tokens, so there is "
-                "nothing to divide; leave expert_scores out, or set importance to sensitivity_uncertainty"
             )
         return self
 
@@ -133,3 +106,37 @@ class AdaLoraConfig(LowRankConfig):
                 f"{names} with max_steps {total}: no step is left in which to prune; the sum must be < max_steps, "
                 f"so lower {' or '.join(known)}, or raise max_steps"
             )
+
+
+class AdaLoraConfig(AdaptiveConfig, LowRankConfig):
+    """low-rank adapters whose ranks adapt to one budget"""
+
+    method: Literal["adalora"] = "adalora"
+    expert_scores: Literal["per_step", "per_token"] = "per_step"
+    """Scores of experts: as gradients are, sums over an expert's tokens; or divided by its share of tokens, so that
+    experts that are rarely chosen are compared by what a token of theirs teaches."""
+
+    @classmethod
+    def from_peft(cls, peft_config: Any, **settings: Any) -> AdaLoraConfig:
+        """What a ``peft.AdaLoraConfig`` asks for, in one line; docs/trainer.md has the table of its fields.
+
+        It is PEFT's method: the published start and regulariser, importance of the weights after the step. A
+        ``peft.LoraConfig`` is taken with a budget (``target_rank=...``), and is the start matched.
+
+        Args:
+            settings: of this class, which count instead of those that follow: ``start="matched"``, ``targets=...``.
+                An ``init_rank`` keeps the scale, by another alpha, unless alpha is given, too.
+
+        Raises:
+            UserError: another configuration, or fields that are not honoured and change what is learnt.
+        """
+        return cls(**settings_from_peft(peft_config, settings))
+
+    @model_validator(mode="after")
+    def _scores_have_tokens(self) -> AdaLoraConfig:
+        if self.expert_scores == "per_token" and self.importance == "magnitude":
+            raise ValueError(
+                "expert_scores per_token with importance magnitude: |lambda| does not grow with tokens, so there is "
+                "nothing to divide; leave expert_scores out, or set importance to sensitivity_uncertainty"
+            )
+        return self

@@ -207,11 +207,16 @@ class ScaledConfig(TargetsConfig):
         return self.alpha / (math.sqrt(self.init_rank) if self.rslora else self.init_rank)
 
 
-class LowRankConfig(ScaledConfig):
+class TripletConfig(ScaledConfig):
     """One whose products are sums of triplets."""
 
     lora_plus_ratio: float = Field(1.0, gt=0)
     """Learning rate of P (LoRA's B) over that of everything else that is trained (LoRA+ takes 16)."""
+
+
+class LowRankConfig(TripletConfig):
+    """One that adds nothing but them."""
+
     init_from: str | None = Field(None, min_length=1)
     """Folder of a LoRA or AdaLoRA adapter of PEFT whose update the adapters start with, instead of 0."""
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from adalora_dist.config.methods.base import SizedConfig
 
@@ -15,13 +16,31 @@ class PrefixConfig(SizedConfig):
     method: Literal["prefix"] = "prefix"
     prefix_length: int = Field(10, ge=1)
     """Number of positions."""
-    prefix_init: Literal["zero", "normal"] = "zero"
-    """Start of keys and values: 0, or N(0, 1) as PEFT's own default."""
+    prefix_init: Literal["zero", "normal"] | None = None
+    """Start of keys and values: 0 (default), or N(0, 1) as PEFT's own; with prefix_hidden_size, of what they are made
+    of: always normal, as equal positions would stay equal."""
+    prefix_hidden_size: int | None = Field(None, ge=1)
+    """Width of an MLP that makes keys and values of embeddings while they are trained, PEFT's prefix_projection; what
+    it makes is all that is exported."""
 
     formats: ClassVar[frozenset[str]] = frozenset({"peft"})
     formats_from_files: ClassVar[frozenset[str]] = frozenset()
     has_adapters: ClassVar[bool] = True
     sized_by: ClassVar[tuple[str, ...]] = ("prefix_length",)
+
+    @classmethod
+    def resolved(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        start = "zero" if settings["prefix_hidden_size"] is None else "normal"
+        return dict(settings) | {"prefix_init": settings["prefix_init"] or start}
+
+    @model_validator(mode="after")
+    def _positions_differ(self) -> Self:
+        if self.prefix_hidden_size is not None and self.prefix_init == "zero":
+            raise ValueError(
+                f"prefix_init zero with prefix_hidden_size {self.prefix_hidden_size}: all positions would start, and "
+                "stay, equal; leave prefix_init out, or prefix_hidden_size"
+            )
+        return self
 
     @property
     def size(self) -> str:

@@ -38,7 +38,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from adalora_dist.config.methods import AdaLoraConfig
+from adalora_dist.config.methods import AdaptiveConfig
 from adalora_dist.methods.adalora.allocations import Allocation, records, spread, with_next
 from adalora_dist.methods.adalora.bound import BoundTriplets
 from adalora_dist.methods.adalora.checks import PatternWatch, compare_lambdas
@@ -62,7 +62,7 @@ class RankAllocator(Step):
         schedule: of this run.
     """
 
-    def __init__(self, layers: Sequence[TripletLayer], config: AdaLoraConfig, schedule: BudgetSchedule) -> None:
+    def __init__(self, layers: Sequence[TripletLayer], config: AdaptiveConfig, schedule: BudgetSchedule) -> None:
         super().__init__(layers)
         self.layers, self.config = list(layers), config
         self.schedule: BudgetSchedule = schedule

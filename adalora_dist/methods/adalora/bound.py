@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from adalora_dist.config.methods import AdaLoraConfig
+from adalora_dist.config.methods import AdaptiveConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adalora.digest import PatternDigest
 from adalora_dist.methods.adalora.importance import element_scores, update_averages
@@ -55,7 +55,7 @@ class BoundTriplets:
 
     Args:
         factors: in canonical order.
-        engine: over the same parameters.
+        engine: over the same parameters; others, which the method trains besides, come after them.
         ranks: triplets of each matrix at the start of the run.
         measures: whether there are importance averages; they decide nothing once the pattern is frozen.
     """
@@ -65,14 +65,14 @@ class BoundTriplets:
         factors: Sequence[Factor],
         engine: ShardEngine,
         ranks: Sequence[int],
-        config: AdaLoraConfig,
+        config: AdaptiveConfig,
         measures: bool,
     ) -> None:
         self.engine, self._config = engine, config
-        self.spans = engine.spans()
+        self.spans = engine.spans()[: len(factors)]
         values = engine.values()
         device = values[0].device
-        of_ranks = spans_of_ranks(engine)
+        of_ranks = [spans[: len(factors)] for spans in spans_of_ranks(engine)]
         in_one = engine.num_firings > 1 or config.importance_order == "after"
         num_elements = sum(span.stop - span.start for span in self.spans)
         self.layout = SpanLayout(factors, self.spans, None if in_one else portion_elements(num_elements))

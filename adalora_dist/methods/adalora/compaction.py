@@ -33,7 +33,7 @@ def remove_triplets(layers: Sequence[TripletLayer], keep: torch.Tensor, model: n
         layers: all adapted layers, in canonical order, with all of their triplets.
         keep: (num_triplets,) bool, on any device.
         model: as the engine wraps it (DDP, ``fully_shard``, DeepSpeed engine), or the plain model on one process.
-        optimizer: the torch optimizer (torch's AdamW or Adam), or any wrapper of it.
+        optimizer: the torch optimizer, one with an entry per weight, or any wrapper of it.
 
     Returns:
         The outermost optimizer, for the engine to be looked up again.

@@ -131,8 +131,11 @@ class ExpertAdapters(nn.ModuleDict):
 
     def add(self, leaf: str, x: torch.Tensor, offsets: torch.Tensor | None, y: torch.Tensor) -> torch.Tensor:
         """As ``run_with`` wants it."""
-        adapter = self[leaf] if leaf in self else None
-        return y if adapter is None or not adapter.rank else y.add_(adapter(x, offsets, y.dtype))
+        adapter = cast(ExpertTriplets, self[leaf]) if leaf in self else None
+        if adapter is None or not adapter.rank or not adapter.takes_part():
+            return y
+        added: torch.Tensor = adapter(x, offsets, y.dtype)
+        return y.add_(added)
 
 
 def put_beside(

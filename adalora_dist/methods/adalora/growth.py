@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from adalora_dist.config.methods import AdaLoraConfig
+from adalora_dist.config.methods import AdaptiveConfig
 from adalora_dist.methods.adalora.bound import BoundTriplets
 from adalora_dist.methods.adalora.layers import TripletLayer
 from adalora_dist.methods.adalora.schedule import BudgetSchedule
@@ -36,7 +36,7 @@ def growth(bound: BoundTriplets, layers: Sequence[TripletLayer], rates: Sequence
     return float(sizes.mean()) / math.sqrt(math.fsum(rate**2 for rate in rates))
 
 
-def growth_line(grown: float, config: AdaLoraConfig, schedule: BudgetSchedule) -> str:
+def growth_line(grown: float, config: AdaptiveConfig, schedule: BudgetSchedule) -> str:
     """What :func:`growth` found at t_i, in one line."""
     found = f"the update has grown to {grown:.2g} of what LoRA's steps would make of it without a common direction"
     if grown >= SMALLEST_GROWTH or schedule.target_budget == schedule.initial_budget:

@@ -23,11 +23,12 @@ import torch
 from torch import nn
 
 from adalora_dist.backbones.linears import is_conv1d
+from adalora_dist.backbones.merging import Mergeable
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adapter import device_of, lora_start
 from adalora_dist.methods.dropout import Dropout
 from adalora_dist.methods.protocol import Adapter, TrainedModule
-from adalora_dist.sharding.tensors import is_whole
+from adalora_dist.sharding.tensors import awaits_gradient, is_whole
 
 
 class TripletLayer(Adapter):
@@ -50,6 +51,7 @@ class TripletLayer(Adapter):
         device: of the parameters.
     """
 
+    can_be_off = True
     lambdas: Lambdas
     first: int
     """Where this layer's triplets begin in ``lambdas.lam``."""
@@ -111,7 +113,7 @@ class TripletLayer(Adapter):
         return f"rank={self.rank}, scale={self.scale:g}"
 
 
-class SVDLinear(TripletLayer):
+class SVDLinear(TripletLayer, Mergeable):
     """``y = base(x) + scale * P (lam * (Q x))`` over any base module that maps (..., d_in) to (..., d_out).
 
     The base is called, never opened: ``nn.Linear``, transformers' ``Conv1D`` and quantised linears are alike. The
@@ -128,12 +130,16 @@ class SVDLinear(TripletLayer):
         sizes = {"d_out": self.d_out, "d_in": self.d_in, "init_rank": self.init_rank}
         return sizes | {"scale": self.scale, "is_transposed": is_conv1d(self.base)}
 
+    @torch.no_grad()
+    def added(self) -> torch.Tensor | None:
+        return self.lambdas.weight(self).float() @ self.Qt.T.float() if self.rank else None
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Two dimensions from here on, so that the add below is in place on the base's own output: no extra pass over
         # [tokens, d_out], and no view whose in-place backward would copy.
         tokens = x.reshape(-1, self.d_in)
         y: torch.Tensor = self.base(tokens)
-        if self.rank:
+        if self.rank and self.takes_part():
             # lam goes into P, not into the hidden values: backward then needs one (tokens, r) tensor, as LoRA's does.
             weight = self.lambdas.weight(self).to(y.dtype)
             if self.dropout is None:
@@ -274,8 +280,13 @@ class _Multiply(torch.autograd.Function):
         if ctx.versions != [p._version for p in ctx.ps]:
             raise RuntimeError("an adapter's P was changed between a forward and its backward: go backward first")
         used = [k for k, g in enumerate(gradients) if g is not None]
+        # Where no gradient came back there is none, but for an engine that would stumble over it.
+        of_ps: list[torch.Tensor | None] = [
+            torch.zeros_like(p) if g is None and awaits_gradient(p) else None
+            for p, g in zip(ctx.ps, gradients, strict=True)
+        ]
         if not used:
-            return (None,) * (3 + len(ctx.ps))
+            return None, None, None, *of_ps
         ps, lams, arrived = ([x[k] for k in used] for x in (ctx.ps, ctx.lams, cast(tuple[torch.Tensor], gradients)))
         of_lams = None
         if ctx.needs_input_grad[1]:
@@ -283,7 +294,6 @@ class _Multiply(torch.autograd.Function):
             of_lams = torch.cat([made[k] if k in made else torch.zeros_like(lam) for k, lam in enumerate(ctx.lams)])
         # In their place: each has come from the one matrix product that used it, and P's gradients are as large as P.
         torch._foreach_mul_(arrived, lams)
-        of_ps: list[torch.Tensor | None] = [None] * len(ctx.ps)
         for k, g in zip(used, arrived, strict=True):
             of_ps[k] = g
         return None, of_lams, None, *of_ps

@@ -6,16 +6,16 @@ W = W0 + s P diag(lambda) Q, with s = alpha / init_rank (rsLoRA: alpha / sqrt(in
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
 
 from adalora_dist.backbones.experts import ExpertStack, place_of, stacks_of
 from adalora_dist.backbones.linears import linear_shape
-from adalora_dist.config.methods import AdaLoraConfig, LowRankConfig
+from adalora_dist.config.methods import AdaLoraConfig, AdaptiveConfig, LowRankConfig, TripletConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adalora.allocator import RankAllocator
 from adalora_dist.methods.adalora.compaction import shrink_layers
@@ -30,28 +30,45 @@ from adalora_dist.methods.sizes import Sizes
 from adalora_dist.methods.update import AdapterWeights, Update
 
 
+def _start(
+    config: LowRankConfig, model: nn.Module, names: Sequence[str], stacks: Sequence[ExpertStack]
+) -> dict[str, Triplets]:
+    """What ``init_from`` gives, by the name of the matrix.
+
+    Args:
+        names: of the matrices that are adapted; ``stacks``: of experts that are.
+    """
+    if not config.init_from:
+        return {}
+    swapped = {stack: is_swapped(stack, model.get_submodule(stack.owner)) for stack in stacks_of(model)}
+    start = read_peft(Path(config.init_from), config.scale, swapped)
+    targets = {*names, *(matrix for stack in stacks for matrix in stack.matrix_names())}
+    if unknown := sorted(start.keys() - targets):
+        raise UserError(
+            f"init_from={config.init_from}: {len(unknown)} of its matrices ({', '.join(unknown[:3])}) are not "
+            "among the targets: name them there, and use the adapter's own base model"
+        )
+    return start
+
+
 class TripletMethod(Method):
     """A method whose adapters are :class:`TripletLayer`: around linear maps, and beside stacks of experts."""
 
-    config: LowRankConfig
+    config: TripletConfig
+    layer: ClassVar[type[SVDLinear]] = SVDLinear
+
+    def sites(self, model: nn.Module) -> tuple[list[str], list[ExpertStack]]:
+        """As of :func:`find_sites`."""
+        return find_sites(model, self.config)
 
     def adapt(self, model: nn.Module, generator: torch.Generator) -> list[Adapter]:
         config = self.config
-        names, stacks = find_sites(model, config)
-        start: dict[str, Triplets] = {}
-        if config.init_from:
-            swapped = {stack: is_swapped(stack, model.get_submodule(stack.owner)) for stack in stacks_of(model)}
-            start = read_peft(Path(config.init_from), config.scale, swapped)
-        targets = {*names, *(matrix for stack in stacks for matrix in stack.matrix_names())}
-        if unknown := sorted(start.keys() - targets):
-            raise UserError(
-                f"init_from={config.init_from}: {len(unknown)} of its matrices ({', '.join(unknown[:3])}) are not "
-                "among the targets: name them there, and use the adapter's own base model"
-            )
+        names, stacks = self.sites(model)
+        start = _start(config, model, names, stacks) if isinstance(config, LowRankConfig) else {}
 
         def make(base: nn.Module, name: str) -> TripletLayer:
             d_in, d_out = linear_shape(base) or (0, 0)
-            return SVDLinear(base, d_in, d_out, config.init_rank, config.scale, config.dropout, name)
+            return self.layer(base, d_in, d_out, config.init_rank, config.scale, config.dropout, name)
 
         def make_of_experts(experts: nn.Module, stack: ExpertStack) -> ExpertTriplets:
             ranks = [config.init_rank] * stack.num_experts
@@ -64,10 +81,22 @@ class TripletMethod(Method):
             self.reset(layer, generator)
         with torch.no_grad():
             self.begin(add_lambdas(model, layers).lam)
-        given = {name: self.given(triplets) for name, triplets in start.items()}
-        for layer in layers if given else ():
-            start_with(layer, given, config)
+        if isinstance(config, LowRankConfig):
+            self.begin_with(layers, start, f"init_from={config.init_from}")
         return list(layers)
+
+    def begin_with(self, layers: Iterable[TripletLayer], given: Mapping[str, Triplets], where: str) -> None:
+        """Start from triplets of elsewhere at the matrices that have some.
+
+        Args:
+            where: they are from, for messages.
+
+        Raises:
+            UserError: as :func:`adalora_dist.methods.adalora.start.start_with`.
+        """
+        own = {name: self.given(triplets) for name, triplets in given.items()}
+        for layer in layers if own else ():
+            start_with(layer, own, where)
 
     def groups(self, model: nn.Module) -> dict[float, list[torch.Tensor]]:
         """LoRA+: P, which is LoRA's B, may learn faster than the rest."""
@@ -105,7 +134,7 @@ class TripletMethod(Method):
         held: Mapping[str, Sequence[int]],
         keep: torch.Tensor | None,
         whole: Callable[[str], torch.Tensor | None],
-    ) -> list[AdapterWeights]:
+    ) -> Sequence[Update]:
         """The active triplets of every matrix: those of the last selection; before the first, all. Of a stack of
         experts each is a matrix.
         """
@@ -167,23 +196,27 @@ START_OF_TARGET = 1.5
 """b(0) over b(T), as in the paper."""
 
 
-class AdaLora(TripletMethod):
+class AdaptiveMethod(TripletMethod):
     """Ranks adapt to a budget that falls over the run."""
 
-    config: AdaLoraConfig
-    said = "Adaptive-rank adapters (AdaLoRA, [arXiv 2303.10512](https://arxiv.org/abs/2303.10512))"
+    config: AdaptiveConfig
 
-    def sizes(self, model: nn.Module) -> Sizes:
+    def sizes_of(self, shapes: Sequence[tuple[int, int]], fixed: int = 0) -> Sizes:
         """In triplets that are left in the end, counted as if spread evenly over the matrices; it starts with half as
-        many more."""
-        shapes = site_shapes(model, self.config)
+        many more.
+
+        Args:
+            shapes: (d_in, d_out) of each matrix.
+            fixed: trained numbers that no rank changes.
+        """
         num, each = len(shapes), sum(d_in + d_out + 1 for d_in, d_out in shapes)
         largest = max(min(shape) for shape in shapes)
 
         def settings(budget: int) -> dict[str, Any]:
             return {"init_rank": min(largest, math.ceil(START_OF_TARGET * budget / num)), "target_budget": budget}
 
-        return Sizes(lambda b: -(-b * each // num), settings, num * largest, "the full rank of the largest matrix")
+        why = "the full rank of the largest matrix"
+        return Sizes(lambda b: fixed - (-b * each // num), settings, num * largest, why)
 
     def reset(self, layer: TripletLayer, generator: torch.Generator) -> None:
         if self.config.start == "matched":
@@ -220,3 +253,13 @@ class AdaLora(TripletMethod):
             mask_interval_steps=config.mask_interval_steps,
             kind=config.budget_schedule,
         )
+
+
+class AdaLora(AdaptiveMethod):
+    """W = W0 + s P diag(lambda) Q."""
+
+    config: AdaLoraConfig
+    said = "Adaptive-rank adapters (AdaLoRA, [arXiv 2303.10512](https://arxiv.org/abs/2303.10512))"
+
+    def sizes(self, model: nn.Module) -> Sizes:
+        return self.sizes_of(site_shapes(model, self.config))

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
-from adalora_dist.config.methods import AdaLoraConfig
+from adalora_dist.config.methods import AdaLoraConfig, AdaptiveConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adalora.experts import ExpertTriplets
 from adalora_dist.methods.adalora.layers import TripletLayer
@@ -36,10 +36,10 @@ class TokensSeen:
         UserError: scores are to be by token, and there are no experts.
     """
 
-    def __init__(self, layers: Sequence[TripletLayer], config: AdaLoraConfig) -> None:
+    def __init__(self, layers: Sequence[TripletLayer], config: AdaptiveConfig) -> None:
         self._layers = list(layers)
         self._stacks = [layer for layer in layers if isinstance(layer, ExpertTriplets)]
-        if config.expert_scores != "per_token":
+        if not (isinstance(config, AdaLoraConfig) and config.expert_scores == "per_token"):
             self._stacks = []
         elif not self._stacks:
             raise UserError(

@@ -22,7 +22,6 @@ from safetensors.torch import load_file
 
 from adalora_dist.backbones.experts import ExpertStack
 from adalora_dist.backbones.files import is_module_pattern
-from adalora_dist.config.methods import LowRankConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import check_tensors, read_object
 from adalora_dist.methods.adalora.layers import TripletLayer
@@ -78,7 +77,7 @@ def read_peft(folder: Path, scale: float, stacks: Mapping[ExpertStack, bool] | N
         raise UserError(
             f"init_from={folder} is no adapter folder of PEFT (adapter_config.json, adapter_model.safetensors): {error}"
         ) from error
-    _refuse_other_functions(config, kind, folder)
+    refuse_other_functions(config, kind, f"init_from={folder}")
     _check_numbers(config, kind, folder)
     stacks = stacks or {}
     of_experts = wrapper_paths(targeted(stacks, config)) if kind == "LORA" else {}
@@ -98,7 +97,7 @@ def read_peft(folder: Path, scale: float, stacks: Mapping[ExpertStack, bool] | N
                     "use the adapter's own base model"
                 )
             a, b = unpacked(a, b, stack.num_experts, stacks[stack])
-            updates = _decompose(b.mT, a, _lora_scale(config, stack.name, rank, folder) / scale)
+            updates = decompose(b.mT, a, _lora_scale(config, stack.name, rank, folder) / scale)
             triplets |= zip(stack.matrix_names(), map(Triplets, *updates), strict=True)
             continue
         if not (len(a) == b.shape[1] == (len(e[0]) if e else len(a))):
@@ -107,7 +106,7 @@ def read_peft(folder: Path, scale: float, stacks: Mapping[ExpertStack, bool] | N
             theirs = config["lora_alpha"] / (config["init_r"] + RANKNUM_OFFSET)
             triplets[name] = Triplets(b, e[0].flatten() * (theirs / scale), a)
         else:
-            triplets[name] = _decompose(b, a, _lora_scale(config, name, len(a), folder) / scale)
+            triplets[name] = decompose(b, a, _lora_scale(config, name, len(a), folder) / scale)
     if tensors or not triplets:
         shown = ", ".join(sorted(tensors)[:3]) or "none"
         raise UserError(
@@ -117,19 +116,24 @@ def read_peft(folder: Path, scale: float, stacks: Mapping[ExpertStack, bool] | N
     return triplets
 
 
-def _refuse_other_functions(config: Mapping[str, Any], kind: str, folder: Path) -> None:
-    """Raise unless the adapter adds scale B A to the base as it is, and nothing else."""
+def refuse_other_functions(config: Mapping[str, Any], kind: str, where: str) -> None:
+    """Raise unless the adapter adds scale B A to the base as it is, and nothing else.
+
+    Args:
+        config: what adapter_config.json says.
+        where: the adapter, for messages.
+    """
     if kind not in _FACTORS:
-        raise UserError(f"init_from={folder} is of the type {kind!r:.50}: must be LORA or ADALORA")
+        raise UserError(f"{where} is of the type {kind!r:.50}: must be LORA or ADALORA")
     if (bias := config.get("bias", "none")) != "none":
-        raise UserError(f"init_from={folder} has bias={bias!r:.50}, trained biases: must be none")
+        raise UserError(f"{where} has bias={bias!r:.50}, trained biases: must be none")
     variant = next((f"{name} ({field})" for field, name in _VARIANTS.items() if config.get(field)), None)
     if variant is not None:
-        raise UserError(f"init_from={folder} is {variant}, which no triplets equal: must be plain LORA or ADALORA")
+        raise UserError(f"{where} is {variant}, which no triplets equal: must be plain LORA or ADALORA")
     init = config.get("init_lora_weights", True)
     if init not in _INITS_OF_ADAPTERS:
         raise UserError(
-            f"init_from={folder} has init_lora_weights={init!r:.50}, whose adapters go with a changed base: have PEFT "
+            f"{where} has init_lora_weights={init!r:.50}, whose adapters go with a changed base: have PEFT "
             "convert it to plain LoRA (save_pretrained with path_initial_model_for_weight_conversion)"
         )
 
@@ -147,7 +151,7 @@ def _check_numbers(config: Mapping[str, Any], kind: str, folder: Path) -> None:
             raise UserError(f"init_from={folder}: {name} in adapter_config.json is {value!r:.50}, must be a number > 0")
 
 
-def _decompose(b: torch.Tensor, a: torch.Tensor, factor: float) -> Triplets:
+def decompose(b: torch.Tensor, a: torch.Tensor, factor: float) -> Triplets:
     """SVD of factor * B A through QR of both, so the largest matrix decomposed is k x k; in float64.
 
     Of a batch, (experts, d_out, k) and (experts, k, d_in), that of each.
@@ -178,11 +182,12 @@ def with_lambda_in_p(triplets: Triplets) -> Triplets:
 
 
 @torch.no_grad()
-def start_with(layer: TripletLayer, given: Mapping[str, Triplets], config: LowRankConfig) -> None:
+def start_with(layer: TripletLayer, given: Mapping[str, Triplets], where: str) -> None:
     """Put given triplets of each matrix before its fresh ones, which add nothing at the start.
 
     Args:
         given: by the name of the matrix.
+        where: they are from, for messages.
 
     Raises:
         UserError: they are more than the matrix has, or of another shape.
@@ -194,13 +199,12 @@ def start_with(layer: TripletLayer, given: Mapping[str, Triplets], config: LowRa
         p, lam, q = given[name]
         if len(lam) > rank:
             raise UserError(
-                f"init_from={config.init_from} has rank {len(lam)} at {name}, with init_rank {rank}: set init_rank to "
-                f"at least {len(lam)}"
+                f"{where} has rank {len(lam)} at {name}, with init_rank {rank}: set init_rank to at least {len(lam)}"
             )
         if (len(p), q.shape[1]) != (layer.d_out, layer.d_in):
             raise UserError(
-                f"init_from={config.init_from}: {name} is {len(p)} x {q.shape[1]} there and {layer.d_out} x "
-                f"{layer.d_in} in this model: use the adapter's own base model"
+                f"{where}: {name} is {len(p)} x {q.shape[1]} there and {layer.d_out} x {layer.d_in} in this model: "
+                "use the adapter's own base model"
             )
         own = slice(first, first + len(lam))
         layer.P[:, own] = p.to(layer.P.device)

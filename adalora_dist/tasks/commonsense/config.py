@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Annotated, ClassVar, Literal
 
 import tyro
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from adalora_dist.config.data import ColumnsConfig, Known
-from adalora_dist.config.sections import EvaluationConfig, PackedTrainConfig, RunConfig
+from adalora_dist.config.generation import DecodingConfig
+from adalora_dist.config.sections import PackedTrainConfig, RunConfig
 
 COMMONSENSE_TASKS = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 
@@ -31,11 +32,20 @@ class CommonsenseDataConfig(ColumnsConfig):
     """Use at most this many evaluation rows per task."""
 
 
-class CommonsenseEvaluationConfig(EvaluationConfig):
+class CommonsenseEvaluationConfig(DecodingConfig):
     evaluate_by: tuple[Literal["likelihood", "generation"], ...] = ("likelihood", "generation")
     """likelihood: the choice with the highest log-likelihood; generation: greedy decoding, then parsing."""
     max_new_tokens: int | None = Field(None, ge=1)
     """Length of the generated replies; default: the tokens of the longest reply that a question allows."""
+
+    @model_validator(mode="after")
+    def _replies_are_generated(self) -> CommonsenseEvaluationConfig:
+        if self.show_samples and "generation" not in self.evaluate_by:
+            raise ValueError(
+                f"show_samples {self.show_samples} with evaluate_by {' '.join(self.evaluate_by)}: no reply is "
+                "generated; add generation, or leave show_samples out"
+            )
+        return self
 
 
 class CommonsenseConfig(RunConfig):

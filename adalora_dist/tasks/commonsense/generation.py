@@ -6,10 +6,10 @@ A text without one is a parse failure: counted, wrong, and never replaced by a g
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from adalora_dist.config.sections import GenerationConfig
+from adalora_dist.config.generation import GenerationConfig
 from adalora_dist.tasks.commonsense.prompts import longest_reply, prompts_of
 from adalora_dist.tasks.commonsense.results import TaskResult, task_result
 from adalora_dist.tasks.commonsense.rows import Example
@@ -33,6 +33,8 @@ def evaluate_generation(
     world_size: int = 1,
     gather: Gather = gather_lists,
     synced_gpus: bool = False,
+    show: Callable[[Sequence[Example], Sequence[str]], None] | None = None,
+    merge_to_generate: bool = False,
 ) -> TaskResult:
     """Generate and parse a reply to every example (all of one task).
 
@@ -44,10 +46,12 @@ def evaluate_generation(
         max_new_tokens: length of a reply; it ends earlier with EOS. None: as many tokens as the longest legal reply to
             the question has, with EOS, which is also the room that ``prompt_tokens`` leaves for it in ``max_length``.
         synced_gpus: see :func:`~adalora_dist.tasks.evaluation.texts.generate_texts`.
+        show: is given the examples and the replies to them.
+        merge_to_generate: see :class:`~adalora_dist.config.generation.DecodingConfig`.
     """
     budgets = [max_new_tokens or longest_reply(example, tokenizer) for example in examples]
     all_prompts = prompts_of(examples, tokenizer, max_length, show_progress=False)
-    answers: list[str | None] = [None] * len(examples)
+    replies = [""] * len(examples)
     for budget in sorted(set(budgets), reverse=True):
         indices = [index for index, own in enumerate(budgets) if own == budget]
         prompts = [all_prompts[index] for index in indices]
@@ -56,7 +60,9 @@ def evaluate_generation(
             tokenizer,
             prompts,
             [len(prompt) for prompt in prompts],
-            GenerationConfig(num_beams=1, max_new_tokens=budget, eval_batch_size=batch_size),
+            GenerationConfig(
+                num_beams=1, max_new_tokens=budget, eval_batch_size=batch_size, merge_to_generate=merge_to_generate
+            ),
             rank,
             world_size,
             gather,
@@ -64,7 +70,10 @@ def evaluate_generation(
             f"{examples[0].task} generation",
         )
         for index, text in zip(indices, texts, strict=True):
-            answers[index] = parse_answer(text, examples[index].choices)
+            replies[index] = text
+    if show is not None:
+        show(examples, replies)
+    answers = [parse_answer(reply, example.choices) for reply, example in zip(replies, examples, strict=True)]
     return task_result(examples, "generation", answers)
 
 

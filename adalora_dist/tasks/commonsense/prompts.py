@@ -59,15 +59,20 @@ def longest_reply(example: Example, tokenizer: PreTrainedTokenizerBase) -> int:
     return max(len(reply_tokens(tokenizer, reply)) for reply in replies) + len(eos_tokens(tokenizer))
 
 
-def check_questions(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+def check_questions(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[list[int]]:
     """Raise before the training what the evaluation of these examples would raise after it.
+
+    Returns:
+        Their prompts.
 
     Raises:
         UserError: as :func:`prompt_tokens` and :func:`choice_tokens`, naming the row.
     """
     for example in examples:
         choice_tokens(example, tokenizer)
-    prompts_of(examples, tokenizer, max_length)
+    return prompts_of(examples, tokenizer, max_length)
 
 
 def prompts_of(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from adalora_dist.io.cache import cache_folder
 from adalora_dist.io.errors import UserError
+from adalora_dist.io.publish import scratch_folder
 
 ANOTHER_MODEL = "or use another model: --model HUB_ID_OR_FOLDER"
 
@@ -23,7 +23,8 @@ def built_once(
     """The folder ``name`` of the cache; ``build(folder, scratch)`` makes it, published by rename.
 
     Any number of processes may call this at once: one builds under a file lock, the others wait and find the result.
-    Whatever fails leaves nothing half-made behind.
+    Whatever fails leaves nothing half-made behind; what a process leaves that is killed, the next to build anything
+    removes.
 
     Args:
         build: gets the folder to write, which does not exist, and an empty one for whatever else it needs.
@@ -51,10 +52,10 @@ def built_once(
                     f"{cache} has {free_bytes / 1e9:.1f} GB free, the {what} needs {needed_bytes / 1e9:.1f} GB: set "
                     f"ADALORA_DIST_CACHE to a folder on a larger disk, {ANOTHER_MODEL}"
                 )
-            with tempfile.TemporaryDirectory(dir=cache, prefix="building-") as scratch:
-                built = Path(scratch) / "built"
-                (Path(scratch) / "scratch").mkdir()
-                build(built, Path(scratch) / "scratch")
+            with scratch_folder(cache) as scratch:
+                built = scratch / "built"
+                (scratch / "scratch").mkdir()
+                build(built, scratch / "scratch")
                 if folder.exists():  # incomplete, or we would not be here
                     shutil.rmtree(folder)
                 built.rename(folder)

@@ -7,7 +7,8 @@ from typing import Annotated, ClassVar
 import tyro
 from pydantic import Field
 
-from adalora_dist.config.sections import ColumnsConfig, GenerationConfig, RunConfig
+from adalora_dist.config.generation import GenerationConfig
+from adalora_dist.config.sections import ColumnsConfig, RunConfig
 
 
 class E2EDataConfig(ColumnsConfig):

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
-from adalora_dist.config.sections import GenerationConfig
+from adalora_dist.config.generation import GenerationConfig
 from adalora_dist.tasks.losses import decoder_start_token
 from adalora_dist.tasks.rows.tokens import eos_tokens, padding_token
 

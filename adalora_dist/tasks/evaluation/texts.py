@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from adalora_dist.config.sections import GenerationConfig
+from adalora_dist.backbones.merging import merged
+from adalora_dist.config.generation import GenerationConfig
 from adalora_dist.tasks.batches import pad_columns
 from adalora_dist.tasks.evaluation.batches import Gather, dealt_batches, evaluating, gather_lists
 from adalora_dist.tasks.evaluation.decoding import decoding
@@ -45,7 +47,8 @@ def generate_texts(
     # Longest first: what does not fit into memory fails at once.
     order = sorted(range(len(sources)), key=lambda index: -lengths[index])
     local: list[tuple[int, str]] = []
-    with evaluating(model) as device, decoding(model, tokenizer, settings, closing) as config:
+    merging = merged(model) if settings.merge_to_generate else nullcontext()
+    with evaluating(model) as device, decoding(model, tokenizer, settings, closing) as config, merging:
         for indices, counts in dealt_batches(order, settings.eval_batch_size, rank, world_size, description):
             batch = [sources[index] for index in indices]
             if is_causal:

@@ -54,6 +54,10 @@ class WindowPlan(BatchPlan):
         self._step = -1
         self._rows: list[int] = []
 
+    @property
+    def longest(self) -> int:
+        return self.lengths[0]
+
     def fingerprint(self) -> str:
         described = [len(self.lengths), self.lengths[0], self.batch_size, self.seed, self.content]
         return digest_of([json.dumps(described).encode()])

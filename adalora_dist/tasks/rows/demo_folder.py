@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from adalora_dist.io.cache import cache_folder
 from adalora_dist.io.digest import digest_of
 from adalora_dist.io.errors import UserError
+from adalora_dist.io.publish import scratch_folder
 
 
 def write_rows(folder: Path, files: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
@@ -36,8 +36,8 @@ def demo_folder(name: str, files: Mapping[str, Sequence[Mapping[str, Any]]]) -> 
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix="building-") as scratch:
-            built = Path(scratch) / "data"
+        with scratch_folder(cache) as scratch:
+            built = scratch / "data"
             write_rows(built, files)
             try:
                 built.rename(folder)

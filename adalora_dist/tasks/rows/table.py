@@ -14,11 +14,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from adalora_dist.io.cache import cache_folder
 from adalora_dist.io.digest import digest_of
 from adalora_dist.io.foreign_files import opened, read_object
+from adalora_dist.io.mapped import release_mapped
 from adalora_dist.io.publish import write_whole
 from adalora_dist.tasks.rows.bad_rows import BadRows, Rows
 from adalora_dist.tasks.rows.source import checked_rows, refuse_nothing
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 _FORMAT = 2
 _CHUNK_ROWS = 1000
+MAPPED = ".arrow"
+"""How names of files end in which rows lie, here and in the caches of ``datasets``."""
 
 Texts = dict[str, str]
 
@@ -101,12 +104,19 @@ def checked_table(
         return Dataset.from_list(checked_rows(split.where, islice(split.rows(), max_rows), parse, bad))
 
 
+def chunks(rows: Dataset) -> Iterator[Any]:
+    """All rows in order, some at a time, without leaving resident what has been read of mapped files."""
+    for part in rows.iter(_CHUNK_ROWS):
+        yield part
+        release_mapped(MAPPED)
+
+
 def digest_of_tokens(rows: Dataset) -> str:
     """SHA-256 of ``input_ids`` and ``labels`` of all rows, read without a list of them.
 
     The same for equal rows, wherever they lie and however they are cut into files.
     """
-    tables = rows.select_columns(["input_ids", "labels"]).with_format("arrow").iter(_CHUNK_ROWS)
+    tables = chunks(rows.select_columns(["input_ids", "labels"]).with_format("arrow"))
     return digest_of(
         column.combine_chunks().flatten().to_numpy(zero_copy_only=False).astype("<i8").tobytes()
         for table in tables

@@ -61,6 +61,21 @@ def read_questions(file: str) -> list[Asked]:
     return checked_rows(file, file_rows(Path(file)), parse, BadRows("error"))
 
 
+def last_prompts(questions: Sequence[Asked], tokenizer: PreTrainedTokenizerBase) -> dict[int, list[list[int]]]:
+    """By number of turns the prompts of the last one, in which the answers before it are still empty.
+
+    Raises:
+        UserError: the chat template refuses a question.
+    """
+    prompts: dict[int, list[list[int]]] = {}
+    if questions:
+        template = _template(tokenizer)
+        for question in questions:
+            messages = _messages(question, [""] * (len(question.turns) - 1))
+            prompts.setdefault(len(question.turns), []).append(template.asking(messages, question.origin))
+    return prompts
+
+
 def answer_questions(
     questions: Sequence[Asked],
     model: PreTrainedModel,
@@ -80,9 +95,7 @@ def answer_questions(
     Raises:
         UserError: the chat template refuses a question.
     """
-    if not tokenizer.chat_template:
-        set_template(tokenizer, "")
-    template = ChatTemplate(tokenizer)
+    template = _template(tokenizer)
     decoding = settings.model_copy(update={"max_new_tokens": settings.answer_tokens})
     answers: list[list[str]] = [[] for _ in questions]
     for turn in range(max((len(question.turns) for question in questions), default=0)):
@@ -105,6 +118,12 @@ def answer_questions(
         }
         for question, turns in zip(questions, answers, strict=True)
     ]
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+    if not tokenizer.chat_template:
+        set_template(tokenizer, "")
+    return ChatTemplate(tokenizer)
 
 
 def _messages(question: Asked, answers: Sequence[str]) -> list[dict[str, str]]:

@@ -7,7 +7,8 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 from pydantic import Field, model_validator
 
-from adalora_dist.config.sections import ColumnsConfig, GenerationConfig, PackedTrainConfig, RunConfig
+from adalora_dist.config.generation import GenerationConfig
+from adalora_dist.config.sections import ColumnsConfig, PackedTrainConfig, RunConfig
 
 FIELDS = (
     *("messages", "conversations", "system", "tools"),
@@ -30,8 +31,9 @@ class SftDataConfig(ColumnsConfig):
     chat_template: str = ""
     """File with the chat template (Jinja), saved with the model; empty: the tokenizer's, or a plain one, which is
     said."""
-    train_on: Literal["assistant", "all"] = "assistant"
-    """Tokens that count in the loss: replies alone (assistant turns, completions), or everything."""
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """Tokens that count in the loss: replies alone (assistant turns, completions), the last reply of each row, or
+    everything."""
     max_length: int = Field(1024, ge=16)
     """Longest sequence in tokens; longer ones are cut on their right, and counted."""
     max_train_rows: int | None = Field(None, ge=1)
@@ -69,6 +71,10 @@ class SftEvaluationConfig(GenerationConfig):
     in the run folder, as MT-Bench's judge reads it; empty: none."""
     answer_tokens: int = Field(1024, ge=1)
     """Longest of these answers in tokens."""
+
+    @model_validator(mode="after")
+    def _samples_are_shown(self) -> SftEvaluationConfig:
+        return self  # before and after the training, too
 
 
 class SftConfig(RunConfig):

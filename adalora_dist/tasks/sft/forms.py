@@ -24,18 +24,25 @@ Content = dict[str, Any]
 """What a row is, as JSON: ``{"messages": [...], "tools"?: [...], "first"?: int}``, of which assistant turns from number
 ``first`` on are learnt; ``{"prompt": str, "completion": str}``; or ``{"text": str}``."""
 
-VERSION = 1
+VERSION = 2
 """Of what rows become; part of the name of what is cached."""
 ROLES = {
     "system": "system", "developer": "system",
-    "user": "user", "human": "user",
+    "user": "user", "human": "user", "prompter": "user",
     "assistant": "assistant", "gpt": "assistant", "model": "assistant", "chatgpt": "assistant", "bot": "assistant",
-    "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool",
+    "ai": "assistant", "bing": "assistant", "bard": "assistant",
+    "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool", "tool_response": "tool",
+    "ipython": "tool",
     "function_call": "assistant", "tool_call": "assistant",
 }  # fmt: skip
 """By the words that people use."""
 _CALLS = ("function_call", "tool_call")
-_KEPT = ("name", "tool_call_id", "reasoning_content")
+_ROLE_KEYS, _TEXT_KEYS = ("role", "from", "speaker"), ("content", "value", "text")
+"""Of a message, whichever of each it has."""
+_TEXT_PARTS = ("text", "input_text", "output_text")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Of a message: what chat templates write before its text, each under the name that it knows."""
+_KEPT = ("name", "tool_call_id", *THOUGHTS)
 """Further texts of a message that chat templates know."""
 
 
@@ -115,6 +122,8 @@ def recognise(rows: Sequence[object], column_of: Mapping[str, str], where: str) 
     hint = "name yours with --columns instruction=QUESTION,output=ANSWER"
     if {"chosen", "rejected"} <= set(columns):
         hint = "pairs of replies: to learn the chosen ones, add --columns prompt=PROMPT,completion=chosen"
+    elif not rows:
+        hint = "it has no rows"
     elif column_of:
         hint = f"--columns names fields {', '.join(column_of)}, which must be of one form"
     raise UserError(f"{where}: no known form has the columns {_listed(columns)}; known are {known}; {hint}")
@@ -176,33 +185,39 @@ FORMS = (
 
 
 def _messages(value: object, column: str, origin: str) -> list[Content]:
+    value = _from_json(value)  # tables of text have no other way to hold a list
     if not isinstance(value, list | tuple) or not value:
         raise UserError(f"{origin}: field {column} is {shown(value)}; legal: a list of messages; {REMEDY}")
     return [_message(item, f"{column}[{index}]", origin) for index, item in enumerate(value)]
 
 
 def _message(item: object, field: str, origin: str) -> Content:
-    keys = ("role", "content")
-    if isinstance(item, Mapping) and item.get("role") is None and "from" in item:
-        keys = ("from", "value")
     if not isinstance(item, Mapping):
         raise UserError(f"{origin}: field {field} is {shown(item)}; legal: a message with role and content; {REMEDY}")
-    word = item.get(keys[0])
-    role = ROLES.get(word.lower()) if isinstance(word, str) else None
+    role_key = next((key for key in _ROLE_KEYS if item.get(key) is not None), "role")
+    usual = "value" if role_key == "from" else "content"
+    text_key = next((key for key in _TEXT_KEYS if item.get(key) is not None), usual)
+    word = item.get(role_key)
+    word = word.strip().lower() if isinstance(word, str) else word
+    role = ROLES.get(word) if isinstance(word, str) else None
     if role is None:
-        raise UserError(f"{origin}: field {field}.{keys[0]} is {shown(word)}; legal: {', '.join(ROLES)}; {REMEDY}")
+        raise UserError(
+            f"{origin}: field {field}.{role_key} is {shown(item.get(role_key))}; legal: {', '.join(ROLES)}; {REMEDY}"
+        )
     if item.get("weight") not in (None, 1):
         raise UserError(
             f"{origin}: field {field}.weight is {shown(item['weight'])}; legal: 1, the loss counts on every assistant "
             f"turn; {REMEDY}"
         )
-    content = _content(item.get(keys[1]), f"{field}.{keys[1]}", origin)
+    content = _content(item.get(text_key), f"{field}.{text_key}", origin)
     message: Content = {"role": role, "content": content}
     for name in _KEPT:
         if isinstance(text := item.get(name), str) and text:
             refuse_odd_text(text, f"{field}.{name}", origin)
             message[name] = text
     calls = item.get("tool_calls")
+    if not calls and (call := _present(item.get("function_call"))):  # as OpenAI had it before
+        calls = [{"function": call}]
     if word in _CALLS and (parsed := _parsed_calls(content)):
         # A template that has a place for calls gets them, any other one the text.
         message |= {"content": "", "tool_calls": parsed, "call_text": content}
@@ -210,7 +225,8 @@ def _message(item: object, field: str, origin: str) -> Content:
         message["tool_calls"] = _tool_calls(calls, f"{field}.tool_calls", origin)
     if not content.strip() and "tool_calls" not in message and role in ("assistant", "user"):
         what = "an assistant turn" if role == "assistant" else "a user turn"
-        raise UserError(f"{origin}: field {field}.{keys[1]} is {shown(item.get(keys[1]))}; {what} has a text; {REMEDY}")
+        has = shown(item.get(text_key))
+        raise UserError(f"{origin}: field {field}.{text_key} is {has}; {what} has a text; {REMEDY}")
     return message
 
 
@@ -221,11 +237,13 @@ def _content(value: object, field: str, origin: str) -> str:
     if isinstance(value, str):
         refuse_odd_text(value, field, origin)
         return value
+    if isinstance(value, Mapping):
+        value = [value]
     if not isinstance(value, list | tuple):
         raise UserError(f"{origin}: field {field} is {shown(value)}; legal: a text, or a list of text parts; {REMEDY}")
     texts = []
     for index, part in enumerate(value):
-        text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else part
+        text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") in _TEXT_PARTS else part
         if not isinstance(text, str):
             raise UserError(
                 f"{origin}: field {field}[{index}] is {shown(part)}; legal: a part of type text, as texts are all that "
@@ -263,12 +281,7 @@ def _optional_text(row: Row, column: str, origin: str) -> str:
 
 def _tools(row: Row, column_of: Mapping[str, str], origin: str) -> list[Any]:
     """Descriptions of functions, each as ``{"type": "function", "function": ...}``."""
-    value = row.get(column_of["tools"])
-    if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.strip() else None
-        except (ValueError, RecursionError):
-            pass  # refused below
+    value = _from_json(_present(row.get(column_of["tools"])))
     if not value:
         return []
     if not isinstance(value, list | tuple) or not all(isinstance(tool, Mapping) for tool in value):
@@ -300,15 +313,28 @@ def _tool_calls(value: object, field: str, origin: str) -> list[Content]:
             raise UserError(
                 f"{origin}: field {field}[{index}] is {shown(call)}; legal: a call with function.name; {REMEDY}"
             )
-        arguments = function.get("arguments") or {}
-        if isinstance(arguments, str):  # as OpenAI has them; templates write the object
-            try:
-                arguments = json.loads(arguments)
-            except (ValueError, RecursionError):
-                pass
+        # A text, as OpenAI has them; templates write the object.
+        arguments = _from_json(_present(function.get("arguments"))) or {}
         own = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         calls.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}} | own)
     return calls
+
+
+def _from_json(value: object) -> Any:
+    """What a text has, if it is JSON; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError):
+        return value
+
+
+def _present(value: object) -> Any:
+    """Without fields of null: tables have every field of any row in all of them."""
+    if isinstance(value, Mapping):
+        return {name: _present(part) for name, part in value.items() if part is not None}
+    return [_present(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _listed(columns: Sequence[str]) -> str:

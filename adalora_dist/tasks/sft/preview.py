@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from adalora_dist.tasks.demo_models.smollm2 import FOLDER_NAME, is_complete
 from adalora_dist.tasks.rows.bad_rows import BadRows
 from adalora_dist.tasks.rows.tokens import IGNORED, EncodedRow
 from adalora_dist.tasks.sft.config import SftDataConfig
-from adalora_dist.tasks.sft.rows import load_tables, num_training_rows
+from adalora_dist.tasks.sft.rows import Table, load_tables, num_training_rows, say_what_is_left_out
 from adalora_dist.tasks.sft.template import ChatTemplate, RefusedRow, set_template
 
 if TYPE_CHECKING:
@@ -53,24 +54,32 @@ def preview(data: SftDataConfig, model: ModelConfig) -> tuple[int, str]:
     if any("messages" in table.content(0)[0] for table in tables):
         say(set_template(tokenizer, data.chat_template))
     template, colour = ChatTemplate(tokenizer), sys.stdout.isatty()
+    say_what_is_left_out(tables, template, say)
     say(f"Rows       as the model reads them, what it learns to say {'in green' if colour else 'in [[brackets]]'}:")
-    table, shown = tables[0], 0
+    for number, table in enumerate(tables):  # of each source at least one
+        count = max(1, -(-(NUM_ROWS - number) // len(tables)))
+        for row, origin in _first_rows(table, template, data, count):
+            num_targets = sum(label != IGNORED for label in row["labels"])
+            say(f"--- {origin}: {len(row['input_ids'])} tokens, {num_targets} of them learnt")
+            say(marked_text(row, tokenizer, colour))
+    say("---")
+    return num_rows, "\n".join(lines)
+
+
+def _first_rows(
+    table: Table, template: ChatTemplate, data: SftDataConfig, count: int
+) -> Iterator[tuple[EncodedRow, str]]:
+    """(tokens, origin) of the first rows that can be used."""
     for index in range(len(table.contents)):
-        if shown == NUM_ROWS:
-            break
+        if not count:
+            return
         content, origin = table.content(index)
         try:
-            row = template.encode(content, origin, data.train_on, data.max_length)
+            yield template.encode(content, origin, data.train_on, data.max_length), origin
+            count -= 1
         except RefusedRow:
             if data.bad_rows != "skip":
                 raise
-            continue
-        shown += 1
-        num_targets = sum(label != IGNORED for label in row["labels"])
-        say(f"--- {origin}: {len(row['input_ids'])} tokens, {num_targets} of them learnt")
-        say(marked_text(row, tokenizer, colour))
-    say("---")
-    return num_rows, "\n".join(lines)
 
 
 def show(text: str) -> None:

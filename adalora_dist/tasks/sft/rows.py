@@ -16,10 +16,11 @@ import numpy as np
 
 from adalora_dist.io.digest import digest_of
 from adalora_dist.io.errors import UserError
+from adalora_dist.io.mapped import release_mapped
 from adalora_dist.tasks.batches import BatchPlan, count_targets
 from adalora_dist.tasks.rows.bad_rows import BadRows
 from adalora_dist.tasks.rows.held_out import border, keys_of
-from adalora_dist.tasks.rows.table import Split, checked_table, digest_of_tokens
+from adalora_dist.tasks.rows.table import MAPPED, Split, checked_table, chunks, digest_of_tokens
 from adalora_dist.tasks.rows.token_cache import rules_of
 from adalora_dist.tasks.sft.config import SftDataConfig, SftEvaluationConfig
 from adalora_dist.tasks.sft.demo import demo_conversations
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-_VERSION = 1
+_VERSION = 2
 """Of what contents become; part of the name of what is cached."""
 _USABLE, _CUT, _EMPTIED, _REFUSED = range(4)
 """What became of a row: it is whole; cut to max_length; cut so that no reply is left; not taken by the template."""
@@ -76,7 +77,8 @@ def load_tables(data: SftDataConfig, bad: BadRows, say: Say) -> tuple[list[Table
         return [_demo_table("train", data.max_train_rows)], [_demo_table("validation", data.max_eval_rows)]
     sources = [parse_source(word) for word in data.source]
     train = [
-        Table(_contents(source.training(), data, bad, say, data.max_train_rows), source.weight) for source in sources
+        Table(_contents(source.training(), data, bad, say, data.max_train_rows, source.weight), source.weight)
+        for source in sources
     ]
     if data.eval_share is not None:
         return train, []
@@ -117,8 +119,7 @@ def load_rows(
             f"chat_template={data.chat_template}: no row is a conversation, so it would not be read; leave it out"
         )
     template = ChatTemplate(tokenizer)
-    if not template.reads_tools and (with_tools := sum(_num_with_tools(table.contents) for table in tables)):
-        say(f"Tools: the chat template has no place for their descriptions, which {with_tools:,} rows have: left out")
+    say_what_is_left_out(tables, template, say)
     counts: Counter[int] = Counter()
     parts = [_encoded(table, template, data, bad, counts) for table in tables]
     if eval_tables:
@@ -149,6 +150,22 @@ def load_rows(
     return SftRows(train, held_out, samples, _closing(template, train))
 
 
+def say_what_is_left_out(tables: Sequence[Table], template: ChatTemplate, say: Say) -> None:
+    """How many rows have descriptions of tools, or thoughts, that the chat template has no place for."""
+    for what, marks in (
+        (
+            "Tools: the chat template has no place for their descriptions",
+            [] if template.reads_tools else ['"tools": ['],
+        ),
+        (
+            "Thoughts: the chat template has no place for those beside a text",
+            [f'"{name}": "' for name in template.unread_thoughts],
+        ),
+    ):
+        if marks and (count := sum(_num_with(table.contents, marks) for table in tables)):
+            say(f"{what}, which {count:,} rows have: left out")
+
+
 def encode_table(table: Dataset, template: ChatTemplate, data: SftDataConfig, policy: str) -> Dataset:
     """``input_ids``, ``labels``, ``num_tokens``, ``num_targets``, ``outcome`` and ``problem`` of each row, on disk.
 
@@ -177,6 +194,7 @@ def encode_table(table: Dataset, template: ChatTemplate, data: SftDataConfig, po
             values = (encoded["input_ids"], encoded["labels"], len(encoded["input_ids"]), num_targets, outcome, problem)
             for name, value in zip(columns, values, strict=True):
                 columns[name].append(value)
+        release_mapped(MAPPED)
         return columns
 
     numbers = List(Value("int32"))
@@ -196,14 +214,17 @@ def encode_table(table: Dataset, template: ChatTemplate, data: SftDataConfig, po
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
-def _contents(split: Split, data: SftDataConfig, bad: BadRows, say: Say, max_rows: int | None) -> Dataset:
+def _contents(
+    split: Split, data: SftDataConfig, bad: BadRows, say: Say, max_rows: int | None, weight: float = 1
+) -> Dataset:
     reader: Reader = recognise(first_rows(split), data.column_of, split.where)
 
     def parse(row: object, origin: str) -> dict[str, str]:
         return {"row": json.dumps(reader(row, origin), ensure_ascii=False), "origin": origin}
 
     table = checked_table(split, ("row", "origin"), parse, bad, max_rows, reader.identity)
-    say(f"{split.where}: {reader.sentence}; {len(table):,} rows")
+    counts = "" if weight == 1 else f", each {weight:g} times"
+    say(f"{split.where}: {reader.sentence}; {len(table):,} rows{counts}")
     return table
 
 
@@ -232,6 +253,7 @@ def _encoded(
         refused.setdefault(table.contents[index]["origin"].rpartition(":")[0], []).append(index)
     for file, rows in refused.items():
         bad.leave_out(file, len(rows), tokens[rows[0]]["problem"])
+    release_mapped(MAPPED)
     return tokens, np.flatnonzero((outcomes == _USABLE) | (outcomes == _CUT)).tolist()
 
 
@@ -254,12 +276,13 @@ def _hold_out(
 
 
 def _keys(contents: Dataset) -> np.ndarray:
-    return keys_of((row for part in contents.iter(1000) for row in cast(Any, part)["row"]), len(contents))
+    return keys_of((row for part in chunks(contents) for row in part["row"]), len(contents))
 
 
-def _num_with_tools(contents: Dataset) -> int:
+def _num_with(contents: Dataset, marks: Sequence[str]) -> int:
+    """How many rows have one of these beginnings of a field."""
     # Within texts, JSON writes a quotation mark with a backslash before it.
-    return sum('"tools": [' in row for part in contents.iter(1000) for row in cast(Any, part)["row"])
+    return sum(any(mark in row for mark in marks) for part in chunks(contents) for row in part["row"])
 
 
 def _weighted(rows: Sequence[int], weight: float, seed: str) -> list[int]:

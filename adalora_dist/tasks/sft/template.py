@@ -4,7 +4,8 @@ Loss counts on what the model is to say: assistant turns, with what closes them.
 guessed. A template with generation marks says so itself. Of any other one, three renderings are compared for each
 assistant turn: the conversation before it with the generation prompt, the conversation up to and with it, and all of
 it. Where each begins the next, the turn is what the second has beyond the first; where not, because the template writes
-earlier turns differently once later ones follow, the row is refused.
+earlier turns differently once later ones follow, the row is refused. An EOS that the template puts behind whatever is
+the last turn, besides what closes every turn, belongs to the last one.
 
 Templates come with models of others. They run in transformers' sandbox, within limits of time and of length.
 """
@@ -12,16 +13,16 @@ Templates come with models of others. They run in transformers' sandbox, within 
 from __future__ import annotations
 
 import re
-import signal
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from adalora_dist.io.cpu_limit import TooLong, cpu_limit
 from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.rows.fields import REMEDY, shown
 from adalora_dist.tasks.rows.tokens import IGNORED, EncodedRow, eos_tokens
+from adalora_dist.tasks.sft.forms import THOUGHTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,6 +34,7 @@ CPU_SECONDS = 10.0
 """Of one rendering. Templates take less than a millisecond."""
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
+_PROBE_NAME = "a question with its answer"
 
 
 class RefusedRow(UserError):
@@ -76,7 +78,11 @@ def set_template(tokenizer: PreTrainedTokenizerBase, file: str) -> str:
         )
     template = ChatTemplate(tokenizer)
     try:
-        template.encode({"messages": _PROBE}, "a question with its answer", "assistant", 10**6)
+        template.encode({"messages": _PROBE}, _PROBE_NAME, "assistant", 10**6)
+        if not template.writes_texts:
+            raise UserError(
+                f"{_PROBE_NAME}: the chat template leaves their texts out; take another, with --chat-template FILE"
+            )
     except UserError as error:
         raise UserError(f"{said}: {error}") from error
     how = "its generation marks" if template.has_marks else "comparing renderings"
@@ -94,6 +100,7 @@ class ChatTemplate:
         self.has_marks = bool(_MARKS.search(text))
         self.reads_tools = bool(re.search(r"\btools\b", text))
         self.reads_calls = "tool_calls" in text
+        self.unread_thoughts = [name for name in THOUGHTS if not re.search(rf"\b{name}\b", text)]
         self._closing = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
 
     # ---------------------------------------------------------------------------------------------------- rendering
@@ -110,14 +117,36 @@ class ChatTemplate:
         return cast(str, text)
 
     def _apply(self, turns: list[Content], content: Content, origin: str, **how: Any) -> Any:
+        if self._reads_parts:
+            turns = _in_parts(turns)
+        return self._rendered(turns, content, origin, **how)
+
+    @cached_property
+    def _reads_parts(self) -> bool:
+        """Whether the template wants contents as lists of parts: of texts it would write nothing, or fail."""
+        return not self._writes(_PROBE) and self._writes(_in_parts(_PROBE))
+
+    @property
+    def writes_texts(self) -> bool:
+        """Whether what it makes of a conversation has the texts of it."""
+        return self._reads_parts or self._writes(_PROBE)
+
+    def _writes(self, turns: Messages) -> bool:
+        try:
+            text = self._rendered(list(turns), {}, _PROBE_NAME, tokenize=False)
+        except RefusedRow:
+            return False
+        return all(turn["content"] in text for turn in _PROBE)
+
+    def _rendered(self, turns: list[Content], content: Content, origin: str, **how: Any) -> Any:
         from jinja2.exceptions import SecurityError, TemplateSyntaxError
 
         tools = content.get("tools") if self.reads_tools else None
         longest = 100_000 + 20 * len(str(content))
         try:
-            with _cpu_limit(CPU_SECONDS):
+            with cpu_limit(CPU_SECONDS):
                 result = self.tokenizer.apply_chat_template(cast(Any, turns), tools=tools, **how)
-        except _TooLong:
+        except TooLong:
             raise UserError(
                 f"{origin}: the chat template has run for {CPU_SECONDS:g} seconds without an end: take another one, "
                 "with --chat-template FILE"
@@ -159,7 +188,7 @@ class ChatTemplate:
     # ------------------------------------------------------------------------------------------------------- tokens
 
     def encode(
-        self, content: Content, origin: str, train_on: Literal["assistant", "all"], max_length: int
+        self, content: Content, origin: str, train_on: Literal["assistant", "last", "all"], max_length: int
     ) -> EncodedRow:
         """Tokens and labels of a row's content (see ``forms.Content``), cut to ``max_length`` on the right.
 
@@ -170,6 +199,8 @@ class ChatTemplate:
             RefusedRow: the row has no tokens, or which of them are replies is not certain.
             UserError: as :meth:`render`.
         """
+        if "messages" in content and train_on == "last":
+            content = {**content, "first": last_reply(content)}
         if "messages" not in content:
             tokens, is_reply = self._plain(content)
         elif train_on == "all":
@@ -181,7 +212,7 @@ class ChatTemplate:
             tokens, is_reply = self._compared(content, origin)
         if not any(is_reply[1:]):
             raise RefusedRow(f"{origin}: the row has no tokens to learn: {shown(content)}; {REMEDY}")
-        targets = is_reply if train_on == "assistant" else [True] * len(tokens)
+        targets = [True] * len(tokens) if train_on == "all" else is_reply
         labels = [token if target else IGNORED for token, target in zip(tokens, targets, strict=True)]
         return {"input_ids": tokens[:max_length], "labels": [IGNORED, *labels[1:max_length]]}
 
@@ -195,7 +226,7 @@ class ChatTemplate:
             return self._prompt_tokens(content["prompt"]), content["completion"]
         if "messages" not in content:
             return None
-        last = max(k for k, turn in enumerate(content["messages"]) if turn["role"] == "assistant")
+        last = last_reply(content)
         reply = self._turns(content, origin)[last]["content"]
         return self._tokens(self.render(content, origin, last, asks=True)), reply
 
@@ -248,7 +279,7 @@ class ChatTemplate:
             if message["role"] != "assistant" or k < content.get("first", 0):
                 continue
             before = self.render(content, origin, k, asks=True) if k else None
-            after = whole if k + 1 == len(messages) else self.render(content, origin, k + 1)
+            after = whole if k + 1 == len(messages) else self._without_end(self.render(content, origin, k + 1), whole)
             if before is None or not (after.startswith(before) and whole.startswith(after)):
                 why = (
                     "begins the conversation, so nothing asks for it" if before is None
@@ -256,10 +287,18 @@ class ChatTemplate:
                 )  # fmt: skip
                 raise RefusedRow(
                     f"{origin}: turn {k + 1}, of the assistant, {why}: which tokens are its own is not certain; take a "
-                    f"template with generation marks (--chat-template FILE), or --train-on all; {REMEDY}"
+                    f"template with generation marks (--chat-template FILE), --train-on last (the last reply of each "
+                    f"row alone), or --train-on all; {REMEDY}"
                 )
             spans.append((len(before), len(after)))
         return self._tokens_in(whole, spans, origin)
+
+    def _without_end(self, after: str, whole: str) -> str:
+        """``after`` without the EOS that the template puts behind all turns, as it does in ``whole``."""
+        eos = self.tokenizer.eos_token
+        if not eos or whole.startswith(after) or not whole.rstrip().endswith(str(eos)):
+            return after
+        return after.rstrip().removesuffix(str(eos))
 
     def _tokens_in(self, text: str, spans: list[tuple[int, int]], origin: str) -> tuple[list[int], list[bool]]:
         """Tokens of ``text``, and which of them have characters of ``spans``.
@@ -294,24 +333,10 @@ class ChatTemplate:
         return tokens, is_reply
 
 
-class _TooLong(Exception):
-    pass
+def last_reply(content: Content) -> int:
+    """The number of a conversation's last assistant turn."""
+    return max(k for k, turn in enumerate(content["messages"]) if turn["role"] == "assistant")
 
 
-@contextmanager
-def _cpu_limit(seconds: float) -> Iterator[None]:
-    """Raise :class:`_TooLong` once the process has computed for so long. In the main thread; elsewhere, no limit."""
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def expire(number: int, frame: object) -> None:
-        raise _TooLong
-
-    before = signal.signal(signal.SIGVTALRM, expire)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
+def _in_parts(turns: Messages) -> list[Content]:
+    return [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]

@@ -8,7 +8,8 @@ import tyro
 from pydantic import AfterValidator, Field
 
 from adalora_dist.config.data import ColumnsConfig, Known
-from adalora_dist.config.sections import GenerationConfig, RunConfig
+from adalora_dist.config.generation import GenerationConfig
+from adalora_dist.config.sections import RunConfig
 
 HUB_TASKS = ("xsum", "cnn_dailymail")
 """Those that data hub has."""

@@ -205,11 +205,18 @@ class Guard:
             self._ending.acquire()
 
     def _keep(self) -> None:
-        """A thread: show that the folder's owner lives."""
+        """A thread: show that the folder's owner lives, and end where it was taken for dead."""
         while not self._closed:
-            if self._lock is not None:
-                self._lock.touch()
+            if self._lock is not None and not self._lock.touch():
+                self._lose_folder()
             time.sleep(BEAT_SECONDS)
+
+    def _lose_folder(self) -> NoReturn:
+        self._ending.acquire()  # noqa: SIM115 (never released, as in _end_now)
+        text = f"output_dir={self._config.train.output_dir} has been taken over by another run while this one slept"
+        tell_error(text)
+        self._peers.report(text, EXIT_PEER)
+        leave(1)
 
 
 def _from_rank_0(value: Any) -> Any:

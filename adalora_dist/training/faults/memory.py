@@ -19,6 +19,8 @@ from adalora_dist.training.engine import engine_name
 if TYPE_CHECKING:
     from adalora_dist.training.prepared import Prepared
 
+_ROWS_OR_TOKENS = ("micro_batch_size x tokens", "micro_batch_tokens")
+
 
 def held_bytes(prepared: Prepared) -> dict[str, int]:
     """Bytes on this process by purpose, between two steps. No collective.
@@ -68,7 +70,7 @@ def memory_advice(accelerator: Accelerator, config: RunConfig, prepared: Prepare
             f"of {_size(total)} this process held {_size(used)}: backbone {_size(weights)}, adapters "
             f"{_size(held['adapter_bytes'])}, optimizer {_size(held['optimizer_bytes'])}, importance "
             f"{_size(held['importance_bytes'])}, the rest, {_size(max(0, used - sum(held.values())))}, mostly "
-            "activations, which grow with micro_batch_size x tokens"
+            f"activations, which grow with {_ROWS_OR_TOKENS[config.train.micro_batch_tokens > 0]}"
         )
     weigh_most = prepared is None or weights > used / 2
     changes = cheapest_changes(config, engine_name(accelerator), accelerator.num_processes, weigh_most)
@@ -79,16 +81,22 @@ def memory_advice(accelerator: Accelerator, config: RunConfig, prepared: Prepare
 def cheapest_changes(config: RunConfig, engine: str, num_processes: int, weights_weigh_most: bool) -> list[str]:
     """At most three settings that save memory, those that cost least first; first those for what weighs most."""
     train = config.train
+    max_length = getattr(getattr(config, "data", None), "max_length", None)
     rows = min(train.micro_batch_size, -(-train.batch_size // num_processes))
     activations = []
-    if rows > 1:
+    if tokens := train.micro_batch_tokens:
+        if (fewer := max(tokens // 2, max_length or 1)) < tokens:
+            activations.append(f"micro_batch_tokens {tokens} -> {fewer}: the same result in more passes")
+    elif rows > 1:
         fewer = next(size for size in range(rows // 2, 0, -1) if train.batch_size % size == 0)
         activations.append(f"micro_batch_size {train.micro_batch_size} -> {fewer}: the same result in more passes")
     if not train.gradient_checkpointing:
         activations.append("gradient_checkpointing true: the same result for one more forward per step")
+    elif train.checkpoint_activations != "full":
+        activations.append(f"checkpoint_activations {train.checkpoint_activations} -> full: recompute every block")
     if train.precision == "fp32":
         activations.append("precision bf16: activations of half the size")
-    if max_length := getattr(getattr(config, "data", None), "max_length", None):
+    if max_length:
         activations.append(f"max_length {max_length} -> {max_length // 2}: if few rows are longer")
     weights = []
     if config.model.dtype in ("auto", "float32") and config.quantization.quantization == "none":

@@ -1,81 +1,209 @@
-"""One run per output folder: the second is refused and told who the first is; the lock of a dead one is taken over."""
+"""One run per output folder: the second is refused and told who the first is; the lock of a dead one is taken over.
+
+Two things say that a run lives. The operating system's lock on ``.lock`` ends with its process, however that ends, and
+decides wherever it reaches; some network file systems keep it to one machine, others have none. So the owner also
+writes ``.lock-owner`` and touches it every few seconds. Whoever finds such a file of another machine watches it: one
+that changes has a living owner. No clock is read, so it does not matter whether those of the two machines agree.
+
+The file is made where there is none, which one of many can do. To replace that of a dead owner takes a claim, a file
+that is made in the same way and named after what is to be replaced, so of many that see it dead one replaces it. Who
+was taken for dead and comes back, a machine that had slept, finds another's file and ends.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
 import json
 import os
+import secrets
+import sys
 import time
 from pathlib import Path
-
-from filelock import FileLock, Timeout
+from typing import Any, NamedTuple
 
 from adalora_dist.io.errors import UserError, printable
-from adalora_dist.io.foreign_files import read_object
+from adalora_dist.io.foreign_files import NotReadable, read_object, read_plain
 from adalora_dist.io.publish import refuse_link, write_whole
 from adalora_dist.training.faults.verdict import Identity
 
-STALE_SECONDS = 120.0
-"""An owner on another machine that has not shown itself for so long is dead."""
+STALE_SECONDS = 60.0
+"""An owner on another machine whose file has not changed while it was watched for so long is dead."""
+_TOUCH_SECONDS = STALE_SECONDS / 12
+_LOOK_SECONDS = 0.25
+_EMPTY_SECONDS = 1.0
+"""How long a file may be empty that somebody has just made, and is about to write."""
+
+
+class _Found(NamedTuple):
+    """What stands under the owner's name."""
+
+    mark: str
+    """Of this file and no other, whatever is written under the name later."""
+    changed: int
+    owner: dict[str, str] | None
+    """Host, process and since when; None: it is no owner's file."""
 
 
 class RunLock:
     """Held by the main process while its run lives.
-
-    The operating system's lock on ``.lock`` decides wherever it reaches: it ends with its process, however that ends.
-    Some network file systems keep it to one machine, so the owner also shows itself by the time stamp of
-    ``.lock-owner``: see :meth:`touch`.
 
     Raises:
         UserError: the folder belongs to a living run, or cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._owner_file = folder / ".lock-owner"
-        self._touched = time.monotonic()
+        self._folder, self._owner_file = folder, folder / ".lock-owner"
+        self._token, self._touched = secrets.token_hex(8), time.monotonic()
+        self._descriptor: int | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
             refuse_link(folder / ".lock")
-            self._lock = FileLock(folder / ".lock", timeout=0, thread_local=False)  # any thread may end the run
-            self._lock.acquire()
-            me = Identity.of_this_process(0)
-            if (owner := self._owner()) and owner["host"] != me.host and self._seconds_since_touch() < STALE_SECONDS:
-                self._lock.release()
-                raise Timeout(str(folder))
-            since = time.strftime("%Y-%m-%d %H:%M:%S")
-            write_whole(self._owner_file, json.dumps({"host": me.host, "pid": me.pid, "since": since}))
-        except Timeout:
-            raise UserError(f"output_dir={folder} {self._refusal()}") from None
+            self._take()
         except OSError as error:
+            self._unlock()
             raise UserError(f"output_dir={folder} cannot be written ({error}): choose another folder") from error
+        except BaseException:
+            self._unlock()
+            raise
 
-    def touch(self) -> None:
-        """Show that the owner lives; call it more often than every ``STALE_SECONDS``."""
-        if time.monotonic() - self._touched > STALE_SECONDS / 10:
+    def touch(self) -> bool:
+        """Show that the owner lives; call it more often than every few seconds. False: another run has the folder."""
+        if time.monotonic() - self._touched > _TOUCH_SECONDS and self._descriptor is not None:
             self._touched = time.monotonic()
-            try:
+            if (owner := self._owner()) is not None and owner["token"] != self._token:
+                return False
+            with contextlib.suppress(OSError):  # a full or absent disk: the run itself will say so
                 os.utime(self._owner_file, follow_symlinks=False)
-            except OSError:
-                return  # a full or absent disk: the run itself will say so
+        return True
 
     def release(self) -> None:
         """The folder is free again. Does nothing the second time."""
-        if self._lock.is_locked:
-            self._owner_file.unlink(missing_ok=True)
-            self._lock.release()
+        if self._descriptor is not None:
+            if (owner := self._owner()) is not None and owner["token"] == self._token:
+                self._owner_file.unlink(missing_ok=True)
+            self._unlock()
+
+    # ------------------------------------------------------------------------------------------------------ to get it
+
+    def _take(self) -> None:
+        lock_works = self._lock()
+        me = Identity.of_this_process(0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        record = json.dumps({"host": me.host, "pid": me.pid, "since": since, "token": self._token})
+        found = self._find()
+        if found is not None and found.owner is not None and not (lock_works and found.owner["host"] == me.host):
+            found = self._watch(found)
+        if found is None:
+            if not _made(self._owner_file, record):
+                raise self._refusal()
+        else:
+            self._replace(found, record)
+        owner = self._owner()
+        if owner is None or owner["token"] != self._token:
+            raise self._refusal()
+
+    def _replace(self, dead: _Found, record: str) -> None:
+        """Only the holder of the claim on a file may replace it; so with the claim, and the file there, nobody else
+        does. Without the file somebody was faster, and has given the claim back."""
+        claim = self._owner_file.with_name(f"{self._owner_file.name}.{dead.mark}")
+        if not _made(claim, record):
+            raise UserError(
+                f"output_dir={self._folder} is being taken over by another run: choose another --output-dir; if there "
+                f"is none, remove {claim}"
+            )
+        try:
+            now = self._find()
+            if now is None or now.mark != dead.mark:
+                raise self._refusal()
+            write_whole(self._owner_file, record)
+        finally:
+            claim.unlink(missing_ok=True)
+
+    def _watch(self, found: _Found) -> _Found | None:
+        """What is there when its owner has shown no life.
+
+        Raises:
+            UserError: it has.
+        """
+        owner = found.owner or {}
+        print(
+            f"output_dir={self._folder}: waiting up to {STALE_SECONDS:.0f} s to see whether the run of process "
+            f"{owner.get('pid')} on {owner.get('host')} still lives", file=sys.stderr, flush=True,
+        )  # fmt: skip
+        deadline = time.monotonic() + STALE_SECONDS
+        while time.monotonic() < deadline:
+            time.sleep(_LOOK_SECONDS)
+            now = self._find()
+            if now is None:  # it has ended
+                return None
+            if (now.mark, now.changed) != (found.mark, found.changed):
+                raise self._refusal()
+        return found
+
+    def _find(self) -> _Found | None:
+        """None: nothing is there. What cannot be read, or is no owner's, may be replaced."""
+        deadline = time.monotonic() + _EMPTY_SECONDS
+        while True:
+            try:  # opened first, after which network file systems tell the truth about it
+                content = read_plain(self._owner_file)
+            except NotReadable:
+                content = None
+            try:
+                about = self._owner_file.lstat()
+            except OSError:
+                return None
+            if content != b"" or time.monotonic() > deadline:
+                break
+            time.sleep(_LOOK_SECONDS / 10)
+        digest = hashlib.sha256(f"{about.st_ino} ".encode() + (content or b"")).hexdigest()[:16]
+        return _Found(digest, about.st_mtime_ns, self._owner())
 
     def _owner(self) -> dict[str, str] | None:
         try:
-            content = read_object(self._owner_file)
-            return {key: printable(content[key], 100) for key in ("host", "pid", "since")}
+            content: dict[str, Any] = read_object(self._owner_file)
+            return {key: printable(content[key], 100) for key in ("host", "pid", "since")} | {
+                "token": printable(content.get("token"), 100)
+            }
         except (UserError, LookupError):
             return None
 
-    def _seconds_since_touch(self) -> float:
-        return time.time() - self._owner_file.lstat().st_mtime
-
-    def _refusal(self) -> str:
+    def _refusal(self) -> UserError:
         owner = self._owner() or {"host": "?", "pid": "?", "since": "?"}
-        return (
-            f"is in use by the run of process {owner['pid']} on {owner['host']} since {owner['since']}: choose another "
-            "--output-dir, or end that run"
+        return UserError(
+            f"output_dir={self._folder} is in use by the run of process {owner['pid']} on {owner['host']} since "
+            f"{owner['since']}: choose another --output-dir, or end that run"
         )
+
+    # --------------------------------------------------------------------------------------- the operating system's
+
+    def _lock(self) -> bool:
+        """Take it; False: there are none here."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        self._descriptor = os.open(self._folder / ".lock", flags, 0o666)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._refusal() from None
+        except OSError:
+            return False
+        return True
+
+    def _unlock(self) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _made(path: Path, content: str) -> bool:
+    """Make a file with that content; False: there is one of the name. Of many that try one does, on network file
+    systems, too."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except FileExistsError:
+        return False
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(content)
+    return True

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 
 from adalora_dist.config.engines import ENGINES
 from adalora_dist.io.errors import UserError
+from adalora_dist.training.launch import engine_asked_for
 
+GIGABYTES = 80.0
+"""Of a GPU that nobody has said anything of."""
 USABLE = 0.92
 """Of a GPU's memory: the rest goes to CUDA's context, the communication library and what the allocator cannot use."""
 FLOPS = 400e12
@@ -57,6 +62,21 @@ class Cluster:
                 f"--engine single with {world} GPUs: one process uses one; give --gpus 1x80GB, or ddp or fsdp2"
             )
         return cls(count, float(match[2]), nodes, engine, **{k: v for k, v in rates.items() if v is not None})
+
+    @classmethod
+    def here(cls, environment: Mapping[str, str] = os.environ) -> Cluster:
+        """What the launcher of this process has asked for: its engine, its processes, this machine's GPU.
+
+        Raises:
+            UserError: DeepSpeed's configuration is none.
+        """
+        import torch  # the command's options stand above, and cost none
+
+        num_processes = int(environment.get("WORLD_SIZE", 1))
+        on_each = int(environment.get("LOCAL_WORLD_SIZE", num_processes))
+        is_there = torch.cuda.is_available()
+        gigabytes = round(torch.cuda.get_device_properties(0).total_memory / 1e9, 1) if is_there else GIGABYTES
+        return cls(on_each, gigabytes, num_processes // on_each, engine_asked_for(environment))
 
     @property
     def world_size(self) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from adalora_dist.sharding.spans import Factor, Span, cut_rows
 from adalora_dist.training.plan.cluster import Cluster
-from adalora_dist.training.plan.memory import FLOAT32, Tensor
+from adalora_dist.training.plan.memory import FLOAT32, ROOT, ZERO_REUSED, Tensor
 
 DIGEST_NUMBERS = 6
 FLOAT64 = 8
@@ -35,17 +35,33 @@ def traffic_of(
     world, engine = cluster.world_size, cluster.engine
     if world == 1:
         return Traffic(0, 0, 0)
-    trained = FLOAT32 * sum(t.numel for t in tensors if t.is_trained)
-    whole = compute_bytes * sum(t.numel for t in tensors)
-    # Shards are gathered for each forward and each backward; every process then has what the others sent.
-    gathers = 2 * micro_steps * whole * (world - 1) // world
-    per_step = {"fsdp2": gathers + trained, "zero3": gathers + trained, "zero2": 2 * trained, "zero1": 2 * trained}
     of_method = 0
     if factors and engine in ("fsdp2", "zero1", "zero2", "zero3"):
         grams = sum(f.rank**2 for f in factors if f.orthogonal)
         of_method = FLOAT32 * (grams + split_elements(factors, engine, world) + 1)
     allocation = FLOAT64 * (factors[-1].rank + DIGEST_NUMBERS) if factors else 0
-    return Traffic(per_step.get(engine, trained), of_method, allocation)
+    return Traffic(_of_engine(tensors, engine, world, compute_bytes, micro_steps), of_method, allocation)
+
+
+def _of_engine(tensors: Sequence[Tensor], engine: str, world: int, compute_bytes: int, micro_steps: int) -> int:
+    """Bytes per step. Of what is gathered, each process gets what the others have."""
+    trained = FLOAT32 * sum(t.numel for t in tensors if t.is_trained)
+    if engine == "ddp":
+        return trained
+    if engine in ("zero1", "zero2"):  # updated slices are gathered; stage 2 reduces gradients in each micro-step
+        return (micro_steps if engine == "zero2" else 1) * trained + trained * (world - 1) // world
+    numel = sum(t.numel for t in tensors)
+    if engine == "fsdp2":
+        again = numel - sum(t.numel for t in tensors if t.group < _first_in_backward(tensors))
+        reductions = 1
+    else:
+        again, reductions = max(0, numel - ZERO_REUSED // 2), micro_steps
+    return micro_steps * compute_bytes * (numel + again) * (world - 1) // world + reductions * trained
+
+
+def _first_in_backward(tensors: Sequence[Tensor]) -> int:
+    """The first group that backward comes to: those before have nothing to learn, and the root's stays from forward."""
+    return min((t.group for t in tensors if t.is_trained and t.group != ROOT), default=0)
 
 
 def split_elements(factors: Sequence[Factor], engine: str, world: int) -> int:

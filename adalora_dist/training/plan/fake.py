@@ -21,8 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.utils import clip_grad_norm_
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from adalora_dist.backbones.activations import checkpoint_activations
 from adalora_dist.backbones.fit import lengths_of
-from adalora_dist.config.methods import AdaLoraConfig
+from adalora_dist.config.methods import AdaptiveConfig
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods import method_for
@@ -37,6 +38,10 @@ _DEPTHS = (2, 4)
 _DEPTH_FIELDS = ("num_hidden_layers", "decoder_layers", "num_decoder_layers")
 _NUM_STEPS = 1000
 """Of the run that the two steps belong to: neither of them is at its end."""
+
+
+class NotPlanned(UserError):
+    """A step that cannot be made without values: no mistake of the user's, and a run may well make it."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ def step_bytes(config: RunConfig, auto_class: Any, settings: Any, dtype: torch.d
         dtype: that its weights are stored in.
 
     Raises:
-        UserError: the model's code does not run on fake tensors.
+        NotPlanned: the model's or the method's code does not run on fake tensors.
     """
     depth = getattr(settings, "num_hidden_layers", 0)
     try:
@@ -78,7 +83,7 @@ def step_bytes(config: RunConfig, auto_class: Any, settings: Any, dtype: torch.d
     except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
         reason = " ".join(str(error).split())[:150]
         architecture = (settings.architectures or [type(settings).__name__])[0]
-        raise UserError(
+        raise NotPlanned(
             f"a step of {architecture} with method {config.adapter.method} cannot be made on fake tensors ({reason}): "
             "measure its memory with a short run, --max-steps 5"
         ) from error
@@ -113,7 +118,7 @@ def _measured(config: RunConfig, auto_class: Any, settings: Any, dtype: torch.dt
     # Rows are real, and what the model makes of them alone stays so: a mask, positions.
     mode, live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
     section, train = config.adapter, config.train
-    if isinstance(section, AdaLoraConfig):  # importance advances from the first step on
+    if isinstance(section, AdaptiveConfig):  # importance advances from the first step on
         section = section.model_copy(update={"initial_warmup_steps": None, "final_steps": None, "compact": False})
     with live, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -124,8 +129,8 @@ def _measured(config: RunConfig, auto_class: Any, settings: Any, dtype: torch.dt
             num_parameters = sum(p.numel() for p in model.parameters())
             with _HostReads():  # type: ignore[no-untyped-call]
                 adapt(model, section, train.seed)
-            if train.gradient_checkpointing:
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # What goes to the host is counted as if it stayed.
+            checkpoint_activations(model, train.model_copy(update={"offload_activations": False}))
             weights = live.now
             optimizer = method_for(section).optimizer(model, train)
             hooks = attach(model, optimizer, section, _NUM_STEPS)

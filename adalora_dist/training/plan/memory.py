@@ -26,8 +26,12 @@ _DOUBLE_QUANT, _SCALES = 0.127, 0.5
 """Bits per 4-bit weight for its block's scale, itself quantised or not; int8 has a number per row, which is nothing."""
 ZERO_LIVE = 1_000_000_000
 """DeepSpeed's default for elements that stay gathered."""
+ZERO_REUSED = 1_000_000_000
+"""DeepSpeed's default: a weight stays gathered if fewer elements than these are used before it is used again."""
 ZERO_BUCKET = 500_000_000
 """DeepSpeed's default for elements of a reduction bucket; stage 2 with overlap_comm has two."""
+ROOT = -1
+"""FSDP2's group of what has none of its own."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Tensor:
     rows: int
     numel: int
     group: int
-    """What FSDP2 gathers together: a block's number; -1: what has no group of its own."""
+    """What FSDP2 gathers together, in the order of a forward: embeddings, blocks, head; ``ROOT``: what is left."""
     is_trained: bool
     is_quantized: bool
 
@@ -87,7 +91,7 @@ def memory_of(
     cluster: Cluster,
     element_bytes: int,
     compute_bytes: int,
-    method: str,
+    adapts_ranks: bool,
     quantization: str = "none",
     double_quant: bool = True,
     micro_steps: int = 1,
@@ -98,6 +102,7 @@ def memory_of(
         alone: the same model's step in one process that shards nothing, not quantised.
         element_bytes: of a frozen weight as it is stored.
         compute_bytes: of the type that forward and backward compute in.
+        adapts_ranks: whether there are averages of importance.
         micro_steps: forward and backward passes per optimizer step.
     """
     engine, world = cluster.engine, cluster.world_size
@@ -119,7 +124,7 @@ def memory_of(
         gradients += trained if engine == "zero1" else 0
     elif engine == "ddp" and world > 1:
         adapters += trained  # reduction buckets, kept
-    buffers = 4 if method == "adalora" else 0
+    buffers = 4 if adapts_ranks else 0
     activations = alone.activations + (gradients if micro_steps > 1 else 0)
     # A quantised weight is dequantised for its product.
     activations += compute_bytes * max((t.numel for t in tensors if t.is_quantized), default=0)

@@ -21,7 +21,7 @@ from adalora_dist.training.engine import num_micro_steps
 from adalora_dist.training.plan.cluster import Cluster
 from adalora_dist.training.plan.estimate import Time, Traffic, time_of, traffic_of
 from adalora_dist.training.plan.fake import StepBytes, longest, step_bytes
-from adalora_dist.training.plan.memory import FLOAT32, Memory, Tensor, after_freeze, memory_of
+from adalora_dist.training.plan.memory import FLOAT32, ROOT, Memory, Tensor, after_freeze, memory_of
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Planner:
         self._factors = list(_factors(model))
         self._num_matmul = sum(t.numel for t in self._tensors if t.is_quantized)
         self._dtype = dtype_named(config.model.dtype) or getattr(settings, "dtype", None) or torch.float32
-        self._alone: dict[tuple[int, bool], StepBytes] = {}
+        self._alone: dict[tuple[Any, ...], StepBytes] = {}
 
     def plan(self, cluster: Cluster, config: RunConfig | None = None) -> Plan:
         """
@@ -79,14 +79,14 @@ class Planner:
         config = config or self.config
         train, quantization, world = config.train, config.quantization, cluster.world_size
         check_engine(quantization, cluster.engine)
-        micro_steps = num_micro_steps(train, world)
+        micro_steps = num_micro_steps(train, world, longest(config))
         micro_batch = -(-train.batch_size // (world * micro_steps))
-        key = micro_batch, train.gradient_checkpointing
+        key = micro_batch, train.gradient_checkpointing, train.checkpoint_activations
         if key not in self._alone:
             self._alone[key] = step_bytes(config, self._auto_class, self._settings, self._dtype, micro_batch)
         compute = 4 if train.precision == "fp32" else 2
         before = memory_of(
-            self._tensors, self._alone[key], cluster, self._dtype.itemsize, compute, config.adapter.method,
+            self._tensors, self._alone[key], cluster, self._dtype.itemsize, compute, config.adapter.adapts_ranks,
             quantization.quantization, quantization.double_quant, micro_steps,
         )  # fmt: skip
         schedule = self._schedule
@@ -118,9 +118,12 @@ class Planner:
         while size > 1:
             size //= 2
             smaller = max(k for k in range(1, size + 1) if config.train.batch_size % k == 0)
-            config = with_train(micro_batch_size=smaller)
-            yield f"--micro-batch-size {smaller}", self.plan(cluster, config)
-        words += [f"--micro-batch-size {size}"] if self.plan(cluster).micro_batch > 1 else []
+            name, value = "micro_batch_size", smaller
+            if config.train.micro_batch_tokens:
+                name, value = "micro_batch_tokens", smaller * longest(config)
+            config = with_train(**{name: value})
+            words = [f"--{name.replace('_', '-')} {value}"]
+            yield words[0], self.plan(cluster, config)
         if not config.train.gradient_checkpointing:
             config = with_train(gradient_checkpointing=True)
             words.append("--gradient-checkpointing")
@@ -148,17 +151,17 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
     """The parameters of an adapted model on the meta device, each once."""
     names = name_blocks(model)
     blocks = [m for m in model.modules() if type(m).__name__ in names]
-    group_of = {id(p): k for k, block in enumerate(blocks) for p in block.parameters()}
+    group_of = {id(p): k for k, block in enumerate(blocks, start=1) for p in block.parameters()}
     # accelerate makes groups of their own of the embeddings and the head.
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
-    for k, module in ((len(blocks), head), (len(blocks) + 1, embeddings)):
+    for k, module in ((len(blocks) + 1, head), (0, embeddings)):
         group_of |= {id(p): k for p in (() if module is None else module.parameters())}
     # bitsandbytes replaces the linear maps within blocks, not the head.
     linears = (m for block in blocks for m in block.modules() if linear_shape(m) is not None)
     in_linears = {id(m.weight) for m in linears if isinstance(getattr(m, "weight", None), nn.Parameter)}
     for p in model.parameters():
         is_packed = id(p) in in_linears and not p.requires_grad
-        yield Tensor(p.shape[0] if p.ndim else 1, p.numel(), group_of.get(id(p), -1), p.requires_grad, is_packed)
+        yield Tensor(p.shape[0] if p.ndim else 1, p.numel(), group_of.get(id(p), ROOT), p.requires_grad, is_packed)
 
 
 def _factors(model: nn.Module) -> Iterator[Factor]:

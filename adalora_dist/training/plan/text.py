@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 from adalora_dist.artifacts.tables import aligned
 from adalora_dist.io.progress import duration
-from adalora_dist.training.plan.cluster import USABLE, Cluster
+from adalora_dist.training.plan.cluster import GIGABYTES, USABLE, Cluster
+from adalora_dist.training.plan.fake import NotPlanned
 from adalora_dist.training.plan.memory import Memory
 from adalora_dist.training.plan.plan import Plan, Planner
 
-SIZES_GB = (24.0, 48.0, 80.0)
+SIZES_GB = (24.0, 48.0, GIGABYTES)
 """Of GPUs that are told of in any case."""
 
 
@@ -50,12 +51,8 @@ def cluster_text(planner: Planner, cluster: Cluster, num_steps: int) -> str:
     rate = f"{cluster.flops / 1e12:g} TFLOP/s, {cluster.link_rate / 1e9:g} GB/s"
     longer = "computing" if time.compute >= time.link else "the link"
     lines = [
-        f"Plan       {cluster.said()}: {cluster.world_size} processes, {plan.micro_batch} sequences each in "
-        f"{plan.micro_steps} micro-step(s), as long as the settings allow ({plan.tokens:,} tokens a batch)",
-        "",
-        aligned(memory_rows(plan)),
-        "",
-        "           Gradients come as activations go: of both, the larger counts towards the peak.",
+        f"Plan       {cluster.said()}: {cluster.world_size} processes, {_batches(plan)}",
+        *_table(plan),
         f"Wire       {size(traffic.per_step)} into collectives per process and step, and of AdaLoRA's own "
         f"{size(traffic.of_method_per_step)}; {size(traffic.per_allocation)} per allocation",
         f"Disk       checkpoint {size(plan.checkpoint_bytes)}, merged model {size(plan.merged_bytes)}, adapter "
@@ -65,6 +62,29 @@ def cluster_text(planner: Planner, cluster: Cluster, num_steps: int) -> str:
         _fits(planner, cluster, plan),
     ]
     return "\n".join(lines)
+
+
+def own_text(planner: Planner, cluster: Cluster) -> str:
+    """For a run's own dry run: memory alone, and without a plan the reason in its place."""
+    try:
+        plan = planner.plan(cluster)
+    except NotPlanned as error:
+        return f"Memory     not planned: {error}"
+    several = f"one of {cluster.world_size} processes" if cluster.world_size > 1 else "one process"
+    lines = [f"Memory     of {several} under {cluster.engine}: {_batches(plan)}", *_table(plan)]
+    return "\n".join([*lines, _fits(planner, cluster, plan)])
+
+
+def _batches(plan: Plan) -> str:
+    return (
+        f"{plan.micro_batch} sequences each in {plan.micro_steps} micro-step(s), as long as the settings allow "
+        f"({plan.tokens:,} tokens a batch)"
+    )
+
+
+def _table(plan: Plan) -> list[str]:
+    told = "           Gradients come as activations go: of both, the larger counts towards the peak."
+    return ["", aligned(memory_rows(plan)), "", told]
 
 
 def _fits(planner: Planner, cluster: Cluster, plan: Plan) -> str:

@@ -1,8 +1,8 @@
-"""The updates of experts, added to the tensors that a model's files have of them."""
+"""Merging into tensors of the files that are no parameters by themselves: those of experts, and what is rearranged."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -11,6 +11,7 @@ import torch
 from adalora_dist.backbones.expert_files import parts_of
 from adalora_dist.backbones.experts import ExpertStack, place_of
 from adalora_dist.backbones.names import FileNames
+from adalora_dist.backbones.rearranged import Change, Rearranged
 from adalora_dist.methods.update import AdapterWeights, Update
 
 Edit = Callable[[torch.Tensor], torch.Tensor]
@@ -57,3 +58,23 @@ def _add_all(matrices: Sequence[AdapterWeights], stack: torch.Tensor) -> torch.T
         if matrix.rank:
             matrix.add_to(weight)
     return stack
+
+
+def rearranged_edits(changes: Mapping[str, Change], names: FileNames) -> dict[str, Edit]:
+    """By its key in the files, what to do with each tensor that parameters which have changed are made of.
+
+    Args:
+        changes: by parameter name.
+
+    Raises:
+        UserError: as :class:`~adalora_dist.backbones.rearranged.Rearranged`.
+    """
+    together: dict[tuple[str, ...], tuple[Rearranged, dict[str, Change]]] = {}
+    for name, change in changes.items():
+        found = Rearranged(names, name)
+        together.setdefault(found.keys, (found, {}))[1][name] = change
+    return {
+        key: partial(found.changed, key, changes=of_these)
+        for found, of_these in together.values()
+        for key in found.keys
+    }
