@@ -58,7 +58,7 @@ class FlatBuffer:
 
     ``pieces``: a view for each piece of the portion, 1-D, or in the local tensor's shape if the piece is all of it;
     ``bodies``: a view for each group, (number of factors, rows, rank); ``transposed``: the same, (.., rank, rows);
-    ``stacked``: views by matrix, for groups whose factors hold several of one width; None for others;
+    ``stacked``: views by matrix, for groups whose factors hold several, all of one width; None for others;
     ``fragments``: a view of the rest, 1-D, or None in a portion that has none of it.
 
     Args:
@@ -88,7 +88,9 @@ class FlatBuffer:
             self.data.narrow(0, g.flat_start - portion.start, g.numel).view(-1, g.rows, g.rank) for g in groups
         ]
         self.transposed = [body.transpose(1, 2) for body in self.bodies]
-        self.stacked = [_stacked(body, g) for body, g in zip(self.bodies, groups, strict=True)]
+        self.stacked = [
+            None if layout.is_padded(g) else _stacked(body, g) for body, g in zip(self.bodies, groups, strict=True)
+        ]
         is_last = portion.stop == layout.num_elements
         self.fragments = self.data[layout.fragments_start - portion.start :] if is_last else None
 
@@ -112,7 +114,7 @@ class Stacked(NamedTuple):
 
 def _stacked(body: torch.Tensor, group: Group) -> Stacked | None:
     num, width = len(group.blocks), group.blocks[0]
-    if num == 1 or len(set(group.blocks)) > 1:
+    if num == 1:
         return None
     in_place = body.view(-1, group.rows, num, width).transpose(1, 2)
     as_if = body.view(-1, num, group.rows, width)
@@ -132,6 +134,7 @@ class SpanLayout:
     def __init__(self, factors: Sequence[Factor], spans: Sequence[Span], max_portion: int | None = None) -> None:
         self._max_portion = max_portion
         self.factors = tuple(factors)
+        self._has_ragged = any(len(set(f.widths)) > 1 for f in self.factors)
         self.num_triplets = max((f.first_triplet + f.rank for f in factors), default=0)
         self.pieces: list[Piece] = []
         self.groups: list[Group] = []
@@ -164,11 +167,19 @@ class SpanLayout:
         self.portions = self._cut_portions()
         """Of at most ``max_portion`` elements, but for single bodies and fragments; all elements, in order."""
 
+    def is_padded(self, group: Group) -> bool:
+        """Whether its matrices have to be made equally wide: several in a factor, somewhere of unequal widths."""
+        return self._pads(group.orthogonal, group.blocks)
+
+    def _pads(self, orthogonal: bool, blocks: tuple[int, ...]) -> bool:
+        return self._has_ragged and orthogonal and len(blocks) > 1
+
     def _within_portions(
         self, bodies: dict[tuple[bool, int, int, tuple[int, ...]], list[int]]
     ) -> Iterator[tuple[bool, int, int, tuple[int, ...], list[int]]]:
-        """Bodies of one shape, as many as a portion holds at a time."""
-        for (orthogonal, num_rows, rank, blocks), members in bodies.items():
+        """Bodies of one shape, as many as a portion holds at a time; those that are padded last, side by side."""
+        in_order = sorted(bodies.items(), key=lambda item: self._pads(item[0][0], item[0][3]))
+        for (orthogonal, num_rows, rank, blocks), members in in_order:
             count = len(members) if self._max_portion is None else max(1, self._max_portion // (num_rows * rank))
             for first in range(0, len(members), count):
                 yield orthogonal, num_rows, rank, blocks, members[first : first + count]

@@ -8,49 +8,19 @@ from itertools import pairwise
 import pytest
 import torch
 import transformers as tf
-from torch.func import functional_call
 
 from adalora_dist import LoraConfig, adapt, attach
 from adalora_dist.backbones.experts import grouped_product, place_of, stacks_of
 from adalora_dist.config.methods import method_config
-from adalora_dist.methods.adalora.experts import ExpertTriplets
 from adalora_dist.methods.adalora.orthogonality import regulariser
 from adalora_dist.methods.adalora.routing import TokensSeen
 from adalora_dist.methods.adalora.sums import TripletSums
 from adalora_dist.sharding.layout import FlatBuffer, SpanLayout
 from adalora_dist.sharding.spans import Factor, Span
 from tests.support.expert_models import MIXTURES, SIZES, loss_of, mixture
+from tests.support.expert_steps import expert_layers, looped_loss, moved
 from tests.support.expert_training import FALLING, RANK, config, run
 from tests.support.refusals import refusal
-
-
-def expert_layers(adapters) -> list[ExpertTriplets]:
-    return [adapter for adapter in adapters if isinstance(adapter, ExpertTriplets)]
-
-
-def moved(model, adapters) -> None:
-    """Away from the start, where P is 0."""
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for layer in adapters:
-            layer.P.normal_(std=0.2)
-        model.adalora.lam.uniform_(0.5, 1.5)
-
-
-def looped_loss(plain, layers, factors):
-    """The loss of the plain model, its experts in transformers' own loop, with W + s P diag(lam) Q for every expert."""
-    weights = {}
-    for layer in layers:
-        weight, (p, lam, qt) = plain.get_parameter(layer.name), factors[layer.name]
-        sums, first = [], 0
-        for matrix, rank in zip(weight.unbind(0), layer.ranks, strict=True):
-            own = slice(first, first + rank)
-            delta = layer.scale * (p[:, own] * lam[own]) @ qt[:, own].T
-            sums.append(matrix + (delta.T if layer.stack.is_transposed else delta))
-            first += rank
-        weights[layer.name] = torch.stack(sums)
-    ids = torch.randint(3, 32, (2, 12), generator=torch.Generator().manual_seed(1))
-    return functional_call(plain, weights, kwargs={"input_ids": ids, "labels": ids}).loss
 
 
 @pytest.mark.parametrize("kind", MIXTURES)

@@ -14,6 +14,7 @@ from typing import get_args
 import torch
 
 from adalora_dist.methods.adalora.orthogonality import OrthogonalityForm, defect, gradient_factor
+from adalora_dist.methods.adalora.ragged import RaggedGroups, as_slice
 from adalora_dist.sharding.layout import FlatBuffer, Portion, SpanLayout
 from adalora_dist.sharding.spans import FactorKind, Span, cut_rows
 
@@ -90,15 +91,19 @@ class TripletSums:
     def _index_grams(self, spans_of_ranks: Sequence[Sequence[Span]], device: torch.device | str) -> None:
         """Gram matrices and split rows are kept per size r, so that each size is one batch.
 
-        Within it factors of one shape lie side by side, so that a group's matrices usually are one slice. The matrices
-        of one factor have the size of the widest of them; a narrower one's last columns are no triplets, and left out.
+        Within it factors of one shape lie side by side, so that a group's matrices usually are one slice. Where any are
+        not equally wide (``ragged.py``), a narrower one's last columns are no triplets, and left out.
         """
+        is_ragged = any(len(set(factor.widths)) > 1 for factor in self.layout.factors)
+        padded = [is_ragged and len(factor.widths) > 1 for factor in self.layout.factors]
+        pairs = zip(padded, self.layout.factors, strict=True)
+        self._padded_width = max((max(factor.widths) for is_one, factor in pairs if is_one), default=0)
         self._slot: dict[int, tuple[int, int]] = {}  # factor -> (r, index of its first matrix among those of that r)
         self._num_of_rank: dict[int, int] = {}
         columns: dict[int, list[list[int]]] = {}  # r -> of every matrix the triplets of its columns, -1: none
-        for k, factor in sorted(enumerate(self.layout.factors), key=lambda item: item[1].rows):
+        for k, factor in sorted(enumerate(self.layout.factors), key=lambda item: (padded[item[0]], item[1].rows)):
             if factor.orthogonal and factor.rank:
-                r, first = max(factor.widths), factor.first_triplet
+                r, first = self._padded_width if padded[k] else max(factor.widths), factor.first_triplet
                 of_r = columns.setdefault(r, [])
                 self._slot[k] = r, len(of_r)
                 for width in factor.widths:
@@ -130,7 +135,7 @@ class TripletSums:
             if f.factor in self._slot:
                 r, start = self._slot[f.factor][0], position[f.factor, f.row]
                 flat_index[r] += range(flat, flat + f.stop - f.start)
-                places = _padded_places(self.layout.factors[f.factor].widths)
+                places = _padded_places(self.layout.factors[f.factor].widths, r)
                 row_index[r] += [start * r + place for place in places[f.start : f.stop]]
             flat += f.stop - f.start
         self._split_elements = {
@@ -144,53 +149,31 @@ class TripletSums:
         return r, list(range(first, first + len(self.layout.factors[k].widths)))
 
     def _index_blocks(self, device: torch.device | str) -> None:
-        """Of every group: its matrices, and where they are of unequal width, their columns as if they were not."""
+        """Of every group that is not padded: its matrices."""
         self._group_slots: list[slice | torch.Tensor | None] = []
-        self._padding: list[tuple[torch.Tensor, torch.Tensor] | None] = []
         for group in self.layout.groups:
-            slots = [s for k in group.factors for s in self._slots_of(k)[1]] if group.orthogonal else []
-            if not slots:
-                self._group_slots.append(None)
-            elif slots == list(range(slots[0], slots[-1] + 1)):
-                self._group_slots.append(slice(slots[0], slots[-1] + 1))
-            else:
-                self._group_slots.append(torch.tensor(slots, device=device))
-            self._padding.append(None)
-            if len(set(group.blocks)) > 1:
-                places = _padded_places(group.blocks)
-                padded = torch.zeros(len(group.blocks) * max(group.blocks), dtype=torch.long)
-                padded[places] = torch.arange(group.rank)
-                self._padding[-1] = padded.to(device), torch.tensor(places, device=device)
+            is_other = not group.orthogonal or self.layout.is_padded(group)
+            slots = [] if is_other else [s for k in group.factors for s in self._slots_of(k)[1]]
+            self._group_slots.append(as_slice(slots, device) if slots else None)
 
     def _stack(self, values: FlatBuffer, work: FlatBuffer) -> None:
-        """Where factors hold several matrices of one width, copy them to ``work`` one behind the other."""
+        """Where factors hold several matrices, copy them to ``work`` one behind the other, or padded to ``_ragged``."""
         if self._stacked_in is not work:
             pairs = zip(work.stacked, values.stacked, strict=True)
             several = [(to.as_if, source.in_place) for to, source in pairs if to is not None and source is not None]
             if several:
                 torch._foreach_copy_([to for to, _ in several], [source for _, source in several])
+            if (ragged := self._ragged.get(values.portion.start)) is not None:
+                ragged.copy(values.data)
         self._stacked_in = work
 
     def _matrices(self, values: FlatBuffer, k: int, work: FlatBuffer) -> tuple[torch.Tensor, torch.Tensor]:
         """The (matrices, rows, r) of group k, and transposed; a copy where factors hold several (:meth:`_stack`)."""
-        group, padding = self.layout.groups[k], self._padding[k]
-        if len(group.blocks) == 1:
+        if len(self.layout.groups[k].blocks) == 1:
             return values.body(k), values.transposed[k - values.portion.groups.start]
-        if (stacked := work.stacked[k - work.portion.groups.start]) is not None:
-            return stacked.matrices, stacked.transposed
-        assert padding is not None
-        by_row = values.body(k).index_select(2, padding[0]).view(-1, group.rows, len(group.blocks), max(group.blocks))
-        matrices = by_row.transpose(1, 2).flatten(0, 1)
-        return matrices, matrices.transpose(1, 2)
-
-    def _put(self, gradients: torch.Tensor, k: int, out: FlatBuffer) -> None:
-        """The (matrices, rows, r) of group k with several in a factor, into their places."""
-        group, padding = self.layout.groups[k], self._padding[k]
-        by_factor = gradients.view(-1, len(group.blocks), group.rows, max(group.blocks))
-        if (target := out.stacked[k - out.portion.groups.start]) is not None:
-            target.in_place.copy_(by_factor)
-        elif padding is not None:
-            torch.index_select(by_factor.transpose(1, 2).flatten(2), 2, padding[1], out=out.body(k))
+        stacked = work.stacked[k - work.portion.groups.start]
+        assert stacked is not None
+        return stacked.matrices, stacked.transposed
 
     def _view_partials(self, device: torch.device | str, dtype: torch.dtype) -> None:
         size = self.num_gram_elements + self.num_split_row_elements + 1
@@ -210,8 +193,17 @@ class TripletSums:
             ]
             for of_rank in (self._grams, self._gram_factors)
         )
+        width = self._padded_width
+        self._ragged = {
+            portion.start: RaggedGroups(
+                self.layout, portion, width, self._slots_of, self._grams[width], self._gram_factors[width]
+            )
+            for portion in self.layout.portions
+            if any(self.layout.is_padded(self.layout.groups[k]) for k in portion.groups)
+        }
         # There are no split rows, and this rank holds rows of every matrix.
-        self._all_written = sum(grams.numel() for grams in self._group_grams if grams is not None) == size - 1
+        covered = sum(ragged.covered() for ragged in self._ragged.values()) * width**2
+        self._all_written = covered + sum(g.numel() for g in self._group_grams if g is not None) == size - 1
 
     @property
     def num_gram_elements(self) -> int:
@@ -266,6 +258,8 @@ class TripletSums:
                 torch.bmm(transposed, matrices, out=grams)
             else:
                 self._grams[max(self.layout.groups[k].blocks)][slots] = torch.bmm(transposed, matrices)
+        if (ragged := self._ragged.get(portion.start)) is not None:
+            ragged.write_grams()
         if values.fragments is not None:
             for r, (flat_index, row_index) in self._split_elements.items():
                 if len(flat_index):
@@ -329,8 +323,11 @@ class TripletSums:
             matrices, _ = self._matrices(values, k, out)
             if len(group.blocks) == 1:
                 torch.bmm(matrices, factor, out=out.body(k))
-            else:
-                self._put(torch.bmm(matrices, factor), k, out)
+            elif (target := out.stacked[k - out.portion.groups.start]) is not None:
+                products = torch.bmm(matrices, factor).view(-1, len(group.blocks), group.rows, max(group.blocks))
+                target.in_place.copy_(products)
+        if (ragged := self._ragged.get(values.portion.start)) is not None:
+            ragged.write_products(out.data)
         self._stacked_in = None
         if values.fragments is not None:
             for r, (flat_index, row_index) in self._split_elements.items():
@@ -344,7 +341,6 @@ def _within(portion: Portion, index: torch.Tensor) -> torch.Tensor:
     return index - portion.start if portion.start else index
 
 
-def _padded_places(widths: Sequence[int]) -> list[int]:
-    """Where each column lies if every matrix had as many as the widest: (2, 1) gives [0, 1, 2]."""
-    widest = max(widths)
-    return [k * widest + column for k, width in enumerate(widths) for column in range(width)]
+def _padded_places(widths: Sequence[int], width: int) -> list[int]:
+    """Where each column lies if every matrix had ``width``: (2, 1) with 2 gives [0, 1, 2]."""
+    return [k * width + column for k, own in enumerate(widths) for column in range(own)]
