@@ -74,6 +74,11 @@ ARMS: dict[str, MethodConfig] = {
         ("adalora-after", "adalora", 6, {"importance_order": "after"}),
         ("adalora-paper-after", "adalora", 6, {"start": "paper", "importance_order": "after"}),
     )
+} | {
+    # Of the study of defaults: nothing is set but, for the last one, the rank of an equal final budget.
+    "adalora-defaults": method_config("adalora", train_modules=("task-head",)),
+    "lora-defaults": method_config("lora", train_modules=("task-head",)),
+    "lora-8": method_config("lora", train_modules=("task-head",), init_rank=8),
 }
 GRID_ARMS = ("adalora", "adalora-paper", "lora-4", "lora-6")
 
@@ -125,18 +130,21 @@ def new_model(folder: Path, num_labels: int, seed: int) -> nn.Module:
     return model
 
 
-def one_run(run: Run, arm: MethodConfig, data: TaskData, folder: Path) -> dict[str, Any]:
+def one_run(
+    run: Run, arm: MethodConfig, data: TaskData, folder: Path, num_steps: int, batch_size: int
+) -> dict[str, Any]:
     """Train and score; the loop is the package's own on one process, with its loss, batches, clipping and schedule."""
     started = time.monotonic()
-    task, num_steps = TASKS[run.task], STEPS[run.task]
+    task = TASKS[run.task]
     model = new_model(folder, task.num_labels, run.seed)
     config = within_budget(model, arm)
     adapt(model, config, run.seed)
-    settings = TrainConfig(learning_rate=run.rate, max_steps=num_steps, batch_size=BATCH, micro_batch_size=BATCH)
+    sizes = {"max_steps": num_steps, "batch_size": batch_size, "micro_batch_size": batch_size}
+    settings = TrainConfig(learning_rate=run.rate, **sizes)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=run.rate, weight_decay=settings.weight_decay, fused=True)
     hooks = attach(model, optimizer, config, num_steps)
-    plan = BatchPlan.of_inputs(data.train.inputs, [[label] for label in data.train.labels], BATCH, run.seed)
+    plan = BatchPlan.of_inputs(data.train.inputs, [[label] for label in data.train.labels], batch_size, run.seed)
     loss_sum = classification_loss(
         data.train.inputs, data.train.labels, task.num_labels, data.padding_token, torch.device("cpu")
     )
@@ -197,6 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=GRID_ARMS)
     parser.add_argument("--rates", nargs="+", type=float, default=RATES)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--steps", type=int, help="for all tasks; a study of its own, with its own --output")
+    parser.add_argument("--batch", type=int, default=BATCH)
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     logging.set_verbosity_error()
@@ -208,7 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for run in runs_of(args):
         if run in done:
             continue
-        record = one_run(run, ARMS[run.arm], data[run.task], folder)
+        num_steps = args.steps or STEPS[run.task]
+        record = one_run(run, ARMS[run.arm], data[run.task], folder, num_steps, args.batch)
         with args.output.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         print(json.dumps(record), flush=True)

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-CONTROL = "lora-4"
+CONTROLS = ("lora-4", "lora-8")
+"""Of the final budget's rank; the one that the file has."""
 METRICS = {"cola": "matthews", "sst2": "accuracy", "mrpc": "accuracy", "rte": "accuracy"}
 
 
@@ -30,6 +31,7 @@ class Grid:
             list(dict.fromkeys(r[field] for r in records)) for field in ("task", "arm", "rate", "seed")
         )
         self.rates: list[float] = sorted(rates)
+        self.control: str = next(arm for arm in CONTROLS if arm in self.arms)
         self.seeds = {
             task: [s for s in all_seeds if all((task, a, r, s) in self._records for a in self.arms for r in self.rates)]
             for task in self.tasks
@@ -82,11 +84,11 @@ def by_rate(grid: Grid, task: str, field: str, sign: int) -> str:
     """One line per rate; the arms, and whether each of them passes against the control."""
     rows = []
     for rate in grid.rates:
-        control = grid.values(task, CONTROL, rate, field)
+        control = grid.values(task, grid.control, rate, field)
         cells = []
         for arm in grid.arms:
             values = grid.values(task, arm, rate, field)
-            mark = "" if arm == CONTROL or passes(values, control, sign) else " (fails)"
+            mark = "" if arm == grid.control or passes(values, control, sign) else " (fails)"
             cells.append(cell(values) + mark)
         rows.append([f"{rate:g}", *cells])
     return table(["rate", *grid.arms], rows)
@@ -107,13 +109,13 @@ def paired(grid: Grid, tasks: Sequence[str], field: str | None = None) -> str:
     """Differences from the control at each arm's own rate, paired by seed. ``field``: default the task's score."""
     rows = []
     for arm in grid.arms:
-        if arm != CONTROL:
+        if arm != grid.control:
             fields = [field or f"dev {METRICS[task]}" for task in tasks]
             found = [
-                differences(grid.at_best(t, arm, f), grid.at_best(t, CONTROL, f))
+                differences(grid.at_best(t, arm, f), grid.at_best(t, grid.control, f))
                 for t, f in zip(tasks, fields, strict=True)
             ]
-            rows.append([f"{arm} less {CONTROL}", *map(cell, found)])
+            rows.append([f"{arm} less {grid.control}", *map(cell, found)])
     return table(["difference", *tasks], rows)
 
 
@@ -145,8 +147,8 @@ def main() -> None:
         print(by_rate(grid, task, "dev loss", -1) + "\n")
     if tasks:
         print("### At each arm's own rate, chosen on validation rows\n\n" + at_best_rates(grid, tasks) + "\n")
-        print(f"### Paired differences from {CONTROL}, score\n\n" + paired(grid, tasks) + "\n")
-        print(f"### Paired differences from {CONTROL}, cross-entropy\n\n" + paired(grid, tasks, "dev loss") + "\n")
+        print(f"### Paired differences from {grid.control}, score\n\n" + paired(grid, tasks) + "\n")
+        print(f"### Paired differences from {grid.control}, cross-entropy\n\n" + paired(grid, tasks, "dev loss") + "\n")
         print("### Pruned triplets that came back\n\n" + returns(grid))
 
 
