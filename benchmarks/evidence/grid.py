@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import set_seed
+from arms import STUDIES
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
-from adalora_dist.config.methods import MethodConfig, method_config, settings_of
+from adalora_dist.config.methods import MethodConfig
 from adalora_dist.config.sections import TrainConfig
 from adalora_dist.methods.hooks import attach
 from adalora_dist.methods.inject import adapt
@@ -51,36 +52,6 @@ NUM_DEV = 250
 """The first rows of the development set; the final scores are theirs."""
 SPLIT_SEED = 2303
 """Of that cut, the same in every run."""
-
-SCALE = 2
-"""alpha / init_rank, alike for all."""
-ARMS: dict[str, MethodConfig] = {
-    name: method_config(
-        method,
-        init_rank=rank,
-        alpha=SCALE * rank,
-        train_modules=("task-head",),
-        **settings_of(method, {"target_rank": 4, "compact": False}),
-        **settings,
-    )
-    for name, method, rank, settings in (
-        ("adalora", "adalora", 6, {}),
-        ("adalora-paper", "adalora", 6, {"start": "paper"}),
-        ("lora-4", "lora", 4, {}),
-        ("lora-6", "lora", 6, {}),
-        # Not of the grid: what protocol.md calls single questions.
-        ("adalora-gamma0", "adalora", 6, {"orthogonality": 0.0}),
-        ("adalora-norm", "adalora", 6, {"orthogonality_form": "norm"}),
-        ("adalora-after", "adalora", 6, {"importance_order": "after"}),
-        ("adalora-paper-after", "adalora", 6, {"start": "paper", "importance_order": "after"}),
-    )
-} | {
-    # Of the study of defaults: nothing is set but, for the last one, the rank of an equal final budget.
-    "adalora-defaults": method_config("adalora", train_modules=("task-head",)),
-    "lora-defaults": method_config("lora", train_modules=("task-head",)),
-    "lora-8": method_config("lora", train_modules=("task-head",), init_rank=8),
-}
-GRID_ARMS = ("adalora", "adalora-paper", "lora-4", "lora-6")
 
 
 class Run(NamedTuple):
@@ -131,11 +102,15 @@ def new_model(folder: Path, num_labels: int, seed: int) -> nn.Module:
 
 
 def one_run(
-    run: Run, arm: MethodConfig, data: TaskData, folder: Path, num_steps: int, batch_size: int
+    run: Run, arm: MethodConfig, data: TaskData, folder: Path, num_steps: int | None = None, batch_size: int = BATCH
 ) -> dict[str, Any]:
-    """Train and score; the loop is the package's own on one process, with its loss, batches, clipping and schedule."""
+    """Train and score; the loop is the package's own on one process, with its loss, batches, clipping and schedule.
+
+    Args:
+        num_steps: default: the task's in ``STEPS``.
+    """
     started = time.monotonic()
-    task = TASKS[run.task]
+    task, num_steps = TASKS[run.task], num_steps or STEPS[run.task]
     model = new_model(folder, task.num_labels, run.seed)
     config = within_budget(model, arm)
     adapt(model, config, run.seed)
@@ -182,7 +157,7 @@ def runs_of(args: argparse.Namespace) -> Iterator[Run]:
     for seed in args.seeds:
         for task in args.tasks:
             for rate in args.rates:
-                for arm in args.arms:
+                for arm in STUDIES[args.study]:
                     yield Run(task, arm, rate, seed)
 
 
@@ -202,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--output", type=Path, default=HERE / "grid.jsonl")
     parser.add_argument("--tasks", nargs="+", choices=TASK_NAMES, default=TASK_NAMES)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=GRID_ARMS)
+    parser.add_argument("--study", choices=STUDIES, default="grid", help="which arms (arms.py)")
     parser.add_argument("--rates", nargs="+", type=float, default=RATES)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--steps", type=int, help="for all tasks; a study of its own, with its own --output")
@@ -218,8 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for run in runs_of(args):
         if run in done:
             continue
-        num_steps = args.steps or STEPS[run.task]
-        record = one_run(run, ARMS[run.arm], data[run.task], folder, num_steps, args.batch)
+        record = one_run(run, STUDIES[args.study][run.arm], data[run.task], folder, args.steps, args.batch)
         with args.output.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         print(json.dumps(record), flush=True)
