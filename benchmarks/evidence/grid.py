@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import set_seed
+from arms import STUDIES
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
-from adalora_dist.config.methods import MethodConfig, method_config, settings_of
+from adalora_dist.config.methods import MethodConfig
 from adalora_dist.config.sections import TrainConfig
 from adalora_dist.methods.hooks import attach
 from adalora_dist.methods.inject import adapt
@@ -51,31 +52,6 @@ NUM_DEV = 250
 """The first rows of the development set; the final scores are theirs."""
 SPLIT_SEED = 2303
 """Of that cut, the same in every run."""
-
-SCALE = 2
-"""alpha / init_rank, alike for all."""
-ARMS: dict[str, MethodConfig] = {
-    name: method_config(
-        method,
-        init_rank=rank,
-        alpha=SCALE * rank,
-        train_modules=("task-head",),
-        **settings_of(method, {"target_rank": 4, "compact": False}),
-        **settings,
-    )
-    for name, method, rank, settings in (
-        ("adalora", "adalora", 6, {}),
-        ("adalora-paper", "adalora", 6, {"start": "paper"}),
-        ("lora-4", "lora", 4, {}),
-        ("lora-6", "lora", 6, {}),
-        # Not of the grid: what protocol.md calls single questions.
-        ("adalora-gamma0", "adalora", 6, {"orthogonality": 0.0}),
-        ("adalora-norm", "adalora", 6, {"orthogonality_form": "norm"}),
-        ("adalora-after", "adalora", 6, {"importance_order": "after"}),
-        ("adalora-paper-after", "adalora", 6, {"start": "paper", "importance_order": "after"}),
-    )
-}
-GRID_ARMS = ("adalora", "adalora-paper", "lora-4", "lora-6")
 
 
 class Run(NamedTuple):
@@ -125,18 +101,25 @@ def new_model(folder: Path, num_labels: int, seed: int) -> nn.Module:
     return model
 
 
-def one_run(run: Run, arm: MethodConfig, data: TaskData, folder: Path) -> dict[str, Any]:
-    """Train and score; the loop is the package's own on one process, with its loss, batches, clipping and schedule."""
+def one_run(
+    run: Run, arm: MethodConfig, data: TaskData, folder: Path, num_steps: int | None = None, batch_size: int = BATCH
+) -> dict[str, Any]:
+    """Train and score; the loop is the package's own on one process, with its loss, batches, clipping and schedule.
+
+    Args:
+        num_steps: default: the task's in ``STEPS``.
+    """
     started = time.monotonic()
-    task, num_steps = TASKS[run.task], STEPS[run.task]
+    task, num_steps = TASKS[run.task], num_steps or STEPS[run.task]
     model = new_model(folder, task.num_labels, run.seed)
     config = within_budget(model, arm)
     adapt(model, config, run.seed)
-    settings = TrainConfig(learning_rate=run.rate, max_steps=num_steps, batch_size=BATCH, micro_batch_size=BATCH)
+    sizes = {"max_steps": num_steps, "batch_size": batch_size, "micro_batch_size": batch_size}
+    settings = TrainConfig(learning_rate=run.rate, **sizes)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=run.rate, weight_decay=settings.weight_decay, fused=True)
     hooks = attach(model, optimizer, config, num_steps)
-    plan = BatchPlan.of_inputs(data.train.inputs, [[label] for label in data.train.labels], BATCH, run.seed)
+    plan = BatchPlan.of_inputs(data.train.inputs, [[label] for label in data.train.labels], batch_size, run.seed)
     loss_sum = classification_loss(
         data.train.inputs, data.train.labels, task.num_labels, data.padding_token, torch.device("cpu")
     )
@@ -174,7 +157,7 @@ def runs_of(args: argparse.Namespace) -> Iterator[Run]:
     for seed in args.seeds:
         for task in args.tasks:
             for rate in args.rates:
-                for arm in args.arms:
+                for arm in STUDIES[args.study]:
                     yield Run(task, arm, rate, seed)
 
 
@@ -194,9 +177,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--output", type=Path, default=HERE / "grid.jsonl")
     parser.add_argument("--tasks", nargs="+", choices=TASK_NAMES, default=TASK_NAMES)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=GRID_ARMS)
+    parser.add_argument("--study", choices=STUDIES, default="grid", help="which arms (arms.py)")
     parser.add_argument("--rates", nargs="+", type=float, default=RATES)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--steps", type=int, help="for all tasks; a study of its own, with its own --output")
+    parser.add_argument("--batch", type=int, default=BATCH)
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     logging.set_verbosity_error()
@@ -208,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for run in runs_of(args):
         if run in done:
             continue
-        record = one_run(run, ARMS[run.arm], data[run.task], folder)
+        record = one_run(run, STUDIES[args.study][run.arm], data[run.task], folder, args.steps, args.batch)
         with args.output.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         print(json.dumps(record), flush=True)

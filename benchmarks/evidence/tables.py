@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-CONTROL = "lora-4"
+CONTROLS = ("lora-4", "lora-8", "adalora")
+"""What the others are compared with: the first that the file has."""
+OWN_CONTROLS = {"adalora-1": "lora-1", "adalora-2": "lora-2"}
+"""Of arms whose final budget only one other arm has."""
 METRICS = {"cola": "matthews", "sst2": "accuracy", "mrpc": "accuracy", "rte": "accuracy"}
 
 
@@ -30,11 +33,17 @@ class Grid:
             list(dict.fromkeys(r[field] for r in records)) for field in ("task", "arm", "rate", "seed")
         )
         self.rates: list[float] = sorted(rates)
+        self._control = next((arm for arm in CONTROLS if arm in self.arms), None)
         self.seeds = {
             task: [s for s in all_seeds if all((task, a, r, s) in self._records for a in self.arms for r in self.rates)]
             for task in self.tasks
         }
         """Of each task: the seeds with a run of every arm at every rate."""
+
+    def control_of(self, arm: str) -> str | None:
+        """The arm that it is compared with; None for such arms themselves."""
+        control = OWN_CONTROLS.get(arm, self._control)
+        return None if control == arm else control
 
     def values(self, task: str, arm: str, rate: float, field: str) -> list[float]:
         """Of the task's seeds, in order."""
@@ -82,12 +91,11 @@ def by_rate(grid: Grid, task: str, field: str, sign: int) -> str:
     """One line per rate; the arms, and whether each of them passes against the control."""
     rows = []
     for rate in grid.rates:
-        control = grid.values(task, CONTROL, rate, field)
         cells = []
         for arm in grid.arms:
-            values = grid.values(task, arm, rate, field)
-            mark = "" if arm == CONTROL or passes(values, control, sign) else " (fails)"
-            cells.append(cell(values) + mark)
+            values, control = grid.values(task, arm, rate, field), grid.control_of(arm)
+            is_right = control is None or passes(values, grid.values(task, control, rate, field), sign)
+            cells.append(cell(values) + ("" if is_right else " (fails)"))
         rows.append([f"{rate:g}", *cells])
     return table(["rate", *grid.arms], rows)
 
@@ -107,13 +115,13 @@ def paired(grid: Grid, tasks: Sequence[str], field: str | None = None) -> str:
     """Differences from the control at each arm's own rate, paired by seed. ``field``: default the task's score."""
     rows = []
     for arm in grid.arms:
-        if arm != CONTROL:
+        if (control := grid.control_of(arm)) is not None:
             fields = [field or f"dev {METRICS[task]}" for task in tasks]
             found = [
-                differences(grid.at_best(t, arm, f), grid.at_best(t, CONTROL, f))
+                differences(grid.at_best(t, arm, f), grid.at_best(t, control, f))
                 for t, f in zip(tasks, fields, strict=True)
             ]
-            rows.append([f"{arm} less {CONTROL}", *map(cell, found)])
+            rows.append([f"{arm} less {control}", *map(cell, found)])
     return table(["difference", *tasks], rows)
 
 
@@ -145,8 +153,8 @@ def main() -> None:
         print(by_rate(grid, task, "dev loss", -1) + "\n")
     if tasks:
         print("### At each arm's own rate, chosen on validation rows\n\n" + at_best_rates(grid, tasks) + "\n")
-        print(f"### Paired differences from {CONTROL}, score\n\n" + paired(grid, tasks) + "\n")
-        print(f"### Paired differences from {CONTROL}, cross-entropy\n\n" + paired(grid, tasks, "dev loss") + "\n")
+        print("### Differences paired by seed, score\n\n" + paired(grid, tasks) + "\n")
+        print("### Differences paired by seed, cross-entropy\n\n" + paired(grid, tasks, "dev loss") + "\n")
         print("### Pruned triplets that came back\n\n" + returns(grid))
 
 
