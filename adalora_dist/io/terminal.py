@@ -98,8 +98,12 @@ def say(text: str) -> None:
 
 def clear() -> None:
     """Empty the terminal, and begin at its top."""
+    sequence = "\x1b[H\x1b[2J"
+    if not isinstance(sys.stdout, _Stream):  # nothing is written out there
+        print(sequence, end="", flush=True)
+        return
     sys.stdout.flush()
-    os.write(sys.stdout.fileno(), b"\x1b[H\x1b[2J")
+    os.write(sys.stdout.fileno(), sequence.encode())
 
 
 def page(text: str) -> None:

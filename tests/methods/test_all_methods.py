@@ -59,7 +59,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 VARIANTS_OF: dict[str, tuple[str, dict[str, Any]]] = {
     "lora_fa projected": ("lora_fa", {"init_rank": 3, "alpha": 6, "projected": True}),
     "prefix": ("prefix", {"prefix_length": 3, "train_modules": ("head",)}),
-    "prefix projected": ("prefix", {"prefix_length": 3, "prefix_hidden_size": 5, "train_modules": ("head",)}),
+    "prefix projected": ("prefix", {"prefix_length": 4, "prefix_hidden_size": 16, "train_modules": ("head",)}),
     "lora": ("lora", {"init_rank": 3, "alpha": 6}),
     "head": ("head", {"train_modules": ("head",)}),
     "full": ("full", {}),
