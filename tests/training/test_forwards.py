@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from adalora_dist.io.errors import UserError
 from tests.support.ranks import run_ranks
 from tests.support.resume_runs import (
     INTERVAL,
@@ -43,9 +44,10 @@ def test_micro_batches_by_tokens(model: Path, tmp_path: Path, engine: str) -> No
 
 @pytest.mark.parametrize("engine", ["single", "ddp", "fsdp2", "zero2", "zero3"])
 def test_what_is_recomputed_changes_no_bit(model: Path, tmp_path: Path, engine: str) -> None:
+    selective = "selective" if engine != "zero3" else "full"  # it is refused there, see below
     kinds: list[dict[str, Any]] = [
         {},
-        {"gradient_checkpointing": True, "checkpoint_activations": "selective", "offload_activations": True},
+        {"gradient_checkpointing": True, "checkpoint_activations": selective, "offload_activations": True},
         {"gradient_checkpointing": True, "checkpoint_activations": 2},
     ]
     results = []
@@ -56,3 +58,14 @@ def test_what_is_recomputed_changes_no_bit(model: Path, tmp_path: Path, engine: 
     for other in results[1:]:
         assert other.losses == results[0].losses and other.patterns == results[0].patterns
         assert all(torch.equal(tensor, results[0].state[name]) for name, tensor in other.state.items())
+
+
+def test_selective_checkpointing_is_refused_under_zero3(model: Path, tmp_path: Path) -> None:
+    def refused(rank: int, world_size: int) -> str:
+        changes = {"gradient_checkpointing": True, "checkpoint_activations": "selective"}
+        with pytest.raises(UserError) as error:
+            run(rank, world_size, "zero3", configuration(new_project(model, tmp_path / str(rank)), 2, **changes))
+        return str(error.value)
+
+    for message in run_ranks(2, refused, timeout=400):
+        assert message.startswith("checkpoint_activations selective under ZeRO-3: ") and "to full" in message
