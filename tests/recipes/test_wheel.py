@@ -52,7 +52,8 @@ def test_it_lists_copies_and_trains(environment: Path, tmp_path: Path) -> None:
     done = adalora_dist(environment, tmp_path, "run", "llama_commonsense")
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
-    assert lines[0].startswith("Data: built-in questions") and lines[-1].startswith("Files in runs/latest: ")
+    assert lines[0].startswith("Data: built-in questions") and lines[-2].startswith("Files in runs/latest: ")
+    assert lines[-1].startswith("Next: adalora-dist report runs/latest ")
     results = read_json(tmp_path / "runs" / "latest", "results.json")
     assert len(results["after"]) == 2 and read_json(tmp_path / "runs/latest", "run.json")["launcher_command"] == [
         "adalora-dist", "run", "llama_commonsense",
