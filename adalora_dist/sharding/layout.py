@@ -169,16 +169,17 @@ class SpanLayout:
 
     def is_padded(self, group: Group) -> bool:
         """Whether its matrices have to be made equally wide: several in a factor, somewhere of unequal widths."""
-        return self._pads(group.orthogonal, group.blocks)
+        return self.pads(group.orthogonal, group.blocks)
 
-    def _pads(self, orthogonal: bool, blocks: tuple[int, ...]) -> bool:
+    def pads(self, orthogonal: bool, blocks: Sequence[int]) -> bool:
+        """The same of a factor whose matrices have these widths."""
         return self._has_ragged and orthogonal and len(blocks) > 1
 
     def _within_portions(
         self, bodies: dict[tuple[bool, int, int, tuple[int, ...]], list[int]]
     ) -> Iterator[tuple[bool, int, int, tuple[int, ...], list[int]]]:
         """Bodies of one shape, as many as a portion holds at a time; those that are padded last, side by side."""
-        in_order = sorted(bodies.items(), key=lambda item: self._pads(item[0][0], item[0][3]))
+        in_order = sorted(bodies.items(), key=lambda item: self.pads(item[0][0], item[0][3]))
         for (orthogonal, num_rows, rank, blocks), members in in_order:
             count = len(members) if self._max_portion is None else max(1, self._max_portion // (num_rows * rank))
             for first in range(0, len(members), count):

@@ -94,8 +94,7 @@ class TripletSums:
         Within it factors of one shape lie side by side, so that a group's matrices usually are one slice. Where any are
         not equally wide (``ragged.py``), a narrower one's last columns are no triplets, and left out.
         """
-        is_ragged = any(len(set(factor.widths)) > 1 for factor in self.layout.factors)
-        padded = [is_ragged and len(factor.widths) > 1 for factor in self.layout.factors]
+        padded = [self.layout.pads(factor.orthogonal, factor.widths) for factor in self.layout.factors]
         pairs = zip(padded, self.layout.factors, strict=True)
         self._padded_width = max((max(factor.widths) for is_one, factor in pairs if is_one), default=0)
         self._slot: dict[int, tuple[int, int]] = {}  # factor -> (r, index of its first matrix among those of that r)
