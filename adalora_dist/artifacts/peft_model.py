@@ -91,14 +91,14 @@ def convert_peft(
             f"{carried.rank}"
         )
     for name, module in {**found.bases, **found.saved}.items():
-        _put(found.plain, name, module)
+        found.plain.set_submodule(name, module)
     said = found.plain.__dict__.pop("peft_config", None)
     try:
         _compare(found, config)
         layers = [layer for layer in adapt(found.plain, config, seed) if isinstance(layer, TripletLayer)]
     except UserError:
         for name, module in found.layers.items():
-            _put(found.plain, name, module)
+            found.plain.set_submodule(name, module)
         if said is not None:
             found.plain.peft_config = said
         raise
@@ -186,11 +186,6 @@ def _compare(found: _Found, config: LowRankConfig) -> None:
             )
     if missing := sorted(found.saved.keys() - set(trained_modules(found.plain, config))):
         raise UserError(f"{missing[0]} is in PEFT's modules_to_save: name it in train_modules")
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def _forget(model: Any, plain: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from adalora_dist.artifacts.checkpoints.writer import CheckpointWriter, newest_c
 from adalora_dist.methods import method_for
 from adalora_dist.methods.protocol import trained_parameters
 from tests.support.expert_models import loss_of, mixture
+from tests.support.steps import make_steps
 
 STEPS = 10
 SETTINGS = AdaLoraConfig(
@@ -24,15 +26,7 @@ RUN = {"config": {"adapter": SETTINGS.model_dump()}}
 
 
 def go_on(model: Any, optimizer: Any, hooks: Any, first: int, stop: int) -> list[float]:
-    losses = []
-    for step in range(first, stop):
-        loss = loss_of(model, step)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        hooks.replace(model, optimizer)
-    return losses
+    return make_steps(model, optimizer, hooks, partial(loss_of, model), range(first, stop))
 
 
 def attached(model: Any) -> tuple[Any, Any]:

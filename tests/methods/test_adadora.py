@@ -23,6 +23,7 @@ from adalora_dist.methods.protocol import adapters_of
 from tests.support.expert_models import mixture
 from tests.support.models import Net, global_batch
 from tests.support.refusals import refusal
+from tests.support.steps import make_steps
 from tests.support.tiny_language_model import logits, tiny_llama
 
 TOKENS, D_IN, D_OUT, RANK = 31, 24, 20, 4
@@ -73,15 +74,14 @@ def trained(section: AdaDoraConfig) -> tuple[Any, MethodHooks, list[float]]:
     model: Any = Net()
     adapt(model, section, seed=3)
     optimizer = torch.optim.AdamW(parameter_groups(model, section, 2e-2), lr=2e-2, weight_decay=0.1)
-    hooks, losses = attach(model, optimizer, section, STEPS), []
-    for step in range(STEPS):
+    hooks = attach(model, optimizer, section, STEPS)
+
+    def loss_of(step: int) -> torch.Tensor:
         x, y = global_batch(step)
-        loss = (model(x) - y).square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        hooks.replace(model, optimizer)
+        loss: torch.Tensor = (model(x) - y).square().mean()
+        return loss
+
+    losses = make_steps(model, optimizer, hooks, loss_of, range(STEPS))
     hooks.finish()
     return model, hooks, losses
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from adalora_dist import AdaLoraConfig, adapt, attach
 from adalora_dist.methods.hooks import MethodHooks
 from adalora_dist.methods.protocol import Adapter
 from tests.support.expert_models import loss_of
+from tests.support.steps import make_steps
 
 RANK = 3
 FALLING = dict(initial_warmup_steps=1, final_steps=3, mask_interval_steps=1)
@@ -31,13 +33,6 @@ def run(model: Any, adapters_config: AdaLoraConfig, num_steps: int = 8) -> Train
     adapters = adapt(model, adapters_config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     hooks = attach(model, optimizer, adapters_config, num_steps)
-    losses = []
-    for step in range(num_steps):
-        loss = loss_of(model, step)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        hooks.replace(model, optimizer)
+    losses = make_steps(model, optimizer, hooks, partial(loss_of, model), range(num_steps))
     hooks.finish()
     return Trained(adapters, hooks, losses)
