@@ -1,13 +1,17 @@
-"""Work that is killed in the middle, while somebody looks on."""
+"""Work that is killed in the middle, at a random time or at each of its lines, while somebody looks on."""
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 from tqdm import tqdm
 
@@ -33,12 +37,8 @@ def forked(action: Callable[[], None]) -> int:
         os._exit(1)
 
 
-def killed_at_random(
-    action: Callable[[], None], look: Callable[[], None], longest_seconds: float, dice: random.Random
-) -> int | None:
-    """Do it in a process that is killed after a while; ``look`` all that time. Its exit code; None: it was killed."""
-    number = forked(action)
-    deadline = time.monotonic() + dice.uniform(0, longest_seconds)
+def _watched(number: int, look: Callable[[], None], deadline: float = math.inf) -> int | None:
+    """Look until that process has ended, and once more; it is killed at the deadline. Its exit code; None: killed."""
     while not (ended := os.waitpid(number, os.WNOHANG))[0]:
         look()
         if time.monotonic() > deadline:
@@ -47,3 +47,35 @@ def killed_at_random(
             break
     look()
     return os.waitstatus_to_exitcode(ended[1]) if os.WIFEXITED(ended[1]) else None
+
+
+def killed_at_random(
+    action: Callable[[], None], look: Callable[[], None], longest_seconds: float, dice: random.Random
+) -> int | None:
+    """Do it in a process that is killed after a while; ``look`` all that time. Its exit code; None: it was killed."""
+    return _watched(forked(action), look, time.monotonic() + dice.uniform(0, longest_seconds))
+
+
+def killed_at_line(action: Callable[[], None], look: Callable[[], None], line: int) -> int | None:
+    """Do it in a process that is killed before the ``line``-th line of Python that it runs, of whatever file.
+
+    ``look`` all that time. Its exit code if it has fewer lines; None: it was killed. The same on any machine, however
+    busy.
+    """
+    num_lines = 0
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal num_lines
+        num_lines += event == "line"
+        if num_lines == line:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+
+    def traced() -> None:
+        sys.settrace(trace)
+        try:
+            action()
+        finally:
+            sys.settrace(None)
+
+    return _watched(forked(traced), look)

@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from adalora_dist.io.errors import UserError
 
@@ -15,10 +15,14 @@ _LONGEST_CELL = 2**31 - 1  # Python's own limit of 128 KiB is less than a docume
 
 def text_table_rows(path: Path, file: BinaryIO) -> Iterator[tuple[str, object]]:
     """Rows of a table of text; row 1 is the first behind the header, however many lines a cell has."""
+    # What is not UTF-8 becomes lone surrogates, so that it is one row's fault.
+    with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+        yield from _rows_of_text(path, text)
+
+
+def _rows_of_text(path: Path, text: TextIO) -> Iterator[tuple[str, object]]:
     csv.field_size_limit(_LONGEST_CELL)
     delimiter = "\t" if ".tsv" in path.name else ","
-    # What is not UTF-8 becomes lone surrogates, so that it is one row's fault.
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
     reader = csv.reader(text, delimiter=delimiter, strict=True)
     header: list[str] = []
     number = 0
