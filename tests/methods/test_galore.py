@@ -177,8 +177,8 @@ def _biases(model: Net) -> list[nn.Parameter]:
 def ten_steps_are_those_of_galore_torch(rank: int, world_size: int) -> None:
     from galore_torch import GaLoreAdamW
 
-    # Without a second choice of P: averages of the first are kept, so from then on the signs of P's columns count, which
-    # are LAPACK's with them and one rule's here.
+    # Without a second choice of P: the averages stay, so from then on the signs of its columns count, those of LAPACK
+    # there and of one rule here.
     for changes in ({}, {"init_rank": 1}, {"projection": "right"}, {"projection": "left"}):
         torch.manual_seed(1)
         model, config = Net(), settings(**changes)
@@ -191,7 +191,7 @@ def ten_steps_are_those_of_galore_torch(rank: int, world_size: int) -> None:
         sizes = {"rank": config.init_rank, "update_proj_gap": config.refresh_every_steps}
         options = {**sizes, "scale": config.update_scale, "proj_type": config.projection}
         groups = [{"params": [*theirs.head.parameters(), *_biases(theirs)]}, {"params": projected, **options}]
-        # Theirs adds eps before the averages are corrected, as AdamW of transformers did: with a tiny one it is all one.
+        # Theirs adds eps before the averages are corrected, as AdamW of transformers did: a tiny one hides that.
         published = GaLoreAdamW(groups, lr=LR, eps=1e-15, weight_decay=0.0)
         for group in optimizer.param_groups:
             group["eps"] = 1e-15
