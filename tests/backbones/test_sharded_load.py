@@ -74,6 +74,12 @@ def backbones(tmp_path_factory) -> dict[str, Path]:
     tensors = load_file(file)
     tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
     save_file(tensors, file, metadata={"format": "pt"})
+    # Both of its names, as others' merged models have them: with the same values they are tied, else they are not.
+    for kind, difference in (("twice", 0.0), ("not tied after all", 0.01)):
+        llama(tie_word_embeddings=True).save_pretrained(base / kind)
+        tensors = load_file(base / kind / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + difference
+        save_file(tensors, base / kind / "model.safetensors", metadata={"format": "pt"})
     for folder in base.iterdir():
         byte_tokenizer().save_pretrained(folder)
     assert len(list((base / "untied").glob("*.safetensors"))) > 2
@@ -89,6 +95,10 @@ CASES = [
     ("fsdp2", 2, "untied"),
     ("fsdp2", 3, "untied"),
     ("fsdp2", 3, "tied to the head"),
+    ("fsdp2", 2, "twice"),
+    pytest.param("fsdp2", 2, "not tied after all", marks=pytest.mark.slow),
+    pytest.param("zero3", 2, "twice", marks=pytest.mark.slow),
+    pytest.param("zero3", 2, "not tied after all", marks=pytest.mark.slow),
     ("fsdp2", 2, "gpt2"),
     ("fsdp2", 2, "cut"),
     ("fsdp2 ram-efficient", 2, "tied"),
