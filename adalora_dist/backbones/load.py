@@ -19,6 +19,7 @@ from adalora_dist.backbones.fit import compare_classes, fit_tokenizer
 from adalora_dist.backbones.names import FileNames, head_prefixes, on_meta
 from adalora_dist.backbones.quantization import settle_quantized
 from adalora_dist.backbones.sharded_load import load_on_meta
+from adalora_dist.backbones.ties import refuse_unequal
 from adalora_dist.backbones.tokenizer import remember_rules
 from adalora_dist.config.sections import ModelConfig
 from adalora_dist.io.digest import digest_of
@@ -130,8 +131,11 @@ def _names_in_files(config: ModelConfig, auto_class: Any, own: Any) -> FileNames
     """Where the model's tensors lie in its files; None if those are not safetensors, and may be loaded.
 
     Raises:
-        UserError: there are no weights that may be loaded, or they belong to another model than ``own``.
+        UserError: there are no weights that may be loaded, or they belong to another model than ``own``; as
+            :func:`refuse_unequal`.
     """
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
     files = locate_weights(config.name, config.revision)
     if not files:
         if not config.allow_pickle_weights:
@@ -141,6 +145,8 @@ def _names_in_files(config: ModelConfig, auto_class: Any, own: Any) -> FileNames
     names = FileNames.of(model, stored_tensors(files))
     if not hasattr(own, "quantization_config"):
         _refuse_other_weights(config, model, names)
+    if is_deepspeed_zero3_enabled():
+        refuse_unequal(model, names, config.name)
     return names
 
 

@@ -311,7 +311,7 @@ def layers_left_out(model: nn.Module) -> list[str]:
     """Layers of the files behind the last that the model has: of a config.json with fewer, or for drafts of tokens."""
     names: FileNames | None = getattr(model, "file_names", None)
     stacks = {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-    found = {}
+    found: dict[str, None] = {}
     for name in () if names is None else names.unexpected:
         for number in re.finditer(r"(?<=\.)\d+(?=\.)", name):
             if int(number[0]) >= stacks.get(name[: number.start() - 1], math.inf):

@@ -23,6 +23,7 @@ from adalora_dist.backbones.experts import stacks_of
 from adalora_dist.backbones.files import Stored
 from adalora_dist.backbones.names import FileNames
 from adalora_dist.backbones.rearranged import Rearranged
+from adalora_dist.backbones.ties import tie_equals
 from adalora_dist.io.errors import UserError
 from adalora_dist.sharding.tensors import first_row, is_whole, local_part, whole_tensor
 
@@ -57,7 +58,7 @@ def load_on_meta(auto_class: Any, name: str, names: FileNames, **options: Any) -
             numbers alone.
     """
     model: PreTrainedModel = auto_class.from_pretrained(name, device_map="meta", **options)
-    _tie_equals(model, names)
+    tie_equals(model, names)
     stacks: Sources = {stack.name: parts_of(names, stack) for stack in stacks_of(model) if stack.name in names.computed}
     made = {**stacks, **{other: _moved(names, other, name) for other in sorted(names.computed - stacks.keys())}}
     to_read: list[tuple[torch.Tensor, Source]] = []
@@ -82,22 +83,6 @@ def load_on_meta(auto_class: Any, name: str, names: FileNames, **options: Any) -
     # One process that loads everything and sends it round is what this replaces.
     AcceleratorState().fsdp_plugin.cpu_ram_efficient_loading = False
     return model
-
-
-def _tie_equals(model: PreTrainedModel, names: FileNames) -> None:
-    """Tie what the files have twice with the same values: ``from_pretrained`` does so, but not on meta."""
-    for name, other in model.all_tied_weights_keys.items():
-        held, owner = model.get_parameter(name), model.get_parameter(other)
-        twice = [names.sources[key][0] for key in (name, other) if key in names.sources and key not in names.computed]
-        if held is not owner and len(twice) == 2 and torch.equal(*map(_stored, twice)):
-            path, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(path), leaf, owner)
-
-
-def _stored(source: Stored) -> torch.Tensor:
-    """As it lies in the file, which is mapped."""
-    with safe_open(source.file, framework="pt") as opened:
-        return cast(torch.Tensor, opened.get_tensor(source.key))
 
 
 def _moved(names: FileNames, name: str, model: str) -> Moved:

@@ -98,7 +98,6 @@ CASES = [
     ("fsdp2", 2, "twice"),
     pytest.param("fsdp2", 2, "not tied after all", marks=pytest.mark.slow),
     pytest.param("zero3", 2, "twice", marks=pytest.mark.slow),
-    pytest.param("zero3", 2, "not tied after all", marks=pytest.mark.slow),
     ("fsdp2", 2, "gpt2"),
     ("fsdp2", 2, "cut"),
     ("fsdp2 ram-efficient", 2, "tied"),
@@ -195,6 +194,13 @@ def test_files_that_do_not_fit_are_refused(backbones, tmp_path):
     byte_tokenizer().save_pretrained(tmp_path / "bias")
     [message, _] = run_ranks(2, refusal, tmp_path / "bias", AutoModelForCausalLM)
     assert "8 tensors that LlamaForCausalLM has no place for" in message and "q_proj.bias" in message
+
+
+def test_what_zero3_would_tie_and_others_do_not_is_refused(backbones):
+    [message] = run_ranks(1, refusal, backbones["not tied after all"], AutoModelForCausalLM, "zero3")
+    assert (
+        "config.json ties lm_head.weight to model.embed_tokens.weight" in message and "tie_word_embeddings" in message
+    )
 
 
 def save_llama(rank: int, world_size: int, folder: Path, num_layers: int) -> int:
