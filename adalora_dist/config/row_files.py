@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-SUFFIXES = (".jsonl", ".parquet", ".json", ".jsonl.gz", ".json.gz")
-TEXT_TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+SUFFIXES = (".jsonl", ".parquet", ".json", ".arrow", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
+TEXT_TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".csv.zst", ".tsv.zst")
 """With a header; each cell is a text."""
 
 
