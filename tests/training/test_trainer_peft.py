@@ -97,7 +97,7 @@ def by_trainer(rank: int, world_size: int, folder: str) -> dict[str, Any]:
 
 
 def test_lora_with_a_budget_under_trainer(tmp_path: Path) -> None:
-    [found] = run_ranks(1, by_trainer, str(tmp_path), timeout=200)
+    [found] = run_ranks(1, by_trainer, str(tmp_path))
     for name in ("whole", "resumed", "late", "by config"):
         assert found[f"{name}: ranks"] == 2 * NUM_MATRICES
         assert torch.equal(found[name], found["whole"])
@@ -171,7 +171,7 @@ def loaded(rank: int, world_size: int, folder: str) -> list[torch.Tensor]:
     ("engine", "world_size"), [("single", 1), ("ddp", 2), ("fsdp2", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2)]
 )
 def test_peft_config_as_it_is_in_sft_trainer(engine: str, world_size: int, tmp_path: Path) -> None:
-    for found in run_ranks(world_size, by_sft_trainer, str(tmp_path), engine, timeout=300):
+    for found in run_ranks(world_size, by_sft_trainer, str(tmp_path), engine):
         whole = found["whole"]
         assert whole["budgets"][0] == 3 * NUM_MATRICES and whole["budgets"][-1] == 2 * NUM_MATRICES == whole["held"]
         assert found["config"].start == "paper" and found["config"].final_steps == 6
@@ -241,7 +241,7 @@ def by_policy(rank: int, world_size: int, folder: str, kind: str, with_peft: boo
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "with_peft"), [("grpo", False), ("grpo", True), ("rloo", True)])
 def test_policies_stay_near_their_reference(kind: str, with_peft: bool, tmp_path: Path) -> None:
-    [found] = run_ranks(1, by_policy, str(tmp_path), kind, with_peft, timeout=300)
+    [found] = run_ranks(1, by_policy, str(tmp_path), kind, with_peft)
     assert found["ranks"] == 2 * NUM_MATRICES and found["logs"][-1]["budget"] == 2 * NUM_MATRICES
     assert torch.equal(found["reference"], found["first"])
     assert (found["logits"] - found["first"]).abs().max() > 1e-3

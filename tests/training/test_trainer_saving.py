@@ -250,7 +250,7 @@ def refused_resumes(rank: int, world_size: int, folder: str) -> dict[str, str]:
 
 
 def test_what_cannot_be_resumed_or_saved_is_refused_by_name(tmp_path):
-    [errors] = run_ranks(1, refused_resumes, str(tmp_path), timeout=200)
+    [errors] = run_ranks(1, refused_resumes, str(tmp_path))
     expected = {
         "damaged": "is not what was written: its SHA-256 differs",
         "missing": "has no adalora/ with the adapters' state",
