@@ -39,7 +39,9 @@ PROPOSALS: dict[str, tuple[Row, str, str]] = {
         BOTH,
     ),
     "pairs": ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "completion=chosen", "Q|A"),
-    "pairs to questions": ({"question": "Q", "chosen": "A", "rejected": "B"}, "prompt=question,completion=chosen", "Q|A"),
+    "pairs to questions": (
+        {"question": "Q", "chosen": "A", "rejected": "B"}, "prompt=question,completion=chosen", "Q|A",
+    ),
     "pairs of texts": ({"chosen": "Q A", "rejected": "Q B"}, "text=chosen", "Q A"),
     "pairs of conversations": (
         {"chosen": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}], "rejected": []},
