@@ -13,11 +13,12 @@ from adalora_dist.tasks.pretrain.config import C4, PretrainDataConfig
 from adalora_dist.tasks.pretrain.demo import demo_stories
 from adalora_dist.tasks.rows.bad_rows import BadRows, Rows
 from adalora_dist.tasks.rows.fields import object_row, text_field
-from adalora_dist.tasks.rows.files import SUFFIXES, TEXT_TABLES, LocalSplit, data_files
+from adalora_dist.tasks.rows.files import READ as ROWS
+from adalora_dist.tasks.rows.files import LocalSplit, data_files
 from adalora_dist.tasks.rows.read import decompressed, file_rows, readable, refuse_zeros
 
 PLAIN = (".txt", ".txt.gz", ".txt.zst")
-READ = (*SUFFIXES, *TEXT_TABLES, *PLAIN)
+READ = (*ROWS, *PLAIN)
 _MAX_DOCUMENT_BYTES = 1 << 16
 """Of plain text without an empty line; what is longer goes on as another document."""
 

@@ -1,9 +1,8 @@
 """Local data: where a split lies, and its rows with their origins for error messages. Never imports torch.
 
-A split is one file, NAME.jsonl, .json, .parquet or .arrow (of JSON also .gz and .zst); or such files in a folder NAME,
-as ``save_to_disk`` of Hugging Face's datasets leaves them, too; or shards NAME-00000-of-00002.parquet. Paths are names,
-never patterns: whatever a folder is called, it alone is read. Tables of text without types (.csv, .tsv) are for recipes
-whose fields are all texts.
+A split is one file, NAME.jsonl, .json, .parquet, .arrow, .csv or .tsv (of JSON and tables of text also .gz and .zst);
+or such files in a folder NAME, as ``save_to_disk`` of Hugging Face's datasets leaves them, too; or shards
+NAME-00000-of-00002.parquet. Paths are names, never patterns: whatever a folder is called, it alone is read.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from adalora_dist.config.row_files import SUFFIXES as SUFFIXES
-from adalora_dist.config.row_files import TEXT_TABLES as TEXT_TABLES
+from adalora_dist.config.row_files import READ as READ
 from adalora_dist.config.row_files import names_file
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import opened
@@ -103,8 +101,8 @@ def find_split(folder: Path, names: Sequence[str]) -> LocalSplit:
     if found := split_in(folder, names):
         return found
     listed = entries(folder)
-    wanted = ", ".join(name + suffix for name in names for suffix in SUFFIXES[:2])
-    others = ", ".join(SUFFIXES[2:])
+    wanted = ", ".join(name + suffix for name in names for suffix in READ[:2])
+    others = ", ".join(READ[2:])
     holds = ", ".join(ascii(path.name)[1:-1] for path in listed[:8]) or "nothing"
     raise UserError(
         f"{folder}: none of {wanted} exists, nor with {others}, nor a folder {names[0]} of such files (it holds "
@@ -112,7 +110,7 @@ def find_split(folder: Path, names: Sequence[str]) -> LocalSplit:
     )
 
 
-def split_in(folder: Path, names: Sequence[str], suffixes: Sequence[str] = SUFFIXES) -> LocalSplit | None:
+def split_in(folder: Path, names: Sequence[str], suffixes: Sequence[str] = READ) -> LocalSplit | None:
     """As :func:`find_split`, of files with these suffixes; None where there is no such split."""
     listed = entries(folder)
     for name in names:
@@ -121,7 +119,7 @@ def split_in(folder: Path, names: Sequence[str], suffixes: Sequence[str] = SUFFI
     return None
 
 
-def data_files(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
+def data_files(folder: Path, suffixes: Sequence[str] = READ) -> list[Path]:
     """All files of rows that lie in a folder itself, by name.
 
     Raises:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from adalora_dist.io.errors import UserError
-from adalora_dist.tasks.rows.fields import REMEDY, object_row, refuse_odd_text, shown, text_field
+from adalora_dist.tasks.rows.fields import REMEDY, from_json, object_row, refuse_odd_text, shown, text_field
 from adalora_dist.tasks.sft.hints import columns_hint
-from adalora_dist.tasks.sft.messages import from_json, messages_of, tools_of
+from adalora_dist.tasks.sft.messages import messages_of, tools_of
 
 Row = Mapping[str, Any]
 Columns = Mapping[str, str]

@@ -8,8 +8,8 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 
-from adalora_dist.tasks.rows.fields import shown
-from adalora_dist.tasks.sft.messages import from_json, is_conversation
+from adalora_dist.tasks.rows.fields import from_json, shown
+from adalora_dist.tasks.sft.messages import is_conversation
 
 _QUESTIONS = ("instruction", "question", "query", "prompt", "problem", "task", "input", "user", "human")
 _ANSWERS = ("output", "answer", "response", "completion", "reply", "solution", "target", "assistant", "gpt")

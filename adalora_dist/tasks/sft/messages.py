@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from adalora_dist.io.errors import UserError
-from adalora_dist.tasks.rows.fields import REMEDY, refuse_odd_text, shown
+from adalora_dist.tasks.rows.fields import REMEDY, from_json, refuse_odd_text, shown
 
 Content = dict[str, Any]
 
@@ -163,16 +163,6 @@ def _tool_calls(value: object, field: str, origin: str) -> list[Content]:
         own = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         calls.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}} | own)
     return calls
-
-
-def from_json(value: object) -> Any:
-    """What a text has, if it is JSON; anything else as it is."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value) if value.strip() else None
-    except (ValueError, RecursionError):
-        return value
 
 
 def _present(value: object) -> Any:

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING
 from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.rows.bad_rows import Rows
 from adalora_dist.tasks.rows.fields import shown
-from adalora_dist.tasks.rows.files import SUFFIXES, TEXT_TABLES, TRAIN, LocalSplit, data_files, entries, split_in
+from adalora_dist.tasks.rows.files import READ, TRAIN, LocalSplit, data_files, entries, split_in
 from adalora_dist.tasks.rows.hub import HubData
 from adalora_dist.tasks.rows.table import Split
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-READ = (*SUFFIXES, *TEXT_TABLES)
 HUB = "hub:"
 VALIDATION = ("validation", "valid", "eval", "dev", "test")
 """Names of a folder's validation split, in the order in which they are taken."""
@@ -78,7 +77,7 @@ class Source:
         if self.is_hub:
             return self._of_hub(name) if name else None
         if name:
-            found = split_in(self._folder, (name,), READ) if self._folder.is_dir() else None
+            found = split_in(self._folder, (name,)) if self._folder.is_dir() else None
             if found is None:
                 raise UserError(
                     f"eval_split={name}: {self.name} has no such split; give a file, a folder, hub:ID:SPLIT, or the "
@@ -97,7 +96,7 @@ class Source:
             return ""
         found = entries(self._folder)
         left = [path for path in found if path not in used and not any(path in file.parents for file in used)]
-        rows = [] if split_in(self._folder, TRAIN, READ) else [path for path in found if path in used]
+        rows = [] if split_in(self._folder, TRAIN) else [path for path in found if path in used]
         parts = [f"all of {_names(rows)}"] if len(rows) > 1 else []
         return "; ".join(parts + ([f"not read: {_names(left)}"] if left else []))
 
@@ -105,7 +104,7 @@ class Source:
     def _folder(self) -> Path:
         path = Path(self.name)
         inner = path / "data"
-        return inner if inner.is_dir() and not (split_in(path, TRAIN, READ) or data_files(path, READ)) else path
+        return inner if inner.is_dir() and not (split_in(path, TRAIN) or data_files(path)) else path
 
     def _of_hub(self, split: str | None) -> HubSplit:
         path, _, own = self.name.removeprefix(HUB).partition(":")
@@ -127,11 +126,11 @@ class Source:
             hint = " (the Hub's: --data hub:ID)" if self.name.count("/") == 1 else ""
             raise UserError(f"data={self.name}: no such file or folder{hint}; give one, or hub:ID[:SPLIT]")
         path = self._folder
-        validation = split_in(path, VALIDATION, READ)
-        if train := split_in(path, TRAIN, READ):
+        validation = split_in(path, VALIDATION)
+        if train := split_in(path, TRAIN):
             return train, validation
         held_out = validation.files if validation else ()
-        files = tuple(file for file in data_files(path, READ) if file not in held_out)
+        files = tuple(file for file in data_files(path) if file not in held_out)
         if not files:
             inner = [folder for folder in entries(path) if folder.is_dir()]
             hint = f"; give its folders, as --data {inner[0]} ... (it has {_names(inner)})" if inner else ""
