@@ -285,6 +285,17 @@ def writing(path: Path) -> Iterator[None]:
         raise _refusal(path, int(match[1]), os.strerror(int(match[1])), error) from error
 
 
+def refusal_of_disk(error: BaseException) -> UserError | None:
+    """What to say of an error that nobody caught, a library's among them, where a disk is its cause; else None."""
+    if not isinstance(error, OSError) or error.errno not in (*NO_ROOM, errno.EROFS, errno.EIO, errno.ESTALE):
+        return None
+    where = f": {error.filename}" if error.filename else ""
+    return UserError(
+        f"a file cannot be written ({error.strerror}{where}): free some room, or give folders on another disk, and run "
+        "again"
+    )
+
+
 def _refusal(path: Path, number: int, reason: str, error: Exception) -> UserError:
     if number in NO_ROOM:
         with contextlib.suppress(OSError):

@@ -15,6 +15,7 @@ DDP) of [what the method sums | number of non-finite gradients].
 from __future__ import annotations
 
 import atexit
+import logging
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -39,7 +40,10 @@ from adalora_dist.methods.protocol import (
 )
 from adalora_dist.methods.update import Update
 from adalora_dist.sharding import select_engine
+from adalora_dist.sharding.agreement import this_rank
 from adalora_dist.sharding.base import ShardEngine, sum_over
+
+logger = logging.getLogger(__name__)
 
 
 class Bound:
@@ -72,6 +76,7 @@ class MethodHooks:
         self._ended = False
         self._first_step: FirstStep | None = FirstStep(model, method_step.adapters)
         self._said = ""  # of the first step, until a loop asks for it
+        self._is_logged = False  # as one that does not ask begins its second step
         method_step.begin(0)
 
     # ------------------------------------------------------------------ the step, seen from the optimizer's hooks
@@ -87,6 +92,10 @@ class MethodHooks:
             )
         if self._first_step is not None:
             self._said, self._first_step = self._first_step.end(), None
+        elif self._said and not self._is_logged:  # by a loop that does not ask: Trainer's, or one's own
+            self._is_logged = True
+            if this_rank() == 0:
+                logger.warning("%s", self._said)
         if self._firing == 0:
             self._begin(bound)
         if (factor := self.method_step.rate_factor(self.step)) != 1:
