@@ -23,7 +23,7 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import NotReadable, read_plain
 from adalora_dist.tasks.rows.fields import REMEDY, shown
 from adalora_dist.tasks.rows.tokens import IGNORED, EncodedRow, eos_tokens
-from adalora_dist.tasks.sft.forms import THOUGHTS
+from adalora_dist.tasks.sft.messages import THOUGHTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
