@@ -21,6 +21,7 @@ PROPOSALS: dict[str, tuple[Row, str, str]] = {
     "query and response": ({"id": 1, "query": "Q", "response": "A"}, "instruction=query,output=response", BOTH),
     "prompt and response": ({"prompt": "Q", "response": "A"}, "instruction=prompt,output=response", BOTH),
     "input and output": ({"input": "Q", "output": "A"}, "instruction=input", BOTH),
+    "inputs and targets": ({"task": "x", "inputs": "Q", "targets": "A"}, "instruction=inputs,output=targets", BOTH),
     "instruction and response": ({"instruction": "Q", "response": "A"}, "output=response", BOTH),
     "capitals": ({"Instruction": "Q", "Output": "A"}, "instruction=Instruction,output=Output", BOTH),
     "Dolly": (
