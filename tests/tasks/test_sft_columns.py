@@ -117,6 +117,9 @@ def test_a_completion_has_the_prompt_once() -> None:
 def test_earlier_turns_of_a_question() -> None:
     row = {"instruction": "Q", "input": "", "output": "A", "system": "S", "history": [["q", "a"]]}
     assert short(recognise([row], {}, "a")(row, "a:1")) == f"system: S / user: q / assistant: a / {BOTH}"
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    again = recognise([row], {}, "a")(row | {"history": messages}, "a:1")
+    assert short(again) == f"system: S / user: q / assistant: a / {BOTH}"
     for empty in (None, [], "", float("nan")):
         assert short(recognise([row], {}, "a")(row | {"history": empty}, "a:1")) == f"system: S / {BOTH}"
     for wrong, reason in (
