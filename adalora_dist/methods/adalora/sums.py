@@ -273,7 +273,7 @@ class TripletSums:
         )
 
     def were_summed(self) -> bool:
-        """Whether there has been a step; before it, as after a compaction, ``partials`` are 0. Reads from the device."""
+        """Whether there has been a step; before it, and after a compaction, all is 0. Reads from the device."""
         return bool(self.partials[:-1].any())
 
     def mean_defect(self, form: OrthogonalityForm) -> float:
