@@ -144,6 +144,18 @@ class MethodHooks:
             self._bound = Bound(self.method_step, self.model, optimizer)
         return self._bound
 
+    def start(self, model: nn.Module, optimizer: Any, tokens: Sequence[int]) -> None:
+        """Begin from a text, where the settings have one (``start_text``), before the first step. Collective.
+
+        Args:
+            model, optimizer: as the engine wraps them.
+            tokens: of the text.
+
+        Raises:
+            UserError: they are fewer than are needed.
+        """
+        self.method_step.start(self.bind(optimizer).engine, model, tokens)
+
     def rebind(self, optimizer: Any) -> None:
         """Go on with the parameters that the model has now, after they were exchanged. Collective."""
         self.engine.retire()

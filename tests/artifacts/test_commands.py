@@ -23,6 +23,7 @@ from adalora_dist.methods.inject import adapt
 from adalora_dist.training.finish import write_adapters
 from adalora_dist.training.run_folder import RunFolder
 from tests.support.adapted_models import SETTINGS, STEPS, TOLERANCE, build, logits, weights_of, with_adapters
+from tests.support.limits import HANG_SECONDS
 from tests.support.paths import ROOT
 from tests.support.ranks import run_ranks
 
@@ -212,7 +213,7 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
 def test_help_does_not_import_torch() -> None:
     for words in (["--help"], ["export", "--help"], ["export"]):
         command = [sys.executable, "-X", "importtime", "-m", "adalora_dist.__main__", *words]
-        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS)
         assert process.returncode == (0 if "--help" in words else 2)
         imported = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines() if "import time:" in line}
         assert "argparse" in imported and not {"torch", "transformers", "peft", "matplotlib"} & imported

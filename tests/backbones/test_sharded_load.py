@@ -110,7 +110,7 @@ CASES = [
 def test_same_logits_and_patterns_as_one_process_from_a_share_of_the_bytes(backbones, engine, world_size, name):
     expected = control(backbones[name])
     assert sum(list(expected["patterns"].values())[-1]) < sum(list(expected["patterns"].values())[0])
-    ranks = run_ranks(world_size, run_with, engine, backbones[name], AutoModelForCausalLM, {}, timeout=300)
+    ranks = run_ranks(world_size, run_with, engine, backbones[name], AutoModelForCausalLM, {})
     for result in ranks:
         assert torch.equal(result["logits"], expected["logits"])
         assert result["patterns"] == expected["patterns"]
