@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedType
 from torch import nn
 
-from adalora_dist.backbones.experts import stacks_of
+from adalora_dist.backbones.experts import unlike_linears
 from adalora_dist.backbones.files import locate_weights, refuse_odd_files, stored_tensors
 from adalora_dist.backbones.fit import compare_classes, fit_tokenizer
 from adalora_dist.backbones.names import FileNames, head_prefixes, on_meta
@@ -91,10 +91,11 @@ def load_backbone(
                 raise UserError(
                     f"model={config.name!r} is quantised already: give the original model, or leave out quantization"
                 )
-            if stacks := stacks_of(on_meta(auto_class, own, trust_remote_code=config.trust_remote_code)):
+            plain = on_meta(auto_class, own, trust_remote_code=config.trust_remote_code)
+            if left := next(unlike_linears(plain), None):
                 raise UserError(
-                    f"model={config.name!r} keeps its experts in stacks ({stacks[0].name}), which bitsandbytes leaves "
-                    "as they are: leave quantization at none, and shard with FSDP2 or ZeRO-3"
+                    f"model={config.name!r} keeps its experts in parameters like {left}, which bitsandbytes leaves as "
+                    "they are: leave quantization at none, and shard with FSDP2 or ZeRO-3"
                 )
             options["quantization_config"] = quantization
         if names is not None and _under_fsdp2() and not is_quantized and quantization is None and not pickles:
