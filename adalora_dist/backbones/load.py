@@ -13,10 +13,11 @@ from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedType
 from torch import nn
 
-from adalora_dist.backbones.experts import stacks_of
+from adalora_dist.backbones.experts import unlike_linears
 from adalora_dist.backbones.files import locate_weights, refuse_odd_files, stored_tensors
 from adalora_dist.backbones.fit import compare_classes, fit_tokenizer
 from adalora_dist.backbones.names import FileNames, head_prefixes, on_meta
+from adalora_dist.backbones.parts import input_embeddings
 from adalora_dist.backbones.quantization import settle_quantized
 from adalora_dist.backbones.sharded_load import load_on_meta
 from adalora_dist.backbones.ties import refuse_unequal
@@ -91,10 +92,11 @@ def load_backbone(
                 raise UserError(
                     f"model={config.name!r} is quantised already: give the original model, or leave out quantization"
                 )
-            if stacks := stacks_of(on_meta(auto_class, own, trust_remote_code=config.trust_remote_code)):
+            plain = on_meta(auto_class, own, trust_remote_code=config.trust_remote_code)
+            if left := next(unlike_linears(plain), None):
                 raise UserError(
-                    f"model={config.name!r} keeps its experts in stacks ({stacks[0].name}), which bitsandbytes leaves "
-                    "as they are: leave quantization at none, and shard with FSDP2 or ZeRO-3"
+                    f"model={config.name!r} keeps its experts in parameters like {left}, which bitsandbytes leaves as "
+                    "they are: leave quantization at none, and shard with FSDP2 or ZeRO-3"
                 )
             options["quantization_config"] = quantization
         if names is not None and _under_fsdp2() and not is_quantized and quantization is None and not pickles:
@@ -261,7 +263,7 @@ def name_blocks(model: Any) -> set[str]:
     to do that inside a module that has been sharded before.
     """
     stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
-    embeddings = model.get_input_embeddings()
+    embeddings = input_embeddings(model)
     around = {type(m).__name__ for m in model.modules() if m is not embeddings and embeddings in m.modules()}
     blocks = set(model._no_split_modules or ()) - around
     if not blocks and stacks:

@@ -177,7 +177,21 @@ def test_a_disk_that_is_full_under_a_library(capsys: pytest.CaptureFixture[str])
     with pytest.raises(PermissionError), user_errors():  # may be anything
         fails(errno.EACCES)
     with pytest.raises(SystemExit), user_errors():
+        raise PermissionError(errno.EACCES, "Permission denied", "/somebody/s")
+    assert capsys.readouterr().err.startswith("error: /somebody/s is not for this user (Permission denied): ")
+    with pytest.raises(SystemExit), user_errors():
         fails(errno.EIO)
+
+
+def test_names_that_no_file_can_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("x" * 300, "loop", "a\0b"):
+        with pytest.raises(SystemExit) as ended, user_errors():
+            (tmp_path / name).resolve().stat()
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and said.startswith("error: there can be no such file (") and said.count("\n") == 1
+    with pytest.raises(ValueError, match="another"), user_errors():
+        raise ValueError("another")
 
 
 # -------------------------------------------------------------------------------------------- more than one, and kills

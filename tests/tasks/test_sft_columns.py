@@ -21,6 +21,7 @@ PROPOSALS: dict[str, tuple[Row, str, str]] = {
     "query and response": ({"id": 1, "query": "Q", "response": "A"}, "instruction=query,output=response", BOTH),
     "prompt and response": ({"prompt": "Q", "response": "A"}, "instruction=prompt,output=response", BOTH),
     "input and output": ({"input": "Q", "output": "A"}, "instruction=input", BOTH),
+    "inputs and targets": ({"task": "x", "inputs": "Q", "targets": "A"}, "instruction=inputs,output=targets", BOTH),
     "instruction and response": ({"instruction": "Q", "response": "A"}, "output=response", BOTH),
     "capitals": ({"Instruction": "Q", "Output": "A"}, "instruction=Instruction,output=Output", BOTH),
     "Dolly": (
@@ -116,6 +117,9 @@ def test_a_completion_has_the_prompt_once() -> None:
 def test_earlier_turns_of_a_question() -> None:
     row = {"instruction": "Q", "input": "", "output": "A", "system": "S", "history": [["q", "a"]]}
     assert short(recognise([row], {}, "a")(row, "a:1")) == f"system: S / user: q / assistant: a / {BOTH}"
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    again = recognise([row], {}, "a")(row | {"history": messages}, "a:1")
+    assert short(again) == f"system: S / user: q / assistant: a / {BOTH}"
     for empty in (None, [], "", float("nan")):
         assert short(recognise([row], {}, "a")(row | {"history": empty}, "a:1")) == f"system: S / {BOTH}"
     for wrong, reason in (

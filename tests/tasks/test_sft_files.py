@@ -103,8 +103,11 @@ def test_clones_of_repositories_and_files_that_are_not_read(tmp_path: Path) -> N
     assert contents(load(str(mixed), said=said)[0]) == ROWS and said[0] == f"{mixed}: not read: c.jsonl.bz2, more/"
     (mixed / "d.jsonl.gz").write_bytes(gzip.compress(lines(ROWS).encode()))
     said.clear()
+    (mixed / "validation.jsonl").write_text(lines(ROWS))
     load(str(mixed), said=said)
     assert said[0] == f"{mixed}: all of a.jsonl, d.jsonl.gz; not read: c.jsonl.bz2, more/"
+    load(str(mixed), eval_share=0.0, said=said)
+    assert said[-2] == f"{mixed}: all of a.jsonl, d.jsonl.gz; not read: c.jsonl.bz2, more/, validation.jsonl"
 
 
 @pytest.mark.parametrize(

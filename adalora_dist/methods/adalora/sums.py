@@ -1,5 +1,4 @@
-"""Sums over a rank's spans: triplet scores, Gram matrices, and the regulariser's gradient from them. Pure; no process
-group.
+"""Sums over a rank's spans: triplet scores, Gram matrices, the regulariser's gradient. Pure; no process group.
 
 What is linear in the elements (scores) is summed per rank and added up over ranks. What is linear in rows (Gram
 matrices) is summed over bodies; a row that is cut between ranks is put together first: every rank writes its part
@@ -275,6 +274,10 @@ class TripletSums:
         return (
             self._grams[r].index_add(0, slots, rows.unsqueeze(2) * rows.unsqueeze(1)) if len(slots) else self._grams[r]
         )
+
+    def were_summed(self) -> bool:
+        """Whether there has been a step; before it, and after a compaction, all is 0. Reads from the device."""
+        return bool(self.partials[:-1].any())
 
     def mean_defect(self, form: OrthogonalityForm) -> float:
         """How far P and Q were from orthogonal at the start of the last step, from the summed ``partials``.

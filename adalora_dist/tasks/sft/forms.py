@@ -19,7 +19,7 @@ from typing import Any
 from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.rows.fields import REMEDY, from_json, object_row, refuse_odd_text, shown, text_field
 from adalora_dist.tasks.sft.hints import columns_hint
-from adalora_dist.tasks.sft.messages import messages_of, tools_of
+from adalora_dist.tasks.sft.messages import is_conversation, messages_of, tools_of
 
 Row = Mapping[str, Any]
 Columns = Mapping[str, str]
@@ -215,10 +215,12 @@ def _system(row: Row, column_of: Columns, origin: str) -> list[Content]:
 
 
 def _history(row: Row, column: str | None, origin: str) -> list[Content]:
-    """Turns of earlier questions with their answers, each a list of two texts."""
+    """Turns of earlier questions with their answers, each a list of two texts; or messages."""
     pairs = from_json(row.get(column)) if column else None
-    if pairs is None or pairs != pairs:  # NaN
+    if column is None or pairs is None or pairs != pairs:  # NaN
         return []
+    if is_conversation(pairs):
+        return messages_of(pairs, column, origin)
     is_pairs = isinstance(pairs, list | tuple) and all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs)
     if not is_pairs:
         raise UserError(f"{origin}: field {column} is {shown(pairs)}; legal: a list of [question, answer]; {REMEDY}")

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from adalora_dist.tasks.rows.fields import from_json, shown
 from adalora_dist.tasks.sft.messages import is_conversation
 
-_QUESTIONS = ("instruction", "question", "query", "prompt", "problem", "task", "input", "user", "human")
-_ANSWERS = ("output", "answer", "response", "completion", "reply", "solution", "target", "assistant", "gpt")
+_QUESTIONS = ("instruction", "question", "query", "prompt", "problem", "input", "inputs", "user", "human")
+_ANSWERS = ("output", "answer", "response", "completion", "reply", "solution", "target", "targets", "assistant", "gpt")
 _FURTHER = {"input": ("input", "context"), "system": ("system", "system_prompt")}
 _TEXTS = ("text", "content", "document", "body", "article", "story", "passage", "sentence")
 

@@ -87,16 +87,16 @@ class Source:
         return self._of_files()[1]
 
     def remarks(self, used: Collection[Path]) -> str:
-        """Which files of a folder are rows where none is called train, and what is in it besides; nothing to say: "".
+        """Which files of a folder are trained on where none is called train, and what is not read; none to say: "".
 
         Args:
             used: all files that are read.
         """
         if self.is_hub or not self._folder.is_dir():
             return ""
-        found = entries(self._folder)
-        left = [path for path in found if path not in used and not any(path in file.parents for file in used)]
-        rows = [] if split_in(self._folder, TRAIN) else [path for path in found if path in used]
+        reached = {path for file in used for path in (file, *file.parents)}
+        left = [path for path in entries(self._folder) if path not in reached]
+        rows = () if split_in(self._folder, TRAIN) else self._of_files()[0].files
         parts = [f"all of {_names(rows)}"] if len(rows) > 1 else []
         return "; ".join(parts + ([f"not read: {_names(left)}"] if left else []))
 
