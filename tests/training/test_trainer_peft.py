@@ -217,8 +217,8 @@ def by_dpo(rank: int, world_size: int, folder: str, engine: str) -> dict[str, An
                 model=changed(), args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
                 peft_config=adalora_of_peft(), callbacks=[AdaLoraCallback()],
             )  # fmt: skip
-        assert trainer.ref_model is None  # no second model is loaded
-        trainer.train(resume_from_checkpoint=resume)
+            assert trainer.ref_model is None  # no second model is loaded
+            trainer.train(resume_from_checkpoint=resume)
         logs = [record for record in trainer.state.log_history if "loss" in record]
         found[output] = {
             "losses": {record["step"]: (record["loss"], record["rewards/margins"]) for record in logs},
