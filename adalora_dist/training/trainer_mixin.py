@@ -118,7 +118,7 @@ def take_over(trainer: Trainer, callback: Served) -> None:
         UserError: transformers' Trainer is not built as this package knows it.
     """
     if missing := [name for name in _REPLACED if not hasattr(Trainer, name)]:
-        raise UserError(f"transformers' Trainer has no {', '.join(missing)}: install transformers 5.17 to 5.23")
+        raise UserError(f"transformers' Trainer has no {', '.join(missing)}: install transformers 5.17 to 5.24")
     own = type(trainer)
     if not isinstance(trainer, AdaLoraTrainerMixin):
         trainer.__class__ = type(own.__name__, (AdaLoraTrainerMixin, own), {"__module__": own.__module__})
