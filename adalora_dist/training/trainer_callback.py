@@ -226,8 +226,8 @@ class AdaLoraCallback(TrainerCallback):
             )
         if state.is_hyper_param_search:
             raise UserError(
-                "hyperparameter_search trains several models with one AdaLoraCallback, which serves one run: make model, "
-                "Trainer and callback in the objective of your search, and call trainer.train() there"
+                "hyperparameter_search trains several models with one AdaLoraCallback, which serves one run: make the "
+                "model, Trainer and callback in the objective of your search, and call trainer.train() there"
             )
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         if args.n_gpu > 1:
