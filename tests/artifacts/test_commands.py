@@ -107,10 +107,16 @@ def test_export_says_what_the_run_learnt(
         assert (tmp_path / "out" / "generation_config.json").is_file()
 
 
-def test_a_classifier_comes_with_its_head_and_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The base is saved without its head, as encoders are; head and task are in the run folder alone."""
+@pytest.mark.parametrize("num_before", [0, 5])
+def test_a_classifier_comes_with_its_head_and_labels(
+    num_before: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The base is saved without its head, as encoders are, or with one for so many classes of another task; head and
+    task are in the run folder alone."""
     model = build("deberta", id2label={0: "no", 1: "maybe", 2: "yes"}, label2id={"no": 0, "maybe": 1, "yes": 2})
-    model.deberta.save_pretrained(tmp_path / "base")
+    before = build("deberta", num_labels=num_before) if num_before else model
+    before.deberta.load_state_dict(model.deberta.state_dict())
+    (before if num_before else model.deberta).save_pretrained(tmp_path / "base")
     with_adapters(model)
     config = RunConfig(model=ModelConfig(name=str(tmp_path / "base")))
     trained = {n: p.detach() for n, p in model.named_parameters() if n.startswith(("classifier.", "pooler."))}

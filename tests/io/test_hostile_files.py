@@ -37,7 +37,8 @@ from adalora_dist.methods.adalora.start import read_peft
 from adalora_dist.methods.update import AdapterWeights
 from adalora_dist.tasks.rows import token_cache
 from adalora_dist.tasks.rows.bad_rows import BadRows
-from adalora_dist.tasks.rows.files import file_rows, find_split
+from adalora_dist.tasks.rows.files import find_split
+from adalora_dist.tasks.rows.read import file_rows
 from adalora_dist.tasks.rows.table import checked_table
 from adalora_dist.training.faults.run_lock import RunLock
 from adalora_dist.training.launch import _zero_stage

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import resource
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from adalora_dist.config.flags import user_errors
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.publish import PARTIAL, building, discard, new_file, open_to_append, write_whole, writing
 from tests.support.kills import killed_at_line
@@ -153,6 +156,39 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert re.search(r"folder cannot be written \(File too large; [\d,]+ bytes are free\): free some room", message)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_disk_that_is_full_under_a_library(capsys: pytest.CaptureFixture[str]) -> None:
+    """In the main thread and in another one, as a tracker's: a line each, and no traceback."""
+
+    def fails(number: int = errno.ENOSPC) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(SystemExit) as ended, user_errors():
+        thread = threading.Thread(target=fails, name="writer")
+        thread.start()
+        thread.join()
+        fails()
+    assert ended.value.code == 2
+    said = "a file cannot be written (No space left on device): free some room, or give folders on another disk"
+    assert (
+        capsys.readouterr().err == f"warning: writer has ended: {said}, and run again\nerror: {said}, and run again\n"
+    )
+    with pytest.raises(PermissionError), user_errors():  # may be anything
+        fails(errno.EACCES)
+    with pytest.raises(SystemExit), user_errors():
+        fails(errno.EIO)
+
+
+def test_names_that_no_file_can_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("x" * 300, "loop", "a\0b"):
+        with pytest.raises(SystemExit) as ended, user_errors():
+            (tmp_path / name).resolve().stat()
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and said.startswith("error: there can be no such file (") and said.count("\n") == 1
+    with pytest.raises(ValueError, match="another"), user_errors():
+        raise ValueError("another")
 
 
 # -------------------------------------------------------------------------------------------- more than one, and kills
