@@ -94,5 +94,5 @@ class ConversionRules:
 
 def _spelt(operation: Any) -> str:
     if type(operation).__name__ == "Transpose":
-        return f"Transpose {operation.dim0} {operation.dim1}" + " if needed" * operation.check_dims
+        return f"Transpose {operation.dim0} {operation.dim1}{' if needed' if operation.check_dims else ''}"
     return f"{type(operation).__name__} {getattr(operation, 'dim', '')}"
