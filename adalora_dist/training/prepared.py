@@ -19,6 +19,7 @@ from adalora_dist.methods.hooks import MethodHooks, attach
 from adalora_dist.methods.protocol import adapters_of, trained_parameters
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.training.backbone_checks import check_backbone
+from adalora_dist.training.compiled import compile_blocks
 from adalora_dist.training.engine import tied_weights_in_one_group
 from adalora_dist.training.resume import compare_backbone, set_loss_scale
 
@@ -80,6 +81,8 @@ def prepare(
     if resumed is not None:
         load_checkpoint(resumed, prepared.parameters, wrapped, hooks)
         set_loss_scale(accelerator, wrapped, resumed.run["loss_scale"])
+    if config.train.compile:
+        compile_blocks(model, hooks)
     return prepared
 
 
