@@ -24,6 +24,7 @@ from adalora_dist.artifacts.report.watch import view
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
 from tests.support.browser import CHROMIUM, Browser
+from tests.support.limits import HANG_SECONDS
 from tests.support.paths import ROOT
 
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -76,6 +77,9 @@ class Page(HTMLParser):
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "wbr":  # a place to break, within a word
+            self.text = self.text.removesuffix("\n")
+            return
         self.elements.append((tag, dict(attrs)))
         self._open.append(tag)
 
@@ -187,6 +191,8 @@ def test_curves_are_what_was_measured() -> None:
 
     drawn = chart("Squares", "", [Curve("a", points, 0)])
     assert "from 1 to 4,000,000" in drawn and len(drawn) < 10_000
+    short, long = (chart("Short", "", [Curve("a", points[:10], 0)], end=end) for end in (0, 400))
+    assert ">400</text>" in long and ">400</text>" not in short  # charts of one page end at one step
     assert chart("Nothing", "", [Curve("a", [], 0)]) == ""
     assert "NaN" not in chart("One", "", [Curve("a", [(5.0, 3.0)], 0), Curve("b", [(5.0, 4.0)], 1)])
 
@@ -194,7 +200,7 @@ def test_curves_are_what_was_measured() -> None:
 def test_a_report_costs_no_torch(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     command = [sys.executable, "-X", "importtime", "-m", "adalora_dist.__main__", "report", str(run)]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS, check=True)
     imported = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines() if "import time:" in line}
     assert "yaml" in imported and not {"torch", "transformers", "matplotlib"} & imported
 
@@ -219,6 +225,9 @@ def test_in_a_browser(tmp_path: Path) -> None:
         browser.open(out, 1300, dark=True)
         dark = browser.ask("getComputedStyle(document.body).backgroundColor")
         assert dark == "rgb(20, 22, 26)" and browser.picture(tmp_path / "dark.png") != wide
+        browser.open(out, 375)  # the ranks and scores of the matrices are seen without scrolling
+        fits = "[...document.querySelectorAll('.names')].map(t => t.scrollWidth <= t.parentElement.clientWidth)"
+        assert browser.ask(f"{fits}.join()") == "true,true"
         browser.open(several, 375)
         assert browser.ask("document.documentElement.scrollWidth") <= 375
         browser.picture(tmp_path / "phone.png")

@@ -32,12 +32,13 @@ class Curve:
     dash: str = ""
 
 
-def chart(title: str, unit: str, curves: Sequence[Curve], steps_at_once: bool = False) -> str:
+def chart(title: str, unit: str, curves: Sequence[Curve], steps_at_once: bool = False, end: float = 0) -> str:
     """A figure with the curves that have points, a legend and a table; "" if none has.
 
     Args:
         unit: of the values, for the axis and the table.
         steps_at_once: values hold until the next point (budgets), instead of changing steadily.
+        end: the step that the axis reaches at least, so that the charts of a page can be compared.
     """
     shown = [curve for curve in curves if curve.points]
     if not shown:
@@ -45,7 +46,7 @@ def chart(title: str, unit: str, curves: Sequence[Curve], steps_at_once: bool = 
     limit = max(40, min(_CURVE_POINTS, _ALL_POINTS // len(shown)))
     # A budget is not averaged: its steps would become slopes.
     thinned = [Curve(c.label, (_picked if steps_at_once else _averaged)(c.points, limit), c.run, c.dash) for c in shown]
-    axes = _Axes.around([p for c in thinned for p in c.points], from_zero=steps_at_once)
+    axes = _Axes.around([p for c in thinned for p in c.points], end, from_zero=steps_at_once)
     parts = [axes.drawn()]
     several_runs = 1 < len({c.run for c in thinned}) == len(thinned)
     for curve in thinned:
@@ -136,12 +137,12 @@ class _Axes:
     y_range: tuple[float, float]
 
     @classmethod
-    def around(cls, points: Sequence[Point], from_zero: bool) -> _Axes:
-        xs, ys = [x for x, _ in points], [y for _, y in points]
+    def around(cls, points: Sequence[Point], end: float, from_zero: bool) -> _Axes:
+        last, ys = max([end, *(x for x, _ in points)]), [y for _, y in points]
         low, high = (min(0.0, *ys) if from_zero else min(ys)), max(ys)
         y_ticks = _ticks(low, high)
         return cls(
-            [t for t in _ticks(0, max(xs)) if t <= max(xs)], y_ticks, (0, max(xs)),
+            [t for t in _ticks(0, last) if t <= last], y_ticks, (0, last),
             (min(low, y_ticks[0]), max(high, y_ticks[-1])),
         )  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,6 +16,11 @@ _LONGEST_TEXT = 4000
 def said(value: Any, max_characters: int = 200) -> str:
     """A value as text on one line, escaped; also between double quotes of an attribute."""
     return html.escape(printable(value, max_characters))
+
+
+def breakable(name: str) -> str:
+    """An escaped name of a module or a path, which a narrow page may break within."""
+    return re.sub(r"([./_])", r"\1<wbr>", name)
 
 
 def lines(value: str) -> str:
@@ -54,7 +60,7 @@ def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], kind
     )
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{caption}"><table class="{kind}">'
-        f"<caption>{caption}</caption>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{body}</tbody></table></div>"
+        f"<caption><span>{caption}</span></caption>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{body}</tbody></table></div>"
     )
 
 

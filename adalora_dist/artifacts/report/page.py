@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from adalora_dist.artifacts.report.charts import Curve, chart
-from adalora_dist.artifacts.report.markup import folded, lines, mean_and_sd, number, said, table
+from adalora_dist.artifacts.report.markup import breakable, folded, lines, mean_and_sd, number, said, table
 from adalora_dist.artifacts.report.ranks import expert_maps, frames_of, matrices_table, rank_map
 from adalora_dist.artifacts.report.runs import RunRecord, read_runs
 from adalora_dist.io.errors import UserError
@@ -123,7 +123,7 @@ def _summary(runs: Sequence[RunRecord]) -> str:
         processes = facts.get("num_processes")
         values = {
             "state": said(run.state),
-            "model": said(model, 80) if model else None,
+            "model": breakable(said(model, 80)) if model else None,
             "method": said(facts["method"], 40) if "method" in facts else None,
             "engine": f"{said(facts['engine'], 40)} on {said(processes, 20)}" if "engine" in facts else None,
             "trained parameters": f"{parameters:,}" if isinstance(parameters, int) else None,
@@ -138,13 +138,15 @@ def _summary(runs: Sequence[RunRecord]) -> str:
         for name, value in values.items():
             rows.setdefault(name, ["–"] * len(runs))[k] = value or "–"
     told = [[name, *cells] for name, cells in rows.items() if set(cells) != {"–"}]
-    return table("What each run is", ["", *(said(run.label, 60) for run in runs)], told)
+    caption = "What each run is" if len(runs) > 1 else "What it is"
+    return table(caption, ["", *(said(run.label, 60) for run in runs)], told)
 
 
 def _charts(runs: Sequence[RunRecord]) -> Iterable[str]:
     several = len(runs) > 1
     validation = dict.fromkeys(n for run in runs for record in run.metrics for n in record if n.startswith("eval_"))
     curves = [*_CURVES]
+    end = max(run.num_steps_done for run in runs)
     curves[1:1] = [(f"Validation {n[5:45]}", "", {n: ""}, False) for n in list(validation)[:12]]
     for title, unit, names, at_once in curves:
         drawn = [
@@ -152,7 +154,7 @@ def _charts(runs: Sequence[RunRecord]) -> Iterable[str]:
             for k, run in enumerate(runs)
             for j, (name, what) in enumerate(names.items())
         ]
-        yield chart(title, unit, drawn, at_once)
+        yield chart(title, unit, drawn, at_once, end)
 
 
 def _label(run: str, what: str, several: bool) -> str:
@@ -190,9 +192,11 @@ def _samples(runs: Sequence[RunRecord]) -> Iterable[str]:
             yield f"<h3>{said(run.label, 60)}</h3>" if len(runs) > 1 else ""
         for position, sample in enumerate(run.samples[:_SHOWN_SAMPLES], start=1):
             entries = "".join(
-                f'<dt>{said(what, 60)}</dt><dd class="text">{lines(words)}</dd>' for what, words in sample.items()
+                f'<dt>{said(what, 60)}</dt><dd class="text">{lines(words or "(empty)")}</dd>'
+                for what, words in sample.items()
             )
-            yield f"<article><h3>Sample {position}</h3><dl>{entries}</dl></article>"
+            heading = "h4" if len(runs) > 1 else "h3"  # below the run's
+            yield f"<article><{heading}>Sample {position}</{heading}><dl>{entries}</dl></article>"
         if left := len(run.samples) - _SHOWN_SAMPLES:
             yield f'<p class="soft">{left} more in samples.json.</p>' if left > 0 else ""
 
@@ -224,7 +228,7 @@ def _setting(run: RunRecord, name: str) -> str:
         return "–"
     value = settings[key]
     words = " ".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
-    return said(words or "(empty)", 300)
+    return breakable(said(words or "(empty)", 300))
 
 
 def _commands(runs: Sequence[RunRecord]) -> Iterable[str]:

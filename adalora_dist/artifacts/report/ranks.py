@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from adalora_dist.artifacts.hub.pictures import expert_grids, rank_grid
-from adalora_dist.artifacts.report.markup import folded, mean_and_sd, number, said, table
+from adalora_dist.artifacts.report.markup import breakable, folded, mean_and_sd, number, said, table
 from adalora_dist.artifacts.report.runs import RunRecord
 
 NUM_SHADES = 10
@@ -68,7 +68,7 @@ def rank_map(run: RunRecord, index: int, shown: Sequence[dict[str, Any]]) -> str
             f'data-run="{index}" data-largest="{largest}" aria-describedby="at{index}"></label> '
             f'<output id="at{index}" aria-live="polite">{_at(shown[last])}</output></p>'
         )
-    grid = table(caption, ["layer", *(said(c, 40) for c in columns)], rows, "ranks")
+    grid = table(caption, ["layer", *(breakable(said(c, 40)) for c in columns)], rows, "ranks")
     return f'<div class="map" data-map="{index}">{slider}{grid}</div>'
 
 
@@ -116,7 +116,7 @@ def matrices_table(runs: Sequence[RunRecord]) -> str:
     head += ["rank, mean ± sd"] if len(with_ranks) > 1 else []
     rows = []
     for name in sorted(names, key=key):
-        row = [said(name, 80)]
+        row = [breakable(said(name, 80))]
         for run in with_ranks:
             rank = run.pattern.get(name)
             row.append("–" if rank is None else f"{rank} of {run.initial_ranks.get(name)}")
@@ -125,9 +125,9 @@ def matrices_table(runs: Sequence[RunRecord]) -> str:
         row += [mean_and_sd(ranks, 3) if len(ranks) > 1 else "–"] if len(with_ranks) > 1 else []
         rows.append(row)
     by = "importance at the last allocation (mean score of a triplet)" if scored else "rank"
-    shown = table(f"Matrices by {by}", head, rows[:_SHOWN_MATRICES])
+    shown = table(f"Matrices by {by}", head, rows[:_SHOWN_MATRICES], "names")
     rest = rows[_SHOWN_MATRICES:]
-    return shown + (folded(f"{len(rest)} more", table(f"More matrices by {by}", head, rest)) if rest else "")
+    return shown + (folded(f"{len(rest)} more", table(f"More matrices by {by}", head, rest, "names")) if rest else "")
 
 
 def _at(frame: dict[str, Any]) -> str:
