@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from adalora_dist.io.build_tools import missing_build_tool
 from adalora_dist.io.errors import UserError
+from adalora_dist.methods.adalora.experts import ExpertTriplets
 from adalora_dist.methods.adalora.layers import TripletLayer
 from adalora_dist.methods.hooks import MethodHooks
 
@@ -53,8 +54,13 @@ def compile_blocks(model: nn.Module, hooks: MethodHooks, backend: str | Callable
         The number of blocks.
 
     Raises:
-        UserError: there are none, or what the backend needs to build them is not there.
+        UserError: there are none, experts are adapted, or what the backend needs to build blocks is not there.
     """
+    if stack := next((module for module in model.modules() if isinstance(module, ExpertTriplets)), None):
+        raise UserError(
+            f"compile true: {stack.name} are experts with adapters, whose widths follow from their ranks; set compile "
+            "to false, or leave experts out of targets"
+        )
     blocks = blocks_of(model)
     if not blocks:
         raise UserError(f"compile true: {type(model).__name__} does not say what its blocks are; set compile to false")

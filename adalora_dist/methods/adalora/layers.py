@@ -259,7 +259,8 @@ class Lambdas(TrainedModule):
         return self._wide[position]
 
     def _own(self, layer: TripletLayer) -> torch.Tensor:
-        return cast(torch.Tensor, self())[layer.first : layer.first + layer.rank]
+        lams: torch.Tensor = self()
+        return lams[layer.first : layer.first + layer.rank]
 
     def _edits(self, layer: TripletLayer) -> int:
         return layer.P._version + layer.Qt._version + self.lam._version
