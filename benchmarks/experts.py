@@ -1,6 +1,6 @@
 """Experts: what adaptive rank costs beside LoRA on them, and whether the budget goes where it serves. Any machine.
 
-    python benchmarks/experts.py cost     operations and saved bytes of a step, counted: ours, LoRA, PEFT
+    python benchmarks/experts.py cost     operations and saved bytes of every step, counted: ours, LoRA, PEFT
     python benchmarks/experts.py task     a task that two experts of eight can serve: adaptive against uniform, 3 seeds
     python benchmarks/experts.py rare     all experts can serve, and those two get a tenth of the others' tokens
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers as tf
@@ -114,11 +114,28 @@ def task(rare: bool) -> dict[str, list[tuple[float, float]]]:
 # ------------------------------------------------------------------------------------------------------------- cost
 
 
-def small_mixtral() -> Any:
-    """Four layers of eight experts, in sizes that torch's grouped kernel takes."""
+NUM_STEPS = 8
+
+
+class Step(NamedTuple):
+    """What was counted in one of them."""
+
+    operations: int
+    saved: int
+    """Bytes that its forward keeps for backward, beside parameters."""
+
+
+class Run(NamedTuple):
+    model: Any
+    optimizer: torch.optim.Optimizer
+    hooks: Any = None
+
+
+def small_mixtral(num_layers: int) -> Any:
+    """Layers of eight experts, in sizes that torch's grouped kernel takes."""
     torch.manual_seed(0)
     config = tf.MixtralConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=num_layers, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=NUM_EXPERTS, num_experts_per_tok=2, max_position_embeddings=64,
     )  # fmt: skip
     model = tf.MixtralForCausalLM(config)
@@ -126,35 +143,37 @@ def small_mixtral() -> Any:
     return model
 
 
-def ours(config: Any) -> Callable[[Any], tuple[Any, Any]]:
-    def make(model: Any) -> tuple[Any, Any]:
+def adamw(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True)
+
+
+def ours(config: Any) -> Callable[[Any], Run]:
+    def make(model: Any) -> Run:
         adapt(model, config)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
-        attach(model, optimizer, config, 6)
-        return model, optimizer
+        optimizer = adamw(model)
+        return Run(model, optimizer, attach(model, optimizer, config, NUM_STEPS))
 
     return make
 
 
-def of_peft(model: Any) -> tuple[Any, Any]:
+def of_peft(model: Any) -> Run:
     from peft import LoraConfig as PeftConfig
     from peft import get_peft_model
 
     names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     adapted = get_peft_model(model, PeftConfig(r=4, target_modules=[], target_parameters=names))
-    return adapted, torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-3, fused=True)
+    return Run(adapted, adamw(adapted))
 
 
-def step_of(make: Callable[[Any], tuple[Any, Any]]) -> dict[str, int]:
-    """Operations of the third step, which makes a selection, and bytes that its forward keeps beside parameters."""
-    model, optimizer = make(small_mixtral())
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+def steps_of(make: Callable[[Any], Run], num_layers: int) -> list[Step]:
+    """Of every step of a run but the first, which finds out what there is."""
+    model, optimizer, hooks = make(small_mixtral(num_layers))
     ids = torch.randint(0, 64, (4, 32), generator=torch.Generator().manual_seed(0))
-    found: dict[str, int] = {}
-    for step in range(4):
-        kept: dict[int, int] = {}
+    found = []
+    for _ in range(NUM_STEPS):
+        own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, dict[int, int]()
 
-        def keep(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+        def keep(tensor: torch.Tensor, own: set[int] = own, kept: dict[int, int] = kept) -> torch.Tensor:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in own:
                 kept[storage.data_ptr()] = storage.nbytes()
@@ -166,26 +185,31 @@ def step_of(make: Callable[[Any], tuple[Any, Any]]) -> dict[str, int]:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        if step == 2:
-            found = {"operations": sum(counts.aten.values()), "saved": sum(kept.values())}
-    return found
+        found.append(Step(sum(counts.aten.values()), sum(kept.values())))
+        if hooks is not None:
+            hooks.replace(model, optimizer)
+    return found[1:]
 
 
-def cost() -> dict[str, dict[str, int]]:
+def cost(num_layers: int = 4) -> dict[str, list[Step]]:
+    """Of every variant what :func:`steps_of` gives. Ranks are equal at first, and ragged in the last two steps, after
+    compaction."""
     common: dict[str, Any] = dict(targets=("experts",), init_rank=4)
-    falling = AdaLoraConfig(**common, target_rank=2, initial_warmup_steps=1, final_steps=2, mask_interval_steps=1)
+    falling = AdaLoraConfig(**common, target_rank=2, initial_warmup_steps=1, final_steps=3, mask_interval_steps=2)
     return {
-        "adaptive ranks": step_of(ours(falling)),
-        "LoRA": step_of(ours(LoraConfig(**common))),
-        "PEFT, target_parameters": step_of(of_peft),
+        "adaptive ranks": steps_of(ours(falling), num_layers),
+        "LoRA": steps_of(ours(LoraConfig(**common)), num_layers),
+        "PEFT, target_parameters": steps_of(of_peft, num_layers),
     }
 
 
 def main() -> None:
     what = sys.argv[1] if len(sys.argv) > 1 else "cost"
     if what == "cost":
-        for name, found in cost().items():
-            print(f"{name:26} {found['operations']:7,} operations, {found['saved'] / 1e3:9,.1f} kB saved for backward")
+        for name, steps in cost().items():
+            operations = " ".join(f"{step.operations:6,}" for step in steps)
+            saved = ", ".join(f"{n / 1e3:,.1f}" for n in sorted({step.saved for step in steps}))
+            print(f"{name:26} {operations} operations, {saved} kB saved for backward")
         return
     for name, results in task(rare=what == "rare").items():
         errors = ", ".join(f"{error:.3f}" for error, _ in results)

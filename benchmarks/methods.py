@@ -6,8 +6,8 @@
 All methods are in one process, on copies of one model, at the parameters of LoRA of rank 8, and take turns: a figure
 is the median over rounds of a method's thread CPU time over LoRA's of the same round. A step is forward, backward, the
 optimizer's and the method's own part. PEFT's layers, at the same ranks, take their turns among them. Bytes are those of
-the tensors that autograd keeps between forward and backward, each storage once, parameters and the batch left out: they
-do not depend on the machine. Dated results lie beside this file.
+the tensors that autograd keeps between forward and backward, each storage once; left out are parameters, frozen random
+matrices and the batch. They do not depend on the machine. Dated results lie beside this file.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import nn
 
 from adalora_dist.config.methods import MethodConfig, method_config
 from adalora_dist.io.markdown import table
+from adalora_dist.methods.branch import Drawn
 from adalora_dist.methods.hooks import attach
 from adalora_dist.methods.inject import adapt, parameter_groups
 from adalora_dist.methods.parameter_budget import within_budget
@@ -51,7 +52,8 @@ class Maps(nn.Module):
 def ours() -> dict[str, MethodConfig]:
     """At LoRA's size; VeRA and DVoRA, which cannot reach it, at the published rank; BitFit as it is."""
     sized: dict[str, Any] = {"budget": BUDGET, "targets": (MAPS,)}
-    configs = {name: method_config(name, **sized) for name in ("lora", "adalora", "lora_fa", "dora", "hydra", "dylora")}
+    names = ("lora", "adalora", "lora_fa", "dora", "adadora", "hydra", "dylora")
+    configs = {name: method_config(name, **sized) for name in names}
     configs |= {name: method_config(name, init_rank=256, targets=(MAPS,)) for name in ("vera", "dvora")}
     for name in ("houlsby", "series", "parallel"):
         configs[name] = method_config(name, budget=BUDGET, positions=(MAPS,))
@@ -101,7 +103,12 @@ def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor)
 
 def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
     """Of one forward, as a training step makes it."""
-    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
+    model(x).square().mean().backward()  # what is made once, such as norms, is there then
+    for parameter in model.parameters():
+        parameter.grad = None
+    drawn = [part for module in model.modules() for part in vars(module).values() if isinstance(part, Drawn)]
+    frozen = [matrix for each in drawn for matrix in each.like(x)]
+    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *frozen, x)}
     kept: dict[int, int] = {}
     alive = []
 
@@ -112,9 +119,6 @@ def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
             alive.append(tensor)  # so that no other tensor gets its place
         return tensor
 
-    model(x).square().mean().backward()  # what is made once, such as norms, is there then
-    for parameter in model.parameters():
-        parameter.grad = None
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = model(x)
     del y

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from adalora_dist.artifacts.adapter_files import checked_task
-from adalora_dist.artifacts.auto_classes import auto_class
+from adalora_dist.artifacts.auto_classes import auto_class, label_options
 from adalora_dist.artifacts.checkpoints.content import stored_adapters
 from adalora_dist.artifacts.checkpoints.files import step_of
 from adalora_dist.artifacts.checkpoints.writer import checkpoint_at, newest_checkpoint
@@ -108,9 +108,8 @@ class FinishedRun:
         """Lines of Python that load an export, and for LoRA the options that vLLM needs."""
         task = self.saved.task
         auto = auto_class(task.get("architectures", [""])[0], unknown="AutoModelForCausalLM")
-        names = task.get("id2label") if auto.endswith("SequenceClassification") else None
-        labels = f", num_labels={len(names)}" if names else ""
         revision = self.saved.base_revision if base == self.saved.base_model else None
+        labels = label_options(task, base, revision)
         at = f", revision={revision!r}" if revision else ""
         form = FORMATS[to]
         if not form.is_adapter:

@@ -19,6 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
+from adalora_dist.backbones.linears import is_plain_linear
 from adalora_dist.io.errors import UserError
 from adalora_dist.sharding.tensors import full_shape
 
@@ -81,6 +82,13 @@ def _stacks(name: str, module: nn.Module) -> Iterator[ExpertStack]:
 
 def _entrance(module: nn.Module) -> str:
     return "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
+
+
+def unlike_linears(model: nn.Module) -> Iterator[str]:
+    """Parameters of experts that are no linear map's: stacks, and what DBRX and JetMoE keep. May be on meta."""
+    for name, module in model.named_modules():
+        if "expert" in f"{name}.{type(module).__name__}".lower() and not is_plain_linear(module):
+            yield from (f"{name}.{leaf}" for leaf, p in module.named_parameters(recurse=False) if p.dim() > 1)
 
 
 def run_with(experts: Any, add: Add) -> None:

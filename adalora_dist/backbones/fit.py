@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
@@ -74,6 +74,21 @@ def _text_configs(config: Any) -> list[Any]:
 def _counts_from_padding(name: str, module: nn.Module) -> bool:
     """RoBERTa, MPNet, M2M100: positions begin behind the padding id."""
     return _POSITIONS.fullmatch(name.rpartition(".")[2]) is not None or "Position" in type(module).__name__
+
+
+def compare_classes(own: Mapping[int, str], wanted: Mapping[int, str]) -> None:
+    """Warn where a head that is loaded gives the task's classes other numbers than the rows do (id2label of both).
+
+    It is trained to the task's, and named so in what is written; what it scores before is of other classes.
+    """
+    before, after = ({number: str(name).casefold() for number, name in names.items()} for names in (own, wanted))
+    if before != after and sorted(before.values()) == sorted(after.values()):
+        said = (", ".join(f"{number} {names[number]}" for number in sorted(names)) for names in (own, wanted))
+        logger.warning(
+            "the model's head has the classes %s, and the task %s: scores before training mean nothing, and training "
+            "begins with confused classes",
+            *said,
+        )
 
 
 class Limit(NamedTuple):

@@ -13,16 +13,17 @@ from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedType
 from torch import nn
 
-from adalora_dist.backbones.experts import stacks_of
+from adalora_dist.backbones.experts import unlike_linears
 from adalora_dist.backbones.files import locate_weights, refuse_odd_files, stored_tensors
-from adalora_dist.backbones.fit import fit_tokenizer
+from adalora_dist.backbones.fit import compare_classes, fit_tokenizer
 from adalora_dist.backbones.names import FileNames, head_prefixes, on_meta
 from adalora_dist.backbones.quantization import settle_quantized
 from adalora_dist.backbones.sharded_load import load_on_meta
+from adalora_dist.backbones.ties import refuse_unequal
 from adalora_dist.backbones.tokenizer import remember_rules
 from adalora_dist.config.sections import ModelConfig
 from adalora_dist.io.digest import digest_of
-from adalora_dist.io.errors import UserError
+from adalora_dist.io.errors import UserError, reason_of
 from adalora_dist.io.foreign_files import read_bytes
 from adalora_dist.sharding.tensors import full_numel
 
@@ -72,7 +73,7 @@ def load_backbone(
     pickles = config.allow_pickle_weights
     try:
         own = AutoConfig.from_pretrained(config.name, **options)
-        is_quantized = hasattr(own, "quantization_config")
+        is_quantized, classes = hasattr(own, "quantization_config"), dict(getattr(own, "id2label", None) or {})
         if changes:
             for key, value in changes.items():
                 setattr(own, key, value)
@@ -90,10 +91,11 @@ def load_backbone(
                 raise UserError(
                     f"model={config.name!r} is quantised already: give the original model, or leave out quantization"
                 )
-            if stacks := stacks_of(on_meta(auto_class, own, trust_remote_code=config.trust_remote_code)):
+            plain = on_meta(auto_class, own, trust_remote_code=config.trust_remote_code)
+            if left := next(unlike_linears(plain), None):
                 raise UserError(
-                    f"model={config.name!r} keeps its experts in stacks ({stacks[0].name}), which bitsandbytes leaves "
-                    "as they are: leave quantization at none, and shard with FSDP2 or ZeRO-3"
+                    f"model={config.name!r} keeps its experts in parameters like {left}, which bitsandbytes leaves as "
+                    "they are: leave quantization at none, and shard with FSDP2 or ZeRO-3"
                 )
             options["quantization_config"] = quantization
         if names is not None and _under_fsdp2() and not is_quantized and quantization is None and not pickles:
@@ -108,15 +110,12 @@ def load_backbone(
                 names = replace(names, missing=loaded.missing, mismatched=loaded.mismatched)
     except UserError:
         raise
-    except (OSError, ValueError, ImportError) as error:
-        raise _cannot_be_loaded(config, error) from error
-    except RuntimeError as error:
-        if quantization is None:
+    except Exception as error:  # an odd value in somebody's files: TypeError, KeyError, ZeroDivisionError, anything
+        if quantization is None or not isinstance(error, RuntimeError):
             raise _cannot_be_loaded(config, error) from error
-        reason = " ".join(str(error).split())[:150]
         raise UserError(
-            f"model={config.name!r} cannot be quantised ({reason} ...): where a matrix does not fill whole elements of "
-            "quant_storage ('must be divisible' in the report above) set quant_storage to uint8"
+            f"model={config.name!r} cannot be quantised ({reason_of(error, 150)} ...): where a matrix does not fill "
+            "whole elements of quant_storage ('must be divisible' in the report above) set quant_storage to uint8"
         ) from error
     if quantization is not None:
         settle_quantized(model)
@@ -124,6 +123,8 @@ def load_backbone(
     model.file_names = names  # type: ignore[assignment]
     name_blocks(model)
     fit_tokenizer(model, tokenizer)
+    if not any(name.startswith(head_prefixes(model)) for name in names.missing):
+        compare_classes(classes, (changes or {}).get("id2label", classes))
     return model, tokenizer
 
 
@@ -131,8 +132,11 @@ def _names_in_files(config: ModelConfig, auto_class: Any, own: Any) -> FileNames
     """Where the model's tensors lie in its files; None if those are not safetensors, and may be loaded.
 
     Raises:
-        UserError: there are no weights that may be loaded, or they belong to another model than ``own``.
+        UserError: there are no weights that may be loaded, or they belong to another model than ``own``; as
+            :func:`refuse_unequal`.
     """
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
     files = locate_weights(config.name, config.revision)
     if not files:
         if not config.allow_pickle_weights:
@@ -142,6 +146,8 @@ def _names_in_files(config: ModelConfig, auto_class: Any, own: Any) -> FileNames
     names = FileNames.of(model, stored_tensors(files))
     if not hasattr(own, "quantization_config"):
         _refuse_other_weights(config, model, names)
+    if is_deepspeed_zero3_enabled():
+        refuse_unequal(model, names, config.name)
     return names
 
 
@@ -183,7 +189,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of the backbone.
 
     Raises:
-        UserError: it cannot be found or loaded, or code from elsewhere would be run.
+        UserError: it cannot be found, loaded or used on a plain text, or code from elsewhere would be run.
     """
     from transformers import AutoTokenizer
 
@@ -193,9 +199,10 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
+        tokenizer("a")  # some odd values (model_max_length) are met in use alone
     except UserError:
         raise
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:
         raise _cannot_be_loaded(config, error) from error
     remember_rules(tokenizer)
     return tokenizer
@@ -239,10 +246,9 @@ def _code_digest(folder: Path) -> str | None:
 
 
 def _cannot_be_loaded(config: ModelConfig, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:300]
     return UserError(
-        f"model={config.name!r} cannot be loaded ({reason}): give a folder that save_pretrained wrote, or a Hub id "
-        "that this machine can reach"
+        f"model={config.name!r} cannot be loaded ({reason_of(error)}): give a folder that save_pretrained wrote, or a "
+        "Hub id that this machine can reach"
     )
 
 

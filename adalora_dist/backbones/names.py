@@ -8,6 +8,7 @@ without reading a weight, where each parameter comes from, and so under which na
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from torch import nn
 
 from adalora_dist.backbones.conversions import ConversionRules
 from adalora_dist.backbones.files import Stored, stored_tensors, weight_files
-from adalora_dist.io.errors import UserError
+from adalora_dist.io.errors import UserError, reason_of
 from adalora_dist.io.foreign_files import read_object
 from adalora_dist.sharding.tensors import full_shape
 
@@ -237,9 +238,8 @@ def plain_model(base: Path | Any, task: Mapping[str, Any]) -> PreTrainedModel | 
                 setattr(config, key, {int(k): v for k, v in value.items()} if key == "id2label" else value)
         return on_meta(model_class, config)
     except Exception as error:  # anybody's config.json, and any of the classes
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{base}: its config.json does not describe a {names[0]} ({reason}): fetch the model again"
+            f"{base}: its config.json does not describe a {names[0]} ({reason_of(error, 200)}): fetch the model again"
         ) from error
 
 
@@ -305,6 +305,18 @@ def new_backbone_modules(model: nn.Module) -> list[str]:
         if has_matrix and not is_part and parameters.keys() <= missing:
             found.append(f"{prefix}.{child}")
     return found
+
+
+def layers_left_out(model: nn.Module) -> list[str]:
+    """Layers of the files behind the last that the model has: of a config.json with fewer, or for drafts of tokens."""
+    names: FileNames | None = getattr(model, "file_names", None)
+    stacks = {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    found: dict[str, None] = {}
+    for name in () if names is None else names.unexpected:
+        for number in re.finditer(r"(?<=\.)\d+(?=\.)", name):
+            if int(number[0]) >= stacks.get(name[: number.start() - 1], math.inf):
+                found[name[: number.end()]] = None
+    return list(found)
 
 
 def _matches(patterns: Iterable[str] | None, name: str) -> bool:

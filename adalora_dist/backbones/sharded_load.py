@@ -23,6 +23,7 @@ from adalora_dist.backbones.experts import stacks_of
 from adalora_dist.backbones.files import Stored
 from adalora_dist.backbones.names import FileNames
 from adalora_dist.backbones.rearranged import Rearranged
+from adalora_dist.backbones.ties import tie_equals
 from adalora_dist.io.errors import UserError
 from adalora_dist.sharding.tensors import first_row, is_whole, local_part, whole_tensor
 
@@ -57,6 +58,7 @@ def load_on_meta(auto_class: Any, name: str, names: FileNames, **options: Any) -
             numbers alone.
     """
     model: PreTrainedModel = auto_class.from_pretrained(name, device_map="meta", **options)
+    tie_equals(model, names)
     stacks: Sources = {stack.name: parts_of(names, stack) for stack in stacks_of(model) if stack.name in names.computed}
     made = {**stacks, **{other: _moved(names, other, name) for other in sorted(names.computed - stacks.keys())}}
     to_read: list[tuple[torch.Tensor, Source]] = []

@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from adalora_dist.config.settings import Setting, is_union, legal, near, remedy,
 from adalora_dist.io.ending import EXIT_PREEMPTED, leave, repeat_last, tell_error
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.launchers import follow, unfollow
+from adalora_dist.io.publish import refusal_of_disk
 from adalora_dist.io.shipped import own_or_shipped
 from adalora_dist.io.signals import SignalListener
 from adalora_dist.io.terminal import keep_writing, let_go_of_terminal
@@ -83,9 +85,10 @@ def fail(error: object) -> NoReturn:
 def user_errors(resumable: bool = True) -> Iterator[None]:
     """Around a whole program: it ends with one line, whatever it was given. A context manager and a decorator.
 
-    A ``UserError`` turns into :func:`fail`; every other exception propagates. A signal, Ctrl-C and a closed terminal
-    among them, ends the program at once, as does the end of its launcher, until the run's ``Guard`` takes over. What
-    the terminal cannot show is escaped.
+    A ``UserError`` turns into :func:`fail`, and so does a disk that is full or fails under any library, and a name that
+    no file can have; every other exception propagates. A signal, Ctrl-C and a closed terminal among them, ends the
+    program at once, as does the end of its launcher, until the run's ``Guard`` takes over. What the terminal cannot show
+    is escaped.
 
     Args:
         resumable: a run, whose exit code after a signal is ``EXIT_PREEMPTED``; else 128 + the signal's number.
@@ -103,14 +106,27 @@ def user_errors(resumable: bool = True) -> Iterator[None]:
     def end_orphaned() -> None:
         end(signal.SIGTERM)
 
+    def end_of_thread(ended: threading.ExceptHookArgs) -> None:
+        if ended.exc_value is None or (refusal := refusal_of_disk(ended.exc_value)) is None:
+            show_end_of_thread(ended)
+        else:
+            name = "a thread" if ended.thread is None else ended.thread.name
+            print(f"warning: {name} has ended: {refusal}", file=sys.stderr, flush=True)
+
     keep_writing()
     signals = SignalListener(lambda number, again: end(number))
     follow(end_orphaned)
+    show_end_of_thread, threading.excepthook = threading.excepthook, end_of_thread
     try:
         yield
     except UserError as error:
         fail(error)
+    except (OSError, RuntimeError, ValueError) as error:
+        if (refusal := refusal_of_disk(error)) is None:
+            raise
+        fail(refusal)
     finally:
+        threading.excepthook = show_end_of_thread
         unfollow(end_orphaned)
         signals.close()
 

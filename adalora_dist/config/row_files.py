@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-SUFFIXES = (".jsonl", ".parquet", ".json", ".jsonl.gz", ".json.gz")
-TEXT_TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+SUFFIXES = (".jsonl", ".parquet", ".json", ".arrow", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
+TEXT_TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".csv.zst", ".tsv.zst")
 """With a header; each cell is a text."""
+READ = (*SUFFIXES, *TEXT_TABLES)
 
 
 def names_file(source: str) -> bool:
     """Whether ``data`` names one file of rows, and not a folder of splits or the Hub."""
-    return source.endswith((*SUFFIXES, *TEXT_TABLES))
+    return source.endswith(READ)

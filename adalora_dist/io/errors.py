@@ -19,3 +19,10 @@ class UserError(ValueError):
     The message is a single line: what, its value, the legal range, and the remedy. Programs print it to
     standard error and exit with code 2; libraries let it propagate like any ``ValueError``.
     """
+
+
+def reason_of(error: Exception, max_characters: int = 300) -> str:
+    """What a library's error says, on one line; with its kind where that alone is no sentence (KeyError: 'gelu2')."""
+    text = " ".join(str(error).split())[:max_characters]
+    says_little = isinstance(error, LookupError | TypeError | AttributeError | ArithmeticError | AssertionError)
+    return f"{type(error).__name__}: {text}" if says_little or not text else text

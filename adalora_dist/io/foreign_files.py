@@ -23,7 +23,7 @@ from adalora_dist.io.errors import UserError
 
 MAX_BYTES = 1 << 26
 """Of a JSON file, or of one line of a file of records; the index of 90,000 tensors has a seventh of it."""
-_MAX_RECORDS_BYTES = 1 << 30
+MAX_RECORDS_BYTES = 1 << 30
 """Of a file of records: what is read of it is held in memory."""
 _MAX_YAML_BYTES = 1 << 20
 _MAX_YAML_SIGNS = 1 << 14
@@ -82,7 +82,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         return []
     records: list[dict[str, Any]] = []
     try:
-        with opened(path, _MAX_RECORDS_BYTES) as file:
+        with opened(path, MAX_RECORDS_BYTES) as file:
             while (line := _limited(file.readline(MAX_BYTES + 1), MAX_BYTES)).endswith(b"\n"):
                 records.append(_parse_object(line))
     except NotReadable as reason:

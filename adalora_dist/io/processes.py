@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Mapping, Sequence
 
@@ -28,15 +29,20 @@ def run_together(command: Sequence[str], environments: Sequence[Mapping[str, str
     Returns:
         0, or the exit code of the process that failed first; 128 + number of a signal that ended it.
     """
-    processes = [subprocess.Popen(command, env=dict(environment)) for environment in environments]
+    processes: list[subprocess.Popen[bytes]] = []
+    starting = threading.Lock()
 
     def hand_on(number: int, again: bool) -> None:
-        for process in processes:
-            if process.poll() is None:
-                process.send_signal(number)
+        with starting:  # what comes while they are started is for all of them
+            for process in processes:
+                if process.poll() is None:
+                    process.send_signal(number)
 
     listener = SignalListener(hand_on)
     try:
+        with starting:
+            for environment in environments:
+                processes.append(subprocess.Popen(command, env=dict(environment)))
         return _wait(processes, patient_with)
     finally:
         listener.close()

@@ -285,6 +285,24 @@ def writing(path: Path) -> Iterator[None]:
         raise _refusal(path, int(match[1]), os.strerror(int(match[1])), error) from error
 
 
+def refusal_of_disk(error: BaseException) -> UserError | None:
+    """What to say of an error that nobody caught, a library's among them, where a disk or a name is its cause."""
+    text = str(error)
+    if isinstance(error, RuntimeError | ValueError) and ("Symlink loop" in text or "embedded null" in text):
+        return UserError(f"there can be no such file ({text}): give another name")
+    if not isinstance(error, OSError):
+        return None
+    where = f": {error.filename}" if error.filename else ""
+    if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return UserError(f"there can be no such file ({error.strerror}{where}): give another name")
+    if error.errno not in (*NO_ROOM, errno.EROFS, errno.EIO, errno.ESTALE):
+        return None
+    return UserError(
+        f"a file cannot be written ({error.strerror}{where}): free some room, or give folders on another disk, and run "
+        "again"
+    )
+
+
 def _refusal(path: Path, number: int, reason: str, error: Exception) -> UserError:
     if number in NO_ROOM:
         with contextlib.suppress(OSError):

@@ -18,8 +18,8 @@ _KINDS: dict[str, str] = {
     "a token of GitLab": r"gl(?:pat|dt|rt|cbt|ptt|ft|soat|agent)-[\w-]{16,}",
     "a key of OpenAI or Anthropic": r"sk-(?:proj|ant|or|svcacct|admin|None)-[\w-]{16,}|sk-[A-Za-z0-9]{16,}",
     "a key of a model service": r"(?:gsk_|xai-|r8_|tgp_v1_|pplx-)[A-Za-z0-9]{20,}|nvapi-[\w-]{20,}",
-    "a key of AWS": r"(?:AKIA|ASIA)[A-Z0-9]{16}",
-    "a key of Google": r"AIza[\w-]{30,}|ya29\.[\w-]{20,}|GOCSPX-[\w-]{20,}",
+    "a key of AWS": r"(?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}",
+    "a key of Google": r"AIza[\w-]{30,}|ya29\.[\w-]{20,}|GOCSPX-[\w-]{20,}|1//0[\w-]{30,}",
     "a token of Slack": r"xox[abeoprs]-[\w-]{10,}|xapp-[\w-]{10,}|hooks\.slack\.com/services/[\w/]{16,}",
     "a token of a bot": r"\d{8,10}:[\w-]{35}|discord(?:app)?\.com/api/webhooks/[\w/-]{16,}",
     "a token of npm": r"npm_[A-Za-z0-9]{20,}",
@@ -30,6 +30,13 @@ _KINDS: dict[str, str] = {
     "a token of Databricks": r"dapi[a-f0-9]{32}",
     "a token of DigitalOcean": r"do[opr]_v1_[a-f0-9]{40,}",
     "a token of Atlassian": r"ATATT3[\w=-]{20,}",
+    "a key of a service": (
+        r"(?:shp(?:at|ss|ca|pa)|glsa|glc|lin_(?:api|oauth)|figd|ntn|sntry[su]|pscale_(?:tkn|pw|oauth)|jina|sbp|sb_secret"
+        r"|whsec|lsv2_(?:pt|sk)|ph[acx]|pcsk|rubygems|cf[au]t|vc[pk]|wandb_v1|fw)_(?=[A-Za-z]*\d)[A-Za-z0-9]{20,}"
+        r"|(?:pul|PMAK|NRAK|csk|tvly|tskey(?:-[a-z]+)?|sq0(?:atp|csp))-(?=[A-Za-z]*\d)[A-Za-z0-9]{20,}[\w-]*"
+        r"|(?:hv[sb]|dp\.(?:pt|st|ct|sa|scim|audit)|sl)\.(?=[\w-]*\d)(?=[\w-]*[A-Z])[\w-]{20,}"
+        r"|(?:SK|key-)[0-9a-f]{32}|EAACEdEose0cBA\w*"
+    ),
     "a JSON web token": r"eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*",
 }
 """What such secrets look like wherever they stand, by what they are."""
@@ -45,17 +52,29 @@ _NAMES = (
 )
 _IN_ADDRESS = re.compile(
     r"(?<=://)(?:[^/\s:@]*:(?!\d+(?:/|$))(?:[^\s/]+|[^\s@]+)(?=@)|[^/\s]+(?=@))"  # scheme://name:password@host, scheme://token@host
-    r"|(?<![\w/@.:-])[\w.-]+:[^\s:@/]{6,}(?=@[\w-]+\.\w)"  # name:password@host.org
+    r"|(?<![\w/@.:-])[\w.-]+:[^\s:@/]{6,}(?=@(?:[\w-]+\.\w|localhost))"  # name:password@host.org
 )
 _WITH_PASSWORD = re.compile(r"://[^/\s:@\"']*:(?!\d+(?:/|$))[^/\s@\"']+@")
-_IN_QUERY = re.compile(rf"(?i)(?<![a-z])((?:{_NAMES}|key)=)[^&;\s]+")
-_IN_JSON = re.compile(rf"(?i)([\"'](?:\w+[-_])?(?:{_NAMES.replace('token|', '')})[\"']\s*:\s*[\"'])[^\"']+")
-_IN_FLAG = re.compile(rf"(?i)((?<![\w-])--?(?:[\w-]*[-_])?(?:{_NAMES})\s+)(?!-)\S+")
-_IN_LINE = re.compile(  # of YAML, and of a netrc
-    rf"(?i)((?<![A-Za-z])(?:{_NAMES.replace('token|', '')})\s*:\s+|\blogin\s+\S+\s+password\s+)[^\s\"']{{6,}}"
+_IN_QUERY = re.compile(rf"(?i)(?<![a-z])((?:{_NAMES}|key)=|(?:pass|auth|authorization)=(?=[^&;\s]{{6}}))[^&;\s]+")
+_NAMES_BUT_TOKEN = _NAMES.replace("token|", "")
+"""Whose values are secrets, whatever they look like; a token may be ``<pad>`` as well."""
+_CAMELS = r"(?-i:[a-z]\w*(?:Secret|Password|Passphrase|Credentials?|ApiKey|AccessKey|SecretKey|PrivateKey))"
+_IN_JSON = re.compile(
+    rf"(?i)([\"'](?:(?:\w+[-_])?(?:{_NAMES_BUT_TOKEN})|{_CAMELS})[\"']\s*:\s*[\"'])[^\"']+"
+    r"|([\"']\w*token[\"']\s*:\s*[\"'])(?=[^\"']*\d)[\w.~+/=-]{16,}(?=[\"'])"
+)
+_IN_FLAG = re.compile(  # of a command line, and of one that is shown as a list
+    rf"(?i)((?<![\w-])--?(?:[\w-]*[-_])?(?:{_NAMES})\s+)(?!-)\S+"
+    rf"|((?<![\w-])--?(?:[\w-]*[-_])?(?:{_NAMES})[\"'],\s*[\"'])(?!-)[^\"']+"
+    r"|((?<![\w-])(?:-u|--user|--proxy-user)[\s=]+[^\s:/]+:)\S{6,}"
+)
+_IN_LINE = re.compile(  # of YAML, of headers, and of a netrc
+    rf"(?i)((?<![A-Za-z])(?:{_NAMES_BUT_TOKEN})\s*:\s+|\blogin\s+\S+\s+password\s+)[^\s\"']{{6,}}"
+    r"|((?<![A-Za-z])token:\s+)(?=[^\s\"']*\d)[\w.~+/=-]{16,}(?![^\s\"':;,)\]}])"
 )
 _IN_HEADER = re.compile(
     r"(?i)(\bbearer\s+|\bauthorization:\s*(?:\w+\s+)?|\bbasic\s+(?=[\w+/]*[\d=])|\bx-api-key:\s*)[\w.~+/=-]{8,}"
+    r"|(\bcookie:\s*)[^\r\n]+"
 )
 _SECRET_FLAG = re.compile(rf"(?i)--?[\w-]*(?:{_NAMES})$")
 
@@ -67,7 +86,7 @@ def redacted(value: Any) -> Any:
             value = shape.sub(HIDDEN, value)
         value = _IN_ADDRESS.sub(HIDDEN, value)
         for shape in (_IN_QUERY, _IN_JSON, _IN_FLAG, _IN_LINE, _IN_HEADER):
-            value = shape.sub(rf"\1{HIDDEN}", value)
+            value = shape.sub(lambda found: "".join(filter(None, found.groups())) + HIDDEN, value)
         return value
     if isinstance(value, dict):
         return {redacted(key): redacted(item) for key, item in value.items()}

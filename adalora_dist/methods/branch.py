@@ -45,7 +45,7 @@ class BranchLinear(Adapter):
             tokens: (tokens, d_in), in the type of the base's output.
 
         Returns:
-            h (tokens, r) and W (d_out, r), the scale included.
+            h (tokens, r) and W (d_out, r), the scale included: what :meth:`onto` takes.
         """
         raise NotImplementedError(f"{type(self).__name__}.branch")
 
@@ -54,8 +54,11 @@ class BranchLinear(Adapter):
         tokens = x.reshape(-1, self.d_in)
         y: torch.Tensor = self.base(tokens)
         hidden, weight = self.branch((tokens if self.dropout is None else self.dropout(tokens)).to(y.dtype))
-        y = y.addmm_(hidden.to(y.dtype), weight.to(y.dtype).T)  # under autocast a product has its type, whatever y has
-        return y.view(*x.shape[:-1], self.d_out)
+        return self.onto(y, hidden, weight, in_place=True).view(*x.shape[:-1], self.d_out)
+
+    def onto(self, y: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, in_place: bool = False) -> torch.Tensor:
+        """y (tokens, d_out) + W h; ``in_place``: y need not be left as it was."""
+        return add_product(y, hidden, weight, in_place)
 
     def description(self) -> dict[str, Any]:
         sizes = {"d_out": self.d_out, "d_in": self.d_in, "init_rank": self.rank}
@@ -63,6 +66,13 @@ class BranchLinear(Adapter):
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scale={self.scale:g}"
+
+
+def add_product(y: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, in_place: bool = False) -> torch.Tensor:
+    """y (tokens, d_out) + hidden (tokens, r) times weight (d_out, r) transposed, in the type of y."""
+    # Under autocast a product has its type, whatever y has.
+    add = y.addmm_ if in_place else y.addmm
+    return add(hidden.to(y.dtype), weight.to(y.dtype).T)
 
 
 class BranchStep(Step):

@@ -21,6 +21,9 @@ class DvoraLinear(VeraLinear, MagnitudeLinear):
     def inner(self) -> torch.Tensor:
         return self.d.unsqueeze(1) * self.part(self.d)[0]
 
+    def outer(self, weight: torch.Tensor) -> torch.Tensor:
+        return self.b.unsqueeze(1) * weight
+
 
 @dataclass(frozen=True)
 class DvoraUpdate(SharedUpdate, MagnitudeUpdate):

@@ -15,6 +15,7 @@ DDP) of [what the method sums | number of non-finite gradients].
 from __future__ import annotations
 
 import atexit
+import logging
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -39,7 +40,10 @@ from adalora_dist.methods.protocol import (
 )
 from adalora_dist.methods.update import Update
 from adalora_dist.sharding import select_engine
+from adalora_dist.sharding.agreement import this_rank
 from adalora_dist.sharding.base import ShardEngine, sum_over
+
+logger = logging.getLogger(__name__)
 
 
 class Bound:
@@ -72,6 +76,7 @@ class MethodHooks:
         self._ended = False
         self._first_step: FirstStep | None = FirstStep(model, method_step.adapters)
         self._said = ""  # of the first step, until a loop asks for it
+        self._is_logged = False  # as one that does not ask begins its second step
         method_step.begin(0)
 
     # ------------------------------------------------------------------ the step, seen from the optimizer's hooks
@@ -87,6 +92,10 @@ class MethodHooks:
             )
         if self._first_step is not None:
             self._said, self._first_step = self._first_step.end(), None
+        elif self._said and not self._is_logged:  # by a loop that does not ask: Trainer's, or one's own
+            self._is_logged = True
+            if this_rank() == 0:
+                logger.warning("%s", self._said)
         if self._firing == 0:
             self._begin(bound)
         if (factor := self.method_step.rate_factor(self.step)) != 1:
@@ -134,6 +143,18 @@ class MethodHooks:
         if self._bound is None:
             self._bound = Bound(self.method_step, self.model, optimizer)
         return self._bound
+
+    def start(self, model: nn.Module, optimizer: Any, tokens: Sequence[int]) -> None:
+        """Begin from a text, where the settings have one (``start_text``), before the first step. Collective.
+
+        Args:
+            model, optimizer: as the engine wraps them.
+            tokens: of the text.
+
+        Raises:
+            UserError: they are fewer than are needed.
+        """
+        self.method_step.start(self.bind(optimizer).engine, model, tokens)
 
     def rebind(self, optimizer: Any) -> None:
         """Go on with the parameters that the model has now, after they were exchanged. Collective."""

@@ -24,7 +24,7 @@ from torch import nn
 from adalora_dist.backbones.linears import has_readable_weight, weight_of
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adapter import device_of
-from adalora_dist.methods.branch import BranchLinear, BranchStep
+from adalora_dist.methods.branch import BranchLinear, BranchStep, add_product
 from adalora_dist.methods.dropout import Dropout
 from adalora_dist.methods.protocol import Adapter, Step, StepState
 from adalora_dist.methods.update import Matrix, OfMatrix
@@ -71,6 +71,14 @@ class RowLengths(Adapter):
         """As of :class:`BranchLinear`: A x (tokens, r) and W (d_out, r), the scale included."""
         raise NotImplementedError(f"{type(self).__name__}.branch")
 
+    def onto(self, y: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, in_place: bool = False) -> torch.Tensor:
+        """As of :class:`BranchLinear`."""
+        return add_product(y, hidden, weight, in_place)
+
+    def outer(self, weight: torch.Tensor) -> torch.Tensor:
+        """W (d_out, r), of the second that :meth:`branch` gives."""
+        return weight
+
     def inner(self) -> torch.Tensor:
         """A (r, d_in), as the branch multiplies it."""
         raise NotImplementedError(f"{type(self).__name__}.inner")
@@ -99,10 +107,9 @@ class RowLengths(Adapter):
         y, *others = self._call_base(rows)
         hidden, weight = self.branch(dropped.to(y.dtype))
         if measures:
-            self._measure(others.pop().detach(), weight.detach())
-        hidden, weight = hidden.to(y.dtype), weight.to(y.dtype).T
-        whole = torch.addmm(y, hidden, weight)
-        changed = torch.addmm(others[0], hidden, weight) if others else whole
+            self._measure(others.pop().detach(), self.outer(weight.detach()))
+        whole = self.onto(y, hidden, weight)
+        changed = self.onto(others[0], hidden, weight) if others else whole
         if self._bias is not None:
             changed = changed - self._bias.to(y.dtype)
         # Not c z: what is rounded to a half precision is then small, and nothing where nothing was learnt.

@@ -12,38 +12,25 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
 
-from adalora_dist.backbones.linears import linear_shape
 from adalora_dist.backbones.parts import backbone_of
 from adalora_dist.config.methods.prefix import PrefixConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adapter import device_of, lora_start
+from adalora_dist.methods.prefix_caches import Heads, cache_argument, heads_of, text_config
+from adalora_dist.methods.prefix_text import PrefixStep
 from adalora_dist.methods.protocol import Adapter, Method, Step, adapters_of
 from adalora_dist.methods.sizes import Sizes
 from adalora_dist.methods.update import Matrix, OfMatrix, Update
 
 _LEAF = "prefix"
-_CACHE_ARGUMENTS = ("cache", "past_key_values")
-
-
-class Heads(NamedTuple):
-    """What the cache of a model holds per position."""
-
-    num_layers: int
-    num_heads: int
-    """Of keys and values, which may be fewer than those of queries."""
-    head_size: int
-
-    @property
-    def width(self) -> int:
-        """Numbers per position: keys and values of all layers."""
-        return 2 * self.num_layers * self.num_heads * self.head_size
 
 
 class Prefix(Adapter):
@@ -60,8 +47,9 @@ class Prefix(Adapter):
         self, name: str, backbone: nn.Module, length: int, heads: Heads, inner_size: int | None = None
     ) -> None:
         super().__init__()
-        self.name, self.heads, self.hidden_size = name, heads, _text_config(backbone).hidden_size
+        self.name, self.heads, self.hidden_size = name, heads, text_config(backbone).hidden_size
         self.length, self.inner_size = length, inner_size
+        self._read: list[Any] | None = None
         shapes = encoder_shapes(length, heads, inner_size)
         for kind, shape in shapes.items():
             zeros = torch.zeros(shape, dtype=torch.float32, device=device_of(backbone))
@@ -103,11 +91,14 @@ class Prefix(Adapter):
             )
         names = list(inspect.signature(type(backbone).forward).parameters)[1:]
         given = dict(zip(names, args, strict=False)) | kwargs
-        argument = _cache_argument(backbone)
+        argument = cache_argument(backbone)
         tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
         cache = given.get(argument)
         if cache is None:
             cache = given[argument] = DynamicCache(config=cast(Any, backbone).config)
+        if self._read is not None:
+            self._read.append(cache)
+            return (), given
         if not isinstance(cache, DynamicCache):
             raise UserError(f"method=prefix: a {type(cache).__name__} cannot be filled beforehand: use DynamicCache")
         if not cache.get_seq_length():
@@ -127,6 +118,15 @@ class Prefix(Adapter):
         if given.get("position_ids") is not None:
             given["position_ids"] = given["position_ids"] + self.length
         return (), given
+
+    @contextmanager
+    def reading(self) -> Iterator[list[Any]]:
+        """In it the model is the plain one, and the caches that its forwards fill are kept in the list."""
+        self._read = []
+        try:
+            yield self._read
+        finally:
+            self._read = None
 
     def adapts(self) -> list[tuple[nn.Module, str]]:
         return []
@@ -154,65 +154,6 @@ def encoded(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         hidden = nn.functional.linear(made, parts["inner"], parts["inner_bias"]).tanh()
         made = nn.functional.linear(hidden, parts["outer"], parts["outer_bias"])
     return made
-
-
-def _text_config(backbone: nn.Module) -> Any:
-    config: Any = getattr(backbone, "config", None)
-    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-
-
-def _cache_argument(backbone: nn.Module) -> str:
-    parameters = inspect.signature(type(backbone).forward).parameters
-    return next((name for name in _CACHE_ARGUMENTS if name in parameters), "")
-
-
-def heads_of(model: nn.Module) -> Heads:
-    """
-    Raises:
-        UserError: the model's caches do not serve for a prefix, with the reason.
-    """
-    backbone = backbone_of(model)
-    if why := _unfit(backbone):
-        raise UserError(
-            f"method=prefix: {type(model).__name__} {why}: take another method, such as lora, or a decoder whose "
-            "layers all see the whole text"
-        )
-    config = _text_config(backbone)
-    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = Heads(config.num_hidden_layers, num_heads, head_size)
-    widths = {
-        name.rpartition(".")[2]: shape[1]
-        for name, module in backbone.named_modules()
-        if (shape := linear_shape(module)) is not None
-    }
-    own = num_heads * head_size
-    separate = widths.get("k_proj") == own and widths.get("v_proj") == own
-    joint = own == config.hidden_size and 3 * own in (widths.get("c_attn"), widths.get("query_key_value"))
-    if not separate and not joint:
-        raise UserError(
-            f"method=prefix: the keys and values of {type(model).__name__} are not {num_heads} heads of {head_size} "
-            "numbers, as its configuration says, or are made by maps of unknown names: take another method"
-        )
-    return heads
-
-
-def _unfit(backbone: nn.Module) -> str:
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
-    config = _text_config(backbone)
-    if config is None or not _cache_argument(backbone):
-        return "takes no cache"
-    if config.is_encoder_decoder:
-        return "has an encoder and a decoder"
-    kinds = {type(layer).__name__ for layer in DynamicCache(config=cast(Any, backbone).config).layers}
-    if others := kinds - {DynamicLayer.__name__}:
-        return f"keeps its past in another form ({', '.join(sorted(others))})"
-    causal = [module.is_causal for module in backbone.modules() if isinstance(getattr(module, "is_causal", None), bool)]
-    if not causal or not all(causal):
-        return "is no causal decoder"
-    return ""
 
 
 @dataclass(frozen=True)
@@ -277,7 +218,7 @@ class PrefixTuning(Method):
         return [adapter]
 
     def sizes(self, model: nn.Module) -> Sizes:
-        heads, limit = heads_of(model), _text_config(backbone_of(model)).max_position_embeddings
+        heads, limit = heads_of(model), text_config(backbone_of(model)).max_position_embeddings
 
         def count(length: int) -> int:
             shapes = encoder_shapes(length, heads, self.config.prefix_hidden_size)
@@ -291,7 +232,7 @@ class PrefixTuning(Method):
         return [parameter for kind, parameter in own if kind.endswith("_bias")]
 
     def step(self, adapters: Sequence[Adapter], total_steps: int) -> Step:
-        return Step(adapters)
+        return PrefixStep(adapters, self.config.prefix_text is not None)
 
     @classmethod
     def updates(
@@ -313,7 +254,7 @@ class PrefixTuning(Method):
     @classmethod
     def shapes_in(cls, model: nn.Module) -> Callable[[str], tuple[int, int] | None]:
         """(hidden size, numbers per position)."""
-        own, config = _name(model), _text_config(backbone_of(model))
+        own, config = _name(model), text_config(backbone_of(model))
         return lambda name: (config.hidden_size, heads_of(model).width) if name == own else None
 
     @classmethod

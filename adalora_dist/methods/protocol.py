@@ -89,6 +89,17 @@ class Step:
         device = next((v.device for v in engine.values()), torch.device("cpu"))
         return torch.zeros(1, dtype=torch.float32, device=device)
 
+    def start(self, engine: ShardEngine, model: nn.Module, tokens: Sequence[int]) -> None:
+        """Called after :meth:`bind` where a run begins whose settings have a ``start_text``. Collective.
+
+        Args:
+            model: as the engine wraps it.
+            tokens: of that text.
+
+        Raises:
+            UserError: the text does not do.
+        """
+
     def begin(self, step: int) -> None:
         """Called before the first forward of ``step``, and once more where a run goes on from there.
 

@@ -99,7 +99,8 @@ def _chosen(
         matched |= set(_all_linear(model, left, has_stacks=bool(chosen)))
     if "experts" in targets:
         within = [name for name, _ in model.named_modules() if name.rpartition(".")[2] == "experts"]
-        maps = {name for name in _linear_maps(model) if is_under(name, within)}
+        routers = router_names(model)  # JetMoE's lie within
+        maps = {name for name in _linear_maps(model) if is_under(name, within) and not is_under(name, routers)}
         if not stacks and not maps:
             raise UserError(f"{setting}: {type(model).__name__} has no experts that can be adapted: leave experts out")
         matched, chosen = matched | maps, chosen | {stack.name for stack in stacks}

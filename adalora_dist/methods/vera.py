@@ -14,11 +14,12 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from adalora_dist.backbones.linears import linear_shape
 from adalora_dist.config.methods.vera import SharedConfig, VeraConfig
 from adalora_dist.io.errors import UserError
-from adalora_dist.methods.branch import BranchLinear, BranchStep, Drawn
+from adalora_dist.methods.branch import BranchLinear, BranchStep, Drawn, add_product
 from adalora_dist.methods.protocol import Adapter, Method, Step, adapters_of
 from adalora_dist.methods.sites import find_targets, put_around, target_shapes
 from adalora_dist.methods.sizes import Sizes, of_ranks
@@ -70,11 +71,57 @@ class VeraLinear(BranchLinear):
         return a[:, : self.d_in], b[: self.d_out]
 
     def branch(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A x and B, without the vectors, which :meth:`onto` puts in."""
         a, b = self.part(tokens)
-        return (tokens @ a.T) * self.d.to(tokens.dtype), self.b.unsqueeze(1) * b
+        return tokens @ a.T, b
+
+    def onto(self, y: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, in_place: bool = False) -> torch.Tensor:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a compiler keeps what it likes
+            given = (y, hidden.to(y.dtype), self.d, self.b, weight, in_place and not y._is_view())
+            added: torch.Tensor = _AddBetweenVectors.apply(*given)  # type: ignore[no-untyped-call]
+            return added
+        return add_product(y, hidden * self.d.to(hidden.dtype), self.b.unsqueeze(1) * weight, in_place)
 
     def description(self) -> dict[str, Any]:
         return super().description() | {"seed": self.seed, "sha256": self.shared.digest()}
+
+
+class _AddBetweenVectors(torch.autograd.Function):
+    """y + h diag(d) (diag(b) B)^T, of h = A x (tokens, r), d (r,), b (d_out,) and B (d_out, r).
+
+    Of all that, h is what is kept for backward and was not there anyway: r numbers per token. Autograd by itself would
+    keep h diag(d) and diag(b) B besides.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: torch.Tensor,
+        h: torch.Tensor,
+        d: torch.Tensor,
+        b: torch.Tensor,
+        shared: torch.Tensor,
+        in_place: bool,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(h, d, b, shared)
+        if in_place:
+            ctx.mark_dirty(y)
+        with torch.autocast(y.device.type, enabled=False):
+            return add_product(y, h * d.to(h.dtype), b.unsqueeze(1) * shared, in_place)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        h, d, b, shared = ctx.saved_tensors
+        of_h = of_d = of_b = None
+        with torch.autocast(gradient.device.type, enabled=False):
+            if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+                of_product = gradient @ (b.unsqueeze(1) * shared).to(gradient.dtype)
+                of_h = of_product * d.to(h.dtype)
+                of_d = (of_product * h).sum(dim=0).to(d.dtype)
+            if ctx.needs_input_grad[3]:
+                of_b = ((gradient.T @ h).to(d.dtype) * shared.to(d.dtype)) @ d
+        return gradient, of_h, of_d, of_b, None, None
 
 
 class SharedUpdate(OfMatrix):

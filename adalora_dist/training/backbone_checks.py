@@ -14,7 +14,7 @@ from adalora_dist.artifacts.export import check_base
 from adalora_dist.backbones.expert_files import parts_of
 from adalora_dist.backbones.experts import ExpertStack
 from adalora_dist.backbones.linears import is_conv1d, linear_shape
-from adalora_dist.backbones.names import FileNames
+from adalora_dist.backbones.names import FileNames, layers_left_out
 from adalora_dist.backbones.rearranged import is_rearranged
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
@@ -31,7 +31,7 @@ def check_backbone(model: nn.Module, config: RunConfig) -> list[str]:
             known about its files, and nothing is checked.
 
     Returns:
-        Lines for the console: what is new.
+        Lines for the console: what the model leaves out of its files, and what is new.
 
     Raises:
         UserError: see above.
@@ -53,12 +53,17 @@ def check_backbone(model: nn.Module, config: RunConfig) -> list[str]:
     if config.adapter.formats_from_files.intersection(config.export.export_formats):
         stacks = [adapter.stack for adapter in adapters_of(model) if isinstance(adapter, ExpertTriplets)]
         _check_merge(names, adapted, stacks, trained, config)
+    lines = []
+    if beyond := layers_left_out(model):
+        more = f" and {len(beyond) - 3} more" if len(beyond) > 3 else ""
+        layers = ", ".join(beyond[:3]) + more
+        lines.append(f"In the model's files and not in the model, which by its config.json has fewer layers: {layers}")
     if not names.missing:
-        return []
+        return lines
     shapes = {n.rpartition(".")[0]: " x ".join(map(str, s)) for n, s in names.mismatched.items() if len(s) > 1}
     modules = dict.fromkeys(name.rpartition(".")[0] for name in names.missing)
     listed = ", ".join(f"{m} (in the files {shapes[m]})" if m in shapes else m for m in modules)
-    return [f"Not in the model's files, so new and trained in full: {listed}"]
+    return [*lines, f"Not in the model's files, so new and trained in full: {listed}"]
 
 
 def _check_merge(

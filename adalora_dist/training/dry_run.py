@@ -19,7 +19,7 @@ from adalora_dist.backbones.fit import check_lengths, lengths_of
 from adalora_dist.backbones.load import refuse_code_from_elsewhere
 from adalora_dist.config.methods import TargetsConfig
 from adalora_dist.config.sections import RunConfig
-from adalora_dist.io.errors import UserError
+from adalora_dist.io.errors import UserError, reason_of
 from adalora_dist.methods import method_for
 from adalora_dist.methods.adalora.schedule import BudgetSchedule
 from adalora_dist.methods.inject import adapt
@@ -118,8 +118,14 @@ def plan_run(
     architecture = _architecture(config, name, architectures)
     for key, value in changes.items():
         setattr(architecture, key, value)
-    with torch.device("meta"):
-        model = auto_class.from_config(architecture)
+    try:
+        with torch.device("meta"):
+            model = auto_class.from_config(architecture)
+    except Exception as error:
+        raise UserError(
+            f"model={name!r}: its config.json describes no {auto_class.__name__.removeprefix('Auto')} "
+            f"({reason_of(error, 200)}): give a folder that save_pretrained wrote"
+        ) from error
     check_lengths(model, lengths_of(config), positions_taken(model, config.adapter))
     num_parameters = sum(p.numel() for p in model.parameters())
     if config.adapter.trains_backbone:
@@ -223,9 +229,8 @@ def _architecture(config: RunConfig, name: str, architectures: Path) -> Any:
         )
     except UserError:
         raise
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # as in load_backbone
         raise UserError(
-            f"model={name!r}: its config.json cannot be had ({reason}): give a local folder, or a Hub id that can be "
-            f"reached; those in {architectures} need no network"
+            f"model={name!r}: its config.json cannot be had ({reason_of(error, 200)}): give a local folder, or a Hub "
+            f"id that can be reached; those in {architectures} need no network"
         ) from error

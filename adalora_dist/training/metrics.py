@@ -145,13 +145,28 @@ class StepMetrics:
 
 def log_ranks(accelerator: Accelerator, method_step: Step, step: int) -> None:
     """A histogram of the ranks of all matrices, in the trackers that have such; all have mean and extremes."""
-    trackers = [tracker for tracker in accelerator.trackers if tracker.name in ("tensorboard", "wandb")]
-    if not trackers or not accelerator.is_main_process or not (ranks := list(method_step.rank_pattern().values())):
-        return
-    for tracker in trackers:
-        if tracker.name == "tensorboard":
-            tracker.tracker.add_histogram("ranks", torch.tensor(ranks), step)
-        else:
-            import wandb
+    if accelerator.is_main_process:
+        for tracker in accelerator.trackers:
+            log_histogram(tracker.name, tracker.tracker, "ranks", list(method_step.rank_pattern().values()), step)
 
-            tracker.log({"ranks": wandb.Histogram(ranks)}, step=step)
+
+def log_histogram(tracker: str, writer: Any, name: str, ranks: list[int], step: int, axis: str | None = None) -> None:
+    """Nothing without ranks, and in a tracker that has no histograms.
+
+    Args:
+        tracker: its name.
+        writer: its own: a SummaryWriter of TensorBoard's, or wandb's run.
+        axis: the name under which wandb is told the step, as transformers has it; None: it is wandb's own.
+    """
+    if not ranks:
+        return
+    if tracker == "tensorboard":
+        writer.add_histogram(name, torch.tensor(ranks), step)
+    elif tracker == "wandb":
+        import wandb
+
+        shown: dict[str, Any] = {name: wandb.Histogram(ranks)}
+        if axis is None:
+            writer.log(shown, step=step)
+        else:
+            writer.log(shown | {axis: step})

@@ -11,11 +11,13 @@ from torch import nn
 
 from adalora_dist.artifacts.checkpoints.content import Checkpoint, held_parts, load_checkpoint
 from adalora_dist.backbones.activations import checkpoint_activations
+from adalora_dist.backbones.load import load_tokenizer
 from adalora_dist.backbones.sharded_load import read_shards, read_trained_modules
 from adalora_dist.config.sections import RunConfig, TrainConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods import method_for
 from adalora_dist.methods.hooks import MethodHooks, attach
+from adalora_dist.methods.prefix_text import check_text
 from adalora_dist.methods.protocol import adapters_of, trained_parameters
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.training.backbone_checks import check_backbone
@@ -60,11 +62,13 @@ def prepare(
     """Optimizer over the trainable parameters, method attached, both handed to the engine; weights read last.
 
     Raises:
-        UserError: ``resumed`` does not fit the model; as :func:`adalora_dist.training.backbone_checks.check_backbone`.
+        UserError: ``resumed`` does not fit the model, a text to start from is too short; as
+            :func:`adalora_dist.training.backbone_checks.check_backbone`.
     """
     for line in check_backbone(model, config):
         accelerator.print(line)
     method = method_for(config.adapter)
+    tokens = _start_tokens(config)
     if resumed is not None:
         compare_backbone(resumed, config.model)
         adapters = adapters_of(model)
@@ -80,7 +84,18 @@ def prepare(
     if resumed is not None:
         load_checkpoint(resumed, prepared.parameters, wrapped, hooks)
         set_loss_scale(accelerator, wrapped, resumed.run["loss_scale"])
+    elif tokens:
+        hooks.start(model, wrapped, tokens)
     return prepared
+
+
+def _start_tokens(config: RunConfig) -> list[int]:
+    """Of the text that a prefix starts from, as the model's tokenizer has it; none without a text."""
+    if (text := config.adapter.start_text) is None:
+        return []
+    tokens: list[int] = load_tokenizer(config.model)(text)["input_ids"]
+    check_text(tokens, config.adapter.num_positions)
+    return tokens
 
 
 def learning_rate(train: TrainConfig, step: int, num_steps: int) -> float:

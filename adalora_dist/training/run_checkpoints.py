@@ -16,7 +16,7 @@ from adalora_dist.artifacts.checkpoints.writer import CheckpointWriter, checkpoi
 from adalora_dist.artifacts.export import task_settings
 from adalora_dist.config.sections import RunConfig, TrainConfig
 from adalora_dist.io.errors import UserError
-from adalora_dist.io.foreign_files import read_object
+from adalora_dist.io.foreign_files import MAX_RECORDS_BYTES, read_bytes, read_object
 from adalora_dist.io.redaction import redacted
 from adalora_dist.sharding.agreement import agreed, this_rank
 from adalora_dist.tasks.batches import BatchPlan
@@ -105,7 +105,8 @@ class RunCheckpoints:
         run = {**self._run, "loss_scale": loss_scale(self._accelerator, prepared.optimizer), "best": self._best}
         logs = {}
         if self._accelerator.is_main_process:
-            logs = {name: path.read_bytes() for name in LOGS if (path := self._folder / name).exists()}
+            paths = {name: path for name in LOGS if (path := self._folder / name).exists()}
+            logs = {name: read_bytes(path, MAX_RECORDS_BYTES) for name, path in paths.items()}
         writer.save(num_done, prepared.parameters, prepared.optimizer, prepared.hooks, run, logs)
 
     def _take_over(self, resumed: Checkpoint) -> None:

@@ -6,9 +6,10 @@ import json
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,9 @@ class RunFolder:
         self._num_allocations = 0  # written so far
         if not is_main_process:
             return
-        if (self.path / "config.yaml").exists() and config.train.overwrite:
-            _empty(self.path)
+        if config.train.overwrite:  # all but the lock, which this run holds; where there is no run, what it appends to
+            own = list(self.path.iterdir()) if (self.path / "config.yaml").exists() else map(self.path.joinpath, LOGS)
+            _remove(path for path in own if not path.name.startswith(".lock"))
         refuse_used_folder(config)
         if resumed is None and config.train.resume != "never":
             refuse_lost_steps(config.train)
@@ -88,8 +90,9 @@ class RunFolder:
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one JSON line to metrics.jsonl."""
         if self._metrics is not None:
-            self._metrics.write(json.dumps(record) + "\n")
-            self._metrics.flush()
+            with writing(self.path / METRICS):
+                self._metrics.write(json.dumps(record) + "\n")
+                self._metrics.flush()
 
     def log_events(self, method_step: Step) -> None:
         """Append a JSON line to allocations.jsonl for every allocation since the last call. Reads from the device."""
@@ -121,11 +124,13 @@ class RunFolder:
 def refuse_used_folder(config: RunConfig) -> None:
     """Raise before any work if ``output_dir`` holds a run that must not be replaced, or leads out of itself."""
     path, in_place = Path(config.train.output_dir), continues_in_place(config.train)
+    with writing(path):
+        holds_run = (path / "config.yaml").exists()
     if in_place and config.train.overwrite:
         raise UserError(
             f"overwrite would remove output_dir={path}, and with it resume={config.train.resume}: leave out one of both"
         )
-    if (path / "config.yaml").exists() and not config.train.overwrite and not in_place:
+    if holds_run and not config.train.overwrite and not in_place:
         raise UserError(
             f"output_dir={path} already holds a run: continue it with --resume auto, choose another --output-dir or "
             "pass --overwrite"
@@ -134,18 +139,21 @@ def refuse_used_folder(config: RunConfig) -> None:
         return
     for name in (CHECKPOINTS, BEST, "adapter", *config.export.export_formats):
         refuse_link(path / name)
-    for name in config.export.export_formats:
+    for name in LOGS:  # which are appended to
+        if os.path.lexists(log := path / name) and not stat.S_ISREG(log.lstat().st_mode):
+            raise UserError(f"output_dir={path}: {name} is no plain file: choose another --output-dir, or remove it")
+    written = [name for name in LOGS if (path / name).exists() and (path / name).stat().st_size]
+    for name in (*written, *config.export.export_formats):
         if (path / name).exists() and not in_place:
             raise UserError(f"output_dir={path} holds {name} already: choose another --output-dir, or move it away")
 
 
-def _empty(folder: Path) -> None:
-    """Remove all but the lock, which this run holds."""
-    for path in folder.iterdir():
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif not path.name.startswith(".lock"):
-            path.unlink()
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _changed(config: RunConfig) -> dict[str, Any]:

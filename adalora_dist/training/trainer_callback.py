@@ -30,9 +30,15 @@ from adalora_dist.sharding.optimizer_state import KNOWN, keeps_an_entry_per_weig
 from adalora_dist.sharding.tensors import release_gathered
 from adalora_dist.training.trained import gather_trained
 from adalora_dist.training.trainer_checkpoints import TrainerCheckpoints, base_of
+from adalora_dist.training.trainer_logs import show_ranks
 from adalora_dist.training.trainer_loss import multiplied_loss
 from adalora_dist.training.trainer_mixin import calling_trainer, saver_of, take_over
-from adalora_dist.training.trainer_peft import WithoutAdapters, convert_model, refuse_raw_parameters
+from adalora_dist.training.trainer_peft import (
+    WithoutAdapters,
+    asks_peft_for_its_reference,
+    convert_model,
+    refuse_raw_parameters,
+)
 
 
 class AdaLoraCallback(TrainerCallback):
@@ -50,6 +56,7 @@ class AdaLoraCallback(TrainerCallback):
 
     Logs of training steps get ``budget`` (active triplets) and ``mean_rank`` (triplets per matrix), and so do
     ``trainer.state.log_history`` and the trackers that ``report_to`` names: the callback moves before theirs.
+    TensorBoard and wandb get a histogram of the ranks besides.
 
     ``trainer.save_model()``, checkpoints and ``push_to_hub`` write the adapter, which PEFT loads, and no backbone.
     Checkpoints hold what ``resume_from_checkpoint`` needs to go on exactly, on another engine and number of processes,
@@ -120,8 +127,10 @@ class AdaLoraCallback(TrainerCallback):
         Raises:
             UserError: its model has adapters of PEFT's that cannot be converted, or none and ``config`` was left out.
         """
-        if trainer.model is not None and carries_peft(trainer.model):
-            self._config, self._is_converted = convert_model(trainer, self._config, self._settings), True
+        self.convert(trainer)
+        self._serve(trainer)
+
+    def _serve(self, trainer: Trainer) -> None:
         if not any(known is self for known in trainer.callback_handler.callbacks):
             trainer.add_callback(self)
         callbacks = trainer.callback_handler.callbacks
@@ -162,6 +171,15 @@ class AdaLoraCallback(TrainerCallback):
 
     # ------------------------------------------------------------------------------------ what Trainer's mixin calls
 
+    def convert(self, trainer: Trainer) -> None:
+        """Give ``trainer`` the converted model, if it has one with PEFT's adapters.
+
+        Raises:
+            UserError: as :meth:`attach_to`.
+        """
+        if trainer.model is not None and carries_peft(trainer.model):
+            self._config, self._is_converted = convert_model(trainer, self._config, self._settings), True
+
     def open(self, trainer: Trainer, folder: Path, num_steps: int) -> None:
         """Training is to continue from ``folder``, and no engine has taken the model over yet. Collective."""
         self._checkpoints = TrainerCheckpoints(self.config, num_steps)
@@ -185,8 +203,11 @@ class AdaLoraCallback(TrainerCallback):
     # ------------------------------------------------------------------------------------------- events of Trainer's
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if (trainer := calling_trainer(self)) is not None:
-            self.attach_to(trainer)
+        if (trainer := calling_trainer(self)) is None:
+            return
+        if not asks_peft_for_its_reference(trainer):
+            self.convert(trainer)
+        self._serve(trainer)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -293,6 +314,8 @@ class AdaLoraCallback(TrainerCallback):
         numbers = self.hooks.method_step.report()
         logs.update(numbers)  # for the callbacks after this one
         state.log_history[-1].update(numbers)  # Trainer's record, a copy made before any callback
+        if state.is_world_process_zero and self._trainer is not None:
+            show_ranks(self._trainer, list(self.hooks.method_step.rank_pattern().values()))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -18,6 +18,7 @@ from adalora_dist.artifacts.adapted_model import SaveAdapter, save_as_adapter
 from adalora_dist.config.methods import LowRankConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods import METHODS
+from adalora_dist.methods.protocol import carries_peft
 from adalora_dist.sharding.agreement import agreed
 from adalora_dist.sharding.tensors import release_gathered
 
@@ -40,6 +41,8 @@ class Served(Protocol):
 
     @property
     def config(self) -> LowRankConfig: ...
+
+    def convert(self, trainer: Any) -> None: ...
 
     def open(self, trainer: Any, folder: Path, num_steps: int) -> None: ...
 
@@ -82,6 +85,7 @@ class AdaLoraTrainerMixin(_Base):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        self.adalora.convert(self)
         if resume_from_checkpoint is not None:
             self.adalora.open(self, Path(resume_from_checkpoint), max_steps)
         parent: Any = super()
@@ -123,8 +127,9 @@ def take_over(trainer: Trainer, callback: Served) -> None:
 
 
 def saver_of(trainer: Any) -> SaveAdapter | None:
-    """What saves the model of ``trainer`` as an adapter; None where it has none, or is no model of transformers'."""
-    return save_as_adapter(unwrapped(trainer), METHODS[trainer.adalora.config.method])
+    """What saves the model of ``trainer`` as an adapter; None where it has none, has PEFT's, or is not transformers'."""
+    model = unwrapped(trainer)
+    return None if carries_peft(model) else save_as_adapter(model, METHODS[trainer.adalora.config.method])
 
 
 def unwrapped(trainer: Any) -> Any:

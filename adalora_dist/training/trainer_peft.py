@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from adalora_dist.artifacts.peft_model import convert_peft
@@ -45,10 +46,19 @@ def refuse_raw_parameters(args: Any) -> None:
             )
 
 
+def asks_peft_for_its_reference(trainer: Any) -> bool:
+    """Whether the constructor of ``trainer`` goes on to look for PEFT's adapters, once Trainer's own has returned.
+
+    TRL's DPO and KTO do: where they find some, they load no reference model. So their model is converted when training
+    begins, and until then it is PEFT's.
+    """
+    return any("ref_model" in inspect.signature(kind.__init__).parameters for kind in type(trainer).__mro__)
+
+
 class WithoutAdapters:
     """Stands where TRL has a reference model: the trained one, called without its adapters.
 
-    TRL's GRPO and RLOO load none where PEFT's adapters can be switched off, and ask PEFT to do so.
+    TRL's trainers load none where PEFT's adapters can be switched off, and ask PEFT to do so.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -61,6 +71,5 @@ class WithoutAdapters:
     @classmethod
     def give(cls, trainer: Any) -> None:
         """Let a Trainer that relies on PEFT for its reference have one."""
-        relies = getattr(trainer, "ref_model", trainer) is None and getattr(trainer, "beta", 0) != 0
-        if relies and not getattr(trainer.args, "precompute_ref_log_probs", False):
+        if getattr(trainer, "ref_model", trainer) is None and getattr(trainer, "beta", 0) != 0:
             trainer.ref_model = cls(trainer)

@@ -23,6 +23,8 @@ says what is learnt early, not what is learnt in the end. (On CoLA grid.py found
 
 Order: seed by seed and task by task, SST-2 first, so that what is there is whole seeds of whole tasks first. (After the
 first 18 runs: --tasks sst2 first, so that one task has its three seeds.)
+
+Added after the first 18 runs, before any of its own: adadora, with adalora's settings.
 """
 
 from __future__ import annotations
@@ -61,6 +63,7 @@ ARMS: dict[str, MethodConfig] = {
     for name, settings in {
         "head": {},
         "adalora": {**_SCALED, "compact": False},
+        "adadora": {**_SCALED, "compact": False},
         "lora": {**_SCALED, **_QUERY_VALUE},
         "lora_fa": {**_SCALED, **_QUERY_VALUE},
         "dora": {**_SCALED, **_QUERY_VALUE},

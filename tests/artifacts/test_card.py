@@ -18,6 +18,7 @@ from adalora_dist.config.sections import TrainConfig
 from adalora_dist.io.markdown import code, fenced, table, text
 from adalora_dist.tasks.commonsense.config import CommonsenseConfig
 from adalora_dist.training.run_folder import RunFolder
+from tests.support.limits import HANG_SECONDS
 from tests.support.local_hub import ROOT, TOKEN, write_run
 
 BASE_COMMIT = "c0ffee" * 6 + "c0de"
@@ -307,7 +308,7 @@ def test_the_command_is_the_one_that_was_typed(run: Path, tmp_path: Path, launch
     program.parent.mkdir()
     program.write_text("import subprocess, sys\nsubprocess.run([sys.executable, *sys.argv[2:]], check=True)\n")
     command = [sys.executable, str(program), f"--token={TOKEN}", str(recipe), "--seed", "3"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS, check=True)
     typed, own = json.loads(done.stdout.splitlines()[-1])
     assert typed == ([launcher, "--token=***", str(recipe), "--seed", "3"] if launcher != "other" else None)
     rewrite(run / "run.json", launcher_command=typed, command=own)

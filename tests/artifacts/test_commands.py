@@ -23,6 +23,7 @@ from adalora_dist.methods.inject import adapt
 from adalora_dist.training.finish import write_adapters
 from adalora_dist.training.run_folder import RunFolder
 from tests.support.adapted_models import SETTINGS, STEPS, TOLERANCE, build, logits, weights_of, with_adapters
+from tests.support.limits import HANG_SECONDS
 from tests.support.paths import ROOT
 from tests.support.ranks import run_ranks
 
@@ -106,10 +107,16 @@ def test_export_says_what_the_run_learnt(
         assert (tmp_path / "out" / "generation_config.json").is_file()
 
 
-def test_a_classifier_comes_with_its_head_and_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The base is saved without its head, as encoders are; head and task are in the run folder alone."""
+@pytest.mark.parametrize("num_before", [0, 5])
+def test_a_classifier_comes_with_its_head_and_labels(
+    num_before: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The base is saved without its head, as encoders are, or with one for so many classes of another task; head and
+    task are in the run folder alone."""
     model = build("deberta", id2label={0: "no", 1: "maybe", 2: "yes"}, label2id={"no": 0, "maybe": 1, "yes": 2})
-    model.deberta.save_pretrained(tmp_path / "base")
+    before = build("deberta", num_labels=num_before) if num_before else model
+    before.deberta.load_state_dict(model.deberta.state_dict())
+    (before if num_before else model.deberta).save_pretrained(tmp_path / "base")
     with_adapters(model)
     config = RunConfig(model=ModelConfig(name=str(tmp_path / "base")))
     trained = {n: p.detach() for n, p in model.named_parameters() if n.startswith(("classifier.", "pooler."))}
@@ -209,7 +216,7 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
 def test_help_does_not_import_torch() -> None:
     for words in (["--help"], ["export", "--help"], ["export"]):
         command = [sys.executable, "-X", "importtime", "-m", "adalora_dist.__main__", *words]
-        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS)
         assert process.returncode == (0 if "--help" in words else 2)
         imported = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines() if "import time:" in line}
         assert "argparse" in imported and not {"torch", "transformers", "peft", "matplotlib"} & imported

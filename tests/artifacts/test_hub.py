@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -29,7 +28,9 @@ from adalora_dist.artifacts.peft_format import save_adalora, save_lora
 from adalora_dist.config.sections import ExportConfig, RunConfig
 from adalora_dist.methods.update import AdapterWeights
 from adalora_dist.tasks.glue.config import GlueConfig
+from tests.support.limits import HANG_SECONDS
 from tests.support.local_hub import REPO, ROOT, TOKEN, LocalHub, write_run
+from tests.support.ranks import free_port
 from tests.support.refusals import refusal
 from tests.support.tiny_project import write_data, write_model
 
@@ -135,7 +136,9 @@ def pull(hub: LocalHub, *lines: str) -> str:
     """What a program of another process prints that has this server for its Hub."""
     program = "\n".join(["import sys", "from huggingface_hub import snapshot_download", *lines])
     command = [sys.executable, "-c", program]
-    pulled = subprocess.run(command, env=hub.environment(), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    pulled = subprocess.run(
+        command, env=hub.environment(), cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS
+    )
     assert pulled.returncode == 0, pulled.stderr[-4000:]
     return pulled.stdout.strip()
 
@@ -254,24 +257,29 @@ class Reader:
     def __init__(self, hub: LocalHub, repo: str) -> None:
         self.hub, self.repo, self.stopped = hub, repo, threading.Event()
         self.seen: set[frozenset[str]] = set()
-        self.thread = threading.Thread(target=self.look)
+        self.thread = threading.Thread(target=self.keep_looking)
 
     def look(self) -> None:
+        self.seen.add(frozenset(self.hub.names(repo=self.repo)))
+
+    def keep_looking(self) -> None:
         while not self.stopped.wait(0.01):
-            self.seen.add(frozenset(self.hub.names(repo=self.repo)))
+            self.look()
 
     def __enter__(self) -> Reader:
+        self.look()
         self.thread.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.stopped.set()
         self.thread.join()
+        self.look()
 
 
 def wait_for(hub: LocalHub, pattern: str, process: subprocess.Popen[str], num_requests: int = 0) -> None:
     """Until the Hub has logged a request that matches, after its first ``num_requests``."""
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + HANG_SECONDS
     while not any(re.search(pattern, line) for line in hub.log()[num_requests:]):
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
@@ -297,7 +305,6 @@ def test_killed_in_the_middle(hub: LocalHub, plain: Path, point: str) -> None:
     with Reader(hub, repo) as reader:
         # The request that the kill cuts off is answered only when the second call is done, by then to nobody.
         kill_at(hub, POINTS[point], plain, repo)
-        time.sleep(0.05)
         assert hub.names(repo=repo) == set()
         num_requests = len(hub.log())
         again = hub.push(plain, repo)
@@ -360,10 +367,7 @@ def test_a_recipe_pushes_when_its_other_ranks_have_ended(hub: LocalHub, place: P
         *("--max-steps", "6", "--batch-size", "4", "--max-eval-rows", "2", "--init-rank", "3", "--target-rank", "2"),
         *("--evaluate-by", "likelihood", "--push-to-hub", repo, "--base-license", "mit"),
     ]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    joined = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    joined = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "GLOO_SOCKET_IFNAME": "lo"}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     ranks = [
         subprocess.Popen(command, env=hub.environment(**joined, RANK=str(rank), LOCAL_RANK=str(rank)), **pipes)

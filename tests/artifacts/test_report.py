@@ -24,6 +24,7 @@ from adalora_dist.artifacts.report.watch import view
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
 from tests.support.browser import CHROMIUM, Browser
+from tests.support.limits import HANG_SECONDS
 from tests.support.paths import ROOT
 
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -199,7 +200,7 @@ def test_curves_are_what_was_measured() -> None:
 def test_a_report_costs_no_torch(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     command = [sys.executable, "-X", "importtime", "-m", "adalora_dist.__main__", "report", str(run)]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS, check=True)
     imported = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines() if "import time:" in line}
     assert "yaml" in imported and not {"torch", "transformers", "matplotlib"} & imported
 

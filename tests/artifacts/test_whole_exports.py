@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import resource
 import stat
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from adalora_dist.backbones.tokenizer import save_tokenizer
 from adalora_dist.config.sections import ModelConfig
 from adalora_dist.io.publish import discard
 from adalora_dist.methods.update import AdapterWeights
-from tests.support.kills import killed_at_random
+from tests.support.kills import killed_at_line, num_lines
 from tests.support.refusals import refusal
 from tests.support.tiny_language_model import byte_tokenizer, tiny_llama
 
@@ -77,7 +76,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("num_trials", [5, pytest.param(15, marks=pytest.mark.slow)])
 def test_a_reader_never_sees_a_half_export(base: Path, tmp_path: Path, form: str, num_trials: int) -> None:
     torch.set_num_threads(1)  # for the processes that are forked
-    write, dice = writers(base)[form], random.Random(form)
+    write = writers(base)[form]
     write(tmp_path / "expected")
     expected, folder = contents(tmp_path / "expected"), tmp_path / form
     num_seen = 0
@@ -88,8 +87,10 @@ def test_a_reader_never_sees_a_half_export(base: Path, tmp_path: Path, form: str
             assert contents(folder) == expected
             num_seen += 1
 
-    for _ in range(num_trials):
-        assert killed_at_random(lambda: write(folder), look, 0.3, dice) in (0, None)
+    num = num_lines(lambda: write(tmp_path / "counted"))
+    discard(tmp_path / "counted")
+    for trial in range(num_trials):
+        assert killed_at_line(lambda: write(folder), look, (2 * trial + 1) * num // (2 * num_trials)) is None
         discard(folder)
     write(folder)  # what was killed before is not in its way
     look()

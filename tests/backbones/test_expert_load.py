@@ -9,10 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    JetMoeConfig,
+    JetMoeForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
+from adalora_dist.backbones.load import load_backbone
+from adalora_dist.config.sections import ModelConfig
 from tests.support.paths import ROOT
 from tests.support.ranks import import_deepspeed, run_ranks
+from tests.support.refusals import refusal
 from tests.support.sharded_loads import VOCABULARY, peak_of_loading, run_with
 from tests.support.tiny_language_model import byte_tokenizer
 
@@ -59,6 +69,34 @@ def test_no_rank_ever_holds_the_experts(tmp_path):
     assert full_bytes > 100e6
     # A third, and what loading needs besides: the tensor in hand, adapters, Python modules.
     assert max(peaks) < 0.5 * full_bytes, (full_bytes, peaks)
+
+
+def jetmoe(folder: Path) -> str:
+    config = JetMoeConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=1, kv_channels=8,
+        num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=2, pad_token_id=0,
+    )  # fmt: skip
+    JetMoeForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return "model.layers.0.mlp.input_linear.weight"
+
+
+def test_experts_that_would_stay_at_full_size_in_a_quantised_model_are_refused_by_name(tmp_path):
+    parametrize = pytest.importorskip("bitsandbytes.nn.parametrize")
+    save_mixtral(0, 1, tmp_path / "stacks", 32, 1, 2)
+    names = {"stacks": "model.layers.0.mlp.experts.gate_up_proj", "jetmoe": jetmoe(tmp_path / "jetmoe")}
+    settings = BitsAndBytesConfig(load_in_4bit=True)
+    for kind, name in names.items():
+        model = ModelConfig(name=str(tmp_path / kind))
+        line = refusal(load_backbone, model, AutoModelForCausalLM, settings)
+        assert name in line and "bitsandbytes leaves as they are: leave quantization at none" in line
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / kind, quantization_config=settings)
+        assert loaded.get_parameter(name).is_floating_point() and loaded.get_parameter(name).dim() == 3
+        # What bitsandbytes has for such parameters: the whole of one, in full size, whenever it is read.
+        owner, _, leaf = name.rpartition(".")
+        module, shape = loaded.get_submodule(owner), loaded.get_parameter(name).shape
+        parametrize.replace_parameter_4bit(module, leaf)
+        assert getattr(module, leaf).shape == shape and getattr(module, leaf).is_floating_point()
 
 
 if __name__ == "__main__":

@@ -28,10 +28,12 @@ from transformers import (
     MixtralForCausalLM,
 )
 
+from adalora_dist.artifacts.export import task_settings, with_task
 from adalora_dist.backbones.load import load_backbone
 from adalora_dist.config.methods import AdaLoraConfig
 from adalora_dist.config.sections import ExportConfig, ModelConfig, RunConfig
 from adalora_dist.methods.inject import adapt
+from adalora_dist.tasks.glue.rows import TASKS
 from adalora_dist.training.backbone_checks import check_backbone
 from adalora_dist.training.prepared import prepare
 from tests.support.refusals import refusal
@@ -139,15 +141,22 @@ def with_settings(name: str, content: str) -> Callable[[Path], Path]:
     return make
 
 
+def with_values(name: str, **values: Any) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        file = llama(folder) / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+        return folder
+
+    return make
+
+
 def with_bias(folder: Path) -> Path:
     name = "model.layers.0.self_attn.q_proj.bias"
     return edit(llama(folder), lambda tensors: tensors | {name: torch.zeros(16)})
 
 
 def other_vocabulary(folder: Path) -> Path:
-    file = llama(folder) / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_size": 70}))
-    return folder
+    return with_values("config.json", vocab_size=70)(folder)
 
 
 def run(folder: Path, auto_class: Any = AutoModelForCausalLM, num_labels: int = 0, **settings: Any) -> list[str]:
@@ -219,6 +228,41 @@ def test_links_of_the_cache_work(tmp_path: Path) -> None:
     assert run(snapshot(tmp_path / "models--x")) == []
 
 
+def test_layers_that_config_json_leaves_out_are_said(tmp_path: Path) -> None:
+    folder = with_values("config.json", num_hidden_layers=1)(tmp_path / "model")
+    [line] = run(folder)
+    assert "not in the model" in line and line.endswith(": model.layers.1")
+
+
+ODD: dict[str, dict[str, list[Any]]] = {
+    "config.json": {
+        "hidden_size": ["32", None, 0, -4], "num_attention_heads": [0, 3], "hidden_act": ["gelu2", 5],
+        "rope_parameters": [5, [1], {"rope_type": "other"}], "dtype": ["float99", 7], "vocab_size": ["x"],
+        "num_hidden_layers": [2.0], "pad_token_id": ["0", 10**9], "id2label": [[1], {"a": "b"}], "num_labels": ["x"],
+        "quantization_config": [3, {}], "model_type": ["other", 7, None],
+    },
+    "generation_config.json": {"max_new_tokens": ["ten", 0], "watermarking_config": [3]},
+    "tokenizer_config.json": {
+        "pad_token": [5], "eos_token": [["a"]], "tokenizer_class": [5], "padding_side": ["middle"],
+        "added_tokens_decoder": [{"x": 3}], "extra_special_tokens": [5], "model_input_names": [5],
+        "model_max_length": ["x"],
+    },
+    "tokenizer.json": {"added_tokens": [5], "model": [{"type": "Other"}, None], "version": [3]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", ODD)
+def test_odd_values_are_refused_in_one_line(file: str, tmp_path: Path) -> None:
+    """Whatever transformers and tokenizers raise for them."""
+    folder = llama(tmp_path / "model")
+    content = (folder / file).read_text()
+    for name, values in ODD[file].items():
+        for value in values:
+            (folder / file).write_text(json.dumps(json.loads(content) | {name: value}))
+            line = refusal(load_backbone, ModelConfig(name=str(folder)), AutoModelForCausalLM)
+            assert str(folder) in line and len(line) < 600, (name, value, line)
+
+
 def test_a_head_named_in_train_modules_may_be_missing(tmp_path: Path) -> None:
     [line] = run(without("lm_head")(tmp_path / "model"), train_modules=("lm_head",))
     assert "lm_head" in line and "trained in full" in line
@@ -260,6 +304,33 @@ def test_another_number_of_labels(tmp_path: Path) -> None:
     [line] = run(folder, **settings, num_labels=2)
     assert "classifier (in the files 3 x 16)" in line
     assert "classifier.weight" in refusal(lambda: run(folder, **(settings | {"train_modules": ()}), num_labels=2))
+
+
+NLI = {0: "CONTRADICTION", 1: "NEUTRAL", 2: "ENTAILMENT"}
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        ({"num_labels": 1, "problem_type": "regression"}, False),
+        ({"num_labels": 3, "problem_type": "multi_label_classification"}, False),
+        ({"num_labels": 3}, False),
+        ({"id2label": NLI, "label2id": {name: number for number, name in NLI.items()}}, True),
+    ],
+)
+def test_what_the_files_say_of_their_task_gives_way(
+    labels: dict[str, Any], told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Or pipelines would give the merged model's classes other names, and training it further another loss."""
+    folder = write(BertForSequenceClassification(BertConfig(**BERT, **labels)), tmp_path / "model")
+    settings = TASKS["mnli"].settings
+    model, _ = load_backbone(ModelConfig(name=str(folder)), AutoModelForSequenceClassification, changes=settings)
+    merged = with_task(json.loads((folder / "config.json").read_text()), task_settings(model))
+    assert merged["problem_type"] == "single_label_classification"
+    assert list(merged["id2label"].values()) == ["entailment", "neutral", "contradiction"]
+    assert merged["label2id"] == {"entailment": 0, "neutral": 1, "contradiction": 2}
+    said = [line for line in caplog.messages if "has the classes 0 CONTRADICTION, 1 NEUTRAL, 2 ENTAILMENT" in line]
+    assert len(said) == told, caplog.messages
 
 
 def test_experts_trained_in_full_are_refused(tmp_path: Path) -> None:

@@ -74,6 +74,12 @@ def backbones(tmp_path_factory) -> dict[str, Path]:
     tensors = load_file(file)
     tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
     save_file(tensors, file, metadata={"format": "pt"})
+    # Both of its names, as others' merged models have them: with the same values they are tied, else they are not.
+    for kind, difference in (("twice", 0.0), ("not tied after all", 0.01)):
+        llama(tie_word_embeddings=True).save_pretrained(base / kind)
+        tensors = load_file(base / kind / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + difference
+        save_file(tensors, base / kind / "model.safetensors", metadata={"format": "pt"})
     for folder in base.iterdir():
         byte_tokenizer().save_pretrained(folder)
     assert len(list((base / "untied").glob("*.safetensors"))) > 2
@@ -89,6 +95,9 @@ CASES = [
     ("fsdp2", 2, "untied"),
     ("fsdp2", 3, "untied"),
     ("fsdp2", 3, "tied to the head"),
+    ("fsdp2", 2, "twice"),
+    pytest.param("fsdp2", 2, "not tied after all", marks=pytest.mark.slow),
+    pytest.param("zero3", 2, "twice", marks=pytest.mark.slow),
     ("fsdp2", 2, "gpt2"),
     ("fsdp2", 2, "cut"),
     ("fsdp2 ram-efficient", 2, "tied"),
@@ -101,7 +110,7 @@ CASES = [
 def test_same_logits_and_patterns_as_one_process_from_a_share_of_the_bytes(backbones, engine, world_size, name):
     expected = control(backbones[name])
     assert sum(list(expected["patterns"].values())[-1]) < sum(list(expected["patterns"].values())[0])
-    ranks = run_ranks(world_size, run_with, engine, backbones[name], AutoModelForCausalLM, {}, timeout=300)
+    ranks = run_ranks(world_size, run_with, engine, backbones[name], AutoModelForCausalLM, {})
     for result in ranks:
         assert torch.equal(result["logits"], expected["logits"])
         assert result["patterns"] == expected["patterns"]
@@ -185,6 +194,13 @@ def test_files_that_do_not_fit_are_refused(backbones, tmp_path):
     byte_tokenizer().save_pretrained(tmp_path / "bias")
     [message, _] = run_ranks(2, refusal, tmp_path / "bias", AutoModelForCausalLM)
     assert "8 tensors that LlamaForCausalLM has no place for" in message and "q_proj.bias" in message
+
+
+def test_what_zero3_would_tie_and_others_do_not_is_refused(backbones):
+    [message] = run_ranks(1, refusal, backbones["not tied after all"], AutoModelForCausalLM, "zero3")
+    assert (
+        "config.json ties lm_head.weight to model.embed_tokens.weight" in message and "tie_word_embeddings" in message
+    )
 
 
 def save_llama(rank: int, world_size: int, folder: Path, num_layers: int) -> int:

@@ -21,6 +21,7 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.commonsense.config import COMMONSENSE_TASKS, CommonsenseConfig
 from adalora_dist.tasks.e2e.config import E2EConfig
 from adalora_dist.tasks.summarization.config import SummarizationConfig
+from tests.support.limits import HANG_SECONDS
 from tests.support.paths import ROOT
 
 CONFIG_FILES = sorted((ROOT / "recipes" / "configs").glob("llama_commonsense*.yaml"))
@@ -58,7 +59,7 @@ def run_python(program: str, *arguments: str, **environment: str) -> subprocess.
         env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
     )
 
 

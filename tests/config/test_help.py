@@ -18,6 +18,7 @@ from adalora_dist.config.sections import RunConfig
 from adalora_dist.config.settings import settings_by_flag
 from adalora_dist.tasks.glue.config import GlueConfig
 from adalora_dist.tasks.sft.config import SftConfig
+from tests.support.limits import HANG_SECONDS
 from tests.support.paths import ROOT
 from tests.support.shipped import SCHEMAS, TABLES, schema_of
 
@@ -69,7 +70,7 @@ def test_who_looks_at_the_beginning_alone_gets_no_traceback() -> None:
         )
         assert isinstance(program.stdout, io.TextIOWrapper) and program.stderr is not None
         program.stdout.close()
-        assert program.stderr.read() == "" and program.wait(60) == 0
+        assert program.stderr.read() == "" and program.wait(HANG_SECONDS) == 0
         program.stderr.close()
 
 

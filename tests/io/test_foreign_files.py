@@ -20,7 +20,7 @@ from adalora_dist.io import foreign_files
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import MAX_BYTES, read_object, read_records, read_sections
 from adalora_dist.methods.update import AdapterWeights
-from adalora_dist.tasks.rows.files import file_rows
+from adalora_dist.tasks.rows.read import file_rows
 from tests.support.local_hub import TOKEN, write_run
 from tests.support.refusals import refusal
 from tests.support.tiny_language_model import tiny_llama

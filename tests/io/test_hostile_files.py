@@ -1,6 +1,7 @@
 """Every file that is read x everything that may lie in its place: one line or a clean way round, at once, in little.
 
-A child process with 5 seconds and limited memory reads each; what hangs or fills memory fails there.
+A child process with 5 seconds, not counting those for which others have the processor, and limited memory reads each;
+what hangs or fills memory fails there.
 """
 
 from __future__ import annotations
@@ -36,13 +37,15 @@ from adalora_dist.methods.adalora.start import read_peft
 from adalora_dist.methods.update import AdapterWeights
 from adalora_dist.tasks.rows import token_cache
 from adalora_dist.tasks.rows.bad_rows import BadRows
-from adalora_dist.tasks.rows.files import file_rows, find_split
+from adalora_dist.tasks.rows.files import find_split
+from adalora_dist.tasks.rows.read import file_rows
 from adalora_dist.tasks.rows.table import checked_table
 from adalora_dist.training.faults.run_lock import RunLock
 from adalora_dist.training.launch import _zero_stage
 from adalora_dist.training.restarts import count_restart
 from adalora_dist.training.resume import backbone_identity
 from tests.support.checkpoint_faults import Run
+from tests.support.limits import HANG_SECONDS, seconds_without_processor
 from tests.support.tiny_language_model import byte_tokenizer, tiny_llama
 
 SECONDS, MEMORY_BYTES = 5.0, 500 << 20
@@ -203,11 +206,11 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ends_well(action: Callable[[], Any], told: Path) -> tuple[str, float]:
-    """Run it in a process of its own with limits: what it came to, and after how many seconds."""
-    start = time.monotonic()
+    """Run it in a process of its own with limits: what it came to, and after how many seconds of its own."""
     if not (number := os.fork()):
+        start = time.monotonic() - seconds_without_processor()
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(int(SECONDS) + 1)
+        signal.alarm(int(HANG_SECONDS / 5))
         with open("/proc/self/statm") as statm:
             used = int(statm.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES,) * 2)
@@ -218,11 +221,13 @@ def ends_well(action: Callable[[], Any], told: Path) -> tuple[str, float]:
             outcome = f"refused {error}"
         except BaseException as error:
             outcome = f"{type(error).__name__} {error!r:.300}"
-        told.write_text(outcome)
+        told.write_text(f"{time.monotonic() - seconds_without_processor() - start} {outcome}")
         os._exit(0)
     _, status = os.waitpid(number, 0)
-    seconds = time.monotonic() - start
-    return told.read_text() if os.WIFEXITED(status) else f"ended by signal {os.WTERMSIG(status)}", seconds
+    if not os.WIFEXITED(status):
+        return f"ended by signal {os.WTERMSIG(status)}", 0.0
+    seconds, _, outcome = told.read_text().partition(" ")
+    return outcome, float(seconds)
 
 
 @pytest.mark.parametrize("name", READERS)

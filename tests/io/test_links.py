@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -65,6 +66,43 @@ def test_a_run_ends(tmp_path: Path, place: Callable[[Path, str], None], name: st
     place(run.path / name, kind)
     run.write_json(name, {"a": 1})
     assert json.loads((run.path / name).read_text()) == {"a": 1} and not (run.path / name).is_symlink()
+
+
+def test_a_log_on_a_full_disk(tmp_path: Path) -> None:
+    run = start_run(tmp_path / "run")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        message = refusal(run.log, {"step": 0, "text": "x" * 200})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert message.startswith(f"{run.path / 'metrics.jsonl'} cannot be written (File too large; ")
+
+
+ODD: dict[str, Callable[[Path], object]] = {
+    "somebody's": lambda path: path.write_text("{}\n"),
+    "folder": lambda path: path.mkdir(),
+    "pipe": lambda path: os.mkfifo(path),
+    "link to a device": lambda path: path.symlink_to("/dev/zero"),
+    "dangling link": lambda path: path.symlink_to("nowhere"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("name", ["metrics.jsonl", "allocations.jsonl"])
+def test_nothing_is_appended_to_what_lies_there(tmp_path: Path, name: str, odd: str) -> None:
+    """Nor is it waited for, or read into the first checkpoint. With --overwrite it goes."""
+    run = tmp_path / "run"
+    run.mkdir()
+    ODD[odd](run / name)
+    said = refusal(start_run, run)
+    assert said.startswith(f"output_dir={run}") and f" {name} " in said
+    RunFolder(RunConfig(train=TrainConfig(output_dir=str(run), overwrite=True)), True, {}).log({"step": 0})
+    assert (run / "metrics.jsonl").read_text() == '{"step": 0}\n' and not os.path.lexists(run / "allocations.jsonl")
+
+
+def test_a_name_that_is_too_long(tmp_path: Path) -> None:
+    assert "File name too long" in refusal(start_run, tmp_path / ("x" * 300))
 
 
 @kinds

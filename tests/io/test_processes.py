@@ -14,6 +14,7 @@ import pytest
 
 from adalora_dist.io import processes
 from adalora_dist.io.processes import run_together
+from tests.support.limits import HANG_SECONDS, wait_until
 from tests.support.paths import ROOT
 
 
@@ -35,11 +36,17 @@ def test_the_first_code_counts_and_the_others_are_ended(monkeypatch: pytest.Monk
     assert time.monotonic() - begin < 300
 
 
-def test_who_does_not_end_is_made_to(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_does_not_end_is_made_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "ALONE_SECONDS", 0.5)
     monkeypatch.setattr(processes, "SAVE_SECONDS", 0.5)
-    deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-    assert run(f"{deaf}time.sleep(0.2)\nsys.exit(3) if rank == 0 else time.sleep(600)") == 3
+    deaf = f"""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        open(f"{tmp_path}/deaf-{{rank}}", "w").close()
+        while rank == 0 and len(os.listdir("{tmp_path}")) < 3:
+            time.sleep(0.01)
+        sys.exit(3) if rank == 0 else time.sleep(600)
+    """
+    assert run(deaf) == 3
 
 
 def test_a_signal_reaches_all_and_they_may_save(tmp_path: Path) -> None:
@@ -54,11 +61,9 @@ def test_a_signal_reaches_all_and_they_may_save(tmp_path: Path) -> None:
     """
     program = f"import tests.io.test_processes as t, sys; sys.exit(t.run({saves!r}))"
     started = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
-    while len(list(tmp_path.glob("ready-*"))) < 3:
-        assert started.poll() is None
-        time.sleep(0.05)
+    wait_until(lambda: started.poll() is not None or len(list(tmp_path.glob("ready-*"))) == 3)
     started.send_signal(signal.SIGTERM)
-    assert started.wait(120) == 75
+    assert started.wait(HANG_SECONDS) == 75
     assert len(list(tmp_path.glob("saved-*"))) == 3
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import resource
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from adalora_dist.config.flags import user_errors
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.publish import PARTIAL, building, discard, new_file, open_to_append, write_whole, writing
 from tests.support.kills import killed_at_line
+from tests.support.limits import HANG_SECONDS, wait_until
 from tests.support.paths import ROOT
 from tests.support.refusals import refusal
 
@@ -24,14 +28,13 @@ NAMES = ("a", "b/c", "d")
 SIZE_BYTES = 20_000
 
 
-def fill(scratch: Path, letter: str = "x", pause_seconds: float = 0.0) -> None:
+def fill(scratch: Path, letter: str = "x") -> None:
     (scratch / "b").mkdir()
     for name in NAMES:
         with (scratch / name).open("w") as file:
             for _ in range(10):
                 file.write(letter * (SIZE_BYTES // 10))
                 file.flush()
-                time.sleep(pause_seconds)
 
 
 def whole(folder: Path) -> set[str]:
@@ -41,21 +44,21 @@ def whole(folder: Path) -> set[str]:
     return set("".join(contents))
 
 
-def build(folder: Path, letter: str = "x", pause_seconds: float = 0.0) -> None:
+def build(folder: Path, letter: str = "x") -> None:
     with building(folder) as scratch:
-        fill(scratch, letter, pause_seconds)
+        fill(scratch, letter)
 
 
-def child(folder: Path, pause_seconds: float, letter: str = "x") -> subprocess.Popen[str]:
-    """A process that builds the folder; says "begun" when its scratch folder is there."""
+def child(folder: Path, letter: str = "x") -> subprocess.Popen[str]:
+    """A process that builds the folder; says "filled" when all is in its scratch folder, and ends when told to."""
     code = (
         "import sys\nfrom pathlib import Path\nfrom adalora_dist.config.flags import user_errors\n"
         "from adalora_dist.io.publish import building\nfrom tests.io.test_publish import fill\n"
         "with user_errors(), building(Path(sys.argv[1])) as scratch:\n"
-        "    print('begun', flush=True)\n    fill(scratch, sys.argv[2], float(sys.argv[3]))\n"
+        "    fill(scratch, sys.argv[2])\n    print('filled', flush=True)\n    sys.stdin.readline()\n"
     )
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    words = [sys.executable, "-c", code, str(folder), letter, str(pause_seconds)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    words = [sys.executable, "-c", code, str(folder), letter]
     return subprocess.Popen(words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, **pipes)
 
 
@@ -155,34 +158,69 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_a_disk_that_is_full_under_a_library(capsys: pytest.CaptureFixture[str]) -> None:
+    """In the main thread and in another one, as a tracker's: a line each, and no traceback."""
+
+    def fails(number: int = errno.ENOSPC) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(SystemExit) as ended, user_errors():
+        thread = threading.Thread(target=fails, name="writer")
+        thread.start()
+        thread.join()
+        fails()
+    assert ended.value.code == 2
+    said = "a file cannot be written (No space left on device): free some room, or give folders on another disk"
+    assert (
+        capsys.readouterr().err == f"warning: writer has ended: {said}, and run again\nerror: {said}, and run again\n"
+    )
+    with pytest.raises(PermissionError), user_errors():  # may be anything
+        fails(errno.EACCES)
+    with pytest.raises(SystemExit), user_errors():
+        fails(errno.EIO)
+
+
+def test_names_that_no_file_can_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("x" * 300, "loop", "a\0b"):
+        with pytest.raises(SystemExit) as ended, user_errors():
+            (tmp_path / name).resolve().stat()
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and said.startswith("error: there can be no such file (") and said.count("\n") == 1
+    with pytest.raises(ValueError, match="another"), user_errors():
+        raise ValueError("another")
+
+
 # -------------------------------------------------------------------------------------------- more than one, and kills
 
 
 def test_two_at_once(tmp_path: Path) -> None:
     """One wins; the other is refused at once, in one line, and has written nothing."""
-    first = child(tmp_path / "folder", 0.05)
-    assert first.stdout is not None and first.stdout.readline() == "begun\n"
+    first = child(tmp_path / "folder")
+    assert first.stdout is not None and first.stdout.readline() == "filled\n"
     assert "another process" in refusal(build, tmp_path / "folder")
-    second = child(tmp_path / "folder", 0.0, "y")
-    out, errors = second.communicate(timeout=60)
+    second = child(tmp_path / "folder", "y")
+    out, errors = second.communicate(timeout=HANG_SECONDS)
     assert (second.returncode, out) == (2, "") and errors.startswith("error: ") and errors.count("\n") == 1
-    assert first.wait(timeout=60) == 0 and whole(tmp_path / "folder") == {"x"}
+    first.communicate("\n", timeout=HANG_SECONDS)
+    assert first.returncode == 0 and whole(tmp_path / "folder") == {"x"}
     assert os.listdir(tmp_path) == ["folder"]
 
 
 def test_a_crowd(tmp_path: Path) -> None:
-    processes = [child(tmp_path / "folder", 0.002, letter) for letter in "uvwxyz"]
-    codes = [(process.communicate(timeout=100), process.returncode)[1] for process in processes]
+    processes = [child(tmp_path / "folder", letter) for letter in "uvwxyz"]
+    wait_until(lambda: sum(process.poll() is None for process in processes) <= 1)
+    codes = [(process.communicate("\n", timeout=HANG_SECONDS), process.returncode)[1] for process in processes]
     assert sorted(codes) == [0, 2, 2, 2, 2, 2]
     [letter] = whole(tmp_path / "folder")
     assert codes["uvwxyz".index(letter)] == 0 and os.listdir(tmp_path) == ["folder"]
 
 
 def test_what_a_killed_process_left_goes(tmp_path: Path) -> None:
-    process = child(tmp_path / "folder", 1.0)
-    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    process = child(tmp_path / "folder")
+    assert process.stdout is not None and process.stdout.readline() == "filled\n"
     process.kill()
-    process.wait()
+    process.communicate()
     [left] = os.listdir(tmp_path)
     assert left.startswith(".folder.") and left.endswith(PARTIAL)
     build(tmp_path / "folder.b")  # another name: none of its business

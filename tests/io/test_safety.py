@@ -187,7 +187,7 @@ def test_no_file_is_ever_unpickled(tmp_path: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         plant(folder, Evil(evil))
     ranks = Ranks(1, tmp_path, audited_recipe, project.arguments(output), tmp_path / "report.json", evil)
-    [ended] = ranks.wait(90)
+    [ended] = ranks.wait()
     assert ended.code == 0, ended.log
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["during"] == []

@@ -67,7 +67,7 @@ def test_no_sink_of_a_run_has_any_of_them(tmp_path: Path) -> None:
     except ImportError:
         del own[-4:-2]
     for times, more in enumerate([[], ["--resume", "auto", "--overwrite"], ["--resume", "auto"]]):
-        [ended] = project.start(f"{times}", 1, None, *own, *more).wait(120)
+        [ended] = project.start(f"{times}", 1, None, *own, *more).wait()
         (tmp_path / f"log-{times}").write_text(ended.log, encoding="utf-8")
         assert ended.code == (2 if times == 1 else 0), ended.log
     written = everything_of(output) | {f"log-{k}": (tmp_path / f"log-{k}").read_text() for k in range(3)}

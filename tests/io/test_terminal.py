@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from adalora_dist.io.terminal import safe
+from tests.support.limits import HANG_SECONDS
 from tests.support.paths import ROOT
 from tests.support.secret_words import IN_PATHS, IN_TEXT, INNOCENT, SECRET
 
@@ -55,9 +56,9 @@ def test_a_terminal_is_closed(tmp_path: Path, before: tuple[str, ...], whose: st
         continue
     os.close(master)
     if code:
-        assert process.wait(timeout=60) == code
+        assert process.wait(timeout=HANG_SECONDS) == code
     else:
-        process.communicate(b"\n", timeout=60)
+        process.communicate(b"\n", timeout=HANG_SECONDS)
     assert process.returncode == code and (tmp_path / "done").exists() == (code == 0)
 
 

@@ -61,7 +61,7 @@ def test_the_function_and_its_gradients_are_those_of_the_formula(kind: type[nn.M
     torch.testing.assert_close(own(x), wanted, rtol=0, atol=1e-12)
     found = torch.autograd.grad((own(x) * direction).sum(), parameters)
     expected = torch.autograd.grad((wanted * direction).sum(), parameters)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     parts = {name: p.detach() for name, p in own.trained().items()} | {"adalora.lam": model.adalora.lam.detach()}
     [update] = AdaDora.updates({"0": own.description()}, {"0": own.held()}, None, parts.get)
     merged = update.merged(base.weight.detach().clone())

@@ -10,6 +10,7 @@ from torch import nn
 
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.hooks import attach
+from tests.support.limits import HANG_SECONDS
 from tests.support.models import adapted_net, config, global_batch
 from tests.support.ranks import run_ranks
 
@@ -263,7 +264,7 @@ def test_a_plain_loop_that_never_asks_is_told_at_exit():
         "from tests.methods.test_allocator import attached, train\n"
         "model, hooks, optimizer = attached(total_steps=60); train(model, hooks, optimizer)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 0 and "budget was not reached" in done.stderr
 
 

@@ -98,7 +98,7 @@ def test_formulas_on_a_bert_layer(method: str) -> None:
     direction = torch.randn_like(y)
     mine = torch.autograd.grad((y * direction).sum(), [x, *trained])
     for found, other in zip(mine, torch.autograd.grad((expected * direction).sum(), [x, *trained]), strict=True):
-        torch.testing.assert_close(found, other, rtol=0, atol=1e-10)
+        torch.testing.assert_close(found, other, rtol=0, atol=1e-12)
 
 
 def test_series_before_a_matrix() -> None:

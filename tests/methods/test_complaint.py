@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests.support.limits import HANG_SECONDS
 from tests.support.paths import ROOT
 
 PROGRAM = """
@@ -34,7 +35,7 @@ ENDINGS = {
 def test_after_an_error_the_last_line_is_the_cause(ending: str) -> None:
     program = PROGRAM.format(ending=ending)
     process = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS, check=False
     )
     code, last = ENDINGS[ending]
     assert process.returncode == code, process.stderr

@@ -130,6 +130,21 @@ def test_experts_without_a_token_are_no_mistake() -> None:
     assert "1 of 1 adapters" in hooks.notices(0, lambda step: 1.0)[0]
 
 
+def test_a_loop_that_asks_for_nothing_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    """As in HF Trainer, or a loop of one's own: no call besides the optimizer's."""
+    model, settings = Net(FORWARDS["idle"]), config(targets=("a", "b"), train_modules=("head",))
+    adapt(model, settings)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    hooks = attach(model, optimizer, settings, 20)
+    for _ in range(4):
+        model(torch.randn(3, 4)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    hooks.detach()
+    [line] = caplog.messages
+    assert "1 of 2 adapters (b; the first is blocks.0.b) had no part in this step" in line
+
+
 def test_nothing_is_left_behind() -> None:
     model, settings = Net(FORWARDS["called"]), config(targets=("a", "b"), train_modules=("head",))
     adapters = adapt(model, settings)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from adalora_dist.methods.adalora.layers import Lambdas, lambda_gradients
+from adalora_dist.methods.adalora.layers import Lambdas
+from adalora_dist.methods.adalora.products import lambda_gradients
 from adalora_dist.methods.inject import adapt
 from tests.support.models import Net, adapted_net, config
 

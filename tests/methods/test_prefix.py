@@ -14,6 +14,7 @@ from adalora_dist.artifacts.export import SavedAdapter, load_adapter, merge, rea
 from adalora_dist.artifacts.formats import FORMATS, Options
 from adalora_dist.config.methods import LoraConfig, PrefixConfig
 from adalora_dist.config.sections import ExportConfig, RunConfig, TrainConfig
+from adalora_dist.methods.hooks import attach
 from adalora_dist.methods.inject import adapt, parameter_groups
 from adalora_dist.methods.prefix import Prefix, PrefixTuning
 from adalora_dist.methods.protocol import adapters_of
@@ -159,11 +160,12 @@ def test_files(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("text", [None, "a b c d"], ids=["zero", "text"])
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_over_a_backbone_from_files(quantization: str, tmp_path: Path) -> None:
+def test_over_a_backbone_from_files(quantization: str, text: str | None, tmp_path: Path) -> None:
     if quantization != "none":
         pytest.importorskip("bitsandbytes")
-    adapter, folder = PrefixConfig(prefix_length=LENGTH), write_llama(tmp_path)
+    adapter, folder = PrefixConfig(prefix_length=LENGTH, prefix_text=text), write_llama(tmp_path)
     [expected] = run_ranks(1, run_from_files, Case(method=quantization, adapter=adapter), folder)
     assert expected.losses[-1] < expected.losses[0]
     for engine in ("ddp", "fsdp2", "zero2", "zero3"):
@@ -223,3 +225,38 @@ def test_activation_checkpointing_is_refused_by_settings_and_by_the_model() -> N
     model(input_ids=tokens)
     model.train()
     assert "leave checkpointing off" in refusal(lambda: model(input_ids=tokens))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_start_from_a_text_is_that_text_in_front(kind: str) -> None:
+    model: Any = MODELS[kind]()
+    config = PrefixConfig(prefix_length=LENGTH, prefix_text="of which a plain loop gives the tokens")
+    plain, text, tokens = MODELS[kind](), [7, 4, 9, 5], torch.arange(3, 11).view(2, 4)
+    adapt(model, config)
+    optimizer = torch.optim.AdamW(parameter_groups(model, config, 1e-2))
+    hooks = attach(model, optimizer, config, 1)
+    assert "prefix_text has 2 tokens" in refusal(lambda: hooks.start(model, optimizer, text[:2]))
+    model(tokens, labels=tokens).loss.backward()
+    assert "prefix_text was not read" in refusal(optimizer.step)
+    optimizer.zero_grad()
+    hooks.start(model, optimizer, text)
+    assert model.training == plain.training
+    whole = torch.cat((torch.tensor(text[:LENGTH]).expand(2, -1), tokens), dim=1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, plain(whole).logits[:, LENGTH:], rtol=0, atol=1e-5)
+    model(tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    hooks.finish()
+
+
+def test_a_text_and_another_start_are_refused() -> None:
+    for settings, said in (
+        ({"prefix_init": "text"}, "without prefix_text"),
+        ({"prefix_text": " "}, "give a text"),
+        ({"prefix_text": "a", "prefix_init": "zero"}, "there can be one start"),
+        ({"prefix_text": "a", "prefix_hidden_size": 4}, "an MLP makes"),
+    ):
+        with pytest.raises(ValidationError, match=said):
+            PrefixConfig(**settings)  # type: ignore[arg-type]
+    plain = {name: field.default for name, field in PrefixConfig.model_fields.items()}
+    assert PrefixConfig.resolved(plain | {"prefix_text": "a"})["prefix_init"] == "text"

@@ -45,6 +45,10 @@ MADE = {
            kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, num_key_value_heads=4),
     "JambaForCausalLM": MOE | dict(num_experts=2, mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False,
                                    attn_layer_period=2, attn_layer_offset=1, expert_layer_offset=1),
+    "JetMoeForCausalLM": dict(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, kv_channels=8, num_key_value_heads=2,
+        num_local_experts=2, num_experts_per_tok=2,
+    ),
     "MambaForCausalLM": dict(vocab_size=64, hidden_size=32, state_size=4, num_hidden_layers=2, time_step_rank=4),
     "RwkvForCausalLM": dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32),
     "LlavaForConditionalGeneration": dict(
@@ -137,6 +141,12 @@ def test_routers_are_not_adapted_unless_named(class_name, expected):
 def test_a_router_that_is_a_linear_map_can_be_named():
     assert adapted_leaves("Qwen2MoeForCausalLM", "shared_expert_gate") == {"shared_expert_gate"}
     assert adapted_leaves("SwitchTransformersForConditionalGeneration", "router.classifier") == {"classifier"}
+
+
+def test_routers_within_experts_are_none_of_them():
+    assert adapted_leaves("SwitchTransformersForConditionalGeneration", "experts") == {"wi", "wo"}
+    message = refusal(adapt, made("JetMoeForCausalLM"), config(targets=("experts",)))
+    assert "JetMoeForCausalLM has no experts that can be adapted" in message
 
 
 def test_a_router_that_is_none_is_refused_by_name():

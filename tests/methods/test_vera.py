@@ -16,6 +16,7 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.methods.dvora import Dvora
 from adalora_dist.methods.inject import adapt, parameter_groups
 from adalora_dist.methods.vera import Vera, VeraLinear, projections
+from tests.support.kept import kept_bytes
 from tests.support.tiny_language_model import logits, tiny_gpt2
 
 TOKENS, RANK = 31, 6
@@ -78,7 +79,7 @@ def test_it_is_pefts_vera() -> None:
     others = [p["default"] for layer in layers.values() for p in (layer.vera_lambda_d, layer.vera_lambda_b)]
     found = torch.autograd.grad(y.square().sum(), [x, *vectors])
     for mine, their in zip(found, torch.autograd.grad(theirs.square().sum(), [x, *others]), strict=True):
-        torch.testing.assert_close(mine, their, rtol=0, atol=1e-11)
+        torch.testing.assert_close(mine, their, rtol=0, atol=1e-12)
     for update in updates_of(own):
         base = getattr(own, update.name).base.weight.detach()
         expected = base + layers[update.name].get_delta_weight("default")
@@ -177,3 +178,32 @@ def test_peft_loads_both_forms(form: Any, tmp_path: Path) -> None:
     assert FORMATS[form].write(saved, tmp_path / form, Options()) == ""
     loaded = peft.PeftModel.from_pretrained(tiny_gpt2(), tmp_path / form)
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_kept_for_backward_are_r_numbers_per_token(dtype: torch.dtype) -> None:
+    """The base is frozen and keeps nothing; no product of a vector and a projection, nor of a vector and A x."""
+    layer = adapted().float().up
+    layer.base.to(dtype)
+    x = torch.randn(TOKENS, 12, dtype=dtype, requires_grad=True)
+    layer(x)
+    known = (*layer.parameters(), *layer.shared.like(x), x)
+    assert kept_bytes(lambda: layer(x), known) == TOKENS * RANK * dtype.itemsize
+
+
+@pytest.mark.parametrize("kind", [VeraConfig, DvoraConfig])
+def test_gradients_are_those_of_autograd(kind: Any) -> None:
+    """Of all that is trained, and of the input; and nothing is asked for where nothing needs it."""
+    model = adapted(kind)
+    learn(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    x = torch.randn(TOKENS, 12, dtype=torch.float64, requires_grad=True)
+    found = torch.autograd.grad(model(x).square().sum(), [x, *trained])
+    with pytest.MonkeyPatch.context() as patch:  # the form that is written out
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        expected = torch.autograd.grad(model(x).square().sum(), [x, *trained])
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
+    model.requires_grad_(False)
+    [of_x] = torch.autograd.grad(model(x).square().sum(), [x])
+    torch.testing.assert_close(of_x, found[0], rtol=0, atol=1e-12)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.limits import HANG_SECONDS
 from tests.support.paths import ROOT
 from tests.support.ranks import free_port
 from tests.support.recipe_runs import BIN, run_command
@@ -69,11 +70,14 @@ def test_on_a_terminal_it_stands_on_a_line_of_its_own() -> None:
         ["accelerate", "launch", RECIPE, "--typo"], cwd=ROOT, env={**os.environ, **environment}, stdout=terminal,
         stderr=terminal, stdin=terminal,
     )  # fmt: skip
-    assert process.wait(timeout=120) == 1
+    assert process.wait(timeout=HANG_SECONDS) == 1
     os.write(terminal, b"$ ")
     shown = b""
-    while select.select([master], [], [], 5)[0]:  # until nothing has come for so long
+    has_come = False
+    # Until the line has come, and then nothing more.
+    while select.select([master], [], [], 1 if has_come else HANG_SECONDS)[0]:
         shown += os.read(master, 1 << 16)
+        has_come = b"error: " in shown.partition(b"$ ")[2]
     os.close(terminal)
     os.close(master)
     *_, prompt, last = shown.decode().splitlines()

@@ -16,7 +16,7 @@ from adalora_dist.training.launch import _take_config, _zero_stage
 from tests.support.paths import ROOT
 from tests.support.ranks import free_port
 from tests.support.recipe_runs import read_json, run_command
-from tests.support.tiny_text_project import write_summarization
+from tests.support.tiny_text_project import write_summarization, write_t5
 
 pytest.importorskip("deepspeed")
 
@@ -59,6 +59,18 @@ def test_deepspeed_as_typed(project: Path, tmp_path: Path, num_processes: int) -
     environment = {"LOCAL_SIZE": "2"} if num_processes == 2 else {}
     command = ["deepspeed", "launch/summarize_bart.sh", *arguments(project, tmp_path / "run")]
     finished(run_command(*command, **environment), tmp_path / "run", num_processes, "zero2")
+
+
+@pytest.mark.slow
+def test_deepspeed_with_a_t5(tmp_path: Path) -> None:
+    write_summarization(tmp_path)
+    write_t5(tmp_path)
+    command = ["deepspeed", "launch/summarize_bart.sh", *arguments(tmp_path, tmp_path / "run")]
+    process = run_command(*command, LOCAL_SIZE="2")
+    finished(process, tmp_path / "run", 2, "zero2")
+    assert "adapted 32 matrices = " in process.stdout
+    verification = read_json(tmp_path / "run", "verification.json")
+    assert verification["largest_logit_difference"] < 1e-3 * verification["largest_logit"]
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from adalora_dist.training.faults.guard import STATUS_FILE
+from tests.support.limits import HANG_SECONDS
 from tests.support.paths import ROOT
 from tests.support.ranks import free_port
 from tests.support.recipe_runs import BIN
@@ -45,7 +46,7 @@ class Launched:
         words = [str(word) for word in command]
         self.launcher = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=self.log, stderr=self.log)
         metrics = self.output / "metrics.jsonl"
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + HANG_SECONDS
         while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
             assert self.launcher.poll() is None and time.monotonic() < deadline, self.text()
             time.sleep(0.1)
@@ -57,10 +58,10 @@ class Launched:
     def text(self) -> str:
         return (Path(self.log.name)).read_text()
 
-    def assert_all_gone(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
+    def assert_all_gone(self) -> None:
+        deadline = time.monotonic() + HANG_SECONDS
         try:
-            self.launcher.wait(seconds)
+            self.launcher.wait(HANG_SECONDS)
         except subprocess.TimeoutExpired:
             self.launcher.kill()
         _, alive = psutil.wait_procs(self.started, timeout=max(0.1, deadline - time.monotonic()))
@@ -75,7 +76,7 @@ def test_a_signal_saves_and_ends_everything(tmp_path: Path, launcher: str, numbe
     run = Launched(tmp_path, launcher)
     for pid in [run.launcher.pid] if to == "launcher" else [p.pid for p in run.workers]:
         os.kill(pid, number)
-    run.assert_all_gone(30)
+    run.assert_all_gone()
     step = json.loads(run.status.read_text())["num_finished_steps"]
     assert f"stopped by a signal after step {step};" in run.text(), run.text()
     assert len((run.output / "metrics.jsonl").read_text().splitlines()) == step
@@ -85,7 +86,7 @@ def test_a_signal_saves_and_ends_everything(tmp_path: Path, launcher: str, numbe
 def test_a_launcher_that_is_killed_leaves_nothing_behind(tmp_path: Path, launcher: str) -> None:
     run = Launched(tmp_path, launcher)
     os.kill(run.launcher.pid, signal.SIGKILL)
-    run.assert_all_gone(30)
+    run.assert_all_gone()
     assert "stopped by a signal after step" in run.text(), run.text()
 
 
@@ -93,5 +94,5 @@ def test_a_launcher_that_is_killed_leaves_nothing_behind(tmp_path: Path, launche
 def test_a_stopped_worker_ends_everything(tmp_path: Path, which: int) -> None:
     run = Launched(tmp_path, "ddp")
     os.kill(run.workers[which].pid, signal.SIGSTOP)
-    run.assert_all_gone(40)
+    run.assert_all_gone()
     assert f"(process {run.workers[which].pid} on " in run.text() and "has not been heard of for " in run.text()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.launch import launch_command_parser
 
+from tests.support.limits import HANG_SECONDS
 from tests.support.paths import ROOT
 
 RECIPE = [
@@ -40,7 +41,9 @@ def submit(folder: Path, *arguments: str, **changes: str | None) -> subprocess.C
     environment |= {"PATH": f"{folder}:{os.environ['PATH']}"} | JOB
     environment = {k: v for k, v in (environment | changes).items() if v is not None}
     command = ["bash", str(ROOT / "launch" / "slurm.sh"), *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS, check=False
+    )
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])

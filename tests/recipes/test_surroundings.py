@@ -7,13 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.support.limits import HANG_SECONDS, wait_until
 from tests.support.paths import ROOT
 from tests.support.ranks import free_port
 from tests.support.recipe_runs import BIN, run_command
@@ -118,9 +118,16 @@ def test_a_second_launch_on_the_same_port_is_told_the_flag(launcher: str, taken_
 # ---------------------------------------------------------------------------------------- a launcher that is killed
 
 
-@pytest.mark.parametrize("seconds", [0.0, *(pytest.param(seconds, marks=pytest.mark.slow) for seconds in (0.5, 3.0))])
-def test_nothing_outlives_a_launcher_that_dies_before_the_watch_begins(seconds: float, tmp_path: Path) -> None:
-    """At once, while the interpreter starts; while torch is imported; and while the processes wait for each other."""
+WHEN: dict[str, Callable[[psutil.Process], object]] = {
+    "while the interpreter starts": lambda worker: True,
+    "while torch is imported": lambda worker: any("libtorch" in one.path for one in worker.memory_maps()),
+    "while the processes meet": lambda worker: worker.net_connections("tcp"),
+}
+"""Of which all workers are to be true."""
+
+
+@pytest.mark.parametrize("when", [pytest.param(w, marks=[pytest.mark.slow] * ("starts" not in w)) for w in WHEN])
+def test_nothing_outlives_a_launcher_that_dies_before_the_watch_begins(when: str, tmp_path: Path) -> None:
     command = [BIN / "accelerate", "launch", "--config_file", "launch/accelerate/ddp.yaml", "--main_process_port"]
     command += [free_port(), "--num_processes", "2", RECIPE, "--output-dir", tmp_path / "run"]
     environment = {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -129,15 +136,13 @@ def test_nothing_outlives_a_launcher_that_dies_before_the_watch_begins(seconds: 
             list(map(str, command)), cwd=ROOT, env={**os.environ, **environment}, stdout=log, stderr=log
         )
     process = psutil.Process(launcher.pid)
-    deadline = time.monotonic() + 120
-    while len(workers := process.children()) < 2:
-        assert time.monotonic() < deadline and launcher.poll() is None
-        time.sleep(0.01)
-    time.sleep(seconds)
+    wait_until(lambda: len(process.children()) == 2)
+    workers = process.children()
+    wait_until(lambda: all(WHEN[when](worker) for worker in workers))
     os.kill(launcher.pid, signal.SIGKILL)
     launcher.wait()
-    _, alive = psutil.wait_procs(workers, timeout=40)
+    _, alive = psutil.wait_procs(workers, timeout=HANG_SECONDS)
     for worker in alive:
         worker.kill()
     assert not alive, (tmp_path / "log").read_text()
-    assert "Traceback" not in (tmp_path / "log").read_text()
+    assert "Traceback" not in (tmp_path / "log").read_text() and not (tmp_path / "run" / "metrics.jsonl").exists()

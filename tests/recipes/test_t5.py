@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+from transformers import T5ForConditionalGeneration
 
 from tests.support.ranks import import_package
 from tests.support.recipe_runs import ENGINES, losses_of, read_json, run_recipe
 from tests.support.summarization_runs import arguments
-from tests.support.tiny_text_project import IDS, write_summarization
+from tests.support.tiny_text_project import IDS, write_summarization, write_t5
 
 import_package()
 
@@ -20,14 +19,7 @@ import_package()
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("t5")
     write_summarization(folder)
-    vocab_size = len(AutoTokenizer.from_pretrained(folder / "model"))
-    torch.manual_seed(0)
-    ids = {"pad_token_id": IDS["pad_token_id"], "eos_token_id": IDS["eos_token_id"], "decoder_start_token_id": 0}
-    T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=vocab_size, d_model=24, d_ff=40, d_kv=12, num_layers=2, num_heads=2, dropout_rate=0.0, **ids
-        )
-    ).save_pretrained(folder / "model")
+    write_t5(folder)
     return folder
 
 

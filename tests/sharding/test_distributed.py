@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from tests.support import ranks
 from tests.support.ranks import run_ranks
 
 
@@ -27,10 +30,10 @@ def _fail(rank: int, world_size: int) -> None:
 def _die(rank: int, world_size: int) -> None:
     if rank == 0:
         os._exit(0)  # "success", but nothing reported
-    time.sleep(0.1)
 
 
-def _hang(rank: int, world_size: int) -> None:
+def _hang(rank: int, world_size: int, folder: Path) -> None:
+    (folder / str(rank)).touch()
     if rank == 0:
         time.sleep(600)
     dist.barrier()
@@ -52,6 +55,12 @@ def test_a_rank_that_reports_nothing_is_an_error() -> None:
         run_ranks(2, _die)
 
 
-def test_a_hanging_rank_is_ended_and_shows_where_it_was() -> None:
-    with pytest.raises(AssertionError, match=r"still running after 1.0 s(.|\n)*in _hang"):
-        run_ranks(2, _hang, timeout=1.0)
+def test_a_hanging_rank_is_ended_and_shows_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The timeout is over as soon as both are where they hang."""
+
+    def monotonic() -> float:
+        return time.monotonic() + (500 if len(os.listdir(tmp_path)) == 2 else 0)
+
+    monkeypatch.setattr(ranks, "time", SimpleNamespace(monotonic=monotonic, sleep=time.sleep))
+    with pytest.raises(AssertionError, match=r"still running after 300.0 s(.|\n)*in _hang"):
+        run_ranks(2, _hang, tmp_path)

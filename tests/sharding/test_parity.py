@@ -132,7 +132,7 @@ def control(accumulation: int, clip: float, options: tuple[str, ...], sizes, set
 
 def check(case: Case) -> list[dict[str, Any]]:
     expected = control(case.accumulation, case.clip, case.options, case.sizes, case.settings)
-    ranks = run_ranks(case.world_size, run, case, timeout=300)
+    ranks = run_ranks(case.world_size, run, case)
     for result in ranks:
         assert result["patterns"] == expected["patterns"]
         torch.testing.assert_close(torch.tensor(result["losses"]), torch.tensor(expected["losses"]), rtol=1e-5, atol=0)
@@ -248,7 +248,7 @@ BF16 = [Case("fsdp2", 2, dtype=torch.bfloat16), *(Case(f"zero{s}", 2, dtype=torc
 def test_bf16_meets_the_budget_exactly(case):
     """Low precision moves scores, so patterns may differ from float32's; never between ranks, and never in size."""
     expected = control(1, 0.0, (), (), SETTINGS)
-    ranks = run_ranks(case.world_size, run, case, timeout=300)
+    ranks = run_ranks(case.world_size, run, case)
     assert all(r["patterns"] == ranks[0]["patterns"] for r in ranks)
     assert {s: sum(p) for s, p in ranks[0]["patterns"].items()} == {s: sum(p) for s, p in expected["patterns"].items()}
     assert sum(v != 0 for v in ranks[0]["lam"]) == 6

@@ -37,6 +37,7 @@ from adalora_dist.training.prepared import Prepared, prepare
 from adalora_dist.training.resume import find_checkpoint
 from adalora_dist.training.run_folder import RunFolder
 from tests.support.kills import own_progress_lock
+from tests.support.limits import HANG_SECONDS
 from tests.support.quantized_runs import environment
 from tests.support.settings import adapter_section
 from tests.support.tiny_language_model import tiny_llama
@@ -70,19 +71,21 @@ class Ranks:
             self.pids.append(pid)
         self._ended: dict[int, tuple[int, float]] = {}
 
-    def wait_for(self, name: str, timeout: float = 60) -> None:
+    def wait_for(self, name: str) -> None:
         """Until a rank has made the file ``name``."""
-        deadline = time.monotonic() + timeout
-        while not (self.folder / name).exists():
-            self._look()
+        deadline = time.monotonic() + HANG_SECONDS
+        while True:
+            self._look()  # first: a rank may make the file and end
+            if (self.folder / name).exists():
+                return
             if time.monotonic() > deadline or self._ended:
                 self.kill()
                 raise AssertionError("\n".join([f"no {name}", *(ended.log for ended in self.wait())]))
             time.sleep(0.005)
 
-    def wait(self, timeout: float = 60) -> list[Ended]:
-        """How each rank ended. Those still there after ``timeout`` seconds are killed: code -9."""
-        deadline = time.monotonic() + timeout
+    def wait(self) -> list[Ended]:
+        """How each rank ended. Those that hang are killed: code -9."""
+        deadline = time.monotonic() + HANG_SECONDS
         while len(self._ended) < len(self.pids) and time.monotonic() < deadline:
             self._look()
             time.sleep(0.005)
@@ -199,7 +202,7 @@ def run(
         plan = BatchPlan.of_rows(data, config.train.batch_size, config.train.seed)
         prepared = prepare(accelerator, model, config, STEPS, resumed)
         run_folder = RunFolder(config, accelerator.is_main_process, {}, resumed)
-        loss_sum = _with_fault(causal_loss(data, 0, accelerator.device), fault, rank, folder, prepared, look)
+        loss_sum = _with_fault(causal_loss(data, 0, accelerator.device), fault, rank, folder, prepared, look, guard)
         losses = train(accelerator, prepared, plan, loss_sum, config, run_folder, print, guard=guard)
         assert int(sum(prepared.hooks.method_step.rank_pattern().values())) == TARGET_BUDGET
         learnt = {a.name: torch.cat([a.P.flatten(), a.lam, a.Q.flatten()]) for a in prepared.hooks.updates()}
@@ -211,7 +214,15 @@ def run(
         guard.close()
 
 
-def _with_fault(loss_sum: LossSum, fault: Fault, rank: int, folder: Path, prepared: Prepared, look: Any) -> LossSum:
+def is_told_to_stop(guard: Guard) -> bool:
+    """Whether this rank's loop will stop: the signal that asks for it has been heard, here or by another rank."""
+    peers = guard._peers
+    return peers._all_asked or (peers.asked and peers.world_size == 1)
+
+
+def _with_fault(
+    loss_sum: LossSum, fault: Fault, rank: int, folder: Path, prepared: Prepared, look: Any, guard: Guard
+) -> LossSum:
     """One forward per step: the count of calls is the step."""
     count, now = iter(range(0 if prepared.resumed is None else prepared.resumed.step, STEPS)), [-1]
 
@@ -246,6 +257,10 @@ def _with_fault(loss_sum: LossSum, fault: Fault, rank: int, folder: Path, prepar
                 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
             case "slow":
                 time.sleep(0.2)
+            case "endless":  # slow, and never over before this rank has been told to stop
+                time.sleep(0.2)
+                while step == STEPS - 2 and not is_told_to_stop(guard):
+                    time.sleep(0.01)
             case "hold":  # the interpreter's lock, as an extension may: no other thread of this process runs
                 ctypes.PyDLL(None).usleep(HOLD_SECONDS * 1_000_000)
         return loss

@@ -228,7 +228,7 @@ class Handler(BaseHTTPRequestHandler):
         body = self.body()
         if action == "stall":
             self.note(request, "stalled")
-            self.hub.released.wait(60)
+            self.hub.released.wait()
         try:
             if action.isdigit():
                 wait = {"Retry-After": fault["retry_after"]} if fault and "retry_after" in fault else {}

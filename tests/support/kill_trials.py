@@ -127,7 +127,7 @@ def resumes(folder: Path, num_trials: int, seed: int = 0) -> int:
         return bool(found) or has_begun
 
     begin = time.monotonic()
-    [ended] = start("undisturbed", 0).wait(600)
+    [ended] = start("undisturbed", 0).wait()
     seconds = time.monotonic() - begin
     assert ended.code == 0, ended.log
     expected = torch.load(folder / "undisturbed" / "final.pt", weights_only=True)
@@ -140,7 +140,7 @@ def resumes(folder: Path, num_trials: int, seed: int = 0) -> int:
         while time.monotonic() < deadline and os.waitid(os.P_PID, ranks.pids[0], flags) is None:
             has_begun = look(folder / name / "run" / "checkpoints", has_begun)
         ranks.kill()
-        [ended] = ranks.wait(60)
+        [ended] = ranks.wait()
         has_begun = look(folder / name / "run" / "checkpoints", has_begun)
         attempt += 1
         if ended.code == -signal.SIGKILL:

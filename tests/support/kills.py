@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import os
 import random
 import signal
@@ -62,20 +63,38 @@ def killed_at_line(action: Callable[[], None], look: Callable[[], None], line: i
     ``look`` all that time. Its exit code if it has fewer lines; None: it was killed. The same on any machine, however
     busy.
     """
-    num_lines = 0
+
+    def kill(number: int) -> None:
+        if number == line:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return _watched(forked(lambda: _at_each_line(action, kill)), look)
+
+
+def num_lines(action: Callable[[], None]) -> int:
+    """How many lines of Python it runs, in a process of its own."""
+    counted = mmap.mmap(-1, 8)  # shared with the fork
+
+    def count(number: int) -> None:
+        counted[:] = number.to_bytes(8, "little")
+
+    assert _watched(forked(lambda: _at_each_line(action, count)), lambda: None) == 0
+    return int.from_bytes(counted[:], "little")
+
+
+def _at_each_line(action: Callable[[], None], do: Callable[[int], None]) -> None:
+    """``do`` before each line of Python that ``action`` runs, with its number: 1, 2, ..."""
+    number = 0
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
-        nonlocal num_lines
-        num_lines += event == "line"
-        if num_lines == line:
-            os.kill(os.getpid(), signal.SIGKILL)
+        nonlocal number
+        if event == "line":
+            number += 1
+            do(number)
         return trace
 
-    def traced() -> None:
-        sys.settrace(trace)
-        try:
-            action()
-        finally:
-            sys.settrace(None)
-
-    return _watched(forked(traced), look)
+    sys.settrace(trace)
+    try:
+        action()
+    finally:
+        sys.settrace(None)

@@ -35,6 +35,7 @@ import torch._dynamo  # which every optimizer would import at its first step
 import torch.distributed as dist
 
 import adalora_dist
+from tests.support.limits import HANG_SECONDS
 
 torch.set_num_threads(1)
 
@@ -74,7 +75,7 @@ def free_port() -> str:
             return str(port)
 
 
-def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = HANG_SECONDS) -> list[Any]:
     """``[fn(rank, world_size, *args) for each rank]``, each in a process of its own with a default gloo group.
 
     Results must be picklable. Raises:

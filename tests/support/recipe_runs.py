@@ -44,7 +44,7 @@ def run_recipe(
 ) -> tuple[Any, str, str]:
     """(exit code, standard output, standard error) of rank 0 of ``recipes/RECIPE.py``; other ranks' codes are equal."""
     environment = {"MASTER_PORT": free_port(), **(environment or {})}
-    results = run_ranks(num_processes, _run, recipe, arguments, environment, timeout=200.0)
+    results = run_ranks(num_processes, _run, recipe, arguments, environment)
     assert len({code for code, *_ in results}) == 1, results
     return results[0]
 

@@ -17,7 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.support.faulty_runs import Ranks
+from adalora_dist.io.signals import SECOND_SECONDS
+from adalora_dist.training.faults.guard import Guard
+from tests.support.faulty_runs import Ranks, is_told_to_stop
+from tests.support.limits import HANG_SECONDS, wait_until
 from tests.support.paths import ROOT
 from tests.support.ranks import import_package
 from tests.support.settings import adapter_flags
@@ -39,7 +42,7 @@ STAGES = {
 IN_TRAINING = ("first step", "training", "writing a checkpoint")
 SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 DOCUMENT = ROOT / "docs" / "reliability.md"
-_STEPS, _HELD_SECONDS = 6, 60.0
+_STEPS = 6
 
 
 @dataclass(frozen=True)
@@ -89,15 +92,15 @@ def _hold(folder: Path, stage: str, rank: int) -> None:
         first, name = name.split(".", 1)
         owner = getattr(owner, first)
     original = getattr(owner, name)
-    calls = iter(range(1_000_000))
+    calls, guards = iter(range(1_000_000)), _kept_guards(folder, rank)
 
     def wait() -> None:
-        folder.with_name(f"{folder.name}-at-{rank}").touch()
-        deadline = time.monotonic() + _HELD_SECONDS
-        while time.monotonic() < deadline and not folder.with_name(f"{folder.name}-sent").exists():
-            time.sleep(0.01)
-        # In training the run goes on to a step's end; elsewhere nothing may come after the signal.
-        time.sleep(0.3 if stage in IN_TRAINING else _HELD_SECONDS)
+        _mark(folder, f"at-{rank}").touch()
+        wait_until(_mark(folder, "sent").exists)
+        if stage in IN_TRAINING:  # the run goes on to the end of a step
+            wait_until(lambda: is_told_to_stop(guards[-1]))
+        else:  # nothing may come after the signal
+            time.sleep(HANG_SECONDS)
 
     def held(*args: Any, **kwargs: Any) -> Any:
         if module_name.endswith("losses"):
@@ -108,6 +111,28 @@ def _hold(folder: Path, stage: str, rank: int) -> None:
         return original(*args, **kwargs)
 
     setattr(owner, name, held)
+
+
+def _mark(folder: Path, name: str) -> Path:
+    """A file beside the run's folder, by which its processes and the test tell each other how far they are."""
+    return folder.with_name(f"{folder.name}-{name}")
+
+
+def _kept_guards(folder: Path, rank: int) -> list[Guard]:
+    """Those that are made from here on. Each leaves a mark when it has heard a signal."""
+    guards: list[Guard] = []
+    make, hear = Guard.__init__, Guard._on_signal
+
+    def made(guard: Guard, *args: Any) -> None:
+        guards.append(guard)
+        make(guard, *args)
+
+    def heard(guard: Guard, number: int, again: bool) -> None:
+        _mark(folder, f"heard-{rank}").touch()
+        hear(guard, number, again)
+
+    Guard.__init__, Guard._on_signal = made, heard  # type: ignore[method-assign]
+    return guards
 
 
 def _each_step(loss_sum: Any, step: int, wait: Any) -> Any:
@@ -125,7 +150,7 @@ def outcome_of(project: Project, stage: str, number: int, world_size: int, times
     """Send the signal to all processes, as a terminal does, when all are at ``stage``.
 
     Args:
-        times: a second and further ones follow a second later each.
+        times: a second and further ones follow when the first has been heard, as late as a person's.
     """
     name = f"{stage}-{number}-{world_size}-{times}".replace(" ", "-")
     folder = project.folder / name
@@ -133,11 +158,14 @@ def outcome_of(project: Project, stage: str, number: int, world_size: int, times
     for rank in range(world_size):
         ranks.wait_for(str(Path("..") / f"{name}-at-{rank}"))
     for k in range(times):
-        time.sleep(1.0 if k else 0.0)
+        if k:
+            for rank in range(world_size):
+                ranks.wait_for(str(Path("..") / f"{name}-heard-{rank}"))
+            time.sleep(2 * SECOND_SECONDS)
         for pid in ranks.pids:
             os.kill(pid, number)
-    folder.with_name(f"{name}-sent").touch()
-    ended = ranks.wait(60)
+    _mark(folder, "sent").touch()
+    ended = ranks.wait()
     logs = "\n".join(one.log for one in ended)
     assert "Traceback" not in logs and "rror:" not in logs, logs
     told = tuple(line.strip() for line in logs.splitlines() if re.search("signal|Ctrl-C", line))

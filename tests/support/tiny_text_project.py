@@ -7,7 +7,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from adalora_dist.tasks.demo_models.pretrained import word_tokenizer
 from adalora_dist.tasks.e2e.demo import demo_places
@@ -45,6 +53,17 @@ def write_summarization(folder: Path) -> tuple[Path, Path]:
     tokenizer.save_pretrained(folder / "model")
     tiny_bart(len(tokenizer)).save_pretrained(folder / "model")
     return folder / "model", folder / "data"
+
+
+def write_t5(folder: Path) -> None:
+    """A T5 in the place of the BART that :func:`write_summarization` has written, with its tokenizer."""
+    torch.manual_seed(0)
+    T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=len(AutoTokenizer.from_pretrained(folder / "model")), d_model=24, d_ff=40, d_kv=12, num_layers=2,
+            num_heads=2, dropout_rate=0.0, pad_token_id=0, eos_token_id=IDS["eos_token_id"], decoder_start_token_id=0,
+        )
+    ).save_pretrained(folder / "model")  # fmt: skip
 
 
 def write_e2e(folder: Path) -> tuple[Path, Path]:

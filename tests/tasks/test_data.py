@@ -16,6 +16,7 @@ from adalora_dist.tasks.commonsense.config import CommonsenseDataConfig
 from adalora_dist.tasks.commonsense.prompts import encode_examples
 from adalora_dist.tasks.commonsense.rows import find_task, load_task, load_tasks, resolve_tasks
 from adalora_dist.tasks.rows.tokens import IGNORED
+from tests.support.limits import HANG_SECONDS
 from tests.support.paths import ROOT, shared
 from tests.support.refusals import refusal
 from tests.support.tiny_language_model import byte_tokenizer
@@ -281,7 +282,9 @@ def test_an_unreachable_hub_points_to_local_files(tmp_path):
         "except UserError as error:\n    print(error)\n"
     )
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=HANG_SECONDS
+    )
     assert done.returncode == 0, done.stderr
     [line] = done.stdout.splitlines()
     assert "cannot load allenai/ai2_arc/ARC-Easy/test" in line and "FOLDER/arc_easy/train.jsonl" in line
@@ -289,4 +292,4 @@ def test_an_unreachable_hub_points_to_local_files(tmp_path):
 
 def test_reading_questions_does_not_import_torch():
     code = "import sys, adalora_dist.tasks.commonsense.rows; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=HANG_SECONDS).returncode == 0

@@ -236,6 +236,71 @@ def test_passages_as_squad_publishes_them(tmp_path: Path) -> None:
         load_squad_parts(data.model_copy(update={"eval_split": "nowhere.json"}))
 
 
+# ---------------------------------------------------------------------------------------------------- tables of text
+
+
+def test_splits_may_be_tables_of_text(tmp_path: Path) -> None:
+    for name, rows in {
+        "topics": [{"text": f"mail {n}", "label": f"{n % 3}"} for n in range(9)],
+        "minutes": [{"document": f"they met {n}", "summary": "so"} for n in range(9)],
+        "driving": [{"question": f"q {n}", "choices": '["stop", "go"]', "answer": "go"} for n in range(9)],
+    }.items():
+        for split in ("train", "test"):
+            write(tmp_path / name / f"{split}.csv", rows)
+    loaded = load_glue_rows(GlueDataConfig(source=str(tmp_path), task="topics"))
+    assert loaded.task.classes == ("0", "1", "2") and len(loaded.train) == len(loaded.sets["dev"]) == 9
+    splits = load_summaries(SummarizationDataConfig(source=str(tmp_path), task="minutes"))
+    assert {name: len(split) for name, split in splits.items()} == {"train": 9, "test": 9}
+    train, test = load_tasks(CommonsenseDataConfig(source=str(tmp_path), tasks=("driving",)))
+    assert {row.answer for row in train} == {"answer2"} and len(test["driving"]) == 9
+    write(tmp_path / "driving" / "train.jsonl", [{"question": "q"}])
+    with refused("both train.jsonl and train.csv exist; remove one of them"):
+        load_tasks(CommonsenseDataConfig(source=str(tmp_path), tasks=("driving",)))
+
+
+def test_answers_in_a_table_of_text(tmp_path: Path) -> None:
+    answers = json.dumps({"text": ["Ann"], "answer_start": [0]})
+    rows = [{"question": "Who?", "context": f"Ann has {n} cats.", "answers": answers} for n in range(20)]
+    train, *_ = load_squad_parts(SquadDataConfig(source=write(tmp_path / "manual.csv", rows)))
+    numbered = [row | {"id": n, "answers": json.loads(answers)} for n, row in enumerate(rows)]
+    kept, held, _ = load_squad_parts(SquadDataConfig(source=write(tmp_path / "manual.jsonl", numbered)))
+    assert {question.id for question in [*kept, *held]} == {str(n) for n in range(20)}
+    assert len(train) == 19 and {question.answers for question in train} == {("Ann",)}
+
+
+# ------------------------------------------------------------------------------------------------------------- columns
+
+
+def test_a_column_that_is_named_is_nothing_else(tmp_path: Path) -> None:
+    """One of a pair that is mapped alone makes no pair with the other."""
+    rows = [{"premise": f"p {n}", "hypothesis": "h", "label": n % 2} for n in range(40)]
+    file = write(tmp_path / "own.jsonl", rows)
+    assert load_glue_rows(GlueDataConfig(source=file, task="own")).task.texts == ("premise", "hypothesis")
+    alone = load_glue_rows(GlueDataConfig(source=file, task="own", columns=("text=premise",)))
+    assert alone.task.texts == ("text",) and alone.train[0].texts == ("p 0",)
+
+
+def test_a_column_of_another_name_has_its_remedy(tmp_path: Path) -> None:
+    def file(**row: Any) -> str:
+        return write(tmp_path / "a.jsonl", [row | {"id": n} for n in range(9)])
+
+    said = "--columns {0}=COLUMN if it has another name"
+    with refused(f"no column label; the row has text, class, id; {said.format('label')}"):
+        load_glue_rows(GlueDataConfig(source=file(**{"text": "a", "class": "b"}), task="own"))
+    with refused(f"no column label; the row has text, price, id; {said.format('label')}"):
+        load_glue_rows(GlueDataConfig(source=file(text="a", price=1), task="own", regression=True))
+    with refused(f"no column mr; the row has facts, ref, id; {said.format('mr')}"):
+        load_e2e_parts(E2EDataConfig(source=file(facts="a", ref="b")))
+    with refused(f"no column summary; the row has document, outcome, id; {said.format('summary')}"):
+        load_summaries(SummarizationDataConfig(source=file(document="a", outcome="b"), bad_rows="error"))
+    with refused(f"no column choices; the row has question, options, id; {said.format('choices')}"):
+        load_tasks(CommonsenseDataConfig(source=file(question="a", options=["b", "c"])))
+    with refused(f"no column answer; the row has question, choices, answerKey, id; {said.format('answer')}"):
+        load_tasks(CommonsenseDataConfig(source=file(question="a", choices=["b", "c"], answerKey="A")))
+    with refused(f"no column answers; the row has .*reply; {said.format('answers')}"):
+        load_squad_parts(SquadDataConfig(source=file(question="a", context="b", reply="c")))
+
+
 # ------------------------------------------------------------------------------------------------------------ settings
 
 

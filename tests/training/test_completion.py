@@ -11,6 +11,7 @@ import pytest
 
 from adalora_dist.__main__ import main
 from adalora_dist.training.completion import candidates
+from tests.support.limits import HANG_SECONDS
 from tests.support.paths import ROOT
 
 OFFERED = {
@@ -67,5 +68,5 @@ def test_bash_offers_it(tmp_path: Path) -> None:
         "export COMP_LINE COMP_POINT; adalora-dist complete adalora-dist rep adalora-dist; complete -p adalora-dist"
     )
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([bash, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([bash, "-c", script], env=environment, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.stdout.splitlines()[0] == "report" and "adalora-dist complete" in done.stdout.splitlines()[1]

@@ -12,6 +12,7 @@ import pytest
 from adalora_dist.__main__ import main
 from adalora_dist.training import doctor as module
 from adalora_dist.training.doctor import FEATURES, doctor, packages, version_line
+from tests.support.limits import HANG_SECONDS
 from tests.support.paths import ROOT
 
 VERSION = metadata.version
@@ -102,6 +103,6 @@ def test_of_this_environment(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_versions_cost_no_torch() -> None:
     command = [sys.executable, "-X", "importtime", "-m", "adalora_dist", "--version"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 0 and done.stdout == version_line() + "\n"
     assert "torch" not in {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}

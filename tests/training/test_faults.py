@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from adalora_dist.training.faults.verdict import EXIT_PEER, Identity, is_missing
 from tests.support.faulty_runs import HOLD_SECONDS, STEPS, Ended, Fault, Ranks, Untouched, corrupt, run
 
 SLOW = Fault("slow", step=0, rank=None, num_steps=STEPS)
+ENDLESS = Fault("endless", step=0, rank=None, num_steps=STEPS)
 TIMEOUT_SECONDS = 3
 
 
@@ -49,7 +51,7 @@ def also_slow(*values: Any) -> Any:
     ],
 )
 def test_an_error_on_one_rank_ends_all(tmp_path: Path, kind: str, rank: int, code: int, says: str) -> None:
-    ended = Ranks(3, tmp_path, run, tmp_path, "ddp", Fault(kind, rank=rank)).wait(30)
+    ended = Ranks(3, tmp_path, run, tmp_path, "ddp", Fault(kind, rank=rank)).wait()
     assert [one.code for one in ended] == [code if k == rank else EXIT_PEER for k in range(3)], errors(ended)
     assert says in ended[rank].log and not list(tmp_path.glob("published-*"))
     for k, one in enumerate(ended):
@@ -57,7 +59,7 @@ def test_an_error_on_one_rank_ends_all(tmp_path: Path, kind: str, rank: int, cod
 
 
 def test_out_of_memory_says_what_to_change(tmp_path: Path) -> None:
-    [ended] = Ranks(1, tmp_path, run, tmp_path, "single", Fault("memory", rank=0)).wait(30)
+    [ended] = Ranks(1, tmp_path, run, tmp_path, "single", Fault("memory", rank=0)).wait()
     [line] = [line for line in ended.log.splitlines() if line.startswith("error:")]
     assert ended.code == 1 and "Traceback" not in ended.log
     assert all(part in line for part in ("backbone", "adapters", "optimizer", "importance", "activations")), line
@@ -66,23 +68,24 @@ def test_out_of_memory_says_what_to_change(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rank", [0, also_slow(1)])
 def test_a_stopped_rank_is_named_and_does_not_outlive_the_run(tmp_path: Path, rank: int) -> None:
-    ranks = Ranks(3, tmp_path, run, tmp_path, "ddp", SLOW, {"peer_timeout_seconds": TIMEOUT_SECONDS})
+    ranks = Ranks(3, tmp_path, run, tmp_path, "ddp", ENDLESS, {"peer_timeout_seconds": TIMEOUT_SECONDS})
     ranks.wait_for(f"step-3-{rank}")
     os.kill(ranks.pids[rank], signal.SIGSTOP)
-    ended = ranks.wait(TIMEOUT_SECONDS + 30)
+    ended = ranks.wait()
     assert [one.code for one in ended] == [-signal.SIGKILL if k == rank else EXIT_PEER for k in range(3)]
     named = f"error: rank {rank} (process {ranks.pids[rank]} on "
     speaker = ended[1 if rank == 0 else 0]
-    assert named in speaker.log and re.search(r"has not been heard of for [345] s", speaker.log), speaker.log
+    silent = re.search(r"has not been heard of for (\d+) s", speaker.log)
+    assert named in speaker.log and silent and int(silent[1]) >= TIMEOUT_SECONDS, speaker.log
     assert len(errors(ended)) == 1 and not list(tmp_path.glob("published-*"))
 
 
 @pytest.mark.parametrize("rank", [1, also_slow(0)])
 def test_a_killed_rank_is_named_at_once(tmp_path: Path, rank: int) -> None:
-    ranks = Ranks(3, tmp_path, run, tmp_path, "ddp", SLOW)
+    ranks = Ranks(3, tmp_path, run, tmp_path, "ddp", ENDLESS)
     ranks.wait_for(f"step-3-{rank}")
     os.kill(ranks.pids[rank], signal.SIGKILL)
-    ended = ranks.wait(30)
+    ended = ranks.wait()
     assert [one.code for one in ended] == [-signal.SIGKILL if k == rank else EXIT_PEER for k in range(3)]
     [line] = errors(ended)
     assert line.startswith(f"error: rank {rank} (process {ranks.pids[rank]} on ") and "has ended without a word" in line
@@ -97,7 +100,7 @@ def test_nobody_is_missed_while_all_are_stopped(tmp_path: Path) -> None:
         for pid in ranks.pids:
             os.kill(pid, number)
         time.sleep(pause)
-    ended = ranks.wait(60)
+    ended = ranks.wait()
     assert [one.code for one in ended] == [0, 0], errors(ended)
 
 
@@ -105,7 +108,7 @@ def test_nobody_is_missed_while_all_are_stopped(tmp_path: Path) -> None:
 def test_a_rank_that_is_only_slow_is_not_missed(tmp_path: Path, rank: int) -> None:
     """Silent for twice the timeout, and seen to be no stopped process."""
     hold, changes = Fault("hold", step=3, rank=rank), {"peer_timeout_seconds": HOLD_SECONDS / 2}
-    ended = Ranks(2, tmp_path, run, tmp_path, "ddp", hold, changes).wait(60)
+    ended = Ranks(2, tmp_path, run, tmp_path, "ddp", hold, changes).wait()
     assert [one.code for one in ended] == [0, 0], errors(ended)
 
 
@@ -135,9 +138,10 @@ def strangers(rank: int, world_size: int) -> None:
         b"x" * 200_000,
         b"",
     ):
-        with socket.create_connection((host, port)) as line:
+        with socket.create_connection((host, port)) as line, contextlib.suppress(ConnectionError):
             line.sendall(words)
-    time.sleep(1)
+            line.shutdown(socket.SHUT_WR)
+            assert line.recv(1) == b""  # it has been read, and hung up on
     assert first._thread is not None and second._thread is not None
     assert first._thread.is_alive() and second._thread.is_alive() and first.verdict is None
     second.close()
@@ -146,7 +150,7 @@ def strangers(rank: int, world_size: int) -> None:
 
 
 def test_strangers_on_the_port_change_nothing(tmp_path: Path) -> None:
-    [ended] = Ranks(1, tmp_path, strangers).wait(30)
+    [ended] = Ranks(1, tmp_path, strangers).wait()
     assert ended.code == 0, ended.log
 
 
@@ -166,11 +170,11 @@ def test_a_signal_stops_all_ranks_after_the_same_step(
     tmp_path: Path, world_size: int, number: int, receivers: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(STATUS_FILE, str(tmp_path / "status"))
-    ranks = Ranks(world_size, tmp_path, run, tmp_path, "ddp", SLOW)
+    ranks = Ranks(world_size, tmp_path, run, tmp_path, "ddp", ENDLESS)
     ranks.wait_for("step-3-0")
     for rank in receivers:
         os.kill(ranks.pids[rank], number)
-    ended = ranks.wait(30)
+    ended = ranks.wait()
     assert [one.code for one in ended] == [EXIT_PREEMPTED] * world_size, errors(ended)
     last = [max(step for step in range(STEPS) if (tmp_path / f"step-{step}-{k}").exists()) for k in range(world_size)]
     assert len(set(last)) == 1 and 3 <= last[0] < STEPS - 1
@@ -180,12 +184,12 @@ def test_a_signal_stops_all_ranks_after_the_same_step(
 
 
 def test_a_run_that_a_signal_stopped_continues_to_the_same_end(tmp_path: Path) -> None:
-    assert Ranks(2, tmp_path / "whole", run, tmp_path / "whole").wait(60)[0].code == 0
-    ranks = Ranks(2, tmp_path / "cut", run, tmp_path / "cut", "ddp", SLOW)
+    assert Ranks(2, tmp_path / "whole", run, tmp_path / "whole").wait()[0].code == 0
+    ranks = Ranks(2, tmp_path / "cut", run, tmp_path / "cut", "ddp", ENDLESS)
     ranks.wait_for("step-6-1")
     os.kill(ranks.pids[1], signal.SIGTERM)
-    assert [one.code for one in ranks.wait(30)] == [EXIT_PREEMPTED] * 2
-    again = Ranks(2, tmp_path / "again", run, tmp_path / "cut", "ddp", Fault(), {"resume": "auto"}).wait(60)
+    assert [one.code for one in ranks.wait()] == [EXIT_PREEMPTED] * 2
+    again = Ranks(2, tmp_path / "again", run, tmp_path / "cut", "ddp", Fault(), {"resume": "auto"}).wait()
     assert [one.code for one in again] == [0, 0], errors(again)
     whole, cut = (torch.load(tmp_path / name / "final.pt", weights_only=True) for name in ("whole", "cut"))
     assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
@@ -197,13 +201,13 @@ def test_a_run_that_a_signal_stopped_continues_to_the_same_end(tmp_path: Path) -
 @pytest.mark.parametrize("in_thread", [False, also_slow(True)])
 def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(tmp_path: Path, in_thread: bool) -> None:
     changes = {"checkpoint_every": 4, "async_checkpoints": in_thread}
-    ended = Ranks(2, tmp_path, run, tmp_path, "ddp", Fault("disk", step=6, rank=0), changes).wait(60)
+    ended = Ranks(2, tmp_path, run, tmp_path, "ddp", Fault("disk", step=6, rank=0), changes).wait()
     assert ended[0].code == 2 and ended[1].code in (2, EXIT_PEER), errors(ended)
     [line] = [line for one in ended for line in one.log.splitlines() if line.startswith("error:")]
     assert re.search(r"a checkpoint needs [\d,]{5,} bytes, .* has [\d,]+ free", line), line
     names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
     assert names == {"step-00000000", "step-00000004"}
-    again = Ranks(2, tmp_path / "again", run, tmp_path, "ddp", Fault(), {**changes, "resume": "auto"}).wait(60)
+    again = Ranks(2, tmp_path / "again", run, tmp_path, "ddp", Fault(), {**changes, "resume": "auto"}).wait()
     assert [one.code for one in again] == [0, 0], errors(again)
 
 
@@ -222,7 +226,7 @@ def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(tmp_path: Path, 
 def test_a_bad_step_leaves_everything_untouched(tmp_path: Path, engine: str, kind: str) -> None:
     for step in (5, 8):  # between two prunings, and at one
         folder, fault = tmp_path / str(step), Fault(kind, step=step)
-        ended = Ranks(2, folder, run, folder, engine, fault, {"compact": False}, Untouched(fault)).wait(90)
+        ended = Ranks(2, folder, run, folder, engine, fault, {"compact": False}, Untouched(fault)).wait()
         assert [(one.code, one.log.count("compared")) for one in ended] == [(0, 1)] * 2, [one.log for one in ended]
         assert len(list(folder.glob("published-*"))) == 2  # with the budget met: ``run`` asserts it
 
@@ -239,7 +243,7 @@ def test_a_bad_step_leaves_everything_untouched(tmp_path: Path, engine: str, kin
 )
 def test_too_many_bad_steps_end_the_run_and_name_the_origin(tmp_path: Path, engine: str, kind: str, says: str) -> None:
     fault, changes = Fault(kind, step=4, num_steps=100), {"max_nonfinite_steps": 6}
-    ended = Ranks(2, tmp_path, run, tmp_path, engine, fault, changes).wait(60)
+    ended = Ranks(2, tmp_path, run, tmp_path, engine, fault, changes).wait()
     assert ended[0].code == 2 and ended[1].code in (2, EXIT_PEER), [one.log for one in ended]
     [line] = [line for line in ended[0].log.splitlines() if line.startswith("error:")]
     assert "max_nonfinite_steps=6" in line and says in line, line
@@ -248,7 +252,7 @@ def test_too_many_bad_steps_end_the_run_and_name_the_origin(tmp_path: Path, engi
 
 def test_bad_steps_apart_from_each_other_do_not_end_a_run(tmp_path: Path) -> None:
     fault, changes = Fault("nan", step=4, num_steps=5), {"max_nonfinite_steps": 6}
-    ended = Ranks(2, tmp_path, run, tmp_path, "ddp", fault, changes).wait(60)
+    ended = Ranks(2, tmp_path, run, tmp_path, "ddp", fault, changes).wait()
     assert [one.code for one in ended] == [0, 0], errors(ended)
 
 
@@ -267,6 +271,6 @@ def test_bad_steps_apart_from_each_other_do_not_end_a_run(tmp_path: Path) -> Non
     ],
 )
 def test_ranks_that_differ_publish_nothing(tmp_path: Path, engine: str, what: str, at_step: int, says: str) -> None:
-    ended = Ranks(2, tmp_path, run, tmp_path, engine, Fault(), None, corrupt(what, at_step)).wait(60)
+    ended = Ranks(2, tmp_path, run, tmp_path, engine, Fault(), None, corrupt(what, at_step)).wait()
     assert sorted(one.code for one in ended) in ([1, 1], [1, EXIT_PEER]), [one.log for one in ended]
     assert sum(says in one.log for one in ended) == 1 and not list(tmp_path.glob("published-*"))

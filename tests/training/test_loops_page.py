@@ -74,7 +74,7 @@ peft_config = peft.AdaLoraConfig(init_r=3, target_r=2, tfinal=4, total_step=12, 
 def test_the_loop_runs_as_printed_and_meets_the_budget(title: str, tmp_path: Path) -> None:
     if missing := [name for name in NEEDS.get(title, ()) if importlib.util.find_spec(name) is None]:
         pytest.skip(f"{missing[0]} is not installed")
-    [found] = run_ranks(1, run_section, str(tmp_path), title, timeout=300)
+    [found] = run_ranks(1, run_section, str(tmp_path), title)
     assert set(found["mean ranks"]) == {2.0}
     if "reference" in found:
         torch.testing.assert_close(found["reference"], found["plain"])

@@ -77,7 +77,7 @@ def by_dpo(rank: int, world_size: int, folder: str) -> dict[str, Any]:
 
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
 def test_preferences(tmp_path: Path) -> None:
-    [result] = run_ranks(1, by_dpo, str(tmp_path), timeout=200)
+    [result] = run_ranks(1, by_dpo, str(tmp_path))
     assert result["ranks"] == 2 * 14 and result["difference"] < 1e-5 and result["tokenizer"]
     logs = [record for record in result["logs"] if "loss" in record]
     assert [record["budget"] for record in logs][-1] == 28 and all("mean_rank" in record for record in logs)
@@ -137,11 +137,11 @@ def embedded(rank: int, world_size: int, folder: str) -> list[torch.Tensor]:
 @pytest.mark.skipif(importlib.util.find_spec("sentence_transformers") is None, reason="sentence-transformers is absent")
 @pytest.mark.parametrize(("engine", "world_size"), [("single", 1), ("ddp", 2)])
 def test_encoders_of_sentences(engine: str, world_size: int, tmp_path: Path) -> None:
-    for found in run_ranks(world_size, by_sentence_transformers, str(tmp_path), engine, timeout=200):
+    for found in run_ranks(world_size, by_sentence_transformers, str(tmp_path), engine):
         assert found["ranks"] == 2
         for name, delta in found["whole"].items():
             assert torch.equal(delta, found["resumed"][name])
-    [[untrained, *loaded]] = run_ranks(1, embedded, str(tmp_path), timeout=200)
+    [[untrained, *loaded]] = run_ranks(1, embedded, str(tmp_path))
     assert (untrained - found["vectors"]).abs().max() > 1e-2
     for vectors in loaded:
         torch.testing.assert_close(vectors, found["vectors"], rtol=0, atol=1e-5)
@@ -179,5 +179,5 @@ def by_seq2seq(rank: int, world_size: int, folder: str, eval_delay: int) -> dict
 
 @pytest.mark.parametrize("eval_delay", [0, 8])
 def test_encoder_decoders_with_generation(tmp_path: Path, eval_delay: int) -> None:
-    [result] = run_ranks(1, by_seq2seq, str(tmp_path), eval_delay, timeout=200)
+    [result] = run_ranks(1, by_seq2seq, str(tmp_path), eval_delay)
     assert result["ranks"] == 2 * result["matrices"] and result["best"] in (9, 12) and result["shape"][0] == 4

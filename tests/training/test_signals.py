@@ -62,5 +62,5 @@ def test_the_document_is_what_happens_and_every_run_goes_on(tmp_path: Path) -> N
     assert document(outcomes) == documented(DOCUMENT.read_text(encoding="utf-8"))
     for stage, number, world_size in outcomes:
         name = f"{stage}-{number}-{world_size}-1".replace(" ", "-")
-        again = project.start(name, world_size, None, "--resume", "auto").wait(120)
+        again = project.start(name, world_size, None, "--resume", "auto").wait()
         assert [one.code for one in again] == [0] * world_size, again[0].log

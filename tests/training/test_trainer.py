@@ -61,7 +61,7 @@ RUNS = [
 def test_same_patterns_and_losses_as_the_recipes_loop(run):
     engine, world_size, accumulation, wrapped, *options = run
     expected = own_loop(accumulation)
-    for result in run_ranks(world_size, by_trainer, engine, accumulation, *options, timeout=300):
+    for result in run_ranks(world_size, by_trainer, engine, accumulation, *options):
         assert result["num_processes"] == world_size and wrapped in result["wrapped"]
         assert result["patterns"] == expected["patterns"]
         torch.testing.assert_close(torch.tensor(result["losses"]), torch.tensor(expected["losses"]), rtol=1e-5, atol=0)

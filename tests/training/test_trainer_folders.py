@@ -87,11 +87,11 @@ def every_kind_of_folder(rank: int, world_size: int, folder: str) -> dict[str, t
 
 
 def test_every_kind_of_folder_is_the_model_of_its_moment(tmp_path):
-    [logits] = run_ranks(1, every_kind_of_folder, str(tmp_path), timeout=300)
+    [logits] = run_ranks(1, every_kind_of_folder, str(tmp_path))
     folders = {path.parent for path in tmp_path.rglob("*") if path.name in MODEL_FILES and "base" not in path.parts}
     names = {str(folder.relative_to(tmp_path)) for folder in folders}
     assert names - {"own", "raw"} == logits.keys() and len(logits) > 10
-    [found] = run_ranks(1, differences, str(tmp_path), logits, timeout=300)
+    [found] = run_ranks(1, differences, str(tmp_path), logits)
     assert max(found.values()) < 1e-5
     others = {path.parent for path in tmp_path.rglob("*") if path.is_file() and "base" not in path.parts} - {
         tmp_path / name for name in logits

@@ -51,7 +51,7 @@ def run_page(rank: int, world_size: int, folder: str) -> dict[str, Any]:
 
 def test_the_page_runs_as_printed(tmp_path: Path) -> None:
     assert len(BLOCKS) == 5
-    [result] = run_ranks(1, run_page, str(tmp_path), timeout=200)
+    [result] = run_ranks(1, run_page, str(tmp_path))
     assert torch.equal(result["resumed"], result["trained"])
     for way in ("loaded", "merged"):
         torch.testing.assert_close(result[way], result["trained"], rtol=0, atol=1e-5)
@@ -106,7 +106,7 @@ def by_sft_trainer(rank: int, world_size: int, folder: str) -> dict[str, Any]:
 
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
 def test_sft_trainer_with_what_peft_was_told(tmp_path: Path) -> None:
-    [result] = run_ranks(1, by_sft_trainer, str(tmp_path), timeout=200)
+    [result] = run_ranks(1, by_sft_trainer, str(tmp_path))
     whole, resumed, loaded = result["logits"]
     assert torch.equal(whole, resumed)
     torch.testing.assert_close(loaded, whole, rtol=0, atol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def by_trainer(rank: int, world_size: int, folder: str) -> dict[str, Any]:
 
 
 def test_lora_with_a_budget_under_trainer(tmp_path: Path) -> None:
-    [found] = run_ranks(1, by_trainer, str(tmp_path), timeout=200)
+    [found] = run_ranks(1, by_trainer, str(tmp_path))
     for name in ("whole", "resumed", "late", "by config"):
         assert found[f"{name}: ranks"] == 2 * NUM_MATRICES
         assert torch.equal(found[name], found["whole"])
@@ -171,7 +172,7 @@ def loaded(rank: int, world_size: int, folder: str) -> list[torch.Tensor]:
     ("engine", "world_size"), [("single", 1), ("ddp", 2), ("fsdp2", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2)]
 )
 def test_peft_config_as_it_is_in_sft_trainer(engine: str, world_size: int, tmp_path: Path) -> None:
-    for found in run_ranks(world_size, by_sft_trainer, str(tmp_path), engine, timeout=300):
+    for found in run_ranks(world_size, by_sft_trainer, str(tmp_path), engine):
         whole = found["whole"]
         assert whole["budgets"][0] == 3 * NUM_MATRICES and whole["budgets"][-1] == 2 * NUM_MATRICES == whole["held"]
         assert found["config"].start == "paper" and found["config"].final_steps == 6
@@ -184,6 +185,75 @@ def test_peft_config_as_it_is_in_sft_trainer(engine: str, world_size: int, tmp_p
     [folders] = run_ranks(1, loaded, str(tmp_path))
     for logits in folders:
         torch.testing.assert_close(logits, found["logits"], rtol=0, atol=1e-5)
+
+
+def by_dpo(rank: int, world_size: int, folder: str, engine: str) -> dict[str, Any]:
+    """Preferences from PEFT's configuration, over a base that is not what its folder has, as merged ones are not."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    tokenizer, base = byte_tokenizer(), Path(folder, "base")
+    if rank == 0:
+        tokenizer.save_pretrained(base)
+        tiny_llama(len(tokenizer), hidden_size=16).save_pretrained(base)
+    dist.barrier()
+    rows = [{"prompt": f"{a}+1=", "chosen": f"{a + 1}", "rejected": f"{a + 2}"} for a in range(32)]
+    found: dict[str, Any] = {}
+
+    def changed() -> Any:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1.5)
+        return model
+
+    def run(output: str, resume: str | None = None, **more: Any) -> Any:
+        args = arguments(
+            f"{folder}/{output}", world_size, engine, kind=DPOConfig, save_strategy="steps", save_steps=8, bf16=False,
+            max_length=32, **more,
+        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # total_step
+            trainer = DPOTrainer(
+                model=changed(), args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+                peft_config=adalora_of_peft(), callbacks=[AdaLoraCallback()],
+            )  # fmt: skip
+        assert trainer.ref_model is None  # no second model is loaded
+        trainer.train(resume_from_checkpoint=resume)
+        logs = [record for record in trainer.state.log_history if "loss" in record]
+        found[output] = {
+            "losses": {record["step"]: (record["loss"], record["rewards/margins"]) for record in logs},
+            "budgets": [record["budget"] for record in logs],
+            "adapters": adapters_of(trainer.adalora.hooks),
+        }
+        found["kind"] = type(trainer.ref_model).__name__
+        return trainer
+
+    trainer = run("whole")
+    trainer.save_model(f"{folder}/adapter")
+    run("resumed", f"{folder}/whole/checkpoint-16")
+    run("precomputed", precompute_ref_log_probs=True)
+    with without_adapters(trainer.model):
+        found["reference"] = logits_of(trainer.model)
+    found["logits"], found["first"] = logits_of(trainer.model), logits_of(changed())
+    found["loaded"] = logits_of(peft.PeftModel.from_pretrained(changed(), f"{folder}/adapter"))
+    return found
+
+
+@needs_trl
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "world_size"), [("single", 1), ("ddp", 2)])
+def test_peft_config_as_it_is_in_dpo_trainer(engine: str, world_size: int, tmp_path: Path) -> None:
+    for found in run_ranks(world_size, by_dpo, str(tmp_path), engine, timeout=400):
+        whole = found["whole"]
+        assert whole["budgets"][0] == 3 * NUM_MATRICES and whole["budgets"][-1] == 2 * NUM_MATRICES
+        assert found["kind"] == "WithoutAdapters" and torch.equal(found["reference"], found["first"])
+        assert abs(whole["losses"][1][0] - math.log(2)) < 1e-6 and whole["losses"][1][1] == 0  # the policy is its own
+        assert whole["losses"][STEPS][1] != 0
+        for other in ("resumed", "precomputed"):
+            assert found[other]["losses"] == whole["losses"]
+            for name, delta in whole["adapters"].items():
+                assert torch.equal(delta, found[other]["adapters"][name])
+        torch.testing.assert_close(found["loaded"], found["logits"], rtol=0, atol=1e-5)
 
 
 REWARDED = "aeiou"
@@ -241,7 +311,7 @@ def by_policy(rank: int, world_size: int, folder: str, kind: str, with_peft: boo
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "with_peft"), [("grpo", False), ("grpo", True), ("rloo", True)])
 def test_policies_stay_near_their_reference(kind: str, with_peft: bool, tmp_path: Path) -> None:
-    [found] = run_ranks(1, by_policy, str(tmp_path), kind, with_peft, timeout=300)
+    [found] = run_ranks(1, by_policy, str(tmp_path), kind, with_peft)
     assert found["ranks"] == 2 * NUM_MATRICES and found["logs"][-1]["budget"] == 2 * NUM_MATRICES
     assert torch.equal(found["reference"], found["first"])
     assert (found["logits"] - found["first"]).abs().max() > 1e-3

@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from adalora_dist.artifacts.adapter_files import checked_task
-from adalora_dist.artifacts.auto_classes import auto_class
+from adalora_dist.artifacts.auto_classes import auto_class, label_options
 from adalora_dist.artifacts.hub.files import without_tokens
 from adalora_dist.artifacts.hub.metadata import Scores, metadata
 from adalora_dist.artifacts.hub.pictures import draw_history, rank_pictures, read_history
@@ -124,8 +124,9 @@ def _usage(run: Path, export: Path, facts: Mapping[str, Any], base: str, commit:
         class_name = auto_class(facts.get("model_class") or "ForCausalLM", unknown="AutoModel")
         file = run / "adapter" / "task.json"
         task = checked_task(read_object(file), str(file)) if file.is_file() else {}
-        labels = task.get("id2label") if class_name.endswith("SequenceClassification") else None
-        options = (f", revision={commit!r}" if commit else "") + (f", num_labels={len(labels)}" if labels else "")
+        named = read_object(export / "adapter_config.json").get("base_model_name_or_path")
+        labels = label_options(task, str(named or base), commit or None)
+        options = (f", revision={commit!r}" if commit else "") + labels
         loaded = f"{class_name}.from_pretrained({base!r}{options})"
         return (
             f"from peft import PeftModel\nfrom transformers import {class_name}\n\n"

@@ -83,6 +83,11 @@ class MethodConfig(Section):
         """Positions of the model that are not left to the text."""
         return 0
 
+    @property
+    def start_text(self) -> str | None:
+        """What the model reads before the first step, for a start that is made of it."""
+        return None
+
     @classmethod
     def resolved(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
         """``settings``, with what follows from others in the place of None: what two runs are compared by."""

@@ -16,9 +16,12 @@ class PrefixConfig(SizedConfig):
     method: Literal["prefix"] = "prefix"
     prefix_length: int = Field(10, ge=1)
     """Number of positions."""
-    prefix_init: Literal["zero", "normal"] | None = None
-    """Start of keys and values: 0 (default), or N(0, 1) as PEFT's own; with prefix_hidden_size, of what they are made
-    of: always normal, as equal positions would stay equal."""
+    prefix_init: Literal["zero", "normal", "text"] | None = None
+    """Start of keys and values: 0 (default), N(0, 1) as PEFT's own, or those of prefix_text; with prefix_hidden_size,
+    of what they are made of: always normal, as equal positions would stay equal."""
+    prefix_text: str | None = None
+    """The prefix starts as the first prefix_length tokens of this text, as the plain model reads them: the run begins
+    as if every text had them in front. Sets prefix_init to text."""
     prefix_hidden_size: int | None = Field(None, ge=1)
     """Width of an MLP that makes keys and values of embeddings while they are trained, PEFT's prefix_projection; what
     it makes is all that is exported."""
@@ -31,6 +34,7 @@ class PrefixConfig(SizedConfig):
     @classmethod
     def resolved(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
         start = "zero" if settings["prefix_hidden_size"] is None else "normal"
+        start = start if settings["prefix_text"] is None else "text"
         return dict(settings) | {"prefix_init": settings["prefix_init"] or start}
 
     @model_validator(mode="after")
@@ -41,6 +45,27 @@ class PrefixConfig(SizedConfig):
                 "stay, equal; leave prefix_init out, or prefix_hidden_size"
             )
         return self
+
+    @model_validator(mode="after")
+    def _text_is_there(self) -> Self:
+        if self.prefix_init == "text" and self.prefix_text is None:
+            raise ValueError("prefix_init text without prefix_text: give the text")
+        if self.prefix_text is None:
+            return self
+        if not self.prefix_text.strip():
+            raise ValueError(f"prefix_text {self.prefix_text!r}: give a text, or leave it out")
+        if self.prefix_init not in (None, "text"):
+            raise ValueError(f"prefix_init {self.prefix_init} with prefix_text: there can be one start; leave one out")
+        if self.prefix_hidden_size is not None:
+            raise ValueError(
+                f"prefix_text with prefix_hidden_size {self.prefix_hidden_size}: keys and values that an MLP makes "
+                "cannot start as those of a text; leave one out"
+            )
+        return self
+
+    @property
+    def start_text(self) -> str | None:
+        return self.prefix_text
 
     @property
     def size(self) -> str:

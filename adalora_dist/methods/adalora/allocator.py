@@ -319,11 +319,11 @@ class RankAllocator(Step):
         return found | (spread(made[-1], self.ranks) if found["allocated"] else {})
 
     def report(self) -> dict[str, float]:
-        """The budget, ranks, and how far P and Q are from what the regulariser asks for."""
+        """The budget, ranks, and how far P and Q are from what the regulariser asks for, where a step has told."""
         ranks = self.rank_pattern().values()
         found: dict[str, float] = {"budget": self.budget, "mean_rank": self.budget / len(self.ranks)}
         found |= {"min_rank": min(ranks), "max_rank": max(ranks)}
-        if self._regularised and self._bound is not None:
+        if self._regularised and self._bound is not None and self.bound.sums.were_summed():
             found["orthogonality"] = self.bound.sums.mean_defect(self.config.regulariser)
         return found
 

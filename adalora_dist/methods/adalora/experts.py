@@ -16,6 +16,7 @@ from torch import nn
 
 from adalora_dist.backbones.experts import ExpertStack, grouped_product, run_with
 from adalora_dist.methods.adalora.layers import TripletLayer
+from adalora_dist.methods.adalora.widening import Ragged
 from adalora_dist.methods.adapter import device_of
 
 MODULE_NAME = "adapters"
@@ -41,7 +42,6 @@ class ExpertTriplets(TripletLayer):
         self.stack = stack
         self.__dict__["experts"] = experts  # which is the parent, not a part
         self.num_tokens: torch.Tensor | None = None
-        self._columns: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def path(self) -> str:
@@ -74,56 +74,24 @@ class ExpertTriplets(TripletLayer):
             counted = offsets.diff(prepend=offsets.new_zeros(1)) if offsets is not None else x.any(-1).sum(-1)
             self.num_tokens = self.num_tokens.to(x.device).add_(counted)
         x = (x if self.dropout is None else self.dropout(x)).to(dtype)
-        q = self._by_expert(self.Qt.to(dtype), fill=False)
-        p = self._by_expert(self.lambdas.weight(self).to(dtype), fill=True).transpose(1, 2)
+        weight, qt = self.lambdas.factors(self)
+        q, p = self._by_expert(qt.to(dtype)), self._by_expert(weight.to(dtype)).transpose(1, 2)
         if offsets is None:
             return torch.bmm(torch.bmm(x, q), p)
         return grouped_product(grouped_product(x, q, offsets), p, offsets)
 
-    def settle(self) -> None:
-        """Where ranks differ, find where the column of each triplet lies if all matrices are equally wide.
-
-        Widths are whole multiples of 16 bytes, at which grouped products want matrices to begin.
-        """
-        ranks, self._columns = self.ranks, {}
+    def ragged(self) -> tuple[Ragged, Ragged] | None:
+        """Widths are whole multiples of 16 bytes, at which grouped products want matrices to begin."""
+        ranks = self.ranks
         unit = 8 if torch.cuda.is_available() else max(1, 16 // getattr(self.experts, self.stack.leaf).element_size())
         width = -(-max(ranks) // unit) * unit
         if set(ranks) == {width}:
-            return
-        firsts, starts = [0, *accumulate(ranks)], range(0, len(ranks) * width, width)
-        sources = [min(first + k, self.rank - 1) for first in firsts[:-1] for k in range(width)]
-        places = [start + k for start, rank in zip(starts, ranks, strict=True) for k in range(rank)]
-        self._columns[torch.device("cpu")] = torch.tensor(sources), torch.tensor(places)
+            return None
+        return Ragged(self.d_out, tuple(ranks), width, fill=True), Ragged(self.d_in, tuple(ranks), width, fill=False)
 
-    def _by_expert(self, matrix: torch.Tensor, fill: bool) -> torch.Tensor:
-        """(d, r) -> (experts, d, width); experts of a lower rank have columns of zeros at the end.
-
-        Args:
-            fill: whether those have to be zeros. Where they meet zeros in the next product, any finite ones will do.
-        """
-        if self._columns:
-            if matrix.device not in self._columns:
-                on_cpu = self._columns[torch.device("cpu")]
-                self._columns[matrix.device] = (on_cpu[0].to(matrix.device), on_cpu[1].to(matrix.device))
-            sources, places = self._columns[matrix.device]
-            spread: Callable[..., torch.Tensor] = _Spread.apply
-            matrix = spread(matrix, sources, places, fill)
+    def _by_expert(self, matrix: torch.Tensor) -> torch.Tensor:
+        """(d, experts * width) -> (experts, d, width)."""
         return matrix.view(len(matrix), self.stack.num_experts, -1).transpose(0, 1)
-
-
-class _Spread(torch.autograd.Function):
-    """Columns to their places in a wider matrix. Each goes to one place, and its gradient comes from there."""
-
-    @staticmethod
-    def forward(ctx: Any, matrix: torch.Tensor, sources: torch.Tensor, places: torch.Tensor, fill: bool) -> Any:
-        ctx.places = places
-        if fill:
-            return matrix.new_zeros(len(matrix), len(sources)).index_copy_(1, places, matrix)
-        return matrix.index_select(1, sources)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return grads[0].index_select(1, ctx.places), None, None, None
 
 
 class ExpertAdapters(nn.ModuleDict):

@@ -6,7 +6,7 @@ they are good for. What it has at a time, when that begins and ends, and where a
     it has           from                                           until                 a layer's P diag(lambda) is
     nothing          ``release``, as weights change; a backward     a forward             -
     all, P whole     first layer of a forward (one process, DDP,    ``release``, or       its part of one product over
-                     ZeRO-1, ZeRO-2)                                an edit of P, lambda  all matrices
+                     ZeRO-1, ZeRO-2)                                an edit of a factor   all matrices
     all, P sharded   first layer of a forward (FSDP2, ZeRO-3)       ``release``           P times its part of lambda
     on its own       without gradients, under a compiler, in a      that one call         P times its part of lambda
                      checkpoint's second forward
@@ -15,9 +15,9 @@ they are good for. What it has at a time, when that begins and ends, and where a
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,10 +25,12 @@ from torch import nn
 from adalora_dist.backbones.linears import is_conv1d
 from adalora_dist.backbones.merging import Mergeable
 from adalora_dist.io.errors import UserError
+from adalora_dist.methods.adalora.products import times_lambdas
+from adalora_dist.methods.adalora.widening import Ragged, Widening
 from adalora_dist.methods.adapter import device_of, lora_start
 from adalora_dist.methods.dropout import Dropout
 from adalora_dist.methods.protocol import Adapter, TrainedModule
-from adalora_dist.sharding.tensors import awaits_gradient, is_whole
+from adalora_dist.sharding.tensors import is_whole
 
 
 class TripletLayer(Adapter):
@@ -84,8 +86,9 @@ class TripletLayer(Adapter):
     def held(self) -> list[int]:
         return list(self.triplets)
 
-    def settle(self) -> None:
-        """Ranks have changed: make what a forward needs to know of them."""
+    def ragged(self) -> tuple[Ragged, Ragged] | None:
+        """P and Qt as they are now, if its forward wants matrices that are equally wide and they are not."""
+        return None
 
     @property
     def part_size(self) -> int:
@@ -150,7 +153,6 @@ class SVDLinear(TripletLayer, Mergeable):
         return y.view(*x.shape[:-1], self.d_out)
 
 
-_SIDE_BY_SIDE = 2**22  # elements, 16 MiB
 MODULE_NAME = "adalora"
 """Under which the adapted model has its :class:`Lambdas`."""
 LAMBDAS_NAME = f"{MODULE_NAME}.lam"
@@ -190,8 +192,10 @@ class Lambdas(TrainedModule):
         first = 0
         for position, layer in enumerate(self._active):
             layer.position, layer.first = position, first
-            layer.settle()
             first += layer.rank
+        ragged = {layer.position: factors for layer in self._active if (factors := layer.ragged()) is not None}
+        self._widening = Widening([factor for factors in ragged.values() for factor in factors])
+        self._widening_of = {position: Widening(factors) for position, factors in ragged.items()}
         scales = [layer.scale for layer in self._active]
         self._scale: float | list[float] = [s for s, x in zip(scales, self._active, strict=True) for _ in range(x.rank)]
         if len(set(scales)) == 1:  # as always in training; adapters from elsewhere may have one per matrix
@@ -201,11 +205,12 @@ class Lambdas(TrainedModule):
     def release(self) -> None:
         """Forget what was multiplied for the last forward: P or lambda are about to change, or have."""
         self._made: list[torch.Tensor] | None = None
+        self._wide: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._is_whole, self._edits_then = False, [0]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the products of a forward: their graph can be neither copied nor pickled."""
-        return {**self.__dict__, "_made": None}
+        return {**self.__dict__, "_made": None, "_wide": {}}
 
     def trained(self) -> dict[str, nn.Parameter]:
         return {LAMBDAS_NAME: self.lam} if self.lam.requires_grad else {}
@@ -234,12 +239,26 @@ class Lambdas(TrainedModule):
         made = self._made[layer.position]
         return made if self._is_whole else layer.P * made
 
+    def factors(self, layer: TripletLayer) -> tuple[torch.Tensor, torch.Tensor]:
+        """scale * P diag(lambda) and Qt of one layer, their matrices equally wide where its forward wants them so."""
+        weight, position = self.weight(layer), layer.position
+        if position not in self._widening_of:
+            return weight, layer.Qt
+        if not self._is_whole or self._made is None or weight is not self._made[position]:
+            wide, qt = self._widening_of[position]([weight, layer.Qt])
+            return wide, qt
+        if not self._wide:
+            ragged = [self._active[k] for k in self._widening_of]
+            made = self._widening([factor for x in ragged for factor in (self._made[x.position], x.Qt)])
+            self._wide = dict(zip(self._widening_of, zip(made[::2], made[1::2], strict=True), strict=True))
+        return self._wide[position]
+
     def _own(self, layer: TripletLayer) -> torch.Tensor:
         lams: torch.Tensor = self()
         return lams[layer.first : layer.first + layer.rank]
 
     def _edits(self, layer: TripletLayer) -> int:
-        return layer.P._version + self.lam._version
+        return layer.P._version + layer.Qt._version + self.lam._version
 
     def _make(self, first: TripletLayer) -> None:
         """For this forward, every layer's weight, or where P are sharded its part of lambda times scale.
@@ -247,81 +266,18 @@ class Lambdas(TrainedModule):
         Args:
             first: the layer that runs now, and has its parameters gathered.
         """
-        scaled = self()
+        scaled, self._wide = self(), {}
         ranks = [layer.rank for layer in self._active]
         # FSDP2's P are sharded until their block has gathered them. ZeRO-3 would gather those of other layers here if
         # they were as much as looked at, so the first one decides.
         self._is_whole = all(type(x.P) is nn.Parameter and is_whole(x.P) for x in (first, *self._active))
         if self._is_whole:
             self._edits_then = [self._edits(layer) for layer in self._active]
-            multiply: Callable[..., tuple[torch.Tensor, ...]] = _Multiply.apply
-            self._made = list(multiply(self, scaled, ranks, *(layer.P for layer in self._active)))
+            self._made = times_lambdas(self, scaled, ranks, [layer.P for layer in self._active])
         else:
             self._made = list(scaled.split(ranks))
             if scaled.requires_grad:
                 scaled.register_hook(lambda _: self.release())
-
-
-class _Multiply(torch.autograd.Function):
-    """All P diag(lambda), from the vector of lambdas and all P.
-
-    Nothing is kept as a saved tensor, so that two forwards may share it and go backward one after the other.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, owner: Lambdas, lams: torch.Tensor, ranks: list[int], *ps: torch.Tensor) -> Any:
-        ctx.set_materialize_grads(False)
-        ctx.owner, ctx.ps, ctx.lams, ctx.versions = owner, ps, lams.split(ranks), [p._version for p in ps]
-        return tuple(torch._foreach_mul(ps, ctx.lams))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
-        ctx.owner.release()
-        if ctx.versions != [p._version for p in ctx.ps]:
-            raise RuntimeError("an adapter's P was changed between a forward and its backward: go backward first")
-        used = [k for k, g in enumerate(gradients) if g is not None]
-        # Where no gradient came back there is none, but for an engine that would stumble over it.
-        of_ps: list[torch.Tensor | None] = [
-            torch.zeros_like(p) if g is None and awaits_gradient(p) else None
-            for p, g in zip(ctx.ps, gradients, strict=True)
-        ]
-        if not used:
-            return None, None, None, *of_ps
-        ps, lams, arrived = ([x[k] for k in used] for x in (ctx.ps, ctx.lams, cast(tuple[torch.Tensor], gradients)))
-        of_lams = None
-        if ctx.needs_input_grad[1]:
-            made = dict(zip(used, lambda_gradients(ps, arrived), strict=True))
-            of_lams = torch.cat([made[k] if k in made else torch.zeros_like(lam) for k, lam in enumerate(ctx.lams)])
-        # In their place: each has come from the one matrix product that used it, and P's gradients are as large as P.
-        torch._foreach_mul_(arrived, lams)
-        for k, g in zip(used, arrived, strict=True):
-            of_ps[k] = g
-        return None, of_lams, None, *of_ps
-
-
-def lambda_gradients(ps: list[torch.Tensor], gradients: list[torch.Tensor]) -> list[torch.Tensor]:
-    """dL/dlambda of each matrix, (r,), from P and the gradient of P diag(lambda), both (d_out, r): sum_j P_ji G_ji.
-
-    Matrices of equal d_out lie side by side, so that the number of operations is that of the sizes, not of matrices;
-    above ``_SIDE_BY_SIDE`` elements they do so part by part, for the sake of memory.
-    """
-    members: dict[int, list[int]] = {}
-    for k, p in enumerate(ps):
-        members.setdefault(len(p), []).append(k)
-    parts = [list(range(len(ps)))]
-    if sum(p.numel() for p in ps) > _SIDE_BY_SIDE:
-        parts = []
-        for of_size in members.values():
-            count = max(1, _SIDE_BY_SIDE // max(ps[k].numel() for k in of_size))
-            parts += [of_size[first : first + count] for first in range(0, len(of_size), count)]
-    found: dict[int, torch.Tensor] = {}
-    for part in parts:
-        products = dict(zip(part, torch._foreach_mul([ps[k] for k in part], [gradients[k] for k in part]), strict=True))
-        for of_size in ([k for k in all_of_size if k in products] for all_of_size in members.values()):
-            if of_size:
-                sums = torch.cat([products[k] for k in of_size], dim=1).sum(dim=0)
-                found.update(zip(of_size, sums.split([ps[k].shape[1] for k in of_size]), strict=True))
-    return [found[k] for k in range(len(ps))]
 
 
 def ranks_of(layers: Sequence[TripletLayer]) -> dict[str, int]:

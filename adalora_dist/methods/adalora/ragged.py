@@ -108,3 +108,8 @@ def as_slice(slots: Sequence[int], device: torch.device | str) -> slice | torch.
     """Indices as a slice where they are a run."""
     is_run = list(slots) == list(range(slots[0], slots[-1] + 1))
     return slice(slots[0], slots[-1] + 1) if is_run else torch.tensor(slots, device=device)
+
+
+def padded_places(widths: Sequence[int], width: int) -> list[int]:
+    """Where each column lies if every matrix had ``width``: (2, 1) with 2 gives [0, 1, 2]."""
+    return [k * width + column for k, own in enumerate(widths) for column in range(own)]

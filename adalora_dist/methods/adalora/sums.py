@@ -14,7 +14,7 @@ from typing import get_args
 import torch
 
 from adalora_dist.methods.adalora.orthogonality import OrthogonalityForm, defect, gradient_factor
-from adalora_dist.methods.adalora.ragged import RaggedGroups, as_slice
+from adalora_dist.methods.adalora.ragged import RaggedGroups, as_slice, padded_places
 from adalora_dist.sharding.layout import FlatBuffer, Portion, SpanLayout
 from adalora_dist.sharding.spans import FactorKind, Span, cut_rows
 
@@ -94,13 +94,17 @@ class TripletSums:
         Within it factors of one shape lie side by side, so that a group's matrices usually are one slice. Where any are
         not equally wide (``ragged.py``), a narrower one's last columns are no triplets, and left out.
         """
-        padded = [self.layout.pads(factor.orthogonal, factor.widths) for factor in self.layout.factors]
-        pairs = zip(padded, self.layout.factors, strict=True)
+        layout = self.layout
+        padded = [layout.pads(factor.orthogonal, factor.widths) for factor in layout.factors]
+        pairs = zip(padded, layout.factors, strict=True)
         self._padded_width = max((max(factor.widths) for is_one, factor in pairs if is_one), default=0)
         self._slot: dict[int, tuple[int, int]] = {}  # factor -> (r, index of its first matrix among those of that r)
         self._num_of_rank: dict[int, int] = {}
         columns: dict[int, list[list[int]]] = {}  # r -> of every matrix the triplets of its columns, -1: none
-        for k, factor in sorted(enumerate(self.layout.factors), key=lambda item: (padded[item[0]], item[1].rows)):
+        shapes = [
+            (is_one, f.rows, () if is_one else f.widths) for is_one, f in zip(padded, layout.factors, strict=True)
+        ]
+        for k, factor in sorted(enumerate(layout.factors), key=lambda item: shapes[item[0]]):
             if factor.orthogonal and factor.rank:
                 r, first = self._padded_width if padded[k] else max(factor.widths), factor.first_triplet
                 of_r = columns.setdefault(r, [])
@@ -115,7 +119,7 @@ class TripletSums:
             for r, of_r in columns.items()
         }
         self._index_blocks(device)
-        split = {(f.factor, f.row) for spans in spans_of_ranks for f in cut_rows(self.layout.factors, spans)}
+        split = {(f.factor, f.row) for spans in spans_of_ranks for f in cut_rows(layout.factors, spans)}
         self.split_rows = sorted((k, row) for k, row in split if k in self._slot)
         position: dict[tuple[int, int], int] = {}
         self._num_split_of_rank = dict.fromkeys(self._num_of_rank, 0)
@@ -129,12 +133,12 @@ class TripletSums:
         # Per r: fragment elements in the flat buffer, and their places in the (split rows, r) matrix.
         flat_index: dict[int, list[int]] = {r: [] for r in self._num_of_rank}
         row_index: dict[int, list[int]] = {r: [] for r in self._num_of_rank}
-        flat = self.layout.fragments_start
-        for f in self.layout.fragments:
+        flat = layout.fragments_start
+        for f in layout.fragments:
             if f.factor in self._slot:
                 r, start = self._slot[f.factor][0], position[f.factor, f.row]
                 flat_index[r] += range(flat, flat + f.stop - f.start)
-                places = _padded_places(self.layout.factors[f.factor].widths, r)
+                places = padded_places(layout.factors[f.factor].widths, r)
                 row_index[r] += [start * r + place for place in places[f.start : f.stop]]
             flat += f.stop - f.start
         self._split_elements = {
@@ -272,6 +276,10 @@ class TripletSums:
             self._grams[r].index_add(0, slots, rows.unsqueeze(2) * rows.unsqueeze(1)) if len(slots) else self._grams[r]
         )
 
+    def were_summed(self) -> bool:
+        """Whether there has been a step; before it, and after a compaction, all is 0. Reads from the device."""
+        return bool(self.partials[:-1].any())
+
     def mean_defect(self, form: OrthogonalityForm) -> float:
         """How far P and Q were from orthogonal at the start of the last step, from the summed ``partials``.
 
@@ -314,6 +322,7 @@ class TripletSums:
     def times_factors(self, values: FlatBuffer, out: FlatBuffer) -> FlatBuffer:
         """Write dR/dw of the elements of a portion to ``out``, the same portion of another buffer."""
         self._stack(values, out)
+        targets, products = [], []
         for k in values.portion.groups:
             if (slots := self._group_slots[k]) is None:
                 continue
@@ -323,8 +332,10 @@ class TripletSums:
             if len(group.blocks) == 1:
                 torch.bmm(matrices, factor, out=out.body(k))
             elif (target := out.stacked[k - out.portion.groups.start]) is not None:
-                products = torch.bmm(matrices, factor).view(-1, len(group.blocks), group.rows, max(group.blocks))
-                target.in_place.copy_(products)
+                targets.append(target.in_place)
+                products.append(torch.bmm(matrices, factor).view(target.in_place.shape))
+        if targets:
+            torch._foreach_copy_(targets, products)
         if (ragged := self._ragged.get(values.portion.start)) is not None:
             ragged.write_products(out.data)
         self._stacked_in = None
@@ -338,8 +349,3 @@ class TripletSums:
 
 def _within(portion: Portion, index: torch.Tensor) -> torch.Tensor:
     return index - portion.start if portion.start else index
-
-
-def _padded_places(widths: Sequence[int], width: int) -> list[int]:
-    """Where each column lies if every matrix had ``width``: (2, 1) with 2 gives [0, 1, 2]."""
-    return [k * width + column for k, own in enumerate(widths) for column in range(own)]

@@ -20,7 +20,7 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.commonsense.config import COMMONSENSE_TASKS, CommonsenseDataConfig
 from adalora_dist.tasks.commonsense.hub import HUB_TASKS, choice_row, hub_rows, hub_split
 from adalora_dist.tasks.rows.bad_rows import BadRows
-from adalora_dist.tasks.rows.fields import REMEDY, object_row, refuse_odd_text, shown, text_field
+from adalora_dist.tasks.rows.fields import REMEDY, absence, from_json, object_row, refuse_odd_text, shown, text_field
 from adalora_dist.tasks.rows.files import TRAIN, LocalSplit, split_in, task_folders
 from adalora_dist.tasks.rows.held_out import validation_of
 from adalora_dist.tasks.rows.source import checked_rows, renaming, split_of
@@ -184,6 +184,8 @@ def _example(task: str, row: object, origin: str) -> Example:
     row = object_row(row, origin, FIELDS)
     if "choices" in row and "instruction" not in row:
         row = _in_words(row, origin)
+    elif not {"choices", "instruction", "output"} & row.keys():
+        raise UserError(f"{origin}: field choices is None{absence(row, 'choices', can_map=True)}; {REMEDY}")
     for field in FIELDS:
         if field not in row:
             raise UserError(f"{origin}: field {field} is missing; every row needs {_join(FIELDS)}")
@@ -210,8 +212,8 @@ def _in_words(row: Mapping[str, Any], origin: str) -> Mapping[str, Any]:
     Choices are a list of texts, or ``{"text": [...], "label": [...]}``. The answer is the text of one, its label, its
     letter (A: the first), or its number, a number and no text, counted from 0. Labels that are numbers are those.
     """
-    question, answer = text_field(row, "question", origin), row.get("answer")
-    given: Any = row["choices"]
+    question, answer = text_field(row, "question", origin, can_map=True), row.get("answer")
+    given: Any = from_json(row["choices"])
     labels: list[Any] = []
     if isinstance(given, Mapping):
         of_rows = given.get("label")
@@ -234,7 +236,8 @@ def _in_words(row: Mapping[str, Any], origin: str) -> Mapping[str, Any]:
                 break
     if not 0 <= number < len(texts):
         legal = f"one of the {len(texts)} choices, its letter, or its number from 0 on"
-        raise UserError(f"{origin}: field answer is {shown(answer)}; legal: {legal}; {REMEDY}")
+        has = absence(row, "answer", can_map=True)
+        raise UserError(f"{origin}: field answer is {shown(answer)}{has}; legal: {legal}; {REMEDY}")
     lead = f"Please choose the correct answer to the question: {question.strip()}"
     return choice_row(lead, "answer", texts, number)
 

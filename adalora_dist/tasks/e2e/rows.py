@@ -141,5 +141,6 @@ def _rows(data: E2EDataConfig, split: str, bad: BadRows) -> Pairs:
 
 def _pair(row: object, origin: str) -> tuple[str, str]:
     row = object_row(row, origin, ("mr", "ref"))
-    mr, ref = (text_field(row, next((n for n in names if n in row), names[0]), origin) for names in _FIELDS)
+    present = (next((name for name in names if name in row), names[0]) for names in _FIELDS)
+    mr, ref = (text_field(row, name, origin, can_map=True) for name in present)
     return mr, ref

@@ -10,7 +10,7 @@ from typing import Any
 
 from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.glue.config import GlueDataConfig
-from adalora_dist.tasks.rows.fields import REMEDY, names_of, object_row, refuse_odd_text, shown, text_field
+from adalora_dist.tasks.rows.fields import REMEDY, absence, names_of, object_row, refuse_odd_text, shown, text_field
 
 TEXTS = (
     *(("text", "text2"), ("text1", "text2"), ("sentence1", "sentence2"), ("question1", "question2")),
@@ -46,6 +46,7 @@ class OwnTask:
         self.regression = data.regression
         self.texts: tuple[str, ...] = ()
         self.classes: tuple[str, ...] = ()
+        self._mapped = set(data.column_of.values()) - set(data.column_of)
         self._named: set[str] = set()
         self._is_closed = False
 
@@ -58,7 +59,7 @@ class OwnTask:
         row = object_row(row, origin, ("text", "label"))
         if not self.texts:
             self.texts = self._texts_of(row, origin)
-        texts = tuple(text_field(row, name, origin) for name in self.texts)
+        texts = tuple(text_field(row, name, origin, can_map=True) for name in self.texts)
         if self.regression:
             return LabelledText(texts, self._number(row, origin))
         name = self._class(row, origin)
@@ -103,10 +104,10 @@ class OwnTask:
             return ("pearson", "spearman", "rmse")
         return ("accuracy", "f1" if len(self.classes) == 2 else "macro_f1", "matthews")
 
-    @staticmethod
-    def _texts_of(row: Mapping[str, Any], origin: str) -> tuple[str, ...]:
+    def _texts_of(self, row: Mapping[str, Any], origin: str) -> tuple[str, ...]:
+        """A column that is given to a field is that field, and makes no pair under its own name."""
         for names in TEXTS:
-            if all(name in row for name in names):
+            if all(name in row and name not in self._mapped for name in names):
                 return names
         raise UserError(
             f"{origin}: no column of texts is known: the row has {names_of(row)}; name yours with --columns "
@@ -122,7 +123,7 @@ class OwnTask:
             refuse_odd_text(value, "label", origin)
             return value.strip()
         hint = "; numbers with fractions are for --regression" if isinstance(value, float) else ""
-        has = "" if "label" in row else f" (no column label; the row has {names_of(row)})"
+        has = absence(row, "label", can_map=True)
         raise UserError(
             f"{origin}: field label is {shown(value)}{has}; legal: a text, a whole number or a truth value{hint}; "
             f"{REMEDY}"
@@ -136,5 +137,6 @@ class OwnTask:
         except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
-            raise UserError(f"{origin}: field label is {shown(value)}; legal: a number; {REMEDY}")
+            has = absence(row, "label", can_map=True)
+            raise UserError(f"{origin}: field label is {shown(value)}{has}; legal: a number; {REMEDY}")
         return number

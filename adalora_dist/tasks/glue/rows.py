@@ -36,7 +36,7 @@ class Task:
     """One task.
 
     ``evaluation_sets`` maps the name of each set to the names of its file, the Hub's first. One label: regression.
-    ``classes`` are the names of the labels, where the rows have names.
+    ``classes`` are the names of the labels, by their numbers.
     """
 
     texts: tuple[str, ...]
@@ -47,10 +47,10 @@ class Task:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the configuration of a model for this task says of it."""
-        kind = {"num_labels": self.num_labels, "problem_type": "regression" if self.num_labels == 1 else None}
-        if not self.classes:
-            return kind
+        """What the configuration of a model for this task says of it, whatever its files say of their own task."""
+        if self.num_labels == 1:
+            return {"num_labels": 1, "problem_type": "regression"}
+        kind = {"num_labels": self.num_labels, "problem_type": "single_label_classification"}
         numbers = {name: number for number, name in enumerate(self.classes)}
         return kind | {"id2label": dict(enumerate(self.classes)), "label2id": numbers}
 
@@ -62,14 +62,14 @@ _MATCHED = {
     "mismatched": ("validation_mismatched", "dev_mismatched"),
 }
 TASKS = {
-    "cola": Task(("sentence",), 2, ("matthews",), _DEV),
-    "sst2": Task(("sentence",), 2, ("accuracy",), _DEV),
-    "mrpc": Task(("sentence1", "sentence2"), 2, ("accuracy", "f1"), _DEV),
+    "cola": Task(("sentence",), 2, ("matthews",), _DEV, ("unacceptable", "acceptable")),
+    "sst2": Task(("sentence",), 2, ("accuracy",), _DEV, ("negative", "positive")),
+    "mrpc": Task(("sentence1", "sentence2"), 2, ("accuracy", "f1"), _DEV, ("not_equivalent", "equivalent")),
     "stsb": Task(("sentence1", "sentence2"), 1, ("pearson", "spearman"), _DEV),
-    "qqp": Task(("question1", "question2"), 2, ("accuracy", "f1"), _DEV),
-    "mnli": Task(("premise", "hypothesis"), 3, ("accuracy",), _MATCHED),
-    "qnli": Task(("question", "sentence"), 2, ("accuracy",), _DEV),
-    "rte": Task(("sentence1", "sentence2"), 2, ("accuracy",), _DEV),
+    "qqp": Task(("question1", "question2"), 2, ("accuracy", "f1"), _DEV, ("not_duplicate", "duplicate")),
+    "mnli": Task(("premise", "hypothesis"), 3, ("accuracy",), _MATCHED, ("entailment", "neutral", "contradiction")),
+    "qnli": Task(("question", "sentence"), 2, ("accuracy",), _DEV, ("entailment", "not_entailment")),
+    "rte": Task(("sentence1", "sentence2"), 2, ("accuracy",), _DEV, ("entailment", "not_entailment")),
 }
 """Texts in the order in which the model reads them; metrics as the paper reports them."""
 

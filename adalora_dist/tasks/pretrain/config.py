@@ -33,8 +33,9 @@ class PretrainModelConfig(ModelConfig):
 
 class PretrainDataConfig(DataConfig):
     source: Annotated[tuple[str, ...], tyro.conf.arg(name="data")] = ()
-    """Text: files (.jsonl, .json, .parquet, .csv, .tsv, .txt; also .gz) and folders of them, read one row after the
-    other; c4: the English part of allenai/c4 from the Hub, as far as it is needed; empty: built-in stories."""
+    """Text: files (.jsonl, .json, .parquet, .arrow, .csv, .tsv, .txt; also .gz, .zst) and folders of them, read one row
+    after the other; c4: the English part of allenai/c4 from the Hub, as far as it is needed; empty: built-in
+    stories."""
     column: str = "text"
     """Column with the text of a row."""
     eval_split: str = ""

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import codecs
-import gzip
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol, cast
+from typing import Protocol
 
 from adalora_dist.io.errors import UserError
-from adalora_dist.io.foreign_files import opened
 from adalora_dist.tasks.pretrain.config import C4, PretrainDataConfig
 from adalora_dist.tasks.pretrain.demo import demo_stories
 from adalora_dist.tasks.rows.bad_rows import BadRows, Rows
 from adalora_dist.tasks.rows.fields import object_row, text_field
-from adalora_dist.tasks.rows.files import (
-    SUFFIXES,
-    TEXT_TABLES,
-    LocalSplit,
-    data_files,
-    file_rows,
-    readable,
-    refuse_zeros,
-)
+from adalora_dist.tasks.rows.files import READ as ROWS
+from adalora_dist.tasks.rows.files import LocalSplit, data_files
+from adalora_dist.tasks.rows.read import decompressed, file_rows, readable, refuse_zeros
 
-PLAIN = (".txt", ".txt.gz")
-READ = (*SUFFIXES, *TEXT_TABLES, *PLAIN)
+PLAIN = (".txt", ".txt.gz", ".txt.zst")
+READ = (*ROWS, *PLAIN)
 _MAX_DOCUMENT_BYTES = 1 << 16
 """Of plain text without an empty line; what is longer goes on as another document."""
 
@@ -133,8 +125,7 @@ def _files(word: str, setting: str) -> tuple[Path, ...]:
 def _plain_rows(path: Path, column: str) -> Rows:
     """Blocks of lines up to an empty one. One that is not UTF-8 is yielded as the error that says so."""
     refuse_zeros(path)
-    with readable(path), opened(path) as raw:
-        lines = cast(BinaryIO, gzip.open(raw)) if path.name.endswith(".gz") else raw
+    with readable(path), decompressed(path) as lines:
         block, first, number = bytearray(), 1, 1
         for piece in iter(lambda: lines.readline(_MAX_DOCUMENT_BYTES), b""):
             if number == 1 and not block:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adalora_dist.io.digest import digest_of
-from adalora_dist.io.errors import UserError
+from adalora_dist.io.errors import UserError, reason_of
 from adalora_dist.tasks.demo_models.built_once import built_once
 from adalora_dist.tasks.pretrain.config import PretrainConfig, PretrainDataConfig, Size
 from adalora_dist.tasks.pretrain.documents import documents, sources_of
@@ -107,11 +107,10 @@ def _tokenizer(config: PretrainConfig, say: Callable[[str], None]) -> PreTrained
         return AutoTokenizer.from_pretrained(folder)
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # as in load_backbone
         raise UserError(
-            f"tokenizer={name}: it cannot be had ({reason}): give a local folder, or leave it out, and one is made "
-            "from the data"
+            f"tokenizer={name}: it cannot be had ({reason_of(error, 200)}): give a local folder, or leave it out, "
+            "and one is made from the data"
         ) from error
 
 

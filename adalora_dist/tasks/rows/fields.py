@@ -5,6 +5,7 @@ Every error begins with the row's origin, ``file:row``, and names the field with
 
 from __future__ import annotations
 
+import json
 import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -32,18 +33,27 @@ def object_row(row: object, origin: str, names: Sequence[str]) -> Mapping[str, A
     return row
 
 
-def text_field(row: Mapping[str, Any], name: str, origin: str) -> str:
+def text_field(row: Mapping[str, Any], name: str, origin: str, can_map: bool = False) -> str:
     """A text with something in it.
+
+    Args:
+        can_map: the recipe has --columns, by which the field can have another column; for the error.
 
     Raises:
         UserError: there is no such field, or it is no text, empty, or not Unicode (:func:`refuse_odd_text`).
     """
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
-        has = "" if name in row else f" (no column {name}; the row has {names_of(row)})"
+        has = absence(row, name, can_map)
         raise UserError(f"{origin}: field {name} is {shown(value)}{has}; legal: a text; {REMEDY}")
     refuse_odd_text(value, name, origin)
     return value
+
+
+def absence(row: Mapping[str, Any], name: str, can_map: bool = False) -> str:
+    """For an error: that the row has no such column, but others; an empty text where it has it."""
+    remedy = f"; --columns {name}=COLUMN if it has another name" if can_map else ""
+    return "" if name in row else f" (no column {name}; the row has {names_of(row)}{remedy})"
 
 
 def refuse_odd_text(text: str, name: str, origin: str) -> None:
@@ -77,11 +87,21 @@ def number_field(
     """
     value = row.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        has = "" if name in row else f" (no column {name}; the row has {names_of(row)})"
+        has = absence(row, name)
         raise UserError(f"{origin}: field {name} is {shown(value)}{has}; legal: a number; {REMEDY}")
     if not least <= value <= most or (whole and value != int(value)):  # NaN is not between anything
         raise UserError(f"{origin}: field {name} is {shown(value)}; legal: {least:g} to {most:g}{note}; {REMEDY}")
     return float(value)
+
+
+def from_json(value: object) -> Any:
+    """What a text has, if it is JSON, as lists and objects are in tables of text; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError):
+        return value
 
 
 def names_of(row: Mapping[str, Any]) -> str:

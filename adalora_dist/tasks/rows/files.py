@@ -1,40 +1,32 @@
 """Local data: where a split lies, and its rows with their origins for error messages. Never imports torch.
 
-A split is one file, NAME.jsonl, .json, .jsonl.gz, .json.gz or .parquet; or such files in a folder NAME; or shards
-NAME-00000-of-00002.parquet. Paths are names, never patterns: whatever a folder is called, it alone is read. Tables of
-text without types (.csv, .tsv) are for recipes whose fields are all texts.
+A split is one file, NAME.jsonl, .json, .parquet, .arrow, .csv or .tsv (of JSON and tables of text also .gz and .zst);
+or such files in a folder NAME, as ``save_to_disk`` of Hugging Face's datasets leaves them, too; or shards
+NAME-00000-of-00002.parquet. Paths are names, never patterns: whatever a folder is called, it alone is read.
 """
 
 from __future__ import annotations
 
-import codecs
-import gzip
 import hashlib
-import json
 import os
 import re
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
 
-from adalora_dist.config.row_files import SUFFIXES as SUFFIXES
-from adalora_dist.config.row_files import TEXT_TABLES as TEXT_TABLES
+from adalora_dist.config.row_files import READ as READ
 from adalora_dist.config.row_files import names_file
 from adalora_dist.io.errors import UserError
-from adalora_dist.io.foreign_files import MAX_BYTES, NotReadable, opened
+from adalora_dist.io.foreign_files import opened
 from adalora_dist.tasks.rows.bad_rows import Rows
-from adalora_dist.tasks.rows.text_tables import text_table_rows
+from adalora_dist.tasks.rows.read import file_rows, refuse_zeros
 
 TRAIN, TEST = ("train",), ("test", "validation", "dev")
 """Names of a split. Only the test split has stand-ins: a folder with train and dev files is common, and dev rows are
 held out as well."""
 _SHARD = re.compile(r"-(\d+)-of-(\d+)")
-_PARQUET_ROWS = 1000
-_MAX_ARRAY_BYTES = 1 << 29
-"""Of a file that is one JSON array, which is parsed as a whole."""
+_OF_DATASETS = ("dataset_info.json", "dataset_dict.json", "state.json")
+"""What Hugging Face's ``save_to_disk`` writes beside rows; the first two are nobody else's."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +68,7 @@ def task_folders(source: str, tasks: Sequence[str], aliases: Mapping[str, str] |
     """
     known = {_plain(task): task for task in tasks} | dict(aliases or {})
     found: dict[str, Path] = {}
-    for path in _listed(Path(source)):
+    for path in entries(Path(source)):
         task = known.get(_plain(path.name))
         if task is None or not path.is_dir():
             continue
@@ -108,9 +100,9 @@ def find_split(folder: Path, names: Sequence[str]) -> LocalSplit:
         raise UserError(f"data: no folder {folder}; it must hold {names[0]}.jsonl or {names[0]}.parquet")
     if found := split_in(folder, names):
         return found
-    listed = _listed(folder)
-    wanted = ", ".join(name + suffix for name in names for suffix in SUFFIXES[:2])
-    others = ", ".join(SUFFIXES[2:])
+    listed = entries(folder)
+    wanted = ", ".join(name + suffix for name in names for suffix in READ[:2])
+    others = ", ".join(READ[2:])
     holds = ", ".join(ascii(path.name)[1:-1] for path in listed[:8]) or "nothing"
     raise UserError(
         f"{folder}: none of {wanted} exists, nor with {others}, nor a folder {names[0]} of such files (it holds "
@@ -118,87 +110,34 @@ def find_split(folder: Path, names: Sequence[str]) -> LocalSplit:
     )
 
 
-def split_in(folder: Path, names: Sequence[str], suffixes: Sequence[str] = SUFFIXES) -> LocalSplit | None:
+def split_in(folder: Path, names: Sequence[str], suffixes: Sequence[str] = READ) -> LocalSplit | None:
     """As :func:`find_split`, of files with these suffixes; None where there is no such split."""
-    listed = _listed(folder)
+    listed = entries(folder)
     for name in names:
         if files := _files_of(folder, name, listed, suffixes):
             return LocalSplit(name, tuple(files))
     return None
 
 
-def data_files(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
+def data_files(folder: Path, suffixes: Sequence[str] = READ) -> list[Path]:
     """All files of rows that lie in a folder itself, by name.
 
     Raises:
         UserError: it cannot be listed.
     """
-    return [path for path in _listed(folder) if path.is_file() and path.name.endswith(tuple(suffixes))]
+    return [path for path in entries(folder) if path.is_file() and path.name.endswith(tuple(suffixes))]
 
 
-def file_rows(path: Path) -> Rows:
-    """Yield (``file:row``, row) of one file, row 1 first; empty lines are left out.
-
-    A row that cannot be read is yielded as the error that says so.
-
-    Raises:
-        UserError: the file cannot be read at all.
-    """
-    with readable(path):
-        refuse_zeros(path)
-        if path.name.endswith(".parquet"):
-            yield from _parquet_rows(path)
-            return
-        with opened(path) as raw:
-            file = cast(BinaryIO, gzip.open(raw)) if path.name.endswith(".gz") else raw
-            if path.name.endswith(TEXT_TABLES):
-                yield from text_table_rows(path, file)
-                return
-            start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
-            is_array = path.name.removesuffix(".gz").endswith(".json") and start.startswith(b"[")
-            file.seek(0)
-            yield from _array_rows(path, file) if is_array else _line_rows(path, file)
-
-
-@contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Around the reading of a file.
-
-    Raises:
-        UserError: it cannot be read, or is no archive from beginning to end.
-    """
+def entries(folder: Path) -> list[Path]:
+    """What is in a folder, sorted by name, without what systems hide there (.DS_Store, _SUCCESS), and without what
+    ``save_to_disk`` says of its rows."""
     try:
-        yield
-    except (NotReadable, OSError, EOFError, zlib.error) as error:
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
-        raise UserError(f"{path} cannot be read ({reason}): bring it back from a copy, or write it again") from error
-
-
-def refuse_zeros(path: Path) -> None:
-    """Raise for what is no file of rows, before all of it is read: no plain file, or one that is not filled.
-
-    Raises:
-        UserError: a file that was made in its length and never written, 100 GB of it on no disk, or a device.
-    """
-    try:
-        with opened(path) as file:
-            size_bytes = os.fstat(file.fileno()).st_size
-            if size_bytes and os.lseek(file.fileno(), 0, os.SEEK_HOLE) < size_bytes:
-                raise NotReadable("it has holes")
-            os.lseek(file.fileno(), 0, os.SEEK_SET)
-            start = file.read(4096)
-            if start and not start.strip(b"\0"):
-                raise NotReadable("it begins with zeros")
-    except NotReadable as error:
-        raise UserError(f"{path} cannot be read ({error}): bring it back from a copy, or write it again") from None
-
-
-def _listed(folder: Path) -> list[Path]:
-    """What is in a folder, sorted by name, without what systems hide there (.DS_Store, _SUCCESS)."""
-    try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith((".", "_")))
+        found = sorted(path for path in folder.iterdir() if not path.name.startswith((".", "_")))
     except OSError as error:
         raise UserError(f"data: {folder} cannot be listed ({error.strerror}); let it be read") from error
+    names = {path.name for path in found}
+    apart = _OF_DATASETS if _OF_DATASETS[0] in names else _OF_DATASETS[:2]
+    return [path for path in found if path.name not in apart]
 
 
 def _plain(name: str) -> str:
@@ -208,7 +147,7 @@ def _plain(name: str) -> str:
 def _files_of(folder: Path, name: str, listed: Sequence[Path], suffixes: Sequence[str]) -> list[Path]:
     forms = [[path] for suffix in suffixes if (path := folder / (name + suffix)).is_file()]
     if (folder / name).is_dir():
-        files = [path for path in _listed(folder / name) if path.is_file()]
+        files = [path for path in entries(folder / name) if path.is_file()]
         forms += [[file for file in files if file.name.endswith(suffix)] for suffix in suffixes]
     for suffix in suffixes:
         if shards := _shards(name, suffix, listed):
@@ -238,79 +177,3 @@ def _shards(name: str, suffix: str, listed: Sequence[Path]) -> list[Path]:
             "missing; fetch all of them"
         )
     return [found[number] for number in range(total)]
-
-
-def _line_rows(path: Path, lines: BinaryIO) -> Iterator[tuple[str, object]]:
-    for number, line in enumerate(iter(lambda: lines.readline(MAX_BYTES + 1), b""), start=1):
-        origin = f"{path}:{number}"
-        if len(line) > MAX_BYTES:
-            raise NotReadable(f"row {number} has more than {MAX_BYTES:,} bytes")
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            if text.strip():
-                yield origin, json.loads(text)
-        except json.JSONDecodeError as error:
-            yield (
-                origin,
-                UserError(
-                    f"{origin}: not valid JSON ({error.msg} at column {error.colno}); write one JSON object per line"
-                ),
-            )
-        except UnicodeDecodeError as error:
-            reason = f"{error.reason} at byte {error.start} of the row"
-            yield origin, UserError(f"{origin}: not UTF-8 text ({reason}); save it as UTF-8")
-        except (ValueError, RecursionError):  # a number of thousands of digits, brackets within brackets
-            yield origin, UserError(f"{origin}: no row of data; write one JSON object of texts per line")
-
-
-def _array_rows(path: Path, file: BinaryIO) -> Iterator[tuple[str, object]]:
-    content = bytearray()
-    while len(content) <= _MAX_ARRAY_BYTES and (block := file.read(1 << 20)):
-        content += block
-    if len(content) > _MAX_ARRAY_BYTES:
-        raise UserError(f"{path} has more than {_MAX_ARRAY_BYTES:,} bytes in one array; write one JSON object per line")
-    try:
-        rows = json.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} is not valid JSON ({error.msg} at line {error.lineno}); write an array of objects, or one object "
-            "per line"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no array of rows; write one JSON object of texts per line") from error
-    for number, row in enumerate(rows, start=1):
-        yield f"{path}:{number}", row
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        # Not read_table, which takes a folder called name=value for a column.
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(_PARQUET_ROWS):
-                for row in _batch_rows(batch):
-                    number += 1
-                    origin = f"{path}:{number}"
-                    is_text = not isinstance(row, UnicodeDecodeError)
-                    yield origin, row if is_text else UserError(f"{origin}: not UTF-8 text ({row}); save it as UTF-8")
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: not a readable Parquet file ({reason}); write it again") from error
-
-
-def _batch_rows(batch: Any) -> list[Any]:
-    rows: list[Any] = []
-    try:
-        rows = batch.to_pylist()
-    except UnicodeDecodeError:  # in one row or another
-        for index in range(len(batch)):
-            try:
-                rows += batch.slice(index, 1).to_pylist()
-            except UnicodeDecodeError as error:
-                rows.append(error)
-    return rows

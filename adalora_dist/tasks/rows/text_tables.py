@@ -39,7 +39,7 @@ def _rows_of_text(path: Path, text: TextIO) -> Iterator[tuple[str, object]]:
         if not cells:
             continue
         if not header:
-            header = _checked_header(path, cells, delimiter)
+            header = _checked_header(path, [name.strip() for name in cells], delimiter)
             continue
         number += 1
         origin = f"{path}:{number}"

@@ -19,7 +19,7 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.evaluation.texts import generate_texts
 from adalora_dist.tasks.rows.bad_rows import BadRows
 from adalora_dist.tasks.rows.fields import object_row, refuse_odd_text, shown
-from adalora_dist.tasks.rows.files import file_rows
+from adalora_dist.tasks.rows.read import file_rows
 from adalora_dist.tasks.rows.source import checked_rows
 from adalora_dist.tasks.sft.config import SftEvaluationConfig
 from adalora_dist.tasks.sft.template import ChatTemplate, set_template

@@ -12,7 +12,7 @@ from adalora_dist.config.sections import ColumnsConfig, PackedTrainConfig, RunCo
 
 FIELDS = (
     *("messages", "conversations", "system", "tools"),
-    *("instruction", "input", "output", "prompt", "completion", "text"),
+    *("instruction", "input", "output", "history", "prompt", "completion", "text"),
 )
 """What a row can have, by the names that ``columns`` gives to others."""
 
@@ -20,8 +20,8 @@ FIELDS = (
 class SftDataConfig(ColumnsConfig):
     known_fields: ClassVar[tuple[str, ...]] = FIELDS
     source: Annotated[tuple[str, ...], tyro.conf.arg(name="data")] = ()
-    """Files (.jsonl, .json, .parquet, .csv, .tsv; also .gz), folders of them, or hub:ID[:SPLIT], each with =WEIGHT if
-    its rows shall count more or less often than once; empty: built-in conversations."""
+    """Files (.jsonl, .json, .parquet, .arrow, .csv, .tsv; also .gz, .zst), folders of them, or hub:ID[:SPLIT], each
+    with =WEIGHT if its rows shall count more or less often than once; empty: built-in conversations."""
     eval_split: str = ""
     """What the validation loss is measured on: a file, folder or hub:ID:SPLIT, or the name of a split of the data;
     empty: a folder's own validation files, or else a share of the rows."""

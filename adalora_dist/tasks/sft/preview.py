@@ -56,20 +56,23 @@ def preview(data: SftDataConfig, model: ModelConfig) -> tuple[int, str]:
     template, colour = ChatTemplate(tokenizer), sys.stdout.isatty()
     say_what_is_left_out(tables, template, say)
     say(f"Rows       as the model reads them, what it learns to say {'in green' if colour else 'in [[brackets]]'}:")
+    refused: list[RefusedRow] = []
     for number, table in enumerate(tables):  # of each source at least one
         count = max(1, -(-(NUM_ROWS - number) // len(tables)))
-        for row, origin in _first_rows(table, template, data, count):
+        for row, origin in _first_rows(table, template, data, count, refused):
             num_targets = sum(label != IGNORED for label in row["labels"])
             say(f"--- {origin}: {len(row['input_ids'])} tokens, {num_targets} of them learnt")
             say(marked_text(row, tokenizer, colour))
     say("---")
+    if refused:
+        say(f"{len(refused)} of the rows before these are left out, because they cannot be used: {refused[0]}")
     return num_rows, "\n".join(lines)
 
 
 def _first_rows(
-    table: Table, template: ChatTemplate, data: SftDataConfig, count: int
+    table: Table, template: ChatTemplate, data: SftDataConfig, count: int, refused: list[RefusedRow]
 ) -> Iterator[tuple[EncodedRow, str]]:
-    """(tokens, origin) of the first rows that can be used."""
+    """(tokens, origin) of the first rows that can be used; why others cannot is added to ``refused``."""
     for index in range(len(table.contents)):
         if not count:
             return
@@ -77,9 +80,10 @@ def _first_rows(
         try:
             yield template.encode(content, origin, data.train_on, data.max_length), origin
             count -= 1
-        except RefusedRow:
+        except RefusedRow as error:
             if data.bad_rows != "skip":
                 raise
+            refused.append(error)
 
 
 def show(text: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -19,12 +19,13 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.io.mapped import release_mapped
 from adalora_dist.tasks.batches import BatchPlan, count_targets
 from adalora_dist.tasks.rows.bad_rows import BadRows
+from adalora_dist.tasks.rows.files import LocalSplit
 from adalora_dist.tasks.rows.held_out import border, keys_of
 from adalora_dist.tasks.rows.table import MAPPED, Split, checked_table, chunks, digest_of_tokens
 from adalora_dist.tasks.rows.token_cache import rules_of
 from adalora_dist.tasks.sft.config import SftDataConfig, SftEvaluationConfig
 from adalora_dist.tasks.sft.demo import demo_conversations
-from adalora_dist.tasks.sft.forms import Content, Reader, recognise
+from adalora_dist.tasks.sft.forms import Content, Reader, columns_of, recognise
 from adalora_dist.tasks.sft.samples import Sample
 from adalora_dist.tasks.sft.sources import first_rows, parse_source, validation_splits
 from adalora_dist.tasks.sft.template import ChatTemplate, RefusedRow, set_template
@@ -76,14 +77,21 @@ def load_tables(data: SftDataConfig, bad: BadRows, say: Say) -> tuple[list[Table
     if not data.source:
         return [_demo_table("train", data.max_train_rows)], [_demo_table("validation", data.max_eval_rows)]
     sources = [parse_source(word) for word in data.source]
+    splits = [source.training() for source in sources]
+    eval_splits = validation_splits(sources, data.eval_split) if data.eval_share is None else []
+    used = {file for split in splits + eval_splits if isinstance(split, LocalSplit) for file in split.files}
+    for source in sources:
+        if remarks := source.remarks(used):
+            say(f"{source.name}: {remarks}")
+    readers = _readers(splits + eval_splits, data.column_of)
     train = [
-        Table(_contents(source.training(), data, bad, say, data.max_train_rows, source.weight), source.weight)
-        for source in sources
+        Table(_contents(split, reader, bad, say, data.max_train_rows, source.weight), source.weight)
+        for source, split, reader in zip(sources, splits, readers, strict=False)
     ]
-    if data.eval_share is not None:
-        return train, []
-    splits = validation_splits(sources, data.eval_split)
-    return train, [Table(_contents(split, data, bad, say, data.max_eval_rows)) for split in splits]
+    return train, [
+        Table(_contents(split, reader, bad, say, data.max_eval_rows))
+        for split, reader in zip(eval_splits, readers[len(splits) :], strict=True)
+    ]
 
 
 def num_training_rows(tables: Sequence[Table], eval_tables: Sequence[Table], data: SftDataConfig) -> int:
@@ -214,11 +222,18 @@ def encode_table(table: Dataset, template: ChatTemplate, data: SftDataConfig, po
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
-def _contents(
-    split: Split, data: SftDataConfig, bad: BadRows, say: Say, max_rows: int | None, weight: float = 1
-) -> Dataset:
-    reader: Reader = recognise(first_rows(split), data.column_of, split.where)
+def _readers(splits: Sequence[Split], column_of: Mapping[str, str]) -> list[Reader]:
+    """One for each split. Names of columns are for the splits that have them; any other one has a form as it is."""
+    first = [first_rows(split) for split in splits]
+    renamed = {column for field, column in column_of.items() if field != column}
+    has_them = [bool(renamed & set(columns_of(rows))) for rows in first]
+    return [
+        recognise(rows, column_of if has or not any(has_them) else {}, split.where)
+        for rows, has, split in zip(first, has_them, splits, strict=True)
+    ]
 
+
+def _contents(split: Split, reader: Reader, bad: BadRows, say: Say, max_rows: int | None, weight: float = 1) -> Dataset:
     def parse(row: object, origin: str) -> dict[str, str]:
         return {"row": json.dumps(reader(row, origin), ensure_ascii=False), "origin": origin}
 

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.rows.bad_rows import Rows
-from adalora_dist.tasks.rows.files import SUFFIXES, TEXT_TABLES, TRAIN, LocalSplit, data_files, split_in
+from adalora_dist.tasks.rows.fields import shown
+from adalora_dist.tasks.rows.files import READ, TRAIN, LocalSplit, data_files, entries, split_in
 from adalora_dist.tasks.rows.hub import HubData
 from adalora_dist.tasks.rows.table import Split
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-READ = (*SUFFIXES, *TEXT_TABLES)
 HUB = "hub:"
 VALIDATION = ("validation", "valid", "eval", "dev", "test")
 """Names of a folder's validation split, in the order in which they are taken."""
 _NUM_FIRST = 20
+_NUM_NAMED = 6
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ class Source:
     def training(self) -> Split:
         """Its training rows: a file; a folder's train split, or else all of its files; the Hub's train split.
 
+        A clone of a repository of the Hub is its folder ``data``.
+
         Raises:
             UserError: there is no such thing, or it cannot be read.
         """
@@ -75,8 +77,7 @@ class Source:
         if self.is_hub:
             return self._of_hub(name) if name else None
         if name:
-            path = Path(self.name)
-            found = split_in(path, (name,), READ) if path.is_dir() else None
+            found = split_in(self._folder, (name,)) if self._folder.is_dir() else None
             if found is None:
                 raise UserError(
                     f"eval_split={name}: {self.name} has no such split; give a file, a folder, hub:ID:SPLIT, or the "
@@ -84,6 +85,26 @@ class Source:
                 )
             return found
         return self._of_files()[1]
+
+    def remarks(self, used: Collection[Path]) -> str:
+        """Which files of a folder are trained on where none is called train, and what is not read; none to say: "".
+
+        Args:
+            used: all files that are read.
+        """
+        if self.is_hub or not self._folder.is_dir():
+            return ""
+        reached = {path for file in used for path in (file, *file.parents)}
+        left = [path for path in entries(self._folder) if path not in reached]
+        rows = () if split_in(self._folder, TRAIN) else self._of_files()[0].files
+        parts = [f"all of {_names(rows)}"] if len(rows) > 1 else []
+        return "; ".join(parts + ([f"not read: {_names(left)}"] if left else []))
+
+    @property
+    def _folder(self) -> Path:
+        path = Path(self.name)
+        inner = path / "data"
+        return inner if inner.is_dir() and not (split_in(path, TRAIN) or data_files(path)) else path
 
     def _of_hub(self, split: str | None) -> HubSplit:
         path, _, own = self.name.removeprefix(HUB).partition(":")
@@ -96,18 +117,24 @@ class Source:
         path = Path(self.name)
         if path.is_file():
             if not path.name.endswith(READ):
-                raise UserError(f"data={self.name}: its form is not known by its name; legal: {', '.join(READ)}")
+                is_plain = ".txt" in path.name
+                hint = 'write {"text": ...} for each text, one per line' if is_plain else "rename it as what it is"
+                known = f"its form is not known by its name; legal: {', '.join(READ)}"
+                raise UserError(f"data={self.name}: {known}; {hint}")
             return LocalSplit(path.name, (path,)), None
         if not path.is_dir():
             hint = " (the Hub's: --data hub:ID)" if self.name.count("/") == 1 else ""
             raise UserError(f"data={self.name}: no such file or folder{hint}; give one, or hub:ID[:SPLIT]")
-        validation = split_in(path, VALIDATION, READ)
-        if train := split_in(path, TRAIN, READ):
+        path = self._folder
+        validation = split_in(path, VALIDATION)
+        if train := split_in(path, TRAIN):
             return train, validation
         held_out = validation.files if validation else ()
-        files = tuple(file for file in data_files(path, READ) if file not in held_out)
+        files = tuple(file for file in data_files(path) if file not in held_out)
         if not files:
-            raise UserError(f"data={self.name}: the folder has no files with rows; legal: {', '.join(READ)}")
+            inner = [folder for folder in entries(path) if folder.is_dir()]
+            hint = f"; give its folders, as --data {inner[0]} ... (it has {_names(inner)})" if inner else ""
+            raise UserError(f"data={self.name}: the folder has no files with rows; legal: {', '.join(READ)}{hint}")
         return LocalSplit(path.name, files), validation
 
 
@@ -145,5 +172,25 @@ def validation_splits(sources: Sequence[Source], eval_split: str) -> list[Split]
 
 
 def first_rows(split: Split) -> list[object]:
-    """Of those that can be read."""
-    return [row for _, row in islice(split.rows(), _NUM_FIRST) if not isinstance(row, UserError)]
+    """Of those that can be read.
+
+    Raises:
+        UserError: there are rows, and not one of them can be read; or the file cannot.
+    """
+    rows: list[object] = []
+    problem: UserError | None = None
+    for _, row in split.rows():
+        if isinstance(row, UserError):
+            problem = problem or row
+        else:
+            rows.append(row)
+        if len(rows) == _NUM_FIRST:
+            break
+    if problem and not rows:
+        raise problem
+    return rows
+
+
+def _names(paths: Sequence[Path]) -> str:
+    names = [shown(path.name)[1:-1] + ("/" if path.is_dir() else "") for path in paths[:_NUM_NAMED]]
+    return ", ".join(names) + (f", ... ({len(paths)})" if len(paths) > _NUM_NAMED else "")

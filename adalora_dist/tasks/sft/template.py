@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from adalora_dist.io.cpu_limit import TooLong, cpu_limit
 from adalora_dist.io.errors import UserError
+from adalora_dist.io.foreign_files import NotReadable, read_plain
 from adalora_dist.tasks.rows.fields import REMEDY, shown
 from adalora_dist.tasks.rows.tokens import IGNORED, EncodedRow, eos_tokens
-from adalora_dist.tasks.sft.forms import THOUGHTS
+from adalora_dist.tasks.sft.messages import THOUGHTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,9 +64,9 @@ def set_template(tokenizer: PreTrainedTokenizerBase, file: str) -> str:
     """
     if file:
         try:
-            tokenizer.chat_template = Path(file).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            tokenizer.chat_template = read_plain(Path(file)).decode("utf-8-sig")
+        except (NotReadable, UnicodeDecodeError) as error:
+            reason = error if isinstance(error, NotReadable) else "it is not UTF-8 text"
             raise UserError(f"chat_template={file} cannot be read ({reason}); give a file with a template") from error
         said = f"Chat template: {file}"
     elif tokenizer.chat_template:

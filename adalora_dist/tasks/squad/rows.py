@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from adalora_dist.config.row_files import names_file
 from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.rows.bad_rows import BadRows
-from adalora_dist.tasks.rows.fields import REMEDY, object_row, refuse_odd_text, shown, text_field
+from adalora_dist.tasks.rows.fields import REMEDY, absence, from_json, object_row, refuse_odd_text, shown, text_field
 from adalora_dist.tasks.rows.held_out import validation_of
 from adalora_dist.tasks.rows.hub import HubData
 from adalora_dist.tasks.rows.source import checked_rows, renaming, split_of
@@ -133,14 +133,16 @@ def question_of(task: str, row: object, origin: str) -> Question:
     """
     row = object_row(row, origin, _FIELDS)
     row = {"id": origin, **row}
-    name, question, context = (text_field(row, field, origin) for field in ("id", "question", "context"))
-    given: Any = row.get("answers")
+    if isinstance(row["id"], int) and not isinstance(row["id"], bool):
+        row["id"] = str(row["id"])  # as JSON has keys, by which predictions are filed
+    name, question, context = (text_field(row, field, origin, can_map=True) for field in _FIELDS[:3])
+    given: Any = from_json(row.get("answers"))
     if isinstance(given, list) and given and all(isinstance(answer, Mapping) for answer in given):
         given = {field: [answer.get(field) for answer in given] for field in ("text", "answer_start")}
     if not isinstance(given, Mapping) or not {"text", "answer_start"} <= given.keys():
         raise UserError(
             f"{origin}: field answers must be an object with lists text and answer_start, both may be empty; it is "
-            f"{shown(given)}"
+            f"{shown(given)}{absence(row, 'answers', can_map=True)}"
         )
     texts, starts = given["text"], given["answer_start"]
     if not isinstance(texts, list | tuple) or not isinstance(starts, list | tuple) or len(texts) != len(starts):

@@ -149,7 +149,7 @@ def _checked(row: object, origin: str) -> dict[str, str]:
         UserError: a field has no text; naming ``origin``.
     """
     row = object_row(row, origin, COLUMNS)
-    return {field: text_field(row, field, origin) for field in COLUMNS}
+    return {field: text_field(row, field, origin, can_map=True) for field in COLUMNS}
 
 
 def _is_usable(row: dict[str, Any]) -> bool:

@@ -1,0 +1,92 @@
+"""P diag(lambda) of all matrices in one operation, and its gradient: of lambda, too, at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast
+
+import torch
+
+from adalora_dist.sharding.tensors import awaits_gradient
+
+_SIDE_BY_SIDE = 2**22  # elements, 16 MiB
+
+
+class Owner(Protocol):
+    """Who keeps the products."""
+
+    def release(self) -> None:
+        """A backward has come to them: they are not good any more."""
+
+
+def times_lambdas(owner: Owner, lams: torch.Tensor, ranks: list[int], ps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """P diag(lambda) of every matrix, (d_out, r).
+
+    Args:
+        lams: (num_triplets,), of all matrices.
+        ranks: how many of them each matrix has.
+    """
+    multiply: Callable[..., tuple[torch.Tensor, ...]] = _Multiply.apply
+    return list(multiply(owner, lams, ranks, *ps))
+
+
+class _Multiply(torch.autograd.Function):
+    """All P diag(lambda), from the vector of lambdas and all P.
+
+    Nothing is kept as a saved tensor, so that two forwards may share it and go backward one after the other.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, owner: Owner, lams: torch.Tensor, ranks: list[int], *ps: torch.Tensor) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.owner, ctx.ps, ctx.lams, ctx.versions = owner, ps, lams.split(ranks), [p._version for p in ps]
+        return tuple(torch._foreach_mul(ps, ctx.lams))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        ctx.owner.release()
+        if ctx.versions != [p._version for p in ctx.ps]:
+            raise RuntimeError("an adapter's P was changed between a forward and its backward: go backward first")
+        used = [k for k, g in enumerate(gradients) if g is not None]
+        # Where no gradient came back there is none, but for an engine that would stumble over it.
+        of_ps: list[torch.Tensor | None] = [
+            torch.zeros_like(p) if g is None and awaits_gradient(p) else None
+            for p, g in zip(ctx.ps, gradients, strict=True)
+        ]
+        if not used:
+            return None, None, None, *of_ps
+        ps, lams, arrived = ([x[k] for k in used] for x in (ctx.ps, ctx.lams, cast(tuple[torch.Tensor], gradients)))
+        of_lams = None
+        if ctx.needs_input_grad[1]:
+            made = dict(zip(used, lambda_gradients(ps, arrived), strict=True))
+            of_lams = torch.cat([made[k] if k in made else torch.zeros_like(lam) for k, lam in enumerate(ctx.lams)])
+        # In their place: each has come from the one matrix product that used it, and P's gradients are as large as P.
+        torch._foreach_mul_(arrived, lams)
+        for k, g in zip(used, arrived, strict=True):
+            of_ps[k] = g
+        return None, of_lams, None, *of_ps
+
+
+def lambda_gradients(ps: list[torch.Tensor], gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+    """dL/dlambda of each matrix, (r,), from P and the gradient of P diag(lambda), both (d_out, r): sum_j P_ji G_ji.
+
+    Matrices of equal d_out lie side by side, so that the number of operations is that of the sizes, not of matrices;
+    above ``_SIDE_BY_SIDE`` elements they do so part by part, for the sake of memory.
+    """
+    members: dict[int, list[int]] = {}
+    for k, p in enumerate(ps):
+        members.setdefault(len(p), []).append(k)
+    parts = [list(range(len(ps)))]
+    if sum(p.numel() for p in ps) > _SIDE_BY_SIDE:
+        parts = []
+        for of_size in members.values():
+            count = max(1, _SIDE_BY_SIDE // max(ps[k].numel() for k in of_size))
+            parts += [of_size[first : first + count] for first in range(0, len(of_size), count)]
+    found: dict[int, torch.Tensor] = {}
+    for part in parts:
+        products = dict(zip(part, torch._foreach_mul([ps[k] for k in part], [gradients[k] for k in part]), strict=True))
+        for of_size in ([k for k in all_of_size if k in products] for all_of_size in members.values()):
+            if of_size:
+                sums = torch.cat([products[k] for k in of_size], dim=1).sum(dim=0)
+                found.update(zip(of_size, sums.split([ps[k].shape[1] for k in of_size]), strict=True))
+    return [found[k] for k in range(len(ps))]
