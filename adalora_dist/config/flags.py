@@ -87,8 +87,8 @@ def user_errors(resumable: bool = True) -> Iterator[None]:
 
     A ``UserError`` turns into :func:`fail`, and so does a disk that is full or fails under any library, and a name that
     no file can have; every other exception propagates. A signal, Ctrl-C and a closed terminal among them, ends the
-    program at once, as does the end of its launcher, until the run's ``Guard`` takes over. What the terminal cannot show
-    is escaped.
+    program at once, as does the end of its launcher, until the run's ``Guard`` takes over. What the terminal cannot
+    show is escaped.
 
     Args:
         resumable: a run, whose exit code after a signal is ``EXIT_PREEMPTED``; else 128 + the signal's number.
