@@ -27,6 +27,7 @@ from accelerate.utils import (
 )
 from torch import nn
 
+from adalora_dist.backbones.parts import input_embeddings
 from adalora_dist.backbones.precision import computed_in
 from adalora_dist.config.sections import RunConfig, TrainConfig
 from adalora_dist.io.errors import UserError
@@ -196,11 +197,12 @@ def tied_weights_in_one_group(accelerator: Accelerator, model: nn.Module) -> Ite
     """Around ``accelerator.prepare``: under FSDP2, a weight that three modules share stays in the root's group.
 
     accelerate makes a group of input embeddings and output head. Where other modules share their weight, as the
-    encoder and the decoder of BART do, it would lie in two groups, which torch refuses. No effect elsewhere.
+    encoder and the decoder of BART do, it would lie in two groups, which torch refuses. It also asks models that have
+    no such embeddings (CANINE). No effect elsewhere.
     """
-    weight = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "weight", None)
+    weight = getattr(input_embeddings(model), "weight", None)
     num_owners = sum(p is weight for module in model.modules() for p in module.parameters(recurse=False))
-    hidden = accelerator.distributed_type == DistributedType.FSDP and num_owners > 2
+    hidden = accelerator.distributed_type == DistributedType.FSDP and (weight is None or num_owners > 2)
     names = ("get_input_embeddings", "get_output_embeddings") if hidden else ()
     for name in names:
         setattr(model, name, lambda: None)

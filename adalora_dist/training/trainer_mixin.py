@@ -127,7 +127,7 @@ def take_over(trainer: Trainer, callback: Served) -> None:
 
 
 def saver_of(trainer: Any) -> SaveAdapter | None:
-    """What saves the model of ``trainer`` as an adapter; None where it has none, has PEFT's, or is not transformers'."""
+    """What saves the model of ``trainer`` as an adapter; None: it has none, has PEFT's, or is not transformers'."""
     model = unwrapped(trainer)
     return None if carries_peft(model) else save_as_adapter(model, METHODS[trainer.adalora.config.method])
 
