@@ -29,6 +29,7 @@ from torch import nn
 
 from adalora_dist.backbones.parts import input_embeddings
 from adalora_dist.backbones.precision import computed_in
+from adalora_dist.config.compilation import check_compile_engine
 from adalora_dist.config.sections import RunConfig, TrainConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.launchers import OWN_COMMAND
@@ -81,6 +82,7 @@ def build_accelerator(train: TrainConfig, environment: Mapping[str, str] = os.en
     if train.precision == "fp16" and on_cpu:
         raise UserError("precision=fp16 needs a GPU: use fp32 or bf16 on CPU")
 
+    check_compile_engine(train.compile, use_deepspeed)
     if use_deepspeed and (name := environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")):
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(deepspeed_file(name))
     with _port_in_use_named(environment):
