@@ -61,10 +61,8 @@ class FinishedRun:
                     f"{path} has no adapters: a run with method {method} has none; its model is {path / 'merged'}, "
                     "and adalora-dist report shows the run"
                 )
-            raise UserError(
-                f"{path} is no finished run (it has no adapter/adapter.json): give a run's output_dir, or one of its "
-                "checkpoints"
-            )
+            why = "it has no adapter/adapter.json" if path.is_dir() else "there is no such folder"
+            raise UserError(f"{path} is no finished run ({why}): give a run's output_dir, or one of its checkpoints")
         saved = read_adapter(folder)
         facts = read_object(file) if (file := path / "run.json").is_file() else {}
         return cls(path, saved, settings, facts)

@@ -8,7 +8,7 @@ both.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +39,8 @@ KINDS = {
     "image": Kind("Image of a container, without a GPU or with CUDA: docker build --file FILE", "launch/docker/*"),
 }
 """In the order in which a name is looked up and all are listed."""
+_FEW = 8
+"""So many names are told in an error; of more there is a list to look at."""
 
 
 def files_of(kind: str) -> list[Path]:
@@ -46,15 +48,18 @@ def files_of(kind: str) -> list[Path]:
     return sorted(ROOT.glob(KINDS[kind].pattern))
 
 
-def shipped(kind: str, name: str) -> Path:
+def shipped(kind: str, name: str, others: Sequence[str] = ()) -> Path:
     """The file of this kind whose name, without suffix, is ``name``.
+
+    Args:
+        others: names that would have been right, too, and have no file; for the error.
 
     Raises:
         UserError: there is none.
     """
     files = {path.stem: path for path in files_of(kind)}
     if name not in files:
-        raise UserError(f"{name} is not {'an' if kind == 'engine' else 'a'} {kind}: {_remedy(name, list(files))}")
+        raise UserError(f"{name} is not {'an' if kind == 'engine' else 'a'} {kind}: {_remedy(name, [*others, *files])}")
     return files[name]
 
 
@@ -94,4 +99,6 @@ def _all() -> Iterator[Path]:
 def _remedy(name: str, names: list[str]) -> str:
     alike = [*dict.fromkeys(difflib.get_close_matches(name, names, n=3, cutoff=0.6))]
     hint = f"did you mean {' or '.join(alike)}? " if alike else ""
+    if not alike and len(names) <= _FEW:
+        hint = f"choose from {', '.join(names)}; "
     return f"{hint}adalora-dist ls shows all"

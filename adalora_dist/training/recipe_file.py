@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
+import sys
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 
 from adalora_dist.config.json_schema import json_schema
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.shipped import own_or_shipped, shipped
+
+_CONFIGURATION = re.compile(r"^def configuration\(", re.MULTILINE)
+_GUARD = re.compile(r"^if __name__ == ['\"]__main__['\"]:", re.MULTILINE)
 
 
 def recipe_file(recipe: str) -> Path:
@@ -21,6 +27,29 @@ def recipe_file(recipe: str) -> Path:
     """
     path = own_or_shipped(Path(recipe))
     return path if path.suffix == ".py" and path.is_file() else shipped("recipe", recipe)
+
+
+def check_flags(path: Path, flags: Sequence[str]) -> None:
+    """Have a recipe read its flags once, before several processes of it do: then one alone tells a mistake.
+
+    A file that has no function ``configuration``, or would begin to run, or cannot be imported, is left to them.
+
+    Raises:
+        UserError: settings that do not fit each other.
+        SystemExit: code 0 after ``--help``; code 2 after a flag that is wrong, told in one line on standard error.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if not (_CONFIGURATION.search(text) and _GUARD.search(text)):
+        return
+    search, sys.path = sys.path, [str(path.resolve().parent), *sys.path]  # what lies beside it, as when it is started
+    try:
+        runpy.run_path(str(path), run_name=path.stem)["configuration"](list(flags))
+    except UserError:
+        raise
+    except Exception:  # where it happens is shown by the process that it happens in
+        return
+    finally:
+        sys.path = search
 
 
 def schema_text(recipe: str) -> str:

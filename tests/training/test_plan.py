@@ -52,10 +52,11 @@ def planned(engine: str, world_size: int) -> Plan:
         *(pytest.param(engine, 2, marks=pytest.mark.slow) for engine in ("ddp", "fsdp2", "zero2", "zero3")),
     ],
 )
+@pytest.mark.timeout(1800)  # a busy machine is slow, and no other measure of memory
 def test_a_plan_is_what_a_run_does(engine: str, world_size: int) -> None:
     """The peak of a process within 10 %, before and after the freeze; the method's bytes on the wire exactly."""
     plan = planned(engine, world_size)
-    runs = [run_ranks(world_size, counted, engine, configuration())[0] for _ in range(3)]
+    runs = [run_ranks(world_size, counted, engine, configuration(), timeout=500)[0] for _ in range(3)]
     # What threads let go of late, or the profiler misses the end of, only adds to a peak.
     before, after, (_, _, summed, allocated) = min(r[0] for r in runs), min(r[1] for r in runs), runs[0]
     assert plan.before.peak == pytest.approx(before, rel=0.1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from adalora_dist.io.shipped import files_of
 from adalora_dist.training import run_folder
 from adalora_dist.training import start as module
 from adalora_dist.training.recipe_file import recipe_file
-from adalora_dist.training.start import Placement, engine_environment, environments_of
+from adalora_dist.training.start import Placement, engine_environment, environments_of, start
 from tests.support.paths import DS_CONFIGS, ROOT
 from tests.support.ranks import free_port
 from tests.support.recipe_runs import run_command
@@ -77,6 +78,7 @@ def test_several_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (Placement("single", 2), "--engine single with 2 processes"),
         (Placement("fsdp", 2), "fsdp is not an engine: did you mean fsdp2?"),
+        (Placement("tensor", 2), "tensor is not an engine: choose from single, ddp, fsdp2, zero2, zero3; "),
         (Placement("fsdp2", deepspeed_config=DS_CONFIGS / "zero1.json"), "choose zero2 or zero3"),
         (Placement("zero2", deepspeed_config=Path("none.json")), "no DeepSpeed configuration"),
         (Placement("ddp", 1, 2), "--nodes 2 without --node-rank K"),
@@ -105,6 +107,36 @@ def test_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_recipe.py").touch()
     assert recipe_file("my_recipe.py") == Path("my_recipe.py")
     assert "llama_sfd is not a recipe: did you mean llama_sft?" in refusal(recipe_file, "llama_sfd")
+
+
+def test_several_processes_are_not_started_to_find_a_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[int] = []
+
+    def count(words: Sequence[str], environments: Sequence[Mapping[str, str]], patient_with: int) -> int:
+        started.append(len(environments))
+        return 0
+
+    def code_of(recipe: str | Path, placement: Placement) -> object:
+        with pytest.raises(SystemExit) as ended:
+            start(str(recipe), placement, ["--typo"], ["x"])
+        return ended.value.code
+
+    monkeypatch.setattr(module, "run_together", count)
+    before, two, own = list(sys.path), Placement(num_processes=2), tmp_path / "own.py"
+    (tmp_path / "beside_own.py").write_text("from recipes.llama_sft import configuration as theirs")
+    guarded = "def configuration(argv):\n    return theirs(argv)\nif __name__ == '__main__':\n    1 / 0\n"
+    own.write_text(f"from beside_own import theirs\n{guarded}")
+    for recipe in ("llama_sft", own):
+        assert code_of(recipe, two) == 2
+        assert capsys.readouterr().err == "error: --typo is not a flag: did you mean --dtype?\n"
+    assert started == [] and sys.path == before
+    for text in (f"1 / 0\n{guarded}", "def configuration(argv):\n    pass\n1 / 0\n", "1 / 0\n"):
+        own.write_text(text)  # what is wrong in it, or runs at once, is for its processes
+        assert code_of(own, two) == 0
+    assert code_of("llama_sft", Placement("ddp", 2, 2, 1, "there")) == 0  # machine 0 tells
+    assert started == [2] * 4 and sys.path == before
 
 
 def test_a_recipe_takes_the_place_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

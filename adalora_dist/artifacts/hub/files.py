@@ -25,6 +25,8 @@ from adalora_dist.io.redaction import HIDDEN, redacted, secret_in
 LEGAL_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
 """The base's terms, which travel with what is derived from it."""
 
+_CONFIGS = dict.fromkeys(("config.json", "adapter_config.json"))
+"""One of them is in every export."""
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _READ_BYTES = 1 << 22
 
@@ -49,6 +51,24 @@ def without_tokens(text: str, token: str | None = None) -> str:
     return shown
 
 
+def check_is_export(export: Path) -> None:
+    """What of :func:`check_export` takes no time.
+
+    Raises:
+        UserError: no folder, or not one of a whole export.
+    """
+    if not export.is_dir():
+        raise UserError(f"{export} is not a folder: give the folder of a run or of an export")
+    if export.name.endswith(PARTIAL):
+        raise UserError(f"{export} is an export that was interrupted: export again, then push")
+    _check_configured(export, {name for name in _CONFIGS if os.path.lexists(export / name)})
+
+
+def _check_configured(export: Path, names: Set[str]) -> None:
+    if not names & _CONFIGS.keys():
+        raise UserError(f"{export} holds neither {' nor '.join(_CONFIGS)}: give the folder of an export")
+
+
 def check_export(export: Path, ranks: Mapping[str, int] | None, token: str | None = None) -> ExportFiles:
     """Read every file of an export once: names, safetensors headers, expected tensors, secrets, SHA-256.
 
@@ -58,13 +78,10 @@ def check_export(export: Path, ranks: Mapping[str, int] | None, token: str | Non
         token: must not occur in any file.
 
     Raises:
-        UserError: a link that leads out of the folder, a name or an index that points elsewhere, a file that is cut
-            off, a tensor that is missing, a token in a file.
+        UserError: no export, a link that leads out of the folder, a name or an index that points elsewhere, a file
+            that is cut off, a tensor that is missing, a token in a file.
     """
-    if not export.is_dir():
-        raise UserError(f"{export} is not a folder: give the folder of a run or of an export")
-    if export.name.endswith(PARTIAL):
-        raise UserError(f"{export} is an export that was interrupted: export again, then push")
+    check_is_export(export)
     inside = export.resolve()
     paths, left_out = {}, []
     for path in sorted(export.iterdir()):
@@ -79,8 +96,7 @@ def check_export(export: Path, ranks: Mapping[str, int] | None, token: str | Non
             left_out.append(path.name)
     if "adapter_config.json" in paths:
         _check_adapter_config(paths["adapter_config.json"])
-    if not paths.keys() & {"config.json", "adapter_config.json"}:
-        raise UserError(f"{export} holds neither config.json nor adapter_config.json: give the folder of an export")
+    _check_configured(export, paths.keys())
     _check_weights(export, paths, ranks)
     sha256 = {}
     for name, path in progress_bar(paths.items(), desc="check", unit="file"):

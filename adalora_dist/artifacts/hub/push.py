@@ -24,7 +24,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, parse_ratelimit_headers
 
 from adalora_dist.artifacts.hub.card import card_pictures, model_card
-from adalora_dist.artifacts.hub.files import ExportFiles, check_export, refuse_token, without_tokens
+from adalora_dist.artifacts.hub.files import ExportFiles, check_export, check_is_export, refuse_token, without_tokens
 from adalora_dist.artifacts.whole import is_model_file
 from adalora_dist.config.formats import ExportFormat
 from adalora_dist.config.hub_names import check_branch, check_repo_id
@@ -69,8 +69,9 @@ def push(
 
     check_repo_id(repo_id)
     check_branch(revision)
-    check_login()
     run, export = _run_and_export(folder, to)
+    check_is_export(export)
+    check_login()
     ranks = read_object(run / "rank_pattern.json") if run and (run / "rank_pattern.json").is_file() else None
     files = check_export(export, ranks, get_token())
     written = _written_here(run, export, repo_id, revision, base_license, tell)

@@ -57,7 +57,8 @@ class RunRecord:
             UserError: it is no run folder, or a file in it is not what a run writes.
         """
         if not (path / "config.yaml").is_file():
-            raise UserError(f"{path} is no run (it has no config.yaml): give the output_dir of a run")
+            why = "it has no config.yaml" if path.is_dir() else "there is no such folder"
+            raise UserError(f"{path} is no run ({why}): give the output_dir of a run")
         metrics = [record for record in read_records(path / "metrics.jsonl") if _is_count(record.get("step"))]
         allocations = _allocations(path / "allocations.jsonl")
         facts = redacted(read_object(path / "run.json")) if (path / "run.json").is_file() else {}

@@ -5,6 +5,7 @@ It reads what the run has written and asks nothing of the run itself, so that it
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -21,10 +22,12 @@ from adalora_dist.io.progress import duration
 from adalora_dist.io.redaction import redacted
 from adalora_dist.io.terminal import clear, page, say
 
-_BARS = "▁▂▃▄▅▆▇█"
+_BARS, _PLAIN_BARS = "▁▂▃▄▅▆▇█", "_.-:=+*#"
+"""From the lowest to the highest; the latter for terminals that lack the former."""
 _SHADES = (236, 17, 18, 19, 20, 26, 32, 38, 44, 50, 86)
 """Of the terminal's 256 colours, from rank 0 to the largest."""
-_CURVE_WIDTH = 48
+_CURVE_WIDTH, _BESIDE_CURVE = 48, 42
+"""Characters of a curve, and of its name and values."""
 _CURVES = {
     "loss": "training loss", "eval_loss": "validation loss", "budget": "budget", "gradient_norm": "gradient norm",
 }  # fmt: skip
@@ -39,8 +42,9 @@ def watch(path: Path, every_seconds: float, once: bool) -> None:
     is_live = sys.stdout.isatty() and not once
     while True:
         run = RunRecord.read(path, path.resolve().name)
-        height = shutil.get_terminal_size().lines if is_live else None
-        shown = view(run, height, in_colour=sys.stdout.isatty())
+        width, height = shutil.get_terminal_size() if is_live else (None, None)
+        in_colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        shown = view(run, height, in_colour, width, _bars_of(sys.stdout.encoding))
         if not is_live:
             page(redacted(shown))
             return
@@ -51,18 +55,23 @@ def watch(path: Path, every_seconds: float, once: bool) -> None:
         time.sleep(every_seconds)
 
 
-def view(run: RunRecord, height: int | None = None, in_colour: bool = False) -> str:
+def view(
+    run: RunRecord, height: int | None = None, in_colour: bool = False, width: int | None = None, bars: str = _BARS
+) -> str:
     """What is shown of a run.
 
     Args:
         height: lines of the terminal; layers that do not fit are left out, and counted. None: as many as it takes.
+        width: columns of the terminal; curves are shorter where they would not fit.
+        bars: characters of a curve, from the lowest value to the highest.
     """
+    length = _CURVE_WIDTH if width is None else max(8, min(_CURVE_WIDTH, width - _BESIDE_CURVE))
     lines = [f"{printable(run.label, 60)}: {run.state}", _progress(run), ""]
     rows = []
     for name, title in _CURVES.items():
         if points := run.points(name):
-            bars = _curve(points).ljust(min(_CURVE_WIDTH, run.num_steps_done))
-            rows.append((title, bars, number(points[0][1]), "->", number(points[-1][1])))
+            curve = _curve(points, length, bars).ljust(min(length, run.num_steps_done))
+            rows.append((title, curve, number(points[0][1]), "->", number(points[-1][1])))
     lines += [aligned(rows), ""] if rows else ["No step has been logged yet.", ""]
     if run.pattern:
         left = None if height is None else max(1, height - len("\n".join(lines).splitlines()) - 6)
@@ -83,13 +92,21 @@ def _progress(run: RunRecord) -> str:
     return said + (f", {speed[-1][1]:,.0f} tokens/s" if speed else "")
 
 
-def _curve(points: Sequence[Point]) -> str:
+def _bars_of(encoding: str) -> str:
+    try:
+        _BARS.encode(encoding)
+    except UnicodeEncodeError:
+        return _PLAIN_BARS
+    return _BARS
+
+
+def _curve(points: Sequence[Point], length: int, bars: str) -> str:
     """A line of bars, each the mean of its part of the steps; the lowest value is the lowest bar."""
-    count = min(_CURVE_WIDTH, len(points))
+    count = min(length, len(points))
     parts = [points[k * len(points) // count : (k + 1) * len(points) // count] for k in range(count)]
     means = [sum(y for _, y in part) / len(part) for part in parts]
     low, span = min(means), (max(means) - min(means)) or 1.0
-    return "".join(_BARS[min(len(_BARS) - 1, int((mean - low) / span * len(_BARS)))] for mean in means)
+    return "".join(bars[min(len(bars) - 1, int((mean - low) / span * len(bars)))] for mean in means)
 
 
 def _map(run: RunRecord, max_layers: int | None, in_colour: bool) -> str:
