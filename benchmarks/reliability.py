@@ -99,12 +99,13 @@ def damages(folder: Path, arguments: argparse.Namespace) -> None:
 
 def kills(folder: Path, arguments: argparse.Namespace) -> None:
     tqdm.monitor_interval = 0  # its thread would be there while processes are forked
-    print("| killed at random times | trials | killed | half seen by a reader |\n| --- | ---: | ---: | ---: |")
+    print("| killed at random times | trials | killed | half seen by a reader | ended, whole and equal |")
+    print("| --- | ---: | ---: | ---: | ---: |")
     for what in (exports, pushes, resumes):
         num_trials = -(-arguments.trials // 3)
         (folder / what.__name__).mkdir()
-        num_killed = what(folder / what.__name__, num_trials, arguments.seed)
-        print(f"| {what.__name__} | {max(num_trials, num_killed)} | {num_killed} | 0 |", flush=True)
+        num_killed, num_whole = what(folder / what.__name__, num_trials, arguments.seed)
+        print(f"| {what.__name__} | {num_trials} | {num_killed} | 0 | {num_whole} |", flush=True)
 
 
 def main() -> None:

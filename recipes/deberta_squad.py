@@ -22,6 +22,7 @@ from adalora_dist.tasks.squad.config import SquadConfig
 TABLE = CONFIGS / "tables" / "deberta_squad.yaml"
 ARCHITECTURES = CONFIGS / "architectures"
 DEMO_CONFIG = CONFIGS / "deberta_squad_demo.yaml"
+ENDS = {"num_labels": 2}  # the two of an answer, however many classes the model's files know
 
 
 def configuration(argv: list[str]) -> SquadConfig:
@@ -54,6 +55,7 @@ def main(config: SquadConfig) -> None:
         return dry_run(
             config, AutoModelForQuestionAnswering, ARCHITECTURES, "all-MiniLM-L6-v2", [task],
             lambda: demo_passages("train", task == "v2.0") if built_in else load_squad_parts(*own_rows)[0],
+            **ENDS,
         )  # fmt: skip
     whole = Run(config)
 
@@ -99,7 +101,7 @@ def main(config: SquadConfig) -> None:
 
     for run in each_seed(whole, {}):
         # -------------------------------------------------------------------------------------------------------- model
-        run.load_model(AutoModelForQuestionAnswering)
+        run.load_model(AutoModelForQuestionAnswering, ENDS)
 
         # ------------------------------------------------------------------------------------------ adapters and engine
         run.prepare(BatchPlan.of_inputs(inputs, spans, *run.batching))

@@ -13,6 +13,8 @@ from tests.support.paths import ROOT
 KNOWN = {
     "torch._C._current_graph_task_id",
     "torch._C._distributed_c10d._register_comm_hook",
+    "torch._dynamo.config.patch",
+    "torch._dynamo.exc.TorchDynamoException",
     "torch._foreach_add_",
     "torch._foreach_copy_",
     "torch._foreach_mul",

@@ -47,7 +47,8 @@ def expert_edits(adapters: Sequence[Update], names: FileNames) -> tuple[list[Upd
         of_experts |= {matrix.name for matrix in matrices}
         for part in parts_of(names, stack):
             if part.expert is None:
-                edits[part.stored.key] = partial(_add_all, matrices)
+                turned = [replace(m, weight_is_transposed=m.weight_is_transposed ^ part.is_turned) for m in matrices]
+                edits[part.stored.key] = partial(_add_all, turned)
             elif (matrix := matrices[part.expert]).rank:
                 edits[part.stored.key] = replace(matrix, P=matrix.P[part.start : part.stop]).merged
     return [adapter for adapter in adapters if adapter.name not in of_experts], edits

@@ -20,7 +20,8 @@ class Conversion(NamedTuple):
     position: int
     """Of that pattern among the rule's."""
     operations: tuple[str, ...]
-    """Name and dimension of each that the rule applies, in order: "MergeModulelist 0"."""
+    """Name and dimensions of each that the rule applies, in order: "MergeModulelist 0", "Transpose 1 2", the latter
+    with "if needed" where shapes decide."""
 
 
 class ConversionRules:
@@ -43,7 +44,7 @@ class ConversionRules:
         if pattern is None:
             return None
         converter = self._by_pattern[pattern]
-        operations = tuple(f"{type(o).__name__} {getattr(o, 'dim', '')}" for o in converter.operations)
+        operations = tuple(_spelt(operation) for operation in converter.operations)
         return Conversion(pattern, list(converter.source_patterns).index(pattern), operations)
 
     def names_of(self, key: str) -> tuple[list[str], bool]:
@@ -89,3 +90,9 @@ class ConversionRules:
         if name not in self._shapes and key in self._shapes:  # an old rule that takes a right name for a wrong one
             name, pattern = rename_source_key(key, [], [], self._prefix, self._shapes)
         return name, pattern
+
+
+def _spelt(operation: Any) -> str:
+    if type(operation).__name__ == "Transpose":
+        return f"Transpose {operation.dim0} {operation.dim1}{' if needed' if operation.check_dims else ''}"
+    return f"{type(operation).__name__} {getattr(operation, 'dim', '')}"

@@ -1,4 +1,4 @@
-"""Where the matrices of a stack of experts lie in a model's files: in a tensor for each, in several, or as they are.
+"""Where the matrices of a stack of experts lie in a model's files: in a tensor for each, in several, or in one of all.
 
 Files have gate and up of every expert for itself; transformers lays the two side by side and stacks the experts. So
 each row of a stack is a row of one tensor of the files, and can be read, or written, by itself.
@@ -20,10 +20,12 @@ class ExpertPart(NamedTuple):
 
     stored: Stored
     expert: int | None
-    """Whose matrix it is, or whose rows; None: the whole stack, as the model has it."""
+    """Whose matrix it is, or whose rows; None: the whole stack."""
     start: int
     """The first of its rows in the expert's matrix (d_out, d_in); the others follow."""
     stop: int
+    is_turned: bool = False
+    """Whether its matrices lie the other way round than the model's."""
 
 
 def parts_of(names: FileNames, stack: ExpertStack) -> list[ExpertPart]:
@@ -36,9 +38,12 @@ def parts_of(names: FileNames, stack: ExpertStack) -> list[ExpertPart]:
     sources = names.sources.get(name, ())
     if not sources:
         raise UserError(f"{stack.name} of {names.model_class} is not in its files: leave it out of targets")
-    if name not in names.computed:
-        _compare(stack, sources[0], (stack.num_experts, *_sizes(stack)))
-        return [ExpertPart(sources[0], None, 0, stack.d_out)]
+    operations = _operations(names, sources[0]) if name in names.computed else ()
+    if operations in ((), _TURNED, _TURNED_IF_NEEDED):
+        stored, sizes = sources[0], _sizes(stack)
+        is_turned = operations == _TURNED or (operations == _TURNED_IF_NEEDED and stored.shape[1:] != sizes)
+        _compare(stack, stored, (stack.num_experts, *(sizes[::-1] if is_turned else sizes)))
+        return [ExpertPart(stored, None, 0, stack.d_out, is_turned)]
     parts = _stacked(names, stack, sources)
     for part in parts:
         _compare(stack, part.stored, (part.stop - part.start, stack.d_in))
@@ -49,6 +54,11 @@ def parts_of(names: FileNames, stack: ExpertStack) -> list[ExpertPart]:
     if stack.is_transposed or set(rows) != {stack.d_out}:
         raise _unknown(stack, names)
     return parts
+
+
+def _operations(names: FileNames, stored: Stored) -> tuple[str, ...] | None:
+    conversion = names.rules.conversion_of(stored.key) if names.rules is not None else None
+    return None if conversion is None else conversion.operations
 
 
 def _stacked(names: FileNames, stack: ExpertStack, sources: tuple[Stored, ...]) -> list[ExpertPart]:
@@ -72,6 +82,7 @@ def _stacked(names: FileNames, stack: ExpertStack, sources: tuple[Stored, ...]) 
 
 
 _SIDE_BY_SIDE = ("MergeModulelist 0", "Concatenate 1")
+_TURNED, _TURNED_IF_NEEDED = ("Transpose 1 2",), ("Transpose 1 2 if needed",)
 
 
 def _sizes(stack: ExpertStack) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
-from adalora_dist.backbones.parts import is_under, tower_names
+from adalora_dist.backbones.parts import input_embeddings, is_under, tower_names
 from adalora_dist.io.errors import UserError
 from adalora_dist.sharding.tensors import full_shape
 
@@ -39,8 +39,7 @@ def fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         UserError: the tokenizer has tokens that the model has no embedding for; or the model counts positions from
             another padding id.
     """
-    embeddings = model.get_input_embeddings()
-    weight: Any = getattr(embeddings, "weight", None)
+    weight: Any = getattr(input_embeddings(model), "weight", None)
     if weight is not None:
         num_rows = full_shape(weight)[0]
         beyond = sorted((id_, token) for token, id_ in tokenizer.get_vocab().items() if id_ >= num_rows)

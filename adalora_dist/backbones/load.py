@@ -17,6 +17,7 @@ from adalora_dist.backbones.experts import unlike_linears
 from adalora_dist.backbones.files import locate_weights, refuse_odd_files, stored_tensors
 from adalora_dist.backbones.fit import compare_classes, fit_tokenizer
 from adalora_dist.backbones.names import FileNames, head_prefixes, on_meta
+from adalora_dist.backbones.parts import input_embeddings
 from adalora_dist.backbones.quantization import settle_quantized
 from adalora_dist.backbones.sharded_load import load_on_meta
 from adalora_dist.backbones.ties import refuse_unequal
@@ -262,7 +263,7 @@ def name_blocks(model: Any) -> set[str]:
     to do that inside a module that has been sharded before.
     """
     stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
-    embeddings = model.get_input_embeddings()
+    embeddings = input_embeddings(model)
     around = {type(m).__name__ for m in model.modules() if m is not embeddings and embeddings in m.modules()}
     blocks = set(model._no_split_modules or ()) - around
     if not blocks and stacks:

@@ -22,6 +22,7 @@ from torch import nn
 
 from adalora_dist.backbones.conversions import ConversionRules
 from adalora_dist.backbones.files import Stored, stored_tensors, weight_files
+from adalora_dist.backbones.parts import input_embeddings
 from adalora_dist.io.errors import UserError, reason_of
 from adalora_dist.io.foreign_files import read_object
 from adalora_dist.sharding.tensors import full_shape
@@ -276,7 +277,7 @@ def head_prefixes(model: nn.Module) -> tuple[str, ...]:
     if backbone is not model:
         return tuple(f"{name}." for name, module in model.named_children() if module is not backbone)
     # A model that is its own backbone (T5 for question answering): no stack of layers, nor what tokens enter by.
-    entrance = getattr(model, "get_input_embeddings", lambda: None)()
+    entrance = input_embeddings(model)
     inside = {id(entrance)} | {id(p) for p in (entrance.parameters() if entrance is not None else ())}
     return tuple(
         f"{name}."

@@ -123,3 +123,12 @@ def _modalities(model: nn.Module) -> set[str]:
 def is_under(path: str, roots: Iterable[str]) -> bool:
     """Whether a module is one of ``roots``, or within one."""
     return any(path == root or path.startswith(f"{root}.") for root in roots)
+
+
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """What tokens enter by; None where there is no such module, as in CANINE, which hashes characters."""
+    try:
+        found: nn.Module | None = getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:
+        return None
+    return found

@@ -145,8 +145,10 @@ def _pieces(tensor: torch.Tensor, source: Stored | list[ExpertPart]) -> Iterator
         return
     local, first = local_part(tensor), first_row(tensor)
     for part in source:
-        if first <= (part.expert or 0) < first + len(local):
-            yield local[(part.expert or 0) - first, part.start : part.stop], part.stored
+        if part.expert is None:
+            yield tensor.transpose(1, 2) if part.is_turned else tensor, part.stored
+        elif first <= part.expert < first + len(local):
+            yield local[part.expert - first, part.start : part.stop], part.stored
 
 
 def _allocate(parameter: nn.Parameter, device: torch.device | str) -> None:

@@ -85,10 +85,10 @@ def fail(error: object) -> NoReturn:
 def user_errors(resumable: bool = True) -> Iterator[None]:
     """Around a whole program: it ends with one line, whatever it was given. A context manager and a decorator.
 
-    A ``UserError`` turns into :func:`fail`, and so does a disk that is full or fails under any library, and a name that
-    no file can have; every other exception propagates. A signal, Ctrl-C and a closed terminal among them, ends the
-    program at once, as does the end of its launcher, until the run's ``Guard`` takes over. What the terminal cannot
-    show is escaped.
+    A ``UserError`` turns into :func:`fail`, and so does a disk that is full or fails under any library, a name that no
+    file can have, and what this user may not open; every other exception propagates. A signal, Ctrl-C and a closed
+    terminal among them, ends the program at once, as does the end of its launcher, until the run's ``Guard`` takes
+    over. What the terminal cannot show is escaped.
 
     Args:
         resumable: a run, whose exit code after a signal is ``EXIT_PREEMPTED``; else 128 + the signal's number.

@@ -36,6 +36,7 @@ _FLAGS = {
     "lr-warmup-steps": "warmup-steps num-warmup-steps",
     "max-grad-norm": "gradient-clipping gradient-clip-val",
     "precision": "mixed-precision bf16 fp16 tf32",
+    "compile": "torch-compile use-torch-compile",
     "quantization": "load-in-4bit load-in-8bit quantization-bit bnb-4bit-quant-type quantization-method",
     "double-quant": "bnb-4bit-use-double-quant double-quantization",
     "attn-implementation": "flash-attn flash-attention sdp-attention",

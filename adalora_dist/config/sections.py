@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import Field, model_validator
 
-from adalora_dist.config.activations import ActivationsConfig
+from adalora_dist.config.compilation import CompileConfig, check_compile
 from adalora_dist.config.data import ColumnsConfig as ColumnsConfig
 from adalora_dist.config.data import DataConfig as DataConfig
 from adalora_dist.config.formats import ExportFormat
@@ -49,7 +49,7 @@ class ModelConfig(Section):
         return self
 
 
-class TrainConfig(ActivationsConfig):
+class TrainConfig(CompileConfig):
     output_dir: str = Field("runs/latest", min_length=1)
     """Run folder: resolved configuration, metrics.jsonl, exports. A folder that holds a run is refused."""
     overwrite: bool = False
@@ -285,6 +285,7 @@ class RunConfig(Section):
                 f"can be); {remedy}, or set method to one that can"
             )
         self.adapter.check(self)
+        check_compile(self)
         return self
 
     def _default_formats(self) -> None:

@@ -286,7 +286,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def refusal_of_disk(error: BaseException) -> UserError | None:
-    """What to say of an error that nobody caught, a library's among them, where a disk or a name is its cause."""
+    """What to say of an error that nobody caught, a library's too, whose cause is a disk, a name, or a file's mode."""
     text = str(error)
     if isinstance(error, RuntimeError | ValueError) and ("Symlink loop" in text or "embedded null" in text):
         return UserError(f"there can be no such file ({text}): give another name")
@@ -295,6 +295,10 @@ def refusal_of_disk(error: BaseException) -> UserError | None:
     where = f": {error.filename}" if error.filename else ""
     if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
         return UserError(f"there can be no such file ({error.strerror}{where}): give another name")
+    if error.filename and error.errno in (errno.EACCES, errno.EPERM):
+        return UserError(
+            f"{error.filename} is not for this user ({error.strerror}): have its mode changed, or give another"
+        )
     if error.errno not in (*NO_ROOM, errno.EROFS, errno.EIO, errno.ESTALE):
         return None
     return UserError(

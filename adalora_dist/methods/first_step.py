@@ -89,6 +89,13 @@ class FirstStep:
             adapter.noted = noted
             self._handles.append(adapter.register_forward_hook(partial(noted.after, adapter.name)))
 
+    def leave(self) -> None:
+        """Watch no longer."""
+        for handle in self._handles:
+            handle.remove()
+        for adapter in self._adapters:
+            adapter.noted = None
+
     def end(self) -> str:
         """Gradients are there: look, and watch no longer.
 
@@ -98,10 +105,7 @@ class FirstStep:
         Raises:
             UserError: the model goes past one, or none can learn.
         """
-        for handle in self._handles:
-            handle.remove()
-        for adapter in self._adapters:
-            adapter.noted = None
+        self.leave()
         noted, names = self._noted, [adapter.name for adapter in self._adapters]
         if noted.is_compiled or not noted.went_back:
             return ""

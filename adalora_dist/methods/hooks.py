@@ -187,6 +187,12 @@ class MethodHooks:
         self._said = ""
         return [line for line in lines if line]
 
+    def watch_no_longer(self) -> None:
+        """Of a run that is continued: whether adapters take part was seen in its first step."""
+        if self._first_step is not None:
+            self._first_step.leave()
+            self._first_step = None
+
     def replace(self, model: nn.Module, optimizer: Any) -> str:
         """Between two steps: exchange parameters if the method is due to; in a few words what was done. Collective.
 

@@ -329,5 +329,10 @@ def _refuse_unsupported(params: Sequence[torch.Tensor], zero: Any) -> None:
         raise UserError(
             "torch_autocast with float16 skips parameter groups one by one: use the fp16 or bf16 section instead"
         )
+    if isinstance(innermost(zero), torch.optim.Adagrad) and not hasattr(zero, _STAGE_1_BF16[0]):
+        raise UserError(
+            "DeepSpeed steps an Adagrad that it makes in the place of yours, which no schedule of the learning rate "
+            "and no option of a parameter group reaches: use RMSprop or AdamW"
+        )
     if any(getattr(p, "use_muon", False) for p in params):
         raise UserError("ZeRO replaces the gradients of Muon's parameters by updates: use another optimizer (AdamW)")

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import psutil
 from packaging.requirements import Requirement
 
+from adalora_dist.io.build_tools import missing_build_tool
 from adalora_dist.io.cache import cache_folder
 from adalora_dist.io.errors import printable
 from adalora_dist.io.redaction import redacted
@@ -67,7 +68,8 @@ def doctor() -> tuple[str, bool]:
     lines += [f"  {p.name:18} {p.found or '-':16} {p.wanted:16} {p.problem}".rstrip() for p in wanted[""]]
     broken = _reason_of_torch()
     devices = [f"  torch cannot be imported: {broken}"] if broken else _devices()
-    lines += ["", "Features", *_features(wanted), "", "Devices", *devices, "", "Launchers"]
+    compiles = [] if broken else [_compiles()]
+    lines += ["", "Features", *_features(wanted), *compiles, "", "Devices", *devices, "", "Launchers"]
     lines += [f"  {name:18} {_home(shutil.which(name) or 'not found')}" for name in LAUNCHERS]
     lines += ["", "Disk", *_disk(), "", "Environment", *_environment(), ""]
     verdict = "All that a run needs is there."
@@ -104,6 +106,13 @@ def _features(wanted: dict[str, list[Package]]) -> Iterator[str]:
         lacking = [f"{package.name}: {package.problem}" for package in wanted[extra] if package.problem]
         remedy = f"{', '.join(lacking)}; pip install '{PACKAGE}[{extra}]'" if lacking else "ready"
         yield f"  {what:43} {remedy}"
+
+
+def _compiles() -> str:
+    import torch
+
+    missing = missing_build_tool(torch.cuda.is_available())
+    return f"  {'compiled blocks: --compile':43} {f'missing: {missing}' if missing else 'ready'}"
 
 
 def _reason_of_torch() -> str:

@@ -17,6 +17,7 @@ from torch import nn
 
 from adalora_dist.backbones.fit import check_lengths, lengths_of
 from adalora_dist.backbones.load import refuse_code_from_elsewhere
+from adalora_dist.config.compilation import check_compile_engine
 from adalora_dist.config.methods import TargetsConfig
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError, reason_of
@@ -162,6 +163,8 @@ def dry_run(
         tasks: of ``PUBLIC_ROWS``, whose rows are counted there where the data is the Hub's.
         load: the training rows where it is not.
     """
+    cluster = PLANNED.get() or Cluster.here()
+    check_compile_engine(config.train.compile, cluster.engine.startswith("zero"))
     num_rows = count_rows(cast(Any, config).data, tasks, load, config.evaluation.eval_every > 0)
     run = plan_run(config, auto_class, num_rows, architectures, demo, **changes)
     if os.environ.get("RANK", "0") != "0":
@@ -169,10 +172,10 @@ def dry_run(
     print(plan_text(run, config))
     described = run.described
     planner = Planner(described.config, described.auto_class, described.architecture, described.model, run.schedule)
-    if (cluster := PLANNED.get()) is not None:
+    if PLANNED.get() is not None:
         print(cluster_text(planner, cluster, run.num_steps))
     else:
-        print(own_text(planner, Cluster.here()))
+        print(own_text(planner, cluster))
         print("Other machines, traffic, disk and time: adalora-dist plan RECIPE --gpus 8x80GB, and the same flags")
 
 
@@ -191,6 +194,8 @@ def plan_text(run: DryRun, config: RunConfig) -> str:
         f"Method     {adapter.method}, {run.num_matrices} matrices",
     ]
     lines.append(f"Weights    {shares_line(run.shares, run.num_matrices)}")
+    if train.compile:
+        lines.append("Blocks     compiled from the second step on, which memory below does not know of")
     if run.fitted is not None:
         lines.append(f"Within     {run.fitted.as_sentence()}")
     if adapter.has_adapters:

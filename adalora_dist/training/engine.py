@@ -27,7 +27,9 @@ from accelerate.utils import (
 )
 from torch import nn
 
+from adalora_dist.backbones.parts import input_embeddings
 from adalora_dist.backbones.precision import computed_in
+from adalora_dist.config.compilation import check_compile_engine
 from adalora_dist.config.sections import RunConfig, TrainConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.launchers import OWN_COMMAND
@@ -80,6 +82,7 @@ def build_accelerator(train: TrainConfig, environment: Mapping[str, str] = os.en
     if train.precision == "fp16" and on_cpu:
         raise UserError("precision=fp16 needs a GPU: use fp32 or bf16 on CPU")
 
+    check_compile_engine(train.compile, use_deepspeed)
     if use_deepspeed and (name := environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")):
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(deepspeed_file(name))
     with _port_in_use_named(environment):
@@ -196,11 +199,12 @@ def tied_weights_in_one_group(accelerator: Accelerator, model: nn.Module) -> Ite
     """Around ``accelerator.prepare``: under FSDP2, a weight that three modules share stays in the root's group.
 
     accelerate makes a group of input embeddings and output head. Where other modules share their weight, as the
-    encoder and the decoder of BART do, it would lie in two groups, which torch refuses. No effect elsewhere.
+    encoder and the decoder of BART do, it would lie in two groups, which torch refuses. It also asks models that have
+    no such embeddings (CANINE). No effect elsewhere.
     """
-    weight = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "weight", None)
+    weight = getattr(input_embeddings(model), "weight", None)
     num_owners = sum(p is weight for module in model.modules() for p in module.parameters(recurse=False))
-    hidden = accelerator.distributed_type == DistributedType.FSDP and num_owners > 2
+    hidden = accelerator.distributed_type == DistributedType.FSDP and (weight is None or num_owners > 2)
     names = ("get_input_embeddings", "get_output_embeddings") if hidden else ()
     for name in names:
         setattr(model, name, lambda: None)

@@ -22,6 +22,7 @@ from adalora_dist.methods.protocol import trained_parameters
 from adalora_dist.sharding.tensors import gather_for, put_back_shards, with_every_gradient
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.losses import LossSum
+from adalora_dist.tasks.reading_ahead import refuse_reading_ahead
 from adalora_dist.training.engine import begin_accumulation, engine_name
 from adalora_dist.training.evaluations import Evaluate, Evaluations
 from adalora_dist.training.faults.guard import Guard
@@ -199,9 +200,12 @@ def generates_together(accelerator: Accelerator, model: nn.Module, evaluation: E
     encoder-decoder calls the encoder first, by itself.
 
     Raises:
-        UserError: ``merge_to_generate`` is set, and there is nothing to merge.
+        UserError: ``merge_to_generate`` is set, and there is nothing to merge; as of
+            :func:`~adalora_dist.tasks.reading_ahead.refuse_reading_ahead`.
     """
     if isinstance(evaluation, DecodingConfig) and evaluation.merge_to_generate:
         check_mergeable(model)
     gather_for(model, "generate")
+    refuse_reading_ahead(accelerator.unwrap_model(model), accelerator.mixed_precision == "no")
+    put_back_shards(model)
     return is_sharded(accelerator) and accelerator.num_processes > 1

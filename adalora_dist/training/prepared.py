@@ -21,6 +21,7 @@ from adalora_dist.methods.prefix_text import check_text
 from adalora_dist.methods.protocol import adapters_of, trained_parameters
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.training.backbone_checks import check_backbone
+from adalora_dist.training.compiled import compile_blocks
 from adalora_dist.training.engine import tied_weights_in_one_group
 from adalora_dist.training.resume import compare_backbone, set_loss_scale
 
@@ -86,6 +87,8 @@ def prepare(
         set_loss_scale(accelerator, wrapped, resumed.run["loss_scale"])
     elif tokens:
         hooks.start(model, wrapped, tokens)
+    if config.train.compile:
+        compile_blocks(model, hooks)
     return prepared
 
 

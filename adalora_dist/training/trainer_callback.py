@@ -224,6 +224,11 @@ class AdaLoraCallback(TrainerCallback):
                 "train() was called again with an AdaLoraCallback that has served a run (auto_find_batch_size does so "
                 "too): start from a new model, Trainer and AdaLoraCallback, with a batch size that fits"
             )
+        if state.is_hyper_param_search:
+            raise UserError(
+                "hyperparameter_search trains several models with one AdaLoraCallback, which serves one run: make the "
+                "model, Trainer and callback in the objective of your search, and call trainer.train() there"
+            )
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         if args.n_gpu > 1:
             raise UserError(

@@ -52,8 +52,8 @@ def asks_peft_for_its_reference(trainer: Any) -> bool:
     TRL's DPO and KTO do: where they find some, they load no reference model. So their model is converted when training
     begins, and until then it is PEFT's.
     """
-    constructors = [vars(kind)["__init__"] for kind in type(trainer).__mro__ if "__init__" in vars(kind)]
-    return any("ref_model" in inspect.signature(constructor).parameters for constructor in constructors)
+    made_by = [vars(kind)["__init__"] for kind in type(trainer).__mro__[:-1] if "__init__" in vars(kind)]
+    return any("ref_model" in inspect.signature(made).parameters for made in made_by)
 
 
 class WithoutAdapters:

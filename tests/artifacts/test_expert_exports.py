@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from adalora_dist import AdaLoraConfig, adapt, attach
 from adalora_dist.artifacts.export import load_adapter, merge, read_adapter, save_adapter, task_settings
@@ -20,7 +20,10 @@ from adalora_dist.artifacts.tables import rank_table
 from adalora_dist.backbones.names import plain_model
 from adalora_dist.io.foreign_files import read_object
 from tests.support.expert_models import MIXTURES, loss_of, mixture
+from tests.support.expert_steps import expert_layers
 from tests.support.refusals import refusal
+from tests.support.steps import make_steps
+from tests.support.tiny_any import tiny_model
 
 ALWAYS = ("mixtral", "gpt_oss", "llama4", "deepseek_v3")
 """One of each layout; the others have Mixtral's, and run with the slow tests."""
@@ -81,6 +84,26 @@ def test_every_form_computes_what_was_trained(kind: str, tmp_path: Path) -> None
     assert "target_parameters" in vllm_options(tmp_path / "lora")
     save_lora(updates, tmp_path / "padded", None, model=plain_model(tmp_path / "base", {}), pad=True)
     assert read_object(tmp_path / "padded" / "adapter_config.json")["rank_pattern"] == {}
+
+
+@pytest.mark.parametrize("is_turned", [False, True])
+def test_stacks_are_merged_as_they_lie_in_the_files(is_turned: bool, tmp_path: Path) -> None:
+    """Qwen3-VL's files may have the matrices of a stack either way round: transformers goes by the shapes."""
+    tiny_model(tf.Qwen3VLMoeForConditionalGeneration).save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    if is_turned:
+        turned = {k: x.mT.contiguous() if ".experts." in k else x for k, x in load_file(file).items()}
+        save_file(turned, file, metadata={"format": "pt"})
+    model = tf.Qwen3VLMoeForConditionalGeneration.from_pretrained(tmp_path / "base")
+    [layer, *_] = expert_layers(adapt(model, SETTINGS))
+    sizes = (layer.d_in, layer.d_out) if is_turned else (layer.d_out, layer.d_in)
+    assert load_file(file)[layer.name].shape[1:] == sizes
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    hooks = attach(model, optimizer, SETTINGS, 6)
+    make_steps(model, optimizer, hooks, partial(loss_of, model), range(6))
+    merge(hooks.updates(), tmp_path / "base", tmp_path / "merged", task=task_settings(model), show_progress=False)
+    merged = tf.Qwen3VLMoeForConditionalGeneration.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(logits_of(merged), logits_of(model.eval()), atol=1e-5, rtol=0)
 
 
 def test_an_adapted_model_saves_itself_for_peft(tmp_path: Path) -> None:

@@ -9,21 +9,32 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     JetMoeConfig,
     JetMoeForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
+from adalora_dist.backbones.expert_files import parts_of
+from adalora_dist.backbones.experts import stacks_of
+from adalora_dist.backbones.files import stored_tensors
 from adalora_dist.backbones.load import load_backbone
+from adalora_dist.backbones.names import FileNames
+from adalora_dist.backbones.sharded_load import _read
 from adalora_dist.config.sections import ModelConfig
 from tests.support.paths import ROOT
 from tests.support.ranks import import_deepspeed, run_ranks
 from tests.support.refusals import refusal
 from tests.support.sharded_loads import VOCABULARY, peak_of_loading, run_with
+from tests.support.tiny_any import tiny_model
 from tests.support.tiny_language_model import byte_tokenizer
 
 import_deepspeed()  # or skip
@@ -69,6 +80,28 @@ def test_no_rank_ever_holds_the_experts(tmp_path):
     assert full_bytes > 100e6
     # A third, and what loading needs besides: the tensor in hand, adapters, Python modules.
     assert max(peaks) < 0.5 * full_bytes, (full_bytes, peaks)
+
+
+def read_turned(rank: int, world_size: int, folder: Path) -> None:
+    """Of a stack whose matrices lie the other way round in its file, a process reads those of its own experts."""
+    with torch.device("meta"):
+        model = Qwen3VLMoeForConditionalGeneration(AutoConfig.from_pretrained(folder))
+    file = folder / "model.safetensors"
+    stack, *_ = stacks_of(model)
+    parts = parts_of(FileNames.of(model, stored_tensors([file])), stack)
+    expected = load_file(file)[stack.name].mT
+    mesh = init_device_mesh("cpu", (world_size,))
+    read = distribute_tensor(torch.zeros(expected.shape), mesh, [Shard(0)])
+    _read([(read, parts)])
+    assert torch.equal(read.to_local(), expected.tensor_split(world_size)[rank]) and parts[0].is_turned
+
+
+def test_experts_that_lie_the_other_way_round_are_read_by_rows(tmp_path):
+    tiny_model(Qwen3VLMoeForConditionalGeneration).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    turned = {key: x.mT.contiguous() if ".experts." in key else x for key, x in tensors.items()}
+    save_file(turned, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    run_ranks(2, read_turned, tmp_path)
 
 
 def jetmoe(folder: Path) -> str:

@@ -22,6 +22,8 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BitsAndBytesConfig,
+    CanineModel,
+    CanineTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -38,6 +40,7 @@ from adalora_dist.training.backbone_checks import check_backbone
 from adalora_dist.training.prepared import prepare
 from tests.support.refusals import refusal
 from tests.support.settings import adapter_section
+from tests.support.tiny_any import tiny_model
 from tests.support.tiny_encoders import encoder_tokenizer
 
 TEXT: dict[str, Any] = dict(
@@ -261,6 +264,16 @@ def test_odd_values_are_refused_in_one_line(file: str, tmp_path: Path) -> None:
             (folder / file).write_text(json.dumps(json.loads(content) | {name: value}))
             line = refusal(load_backbone, ModelConfig(name=str(folder)), AutoModelForCausalLM)
             assert str(folder) in line and len(line) < 600, (name, value, line)
+
+
+def test_a_model_without_input_embeddings(tmp_path: Path) -> None:
+    """It hashes characters, and transformers cannot say what they enter by."""
+    torch.manual_seed(0)
+    small = tiny_model(CanineModel, max_position_embeddings=64, num_hash_buckets=16)
+    small.save_pretrained(tmp_path / "model")
+    CanineTokenizer(model_max_length=64).save_pretrained(tmp_path / "model")
+    [line] = run(tmp_path / "model", AutoModelForSequenceClassification, 2, train_modules=("task-head",))
+    assert "classifier" in line
 
 
 def test_a_head_named_in_train_modules_may_be_missing(tmp_path: Path) -> None:

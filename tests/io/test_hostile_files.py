@@ -40,6 +40,7 @@ from adalora_dist.tasks.rows.bad_rows import BadRows
 from adalora_dist.tasks.rows.files import find_split
 from adalora_dist.tasks.rows.read import file_rows
 from adalora_dist.tasks.rows.table import checked_table
+from adalora_dist.tasks.sft.template import set_template
 from adalora_dist.training.faults.run_lock import RunLock
 from adalora_dist.training.launch import _zero_stage
 from adalora_dist.training.restarts import count_restart
@@ -189,6 +190,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "train.parquet": lambda folder: all_rows(folder / "train.parquet"),
     "table/train.jsonl": lambda folder: one_table(folder / "table"),
     "backbone/config.json": lambda folder: backbone_identity(ModelConfig(name=str(folder / "backbone"))),
+    "template.jinja": lambda folder: set_template(byte_tokenizer(), str(folder / "template.jinja")),
     "cached.npz": lambda folder: token_cache._read(folder / "cached.npz"),
 }
 

@@ -177,6 +177,9 @@ def test_a_disk_that_is_full_under_a_library(capsys: pytest.CaptureFixture[str])
     with pytest.raises(PermissionError), user_errors():  # may be anything
         fails(errno.EACCES)
     with pytest.raises(SystemExit), user_errors():
+        raise PermissionError(errno.EACCES, "Permission denied", "/somebody/s")
+    assert capsys.readouterr().err.startswith("error: /somebody/s is not for this user (Permission denied): ")
+    with pytest.raises(SystemExit), user_errors():
         fails(errno.EIO)
 
 

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from adalora_dist.backbones import experts
-from tests.support.expert_models import MIXTURES, mixture
+from adalora_dist.methods.adalora.layers import Lambdas
+from adalora_dist.methods.adalora.widening import Ragged, Widening
+from tests.support.expert_models import MIXTURES, loss_of, mixture
+from tests.support.expert_steps import expert_layers
 from tests.support.expert_training import FALLING, config, run
 from tests.support.fixed_order import FixedOrder
 
@@ -32,6 +35,48 @@ def test_with_sums_in_one_order_compaction_is_bit_for_bit(kind, monkeypatch):
     kept = {update.name: update for update in masked.updates()}
     for update in hooks.updates():
         assert torch.equal(update.delta(), kept[update.name].delta())
+
+
+def test_factors_are_made_equally_wide_together_and_gradients_come_from_their_places():
+    sizes = [(4, (1, 3), 4, True), (5, (2, 2, 0), 2, False), (4, (2, 1), 3, False), (5, (1, 1), 4, False)]
+    ragged = [Ragged(*size) for size in sizes]
+    factors = [torch.randn(r.rows, sum(r.widths), requires_grad=True) for r in ragged]
+    wide = Widening(ragged)(factors)
+    (sum((k + 1) * (x * x).sum() for k, x in enumerate(wide) if k != 3)).backward()
+    assert factors[3].grad is None  # it had no part
+    for k, (r, factor, made) in enumerate(zip(ragged, factors, wide, strict=True)):
+        matrices = made.view(r.rows, len(r.widths), r.width).unbind(1)
+        for own, of_matrix in zip(factor.split(r.widths, dim=1), matrices, strict=True):
+            assert torch.equal(of_matrix[:, : own.shape[1]], own) and made.isfinite().all()
+            assert not (r.fill and of_matrix[:, own.shape[1] :].any())
+        if k != 3:
+            torch.testing.assert_close(factor.grad, 2 * (k + 1) * factor.detach())
+
+
+def test_stacks_together_learn_as_each_by_itself_and_see_what_is_edited(monkeypatch):
+    model = mixture("mixtral")
+    layers = expert_layers(run(model, config(**FALLING, targets=("experts",))).adapters)
+    assert any(len(set(layer.ranks)) > 1 for layer in layers)
+
+    def gradients():
+        model.zero_grad()
+        loss_of(model).backward()
+        return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+    def apart():
+        with monkeypatch.context() as patch:
+            patch.setattr(Lambdas, "weight", lambda self, layer: layer.P * self._own(layer))
+            return gradients()
+
+    torch.testing.assert_close(gradients(), apart(), rtol=1e-5, atol=1e-7)
+    first = loss_of(model)
+    with torch.no_grad():
+        layers[0].Qt.mul_(2)
+    edited = loss_of(model)
+    with torch.no_grad():
+        assert edited != first and (edited - loss_of(model)).abs() < 1e-6
+    model.adalora.release()
+    (loss_of(model) + loss_of(model)).backward()  # two forwards of one product
 
 
 def test_a_column_may_have_other_bits_if_it_stands_alone():

@@ -312,6 +312,25 @@ def test_deepspeed_stage_0_with_bf16_is_refused() -> None:
     assert "stage from 1 to 3" in run_ranks(2, _stage_0)[0]
 
 
+def _adagrad(rank: int, world_size: int) -> list[str]:
+    messages = []
+    for stage in (2, 3):
+        model = Model()
+        optimizer = torch.optim.Adagrad(model.adapter_parameters(), lr=0.1)
+        config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": stage}}
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        with pytest.raises(UserError) as error:
+            select_engine(model.adapter_parameters(), engine.optimizer)
+        messages.append(str(error.value))
+    return messages
+
+
+@needs_deepspeed
+def test_an_adagrad_of_deepspeeds_own_is_refused() -> None:
+    [messages] = run_ranks(1, _adagrad)
+    assert all("use RMSprop or AdamW" in message for message in messages)
+
+
 def test_nonfinite_flag() -> None:
     clean = [torch.ones(3), torch.ones(2, 2, dtype=torch.bfloat16), torch.empty(0)]
     assert nonfinite_flag([]) == 0 and nonfinite_flag(clean) == 0

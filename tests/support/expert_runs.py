@@ -1,5 +1,5 @@
 """A run over experts under any engine: two layers of a real architecture, one expert that no token goes to, and one
-that only the rows of the last rank go to."""
+that only the rows of the last rank go to; or any of the nine mixtures, routed as they route."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from adalora_dist import AdaLoraConfig, adapt, attach
 from tests.support.engine_steps import backward_and_step, zero_engine
-from tests.support.expert_models import SIZES
+from tests.support.expert_models import MIXTURES, SIZES, mixture
 
 STEPS, GLOBAL_BATCH, LENGTH = 8, 6, 6
 UNUSED, OF_LAST = 3, 2
@@ -34,6 +34,8 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.float32
     persist: int = 0
     options: tuple[str, ...] = ()
+    kind: str = ""
+    """Of the mixtures; none: Qwen3-MoE with the routes of :class:`Routed`."""
 
 
 def model_and_router() -> tuple[Any, Any]:
@@ -70,16 +72,20 @@ class Routed(nn.Module):
 
 
 def run(rank: int, world_size: int, case: Case) -> dict[str, Any]:
-    model, gate = model_and_router()
-    routed = model.model.layers[0].mlp.gate = Routed(gate)
-    adapt(model, SETTINGS)
+    settings, routed = SETTINGS, None
+    if case.kind:
+        model, settings = mixture(case.kind), SETTINGS.model_copy(update={"targets": ("experts",)})
+    else:
+        model, gate = model_and_router()
+        routed = model.model.layers[0].mlp.gate = Routed(gate)
+    adapt(model, settings)
     if case.engine == "fsdp2":
         mesh = init_device_mesh("cpu", (world_size,))
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
     optimizer: Any = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
-    hooks = attach(model, optimizer, SETTINGS, STEPS)
+    hooks = attach(model, optimizer, settings, STEPS)
     plain: Any = model
     if case.engine == "ddp":
         model = DistributedDataParallel(model)
@@ -88,7 +94,8 @@ def run(rank: int, world_size: int, case: Case) -> dict[str, Any]:
     losses = []
     for step in range(STEPS):
         ids = rows(step).chunk(world_size)[rank]
-        routed.is_last = (torch.arange(GLOBAL_BATCH) >= GLOBAL_BATCH - 1).chunk(world_size)[rank]
+        if routed is not None:
+            routed.is_last = (torch.arange(GLOBAL_BATCH) >= GLOBAL_BATCH - 1).chunk(world_size)[rank]
         loss = model(input_ids=ids, labels=ids).loss
         backward_and_step(case.engine, model, optimizer, loss)
         total = loss.detach().clone()
@@ -105,3 +112,8 @@ def run(rank: int, world_size: int, case: Case) -> dict[str, Any]:
         "deltas": {update.name: update.delta() for update in hooks.updates()},
         "class": type(plain).__name__,
     }
+
+
+def run_all(rank: int, world_size: int, case: Case) -> dict[str, dict[str, Any]]:
+    """Every mixture, one after the other."""
+    return {kind: run(rank, world_size, case._replace(kind=kind)) for kind in MIXTURES}

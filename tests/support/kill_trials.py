@@ -1,10 +1,12 @@
 """An export, a push and a run that goes on, each killed again and again at a random time, while a reader looks on.
 
-Each function ends with an error at the first half thing that the reader sees, and returns how many were killed.
+Each function ends with an error at the first half thing that the reader sees. It returns how many were killed, and how
+many exports, pushes or runs were brought to their ends afterwards, and found to be what they would have been without.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -37,7 +39,7 @@ def _timed(action: Callable[[], None]) -> float:
     return time.monotonic() - begin
 
 
-def exports(folder: Path, num_trials: int, seed: int = 0) -> int:
+def exports(folder: Path, num_trials: int, seed: int = 0) -> tuple[int, int]:
     """A merged model: none, or every byte of it."""
     base, out, dice = folder / "base", folder / "merged", random.Random(seed)
     model = tiny_llama(260)
@@ -68,10 +70,10 @@ def exports(folder: Path, num_trials: int, seed: int = 0) -> int:
         discard(out)
     export()  # what was killed before is not in its way
     assert contents() == expected and sorted(os.listdir(folder)) == ["base", "merged"]
-    return num_killed
+    return num_killed, 1
 
 
-def pushes(folder: Path, num_trials: int, seed: int = 0) -> int:
+def pushes(folder: Path, num_trials: int, seed: int = 0) -> tuple[int, int]:
     """A repository: nothing in it, or all; and the same push, made again, brings what is missing in one commit."""
     from huggingface_hub import constants
 
@@ -103,11 +105,12 @@ def pushes(folder: Path, num_trials: int, seed: int = 0) -> int:
             assert {name: found.get(name) for name in wanted} == wanted and hub.num_pushes(repo) == 1
     finally:
         hub.stop()
-    return num_killed
+    return num_killed, num_trials
 
 
-def resumes(folder: Path, num_trials: int, seed: int = 0) -> int:
-    """One run after the other that is killed and goes on, until it has ended; each as if nothing had been.
+def resumes(folder: Path, num_trials: int, seed: int = 0) -> tuple[int, int]:
+    """One run after the other that is killed and goes on, until it has ended; each as if nothing had been. The last one
+    is left alone when there have been enough kills.
 
     Every checkpoint that has its name is whole whenever the reader looks, and there always is one from the first on.
     """
@@ -133,9 +136,10 @@ def resumes(folder: Path, num_trials: int, seed: int = 0) -> int:
     expected = torch.load(folder / "undisturbed" / "final.pt", weights_only=True)
     num_killed = number = attempt = 0
     has_begun = False
-    while num_killed < num_trials:
+    while num_killed < num_trials or attempt > 0:
         name, has_begun = f"run-{number}", attempt > 0 and has_begun
-        ranks, deadline = start(name, attempt), time.monotonic() + dice.uniform(0, seconds)
+        patience = dice.uniform(0, seconds) if num_killed < num_trials else math.inf
+        ranks, deadline = start(name, attempt), time.monotonic() + patience
         flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
         while time.monotonic() < deadline and os.waitid(os.P_PID, ranks.pids[0], flags) is None:
             has_begun = look(folder / name / "run" / "checkpoints", has_begun)
@@ -150,4 +154,4 @@ def resumes(folder: Path, num_trials: int, seed: int = 0) -> int:
         final = torch.load(folder / name / "final.pt", weights_only=True)
         assert final.keys() == expected.keys() and all(torch.equal(final[key], expected[key]) for key in final)
         number, attempt = number + 1, 0
-    return num_killed
+    return num_killed, number

@@ -293,6 +293,8 @@ def test_a_column_of_another_name_has_its_remedy(tmp_path: Path) -> None:
         load_e2e_parts(E2EDataConfig(source=file(facts="a", ref="b")))
     with refused(f"no column summary; the row has document, outcome, id; {said.format('summary')}"):
         load_summaries(SummarizationDataConfig(source=file(document="a", outcome="b"), bad_rows="error"))
+    with refused(f"no usable rows \\(9 left out\\); correct them: .*a.jsonl:1: .*; {said.format('summary')}"):
+        load_summaries(SummarizationDataConfig(source=file(document="a", outcome="b"), bad_rows="skip"))
     with refused(f"no column choices; the row has question, options, id; {said.format('choices')}"):
         load_tasks(CommonsenseDataConfig(source=file(question="a", options=["b", "c"])))
     with refused(f"no column answer; the row has question, choices, answerKey, id; {said.format('answer')}"):

@@ -170,6 +170,9 @@ def refusals(rank: int, world_size: int, folder: str) -> dict[str, str]:
 
     served = trainer()
     served.train()
+    of_a_search = trainer()
+    of_a_search.state.is_hyper_param_search = True
+    control = of_a_search.control
     of_two_gpus = trainer()
     of_two_gpus.args._n_gpu = 2
     with_peft = trainer()
@@ -177,6 +180,9 @@ def refusals(rank: int, world_size: int, folder: str) -> dict[str, str]:
     alone = AdaLoraCallback(SETTINGS)
     best = FROZEN_CHECKPOINTS
     return {
+        "of a search": error_in(
+            lambda: of_a_search.callback_handler.on_train_begin(of_a_search.args, of_a_search.state, control)
+        ),
         "two GPUs in one process": error_of(of_two_gpus),
         "called again": error_of(served),
         "PEFT's adapters": error_of(with_peft),
@@ -195,6 +201,7 @@ def refusals(rank: int, world_size: int, folder: str) -> dict[str, str]:
 def test_refusals(tmp_path):
     [result] = run_ranks(1, refusals, str(tmp_path))
     assert "UserError: 2 GPUs in one process" in result["two GPUs in one process"]
+    assert "UserError: hyperparameter_search trains several models" in result["of a search"]
     assert "UserError: train() was called again" in result["called again"]
     assert "UserError: the model has PEFT's adapters" in result["PEFT's adapters"]
     assert "UserError: AdaLoraCallback does not know its Trainer" in result["no Trainer"]

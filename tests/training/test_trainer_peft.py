@@ -15,6 +15,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, Trainer
 
 from adalora_dist import AdaLoraCallback, AdaLoraConfig, adapt, without_adapters
+from tests.support.limits import HANG_SECONDS
 from tests.support.ranks import run_ranks
 from tests.support.tiny_language_model import byte_tokenizer, tiny_llama
 from tests.support.trainer_runs import (
@@ -217,8 +218,8 @@ def by_dpo(rank: int, world_size: int, folder: str, engine: str) -> dict[str, An
                 model=changed(), args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
                 peft_config=adalora_of_peft(), callbacks=[AdaLoraCallback()],
             )  # fmt: skip
-        assert trainer.ref_model is None  # no second model is loaded
-        trainer.train(resume_from_checkpoint=resume)
+            assert trainer.ref_model is None  # no second model is loaded
+            trainer.train(resume_from_checkpoint=resume)
         logs = [record for record in trainer.state.log_history if "loss" in record]
         found[output] = {
             "losses": {record["step"]: (record["loss"], record["rewards/margins"]) for record in logs},
@@ -243,7 +244,7 @@ def by_dpo(rank: int, world_size: int, folder: str, engine: str) -> dict[str, An
 @pytest.mark.slow
 @pytest.mark.parametrize(("engine", "world_size"), [("single", 1), ("ddp", 2)])
 def test_peft_config_as_it_is_in_dpo_trainer(engine: str, world_size: int, tmp_path: Path) -> None:
-    for found in run_ranks(world_size, by_dpo, str(tmp_path), engine, timeout=400):
+    for found in run_ranks(world_size, by_dpo, str(tmp_path), engine, timeout=3 * HANG_SECONDS):
         whole = found["whole"]
         assert whole["budgets"][0] == 3 * NUM_MATRICES and whole["budgets"][-1] == 2 * NUM_MATRICES
         assert found["kind"] == "WithoutAdapters" and torch.equal(found["reference"], found["first"])

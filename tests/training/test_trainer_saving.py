@@ -21,6 +21,7 @@ from transformers import (
 from adalora_dist.artifacts.adapted_model import adapt
 from adalora_dist.config.methods import AdaLoraConfig
 from adalora_dist.training.trainer_callback import AdaLoraCallback
+from tests.support.limits import HANG_SECONDS
 from tests.support.ranks import run_ranks
 from tests.support.tiny_language_model import tiny_llama
 from tests.support.trainer_folders import IDS, LogitsOfCheckpoints, differences, logits_of, model_of, shared_base
@@ -105,14 +106,21 @@ def slow(*values: Any) -> Any:
         *(slow(engine, 3, "adamw") for engine in ("ddp", "fsdp2", "zero2", "zero3")),
         *(slow("single", 1, optimizer) for optimizer in ("sgd", "rmsprop", "adagrad")),
         *(slow(engine, 2, name) for engine in ("ddp", "fsdp2") for name in ("sgd", "rmsprop", "adagrad")),
-        *(slow(engine, 2, name) for engine in ("zero2", "zero3") for name in ("rmsprop", "adagrad")),
+        *(slow(engine, 2, "rmsprop") for engine in ("zero1", "zero2", "zero3")),
     ],
 )
 def test_folders_are_the_trained_model_and_runs_go_on_exactly(engine, world_size, optimizer, tmp_path):
     before, compacted = 2 * SAVE_STEPS, STEPS - SAVE_STEPS
     assert before < FROZEN_FROM <= compacted
     results = run_ranks(
-        world_size, undisturbed_and_resumed, str(tmp_path), engine, optimizer, before, compacted, timeout=300
+        world_size,
+        undisturbed_and_resumed,
+        str(tmp_path),
+        engine,
+        optimizer,
+        before,
+        compacted,
+        timeout=3 * HANG_SECONDS,
     )
     for result in results:
         whole = result["whole"]
@@ -181,7 +189,7 @@ def loaded_classifier(rank: int, world_size: int, folder: str) -> list[torch.Ten
 
 @pytest.mark.parametrize(("engine", "world_size"), [("single", 1), pytest.param("zero3", 2, marks=pytest.mark.slow)])
 def test_a_head_is_saved_and_early_stopping_counts_from_the_freeze_on(engine, world_size, tmp_path):
-    logits = run_ranks(world_size, trained_classifier, str(tmp_path), engine, timeout=300)[0]
+    logits = run_ranks(world_size, trained_classifier, str(tmp_path), engine, timeout=3 * HANG_SECONDS)[0]
     for loaded in run_ranks(1, loaded_classifier, str(tmp_path))[0]:
         torch.testing.assert_close(loaded, logits, rtol=0, atol=1e-5)
 

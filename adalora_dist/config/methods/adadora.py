@@ -13,6 +13,7 @@ class AdaDoraConfig(AdaptiveConfig):
 
     method: Literal["adadora"] = "adadora"
 
+    compiles: ClassVar[bool] = False
     formats: ClassVar[frozenset[str]] = frozenset({"merged", "peft"})
     formats_from_files: ClassVar[frozenset[str]] = formats
 

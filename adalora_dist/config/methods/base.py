@@ -68,6 +68,8 @@ class MethodConfig(Section):
     """Whether there is a budget that falls."""
     trains_backbone: ClassVar[bool] = False
     """Whether the backbone's own weights change, which must then be float32 and not quantised."""
+    compiles: ClassVar[bool] = True
+    """Whether a forward with its adapters is one graph to torch.compile."""
     formats: ClassVar[frozenset[str]] = frozenset({"merged"})
     """What it can be exported as: merged, lora, peft."""
     formats_from_files: ClassVar[frozenset[str]] = frozenset({"merged"})

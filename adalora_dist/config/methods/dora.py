@@ -21,6 +21,7 @@ class DoraConfig(ScaledConfig):
 
     method: Literal["dora"] = "dora"
 
+    compiles: ClassVar[bool] = False
     formats: ClassVar[frozenset[str]] = frozenset({"merged", "peft"})
     formats_from_files: ClassVar[frozenset[str]] = formats
 

@@ -14,4 +14,5 @@ class LoraFaConfig(ScaledConfig):
     projected: bool = False
     """Multiply the gradient of B by (A A^T)^-1 / s^2 before AdamW, so that a step follows full fine-tuning's best."""
 
+    compiles: ClassVar[bool] = False
     formats: ClassVar[frozenset[str]] = frozenset({"merged", "lora", "peft"})

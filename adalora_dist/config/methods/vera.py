@@ -20,6 +20,8 @@ class SharedConfig(TargetsConfig):
     projection_seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the projections (PEFT's projection_prng_key)."""
 
+    compiles: ClassVar[bool] = False
+
 
 class VeraConfig(SharedConfig):
     """two vectors per matrix, around random projections that all matrices share"""

@@ -8,8 +8,8 @@ they are good for. What it has at a time, when that begins and ends, and where a
     all, P whole     first layer of a forward (one process, DDP,    ``release``, or       its part of one product over
                      ZeRO-1, ZeRO-2)                                an edit of a factor   all matrices
     all, P sharded   first layer of a forward (FSDP2, ZeRO-3)       ``release``           P times its part of lambda
-    on its own       without gradients, under a compiler, in a      that one call         P times its part of lambda
-                     checkpoint's second forward
+    on its own       without gradients, under a compiler (which     that one call         P times its part of lambda
+                     is given none), in a checkpoint's second run
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ class TripletLayer(Adapter):
     """Where this layer's triplets begin in ``lambdas.lam``."""
     position: int
     """Which of the layers with triplets it is, counted from 0."""
+    given: torch.Tensor | None = None  # while a compiled block runs: what ``Lambdas.part`` gave before it was called
 
     def __init__(
         self, name: str, d_in: int, d_out: int, ranks: Sequence[int], scale: float, dropout: float, device: torch.device
@@ -229,15 +230,19 @@ class Lambdas(TrainedModule):
 
     def weight(self, layer: TripletLayer) -> torch.Tensor:
         """scale * P diag(lambda) of one layer, (d_out, r)."""
+        part = self.part(layer) if layer.given is None else layer.given
+        return part if part.ndim == 2 else layer.P * part
+
+    def part(self, layer: TripletLayer) -> torch.Tensor:
+        """scale * P diag(lambda) of one layer, (d_out, r), if made for all at once; else its scale * lambda, (r,)."""
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler fuses what is written out
-            return layer.P * self._own(layer)
+            return self._own(layer)
         if self._made is None or (self._is_whole and self._edits(layer) != self._edits_then[layer.position]):
             if torch._C._current_graph_task_id() != -1:  # a checkpoint's second forward, within backward, on its own
-                return layer.P * self._own(layer)
+                return self._own(layer)
             self._make(layer)
         assert self._made is not None
-        made = self._made[layer.position]
-        return made if self._is_whole else layer.P * made
+        return self._made[layer.position]
 
     def factors(self, layer: TripletLayer) -> tuple[torch.Tensor, torch.Tensor]:
         """scale * P diag(lambda) and Qt of one layer, their matrices equally wide where its forward wants them so."""

@@ -1,5 +1,4 @@
-"""Sums over a rank's spans: triplet scores, Gram matrices, and the regulariser's gradient from them. Pure; no process
-group.
+"""Sums over a rank's spans: triplet scores, Gram matrices, the regulariser's gradient. Pure; no process group.
 
 What is linear in the elements (scores) is summed per rank and added up over ranks. What is linear in rows (Gram
 matrices) is summed over bodies; a row that is cut between ranks is put together first: every rank writes its part

@@ -93,16 +93,17 @@ def checked_rows(where: str, rows: Rows, parse: Callable[[object, str], T], bad:
     left_out = bad.counts.total()
     usable = list(bad.usable(rows, parse))
     if not usable:
-        refuse_nothing(where, bad.counts.total() - left_out)
+        refuse_nothing(where, bad.counts.total() - left_out, bad)
     return usable
 
 
-def refuse_nothing(where: str, num_left_out: int) -> None:
+def refuse_nothing(where: str, num_left_out: int, bad: BadRows) -> None:
     """Raise for data without a row.
 
     Raises:
-        UserError: always; it says whether there were rows that could not be used.
+        UserError: always; it says whether there were rows that could not be used, and what was wrong with one.
     """
     if num_left_out:
-        raise UserError(f"{where}: the file has no usable rows ({num_left_out:,} left out); correct them")
+        reason = next(reversed(bad.reasons.values()))
+        raise UserError(f"{where}: the file has no usable rows ({num_left_out:,} left out); correct them: {reason}")
     raise UserError(f"{where} cannot be read: it has no rows; it needs at least one")

@@ -92,7 +92,7 @@ def checked_table(
         new = bad.counts - before
         if not num_rows:
             partial.unlink()
-            refuse_nothing(split.where, new.total())
+            refuse_nothing(split.where, new.total(), bad)
         left_out = {file: (count, bad.reasons[file]) for file, count in new.items()}
         noted = {"left_out": left_out, "sha256": _sha256(partial)}
         partial.rename(path)

@@ -138,7 +138,7 @@ def _from_hub(name: str, split: str, bad: BadRows, max_rows: int | None) -> Data
         for _ in bad.usable(numbered, _checked):
             continue
     if not len(kept):
-        refuse_nothing(hub.where(split), len(rows))
+        refuse_nothing(hub.where(split), len(rows), bad)
     return kept
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from adalora_dist.backbones.linears import linear_shape
 from adalora_dist.backbones.load import dtype_named, name_blocks
+from adalora_dist.backbones.parts import input_embeddings
 from adalora_dist.backbones.quantization import check_engine
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.methods.adalora.layers import SVDLinear
@@ -153,7 +154,7 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
     blocks = [m for m in model.modules() if type(m).__name__ in names]
     group_of = {id(p): k for k, block in enumerate(blocks, start=1) for p in block.parameters()}
     # accelerate makes groups of their own of the embeddings and the head.
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    embeddings, head = input_embeddings(model), model.get_output_embeddings()  # type: ignore[operator]
     for k, module in ((len(blocks) + 1, head), (0, embeddings)):
         group_of |= {id(p): k for p in (() if module is None else module.parameters())}
     # bitsandbytes replaces the linear maps within blocks, not the head.
