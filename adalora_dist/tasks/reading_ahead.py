@@ -40,7 +40,8 @@ def refuse_reading_ahead(model: nn.Module, is_precise: bool) -> None:
     if float((logits[0] - logits[1]).abs().max()) > limit * float(logits.abs().max()):
         has_switch = getattr(inner.config, "is_decoder", None) is False
         remedy = "set is_decoder to true in its config.json, or take" if has_switch else "take"
+        name = type(inner).__name__.removeprefix("FSDP")  # which fully_shard puts before it
         raise UserError(
-            f"{type(inner).__name__} reads a text both ways, so it sees the tokens that it is to predict, and learns "
+            f"{name} reads a text both ways, so it sees the tokens that it is to predict, and learns "
             f"nothing: {remedy} a model that was trained to write"
         )

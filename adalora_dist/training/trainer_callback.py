@@ -172,12 +172,12 @@ class AdaLoraCallback(TrainerCallback):
     # ------------------------------------------------------------------------------------ what Trainer's mixin calls
 
     def convert(self, trainer: Trainer) -> None:
-        """Give ``trainer`` the converted model, if it has one with PEFT's adapters.
+        """Give ``trainer`` the converted model, once, if it has one with PEFT's adapters.
 
         Raises:
             UserError: as :meth:`attach_to`.
         """
-        if trainer.model is not None and carries_peft(trainer.model):
+        if trainer.model is not None and carries_peft(trainer.model) and not self._is_converted:
             self._config, self._is_converted = convert_model(trainer, self._config, self._settings), True
 
     def open(self, trainer: Trainer, folder: Path, num_steps: int) -> None:

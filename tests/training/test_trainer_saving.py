@@ -112,16 +112,8 @@ def slow(*values: Any) -> Any:
 def test_folders_are_the_trained_model_and_runs_go_on_exactly(engine, world_size, optimizer, tmp_path):
     before, compacted = 2 * SAVE_STEPS, STEPS - SAVE_STEPS
     assert before < FROZEN_FROM <= compacted
-    results = run_ranks(
-        world_size,
-        undisturbed_and_resumed,
-        str(tmp_path),
-        engine,
-        optimizer,
-        before,
-        compacted,
-        timeout=3 * HANG_SECONDS,
-    )
+    of_run = str(tmp_path), engine, optimizer, before, compacted
+    results = run_ranks(world_size, undisturbed_and_resumed, *of_run, timeout=3 * HANG_SECONDS)
     for result in results:
         whole = result["whole"]
         assert len(whole["losses"]) == STEPS and whole["num_held"] == TARGET == sum(

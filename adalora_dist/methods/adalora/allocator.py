@@ -323,7 +323,8 @@ class RankAllocator(Step):
         ranks = self.rank_pattern().values()
         found: dict[str, float] = {"budget": self.budget, "mean_rank": self.budget / len(self.ranks)}
         found |= {"min_rank": min(ranks), "max_rank": max(ranks)}
-        if self._regularised and self._bound is not None and self.bound.sums.were_summed():
+        # Of the last step: there is none before the first, nor where pruned triplets have just left.
+        if self._regularised and self._bound is not None and self.bound.sums.partials[:-1].any():
             found["orthogonality"] = self.bound.sums.mean_defect(self.config.regulariser)
         return found
 

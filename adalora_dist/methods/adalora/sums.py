@@ -275,10 +275,6 @@ class TripletSums:
             self._grams[r].index_add(0, slots, rows.unsqueeze(2) * rows.unsqueeze(1)) if len(slots) else self._grams[r]
         )
 
-    def were_summed(self) -> bool:
-        """Whether there has been a step; before it, and after a compaction, all is 0. Reads from the device."""
-        return bool(self.partials[:-1].any())
-
     def mean_defect(self, form: OrthogonalityForm) -> float:
         """How far P and Q were from orthogonal at the start of the last step, from the summed ``partials``.
 
