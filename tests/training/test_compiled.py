@@ -35,8 +35,6 @@ from tests.support.resume_runs import (
     write_model,
 )
 
-POSITIONS = {"houlsby": ("o_proj", "down_proj"), "pfeiffer": ("down_proj",), "adapterdrop": ("down_proj",)}
-
 
 @pytest.fixture(autouse=True)
 def _nothing_compiled() -> Iterator[None]:
@@ -126,7 +124,8 @@ def test_a_missing_compiler_is_said_before_anything_is_built(monkeypatch: pytest
 def test_methods_that_compile(method: str) -> None:
     """A step with adapters that are not at their start; a break in a graph would be an error."""
     kind = "gpt2" if method == "bitfit" else "llama"
-    changes = {"positions": POSITIONS[method]} if method in POSITIONS else {}
+    places = {"positions": ("down_proj",), "targets": ("all-linear",)}
+    changes = {name: value for name, value in places.items() if name in METHODS[method].model_fields}
     plain, built = (Training(kind, config(method, **changes), backend=name) for name in ("", "eager"))
     for step in range(3):
         assert built.step(ids_of(step)) == pytest.approx(plain.step(ids_of(step)), rel=1e-6)
