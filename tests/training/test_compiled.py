@@ -15,6 +15,7 @@ from adalora_dist.config.activations import ActivationsConfig
 from adalora_dist.config.methods import METHODS
 from adalora_dist.config.sections import TrainConfig
 from adalora_dist.io.build_tools import missing_build_tool
+from adalora_dist.methods import method_for
 from adalora_dist.methods.hooks import attach
 from adalora_dist.methods.inject import adapt
 from adalora_dist.training.compiled import compile_blocks
@@ -56,8 +57,7 @@ class Training:
                 module.dropout = 0.0
         self.model.train()
         checkpoint_activations(self.model, ActivationsConfig(**recomputed))
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=0.01)
+        self.optimizer = method_for(settings).optimizer(self.model, TrainConfig(learning_rate=0.01))
         self.hooks = attach(self.model, self.optimizer, settings, total_steps)
         self.hooks.detach()
         self.counted = CompileCounterWithBackend(backend)
