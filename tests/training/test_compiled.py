@@ -15,6 +15,7 @@ from adalora_dist.config.activations import ActivationsConfig
 from adalora_dist.config.methods import METHODS
 from adalora_dist.config.sections import TrainConfig
 from adalora_dist.io.build_tools import missing_build_tool
+from adalora_dist.methods import method_for
 from adalora_dist.methods.hooks import attach
 from adalora_dist.methods.inject import adapt
 from adalora_dist.training.compiled import compile_blocks
@@ -34,8 +35,6 @@ from tests.support.resume_runs import (
     run,
     write_model,
 )
-
-POSITIONS = {"houlsby": ("o_proj", "down_proj"), "pfeiffer": ("down_proj",), "adapterdrop": ("down_proj",)}
 
 
 @pytest.fixture(autouse=True)
@@ -58,8 +57,7 @@ class Training:
                 module.dropout = 0.0
         self.model.train()
         checkpoint_activations(self.model, ActivationsConfig(**recomputed))
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=0.01)
+        self.optimizer = method_for(settings).optimizer(self.model, TrainConfig(learning_rate=0.01))
         self.hooks = attach(self.model, self.optimizer, settings, total_steps)
         self.hooks.detach()
         self.counted = CompileCounterWithBackend(backend)
@@ -126,7 +124,8 @@ def test_a_missing_compiler_is_said_before_anything_is_built(monkeypatch: pytest
 def test_methods_that_compile(method: str) -> None:
     """A step with adapters that are not at their start; a break in a graph would be an error."""
     kind = "gpt2" if method == "bitfit" else "llama"
-    changes = {"positions": POSITIONS[method]} if method in POSITIONS else {}
+    places = {"positions": ("down_proj",), "targets": ("all-linear",)}
+    changes = {name: value for name, value in places.items() if name in METHODS[method].model_fields}
     plain, built = (Training(kind, config(method, **changes), backend=name) for name in ("", "eager"))
     for step in range(3):
         assert built.step(ids_of(step)) == pytest.approx(plain.step(ids_of(step)), rel=1e-6)
