@@ -42,6 +42,7 @@ from adalora_dist.methods.update import Update
 from adalora_dist.sharding import select_engine
 from adalora_dist.sharding.agreement import this_rank
 from adalora_dist.sharding.base import ShardEngine, sum_over
+from adalora_dist.sharding.zero_leaves import ask_for_input_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -333,6 +334,7 @@ def attach(model: nn.Module, optimizer: Any, config: MethodConfig, total_steps: 
     method_step = method.step(adapters, total_steps)
     method_step.look_at(model)
     hooks = MethodHooks(model, method, method_step)
+    ask_for_input_gradients(model)
     optimizer.register_step_pre_hook(lambda opt, *_: hooks.before_firing(opt))
     optimizer.register_step_post_hook(lambda *_: hooks.after_firing())
     atexit.register(_complain_at_exit, weakref.ref(hooks))

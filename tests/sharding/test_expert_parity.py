@@ -56,7 +56,7 @@ def all_alone() -> dict[str, dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("case", (Case("fsdp2", 2), *MORE[:-1]), ids=lambda case: f"{case.engine}-{case.world_size}")
+@pytest.mark.parametrize("case", (Case("fsdp2", 2), *MORE), ids=lambda case: f"{case.engine}-{case.world_size}")
 def test_all_mixtures_select_and_learn_as_on_one_process(case):
     for results in run_ranks(case.world_size, run_all, case, timeout=600):
         for kind, result in results.items():
