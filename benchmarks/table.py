@@ -27,7 +27,7 @@ from variants import Variant, llama
 from adalora_dist.backbones.activations import checkpoint_activations
 from adalora_dist.backbones.merging import merged
 from adalora_dist.config.activations import ActivationsConfig
-from adalora_dist.methods.adalora import bound, layers
+from adalora_dist.methods.adalora import bound, layers, products
 from adalora_dist.methods.dropout import Dropout
 from adalora_dist.tasks.batches import BatchPlan, collate
 from adalora_dist.tasks.commonsense.choices import evaluate_choices
@@ -188,7 +188,7 @@ def checkpointing() -> Iterator[tuple[str, str, str]]:
 
 def state() -> Iterator[tuple[str, str, str]]:
     def of(method: str, smallest: int) -> float:
-        with mock.patch.object(bound, "MIN_PORTION", smallest), mock.patch.object(layers, "_SIDE_BY_SIDE", smallest):
+        with mock.patch.object(bound, "MIN_PORTION", smallest), mock.patch.object(products, "_SIDE_BY_SIDE", smallest):
             variant = Variant(method, llama(128, 344, 4), 48, 24, SCHEDULE)
             ids = torch.arange(2)[None]
             for _ in range(3):

@@ -200,12 +200,12 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
+        remember_rules(tokenizer)
         tokenizer("a")  # some odd values (model_max_length) are met in use alone
     except UserError:
         raise
     except Exception as error:
         raise _cannot_be_loaded(config, error) from error
-    remember_rules(tokenizer)
     return tokenizer
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from adalora_dist.methods.adalora import bound, layers
+from adalora_dist.methods.adalora import bound, products
 from adalora_dist.methods.adalora.bound import portion_elements, state_bytes
 from adalora_dist.methods.hooks import attach
 from adalora_dist.methods.inject import adapt
@@ -21,7 +21,7 @@ def run_in_portions(rank: int, world_size: int, min_portion: int, changes: dict[
     """Losses and patterns of a run in portions of at least so many elements, and the number of portions."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bound, "MIN_PORTION", min_portion)
-        patch.setattr(layers, "_SIDE_BY_SIDE", min_portion)
+        patch.setattr(products, "_SIDE_BY_SIDE", min_portion)
         settings = config(compact=False, **changes)
         model = adapted_net(settings)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.03)
@@ -58,7 +58,7 @@ def step_peaks(rank: int, world_size: int, method: str) -> tuple[int, int]:
     """(elements, peak bytes of a step, all that is trained with counted) of adapters that weigh more than the model."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bound, "MIN_PORTION", 1)
-        patch.setattr(layers, "_SIDE_BY_SIDE", 2**14)
+        patch.setattr(products, "_SIDE_BY_SIDE", 2**14)
         model = tiny_llama(16, 128)
         settings = config(method, init_rank=48, target_rank=24, targets=("all-linear",), compact=False)
         adapt(model, settings, 0)

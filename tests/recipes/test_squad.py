@@ -82,7 +82,7 @@ def row(**changes: Any) -> dict[str, Any]:
 BAD_ROWS = [
     ([1], "the row is a list"),
     (row(context=" "), "field context is ' '"),
-    (row(id=7), "field id is 7"),
+    (row(id=7.5), "field id is 7.5"),
     (row(answers=["Rome"]), "field answers must be an object"),
     (row(answers={"text": ["Rome"], "answer_start": [12]}), "answer 'Rome' does not start at character 12"),
     (row(answers={"text": [], "answer_start": []}), "no answer, which is for --task v2.0"),
