@@ -139,16 +139,23 @@ class ByHand:
         self.weight -= LR * config.update_scale * back
 
 
+def ready_for_ten_steps(config: GaLoreConfig) -> tuple[Net, torch.optim.Optimizer, Net]:
+    """A model with GaLore's optimizer, and a plain copy of it."""
+    torch.manual_seed(1)
+    model = Net()
+    adapt(model, config)
+    optimizer = method_for(config).optimizer(model, TrainConfig(learning_rate=LR))
+    attach(model, optimizer, config, 10)
+    copy = Net()
+    copy.load_state_dict(model.state_dict())
+    return model, optimizer, copy
+
+
 def ten_steps_are_the_papers(rank: int, world_size: int) -> None:
     # (Gradients of the last block have rank 3. Of what has no gradient, Adam would magnify the rounding errors.)
     for changes in ({}, {"init_rank": 1}, {"refresh_every_steps": 4, "init_rank": 2}):
-        torch.manual_seed(1)
-        model, config = Net(), settings(**changes)
-        adapt(model, config)
-        optimizer = method_for(config).optimizer(model, TrainConfig(learning_rate=LR))
-        attach(model, optimizer, config, 10)
-        others = Net()
-        others.load_state_dict(model.state_dict())
+        config = settings(**changes)
+        model, optimizer, others = ready_for_ten_steps(config)
         plain = torch.optim.AdamW([*others.head.parameters(), *(b for b in _biases(others))], LR, weight_decay=0)
         matrices = {name: ByHand(m.weight, config) for name, m in _linears(others)}
         for step in range(10):
@@ -180,13 +187,8 @@ def ten_steps_are_those_of_galore_torch(rank: int, world_size: int) -> None:
     # Without a second choice of P: the averages stay, so from then on the signs of its columns count, those of LAPACK
     # there and of one rule here.
     for changes in ({}, {"init_rank": 1}, {"projection": "right"}, {"projection": "left"}):
-        torch.manual_seed(1)
-        model, config = Net(), settings(**changes)
-        adapt(model, config)
-        optimizer = method_for(config).optimizer(model, TrainConfig(learning_rate=LR))
-        attach(model, optimizer, config, 10)
-        theirs = Net()
-        theirs.load_state_dict(model.state_dict())
+        config = settings(**changes)
+        model, optimizer, theirs = ready_for_ten_steps(config)
         projected = [module.weight for _, module in _linears(theirs)]
         sizes = {"rank": config.init_rank, "update_proj_gap": config.refresh_every_steps}
         options = {**sizes, "scale": config.update_scale, "proj_type": config.projection}

@@ -114,16 +114,22 @@ def test_lora_with_a_budget_under_trainer(tmp_path: Path) -> None:
     assert {name: found["errors"][name] for name in words if words[name] not in found["errors"][name]} == {}
 
 
-def by_sft_trainer(rank: int, world_size: int, folder: str, engine: str) -> dict[str, Any]:
-    """PEFT's configuration as it is, in the place where TRL wants it: undisturbed, and resumed twice."""
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
+def written_base(rank: int, folder: str) -> tuple[Any, Path]:
+    """A tokenizer, and the folder of a model with it. Collective."""
     tokenizer, base = byte_tokenizer(), Path(folder, "base")
     if rank == 0:
         tokenizer.save_pretrained(base)
         tiny_llama(len(tokenizer), hidden_size=16).save_pretrained(base)
     dist.barrier()
+    return tokenizer, base
+
+
+def by_sft_trainer(rank: int, world_size: int, folder: str, engine: str) -> dict[str, Any]:
+    """PEFT's configuration as it is, in the place where TRL wants it: undisturbed, and resumed twice."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer, base = written_base(rank, folder)
     text = Dataset.from_list([{"text": f"{a} plus {b} is {a + b}"} for a in range(8) for b in range(4)])
     found: dict[str, Any] = {}
 
@@ -193,11 +199,7 @@ def by_dpo(rank: int, world_size: int, folder: str, engine: str) -> dict[str, An
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    tokenizer, base = byte_tokenizer(), Path(folder, "base")
-    if rank == 0:
-        tokenizer.save_pretrained(base)
-        tiny_llama(len(tokenizer), hidden_size=16).save_pretrained(base)
-    dist.barrier()
+    tokenizer, base = written_base(rank, folder)
     rows = [{"prompt": f"{a}+1=", "chosen": f"{a + 1}", "rejected": f"{a + 2}"} for a in range(32)]
     found: dict[str, Any] = {}
 
