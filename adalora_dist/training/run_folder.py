@@ -143,12 +143,12 @@ def refuse_used_folder(config: RunConfig) -> None:
             f"output_dir={path} already holds a run: continue it with --resume auto, choose another --output-dir or "
             "pass --overwrite"
         )
-    is_somebodys = bool(taken) and not (_is_run(path) or (path / CHECKPOINTS).is_dir())
-    if is_somebodys and (holds_run or not config.train.overwrite):
+    is_run, is_cleared = _is_run(path), config.train.overwrite
+    if (holds_run if is_cleared else taken and not (path / CHECKPOINTS).is_dir()) and not is_run:
         raise UserError(
             f"output_dir={path} holds {taken[0]}, which is of no run: choose another --output-dir, or move it away"
         )
-    if config.train.overwrite:
+    if is_cleared:
         return
     for name in (CHECKPOINTS, BEST, "adapter", *config.export.export_formats):
         refuse_link(path / name)
