@@ -35,7 +35,7 @@ from adalora_dist.tasks.evaluation.predict import predict
 from adalora_dist.tasks.glue.config import GlueDataConfig
 from adalora_dist.tasks.glue.rows import TASKS, LabelledText, encode_texts, load_glue
 from adalora_dist.tasks.glue.scores import score
-from adalora_dist.tasks.losses import classification_loss
+from adalora_dist.tasks.losses import LossSum, classification_loss
 from adalora_dist.training.prepared import learning_rate
 
 HERE = Path(__file__).resolve().parent
@@ -101,29 +101,22 @@ def new_model(folder: Path, num_labels: int, seed: int) -> nn.Module:
     return model
 
 
-def one_run(
-    run: Run, arm: MethodConfig, data: TaskData, folder: Path, num_steps: int | None = None, batch_size: int = BATCH
+def trained(
+    model: nn.Module, arm: MethodConfig, plan: BatchPlan, loss_sum: LossSum, rate: float, seed: int, num_steps: int
 ) -> dict[str, Any]:
-    """Train and score; the loop is the package's own on one process, with its loss, batches, clipping and schedule.
+    """Adapt and train it; the loop is the package's own on one process, with its clipping and schedule.
 
-    Args:
-        num_steps: default: the task's in ``STEPS``.
+    Returns:
+        The mean loss of the last ten steps, and how many triplets were pruned and came back.
     """
-    started = time.monotonic()
-    task, num_steps = TASKS[run.task], num_steps or STEPS[run.task]
-    model = new_model(folder, task.num_labels, run.seed)
     config = within_budget(model, arm)
-    adapt(model, config, run.seed)
-    sizes = {"max_steps": num_steps, "batch_size": batch_size, "micro_batch_size": batch_size}
-    settings = TrainConfig(learning_rate=run.rate, **sizes)
+    adapt(model, config, seed)
+    sizes = {"max_steps": num_steps, "batch_size": plan.batch_size, "micro_batch_size": plan.batch_size}
+    settings = TrainConfig(learning_rate=rate, **sizes)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=run.rate, weight_decay=settings.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=settings.weight_decay, fused=True)
     hooks = attach(model, optimizer, config, num_steps)
-    plan = BatchPlan.of_inputs(data.train.inputs, [[label] for label in data.train.labels], batch_size, run.seed)
-    loss_sum = classification_loss(
-        data.train.inputs, data.train.labels, task.num_labels, data.padding_token, torch.device("cpu")
-    )
-    set_seed(run.seed)
+    set_seed(seed)
     model.train()
     losses = []
     for step in range(num_steps):
@@ -135,21 +128,38 @@ def one_run(
         optimizer.zero_grad()
         losses.append(loss.item())
     hooks.finish()
+    events = hooks.method_step.events(0)
+    return {
+        "train loss": round(sum(losses[-10:]) / 10, 4),
+        "pruned": sum(event["pruned"] for event in events),
+        "returned": sum(event["returned"] for event in events),
+    }
+
+
+def one_run(
+    run: Run, arm: MethodConfig, data: TaskData, folder: Path, num_steps: int | None = None, batch_size: int = BATCH
+) -> dict[str, Any]:
+    """Train with the package's loss and batches, and score.
+
+    Args:
+        num_steps: default: the task's in ``STEPS``.
+    """
+    started = time.monotonic()
+    task = TASKS[run.task]
+    model = new_model(folder, task.num_labels, run.seed)
+    plan = BatchPlan.of_inputs(data.train.inputs, [[label] for label in data.train.labels], batch_size, run.seed)
+    loss_sum = classification_loss(
+        data.train.inputs, data.train.labels, task.num_labels, data.padding_token, torch.device("cpu")
+    )
+    end = trained(model, arm, plan, loss_sum, run.rate, run.seed, num_steps or STEPS[run.task])
     scores: dict[str, float] = {}
     for name, rows in (("validation", data.validation), ("dev", data.dev)):
         predictions = predict(model, rows.inputs, data.padding_token, 32)
         logits, classes = torch.stack([row for (row,) in predictions]), torch.tensor(rows.labels).long()
         scores |= score(name, task, predictions, rows.labels)
         scores[f"{name} loss"] = nn.functional.cross_entropy(logits, classes).item()
-    events = hooks.method_step.events(0)
-    return {
-        **run._asdict(),
-        **{name: round(value, 4) for name, value in scores.items()},
-        "train loss": round(sum(losses[-10:]) / 10, 4),
-        "pruned": sum(event["pruned"] for event in events),
-        "returned": sum(event["returned"] for event in events),
-        "seconds": round(time.monotonic() - started, 1),
-    }
+    seconds = round(time.monotonic() - started, 1)
+    return {**run._asdict(), **{name: round(value, 4) for name, value in scores.items()}, **end, "seconds": seconds}
 
 
 def runs_of(args: argparse.Namespace) -> Iterator[Run]:

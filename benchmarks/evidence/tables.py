@@ -20,7 +20,11 @@ CONTROLS = ("lora-4", "lora-8", "adalora")
 """What the others are compared with: the first that the file has."""
 OWN_CONTROLS = {"adalora-1": "lora-1", "adalora-2": "lora-2"}
 """Of arms whose final budget only one other arm has."""
-METRICS = {"cola": "matthews", "sst2": "accuracy", "mrpc": "accuracy", "rte": "accuracy"}
+METRICS = {
+    **dict.fromkeys(("sst2", "mrpc", "rte", "arc_easy", "openbookqa", "boolq"), "accuracy"),
+    "cola": "matthews",
+    "squad": "f1",
+}
 
 
 class Grid:
