@@ -20,9 +20,10 @@ subcommand imports what it needs when it is called, so that ``--help`` and mista
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,6 +31,7 @@ from adalora_dist.artifacts.report.command import add_report, add_watch
 from adalora_dist.config.flags import fail, user_errors
 from adalora_dist.config.formats import ADAPTER_FORMATS, EXPORT_FORMATS
 from adalora_dist.io.errors import UserError
+from adalora_dist.io.launchers import options_among_flags
 from adalora_dist.io.terminal import page
 from adalora_dist.training.plan.command import add_plan
 
@@ -51,8 +53,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one subcommand. Mistakes end with code 2 and one line on standard error."""
     with user_errors(resumable=False):
         words = sys.argv[1:] if argv is None else list(argv)
-        arguments = _parser().parse_args(words, argparse.Namespace(words=words))
+        parser = _parser()
+        _check_command(parser, words)
+        arguments = parser.parse_args(words, argparse.Namespace(words=words))
         arguments.run_command(arguments)
+
+
+def _check_command(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    given = next((word for word in words if not word.startswith("-")), None)
+    [commands] = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if given is not None and given not in commands.choices:
+        shown = [command for command in commands.choices if command != "complete"]
+        alike = difflib.get_close_matches(given, shown, n=2)
+        hint = f"did you mean {' or '.join(alike)}?" if alike else f"choose from {', '.join(shown)};"
+        raise UserError(f"{given} is not a command: {hint} adalora-dist --help says what each does")
 
 
 def _parser() -> _Parser:
@@ -116,7 +130,7 @@ def _add_completion(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.set_defaults(run_command=_completion)
     asked = commands.add_parser("complete", add_help=False)  # by the shell, which appends words of its own
     asked.add_argument("words_of_shell", nargs=argparse.REMAINDER)
-    asked.set_defaults(run_command=lambda arguments: _complete(list(commands.choices)))
+    asked.set_defaults(run_command=lambda arguments: _complete(commands.choices))
 
 
 def _add_doctor(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -227,7 +241,9 @@ def _run(arguments: argparse.Namespace) -> None:
     from adalora_dist.training.start import Placement, start
 
     command = ["adalora-dist", *arguments.words]
-    given, flags = _placement().parse_known_args(arguments.flags, arguments)
+    options = _placement()
+    given, flags = options.parse_known_args(arguments.flags, arguments)
+    options_among_flags(options)
     placement = Placement(
         given.engine, given.processes, given.nodes, given.node_rank, given.main_address, given.deepspeed_config,
         given.restarts,
@@ -247,14 +263,17 @@ def _completion(arguments: argparse.Namespace) -> None:
     print(SCRIPTS[arguments.shell])
 
 
-def _complete(commands: list[str]) -> None:
+def _complete(commands: Mapping[str, argparse.ArgumentParser]) -> None:
     from adalora_dist.training.completion import candidates
 
     line = os.environ.get("COMP_LINE", "")
     typed = line[: int(os.environ.get("COMP_POINT") or len(line))]
-    options = [option for action in _placement()._actions for option in action.option_strings]
-    shown = [command for command in commands if command != "complete"]
-    print("\n".join(candidates(typed, shown, options)))
+    options = {
+        command: {name: action.choices or () for action in parser._actions for name in action.option_strings}
+        for command, parser in commands.items()
+        if command != "complete"
+    }
+    print("\n".join(candidates(typed, options)))
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

@@ -62,7 +62,12 @@ class FinishedRun:
                     "and adalora-dist report shows the run"
                 )
             why = "it has no adapter/adapter.json" if path.is_dir() else "there is no such folder"
-            raise UserError(f"{path} is no finished run ({why}): give a run's output_dir, or one of its checkpoints")
+            remedy = "give a run's output_dir, or one of its checkpoints"
+            if newest := newest_checkpoint(path / "checkpoints"):
+                remedy = f"give its newest checkpoint, {newest.path}"
+            elif settings:
+                remedy = f"it has come to no checkpoint; adalora-dist watch {path} shows how far it is"
+            raise UserError(f"{path} is no finished run ({why}): {remedy}")
         saved = read_adapter(folder)
         facts = read_object(file) if (file := path / "run.json").is_file() else {}
         return cls(path, saved, settings, facts)

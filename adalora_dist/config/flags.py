@@ -33,9 +33,9 @@ from adalora_dist.config.sections import RunConfig
 from adalora_dist.config.settings import Setting, is_union, legal, near, remedy, settings_by_flag
 from adalora_dist.io.ending import EXIT_PREEMPTED, leave, repeat_last, tell_error
 from adalora_dist.io.errors import UserError
-from adalora_dist.io.launchers import follow, unfollow
+from adalora_dist.io.launchers import OWN_OPTIONS, follow, unfollow
 from adalora_dist.io.publish import refusal_of_disk
-from adalora_dist.io.shipped import own_or_shipped
+from adalora_dist.io.shipped import config_file
 from adalora_dist.io.signals import SignalListener
 from adalora_dist.io.terminal import keep_writing, let_go_of_terminal
 
@@ -140,7 +140,7 @@ def _parse(schema: type[ConfigT], arguments: Sequence[str], path: Path | None) -
     table = PresetTable(path, tuple(schema.model_fields)) if path else None
     picks = table.axes_besides(all_settings) if table else []
     given = _split(arguments, all_settings, picks)
-    file = RunFile(own_or_shipped(Path(given.pop("config")[0]), "config") if "config" in given else None, schema)
+    file = RunFile(config_file(given.pop("config")[0]) if "config" in given else None, schema)
     picked = {axis: given.pop(axis)[0] for axis in picks if axis in given}
     defaults = {name: info.get_default(call_default_factory=True) for name, info in schema.model_fields.items()}
     # What a recipe's schema presets in a section must survive when the user sets another field of that section.
@@ -222,9 +222,10 @@ def _split(
                 raise UserError(f"{typed} takes no value: write {typed} or --{switches[flag]}")
             flag, words = switches[flag], ["false"]
         elif not typed.startswith("--") or flag not in (*settings, *picks, "config", "local-rank"):
-            alike = near(flag.rpartition(".")[2].lstrip("-"), [*settings, *switches, *picks, "config"])
+            of_command = os.environ.get(OWN_OPTIONS, "").split()
+            alike = near(flag.rpartition(".")[2].lstrip("-"), [*settings, *switches, *picks, "config", *of_command])
             hint = f"did you mean --{' or --'.join(alike)}?" if alike else "see --help for all of them"
-            if here := flag_here(flag, settings):
+            if here := flag_here(flag, [*settings, *of_command]):
                 hint = f"here: {here}"
             raise UserError(f"{typed} is not a flag: {hint}")
         if flag == "config" and flag in given:

@@ -55,6 +55,15 @@ _FLAGS = {
 """Flag here, and the names that others have, as flags are spelt."""
 _SPELT = {name.replace("_", "-"): flag.replace("_", "-") for name, flag in SAME.items()}
 _SPELT |= {name: flag for flag, names in _FLAGS.items() for name in names.split()}
+_OF_LAUNCHERS = {
+    "processes": "num-processes nproc-per-node nproc num-gpus num-accelerators gpus gpus-per-node",
+    "nodes": "num-nodes nnodes num-machines",
+    "node-rank": "machine-rank",
+    "main-address": "main-process-ip master-addr rdzv-endpoint",
+    "restarts": "max-restarts",
+    "gpus": "n processes num-processes nproc-per-node num-gpus gpus-per-node",
+}
+"""The same of options of ``adalora-dist run`` and ``plan``: they are meant where they can be given."""
 _METHODS = {"use-dora": "dora", "peft-use-dora": "dora", "use-adalora": "adalora"}
 
 
@@ -64,7 +73,9 @@ def flag_here(name: str, flags: Iterable[str]) -> str:
     if word in _METHODS and "method" in flags:
         return f"--method {_METHODS[word]}"
     flag = _SPELT.get(word) or _SPELT.get(word.lower())
-    return f"--{flag}" if flag in set(flags) else ""
+    meant = [flag] if flag else [own for own, names in _OF_LAUNCHERS.items() if word.lower() in names.split()]
+    known = set(flags)
+    return next((f"--{own}" for own in meant if own in known), "")
 
 
 def setting_here(name: object, settings: Mapping[str, tuple[str, str, object]]) -> str:

@@ -21,7 +21,7 @@ from adalora_dist.config.run_file import RunFile
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.config.settings import Setting, choices_of, kind_of, method_setting, settings_by_flag
 from adalora_dist.io.errors import UserError
-from adalora_dist.io.shipped import own_or_shipped
+from adalora_dist.io.shipped import config_file
 from adalora_dist.io.terminal import page
 
 HELP_FLAGS = ("-h", "--help", "--help-all")
@@ -152,7 +152,7 @@ def _adapter_for_help(schema: type[RunConfig], arguments: Sequence[str]) -> Any:
     method: Any = words.get("method")
     if method is None and "config" in words:
         with contextlib.suppress(UserError):
-            file = RunFile(own_or_shipped(Path(words["config"]), "config"), schema)
+            file = RunFile(config_file(words["config"]), schema)
             method = file.value("adapter", "method", None)
     method = method if is_method(method) else recipes.method
     setting, config = method_setting(method), METHODS[method]

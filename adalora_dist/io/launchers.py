@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import threading
 import time
@@ -15,6 +16,9 @@ OWN_COMMAND = "ADALORA_DIST_COMMAND"
 """Environment variable: the words of ``adalora-dist run`` that started this process, as JSON.
 
 That is no launcher like those below: it prints nothing after its processes."""
+OWN_OPTIONS = "ADALORA_DIST_OPTIONS"
+"""Environment variable: options of the command that started this recipe, which may stand among the recipe's flags, so
+that a hint can name them: words with spaces between."""
 RESTARTS = "ADALORA_DIST_RESTARTS"
 """Environment variable: how often ``adalora-dist run`` has started this program again."""
 _COUNTS = (RESTARTS, "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
@@ -33,6 +37,12 @@ _MARKS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "CROSS_RANK")
 _followers: list[Callable[[], None]] = []
 _watching: int | None = None
 """The process whose thread watches: a fork has a copy of this number, and no thread."""
+
+
+def options_among_flags(options: argparse.ArgumentParser) -> None:
+    """Let the recipe that this process or its children run know them, for its hints."""
+    names = [name for action in options._actions for name in action.option_strings if name.startswith("--")]
+    os.environ[OWN_OPTIONS] = " ".join(name.removeprefix("--") for name in names)
 
 
 def is_launched(environment: Mapping[str, str] = os.environ) -> bool:

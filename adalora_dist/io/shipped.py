@@ -76,6 +76,19 @@ def own_or_shipped(path: Path, kind: str = "") -> Path:
     return next((file for file in candidates if file.is_file()), path)
 
 
+def config_file(word: str) -> Path:
+    """What ``--config`` means: a file, or the name of a shipped experiment. Where it is neither, who opens it says so.
+
+    Raises:
+        UserError: it is nearly such a name.
+    """
+    path = own_or_shipped(Path(word), "config")
+    names = [file.stem for file in files_of("config")]
+    if len(path.parts) == 1 and not path.exists() and (hint := _alike(path.stem, names)):
+        raise UserError(f"--config {word}: there is no such file: {hint}adalora-dist ls shows all")
+    return path
+
+
 def any_shipped(name: str, suffix: str = "") -> Path:
     """What ``name`` means: a file's name with or without suffix, or its path as in a clone.
 
@@ -97,8 +110,12 @@ def _all() -> Iterator[Path]:
 
 
 def _remedy(name: str, names: list[str]) -> str:
-    alike = [*dict.fromkeys(difflib.get_close_matches(name, names, n=3, cutoff=0.6))]
-    hint = f"did you mean {' or '.join(alike)}? " if alike else ""
-    if not alike and len(names) <= _FEW:
+    hint = _alike(name, names)
+    if not hint and len(names) <= _FEW:
         hint = f"choose from {', '.join(names)}; "
     return f"{hint}adalora-dist ls shows all"
+
+
+def _alike(name: str, names: list[str]) -> str:
+    alike = [*dict.fromkeys(difflib.get_close_matches(name, names, n=3, cutoff=0.6))]
+    return f"did you mean {' or '.join(alike)}? " if alike else ""

@@ -149,7 +149,8 @@ class MethodHooks:
         """Begin from a text, where the settings have one (``start_text``), before the first step. Collective.
 
         Args:
-            model, optimizer: as the engine wraps them.
+            model: as the engine wraps it.
+            optimizer: likewise.
             tokens: of the text.
 
         Raises:

@@ -13,7 +13,7 @@ from pathlib import Path
 from adalora_dist.config.json_schema import json_schema
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
-from adalora_dist.io.shipped import own_or_shipped, shipped
+from adalora_dist.io.shipped import files_of, own_or_shipped, shipped
 
 _CONFIGURATION = re.compile(r"^def configuration\(", re.MULTILINE)
 _GUARD = re.compile(r"^if __name__ == ['\"]__main__['\"]:", re.MULTILINE)
@@ -26,7 +26,12 @@ def recipe_file(recipe: str) -> Path:
         UserError: it is neither shipped nor a file.
     """
     path = own_or_shipped(Path(recipe))
-    return path if path.suffix == ".py" and path.is_file() else shipped("recipe", recipe)
+    if path.suffix == ".py" and path.is_file():
+        return path
+    beside = Path(f"{recipe}.py")
+    if beside.is_file() and recipe not in [file.stem for file in files_of("recipe")]:
+        raise UserError(f"{recipe} is not a recipe that is shipped: did you mean {beside}?")
+    return shipped("recipe", recipe)
 
 
 def check_flags(path: Path, flags: Sequence[str]) -> None:

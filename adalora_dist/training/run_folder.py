@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from adalora_dist.artifacts.checkpoints.content import Checkpoint
@@ -24,6 +25,7 @@ from adalora_dist.io.foreign_files import read_object, read_sections
 from adalora_dist.io.launchers import OWN_COMMAND, launchers
 from adalora_dist.io.publish import discard, open_to_append, refuse_link, write_whole, writing
 from adalora_dist.io.redaction import redacted, redacted_command
+from adalora_dist.io.shipped import ROOT
 from adalora_dist.methods.protocol import Step
 from adalora_dist.training.best import BEST
 from adalora_dist.training.resume import (
@@ -193,6 +195,16 @@ def _launcher_command() -> list[str] | None:
     return redacted_command(json.loads(os.environ[OWN_COMMAND])) if OWN_COMMAND in os.environ else None
 
 
+def _commit() -> str | None:
+    """Of the clone that this code is run from; None without one: environments lie in clones of something else, too."""
+    asked = ["git", "-C", str(ROOT), "rev-parse", "--show-toplevel", "HEAD"]
+    try:
+        lines = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.splitlines()
+    except OSError:  # images of containers mostly have no git
+        return None
+    return lines[1] if len(lines) == 2 and Path(lines[0]).resolve() == ROOT else None
+
+
 def _provenance() -> dict[str, Any]:
     versions = {}
     for package in _PACKAGES:
@@ -200,13 +212,11 @@ def _provenance() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
+    versions["torch"] = str(torch.__version__)  # with its build, such as +cu132, which its metadata may lack
     return {
         "command": redacted_command(sys.argv),
         "launcher_command": _launcher_command(),
-        "commit": git.stdout.strip() or None,
+        "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": versions,

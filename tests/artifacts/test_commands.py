@@ -196,6 +196,14 @@ def test_the_commit_that_was_loaded_is_the_base(
     assert json.loads((tmp_path / "run" / "peft" / "adapter_config.json").read_text())["revision"] is None
 
 
+def test_a_run_that_was_interrupted_is_told_what_can_be_done_with_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text("adapter: {method: adalora}\n")
+    for command in (["inspect", tmp_path], ["export", tmp_path, "--to", "lora"]):
+        assert f"no checkpoint; adalora-dist watch {tmp_path} shows" in failure(capsys, *command)
+
+
 def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no finished run (there is no such folder)" in failure(
         capsys, "export", tmp_path / "nowhere", "--to", "lora"
@@ -210,6 +218,8 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
     line = failure(capsys, "export", run, "--to", "merged", "--merge-into", "dequantized", "--out", tmp_path / "out")
     assert "quantized.json" in line
     assert "COMMAND" in failure(capsys)
+    assert failure(capsys, "exprt", run).startswith("exprt is not a command: did you mean export")
+    assert "complete," not in failure(capsys, "typo") and "choose from ls, cp, run" in failure(capsys, "typo")
     assert list(tmp_path.iterdir()) == []
 
 

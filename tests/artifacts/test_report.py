@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import re
 import subprocess
@@ -247,7 +248,12 @@ def test_watching_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     for words in ("not finished: 20 of 40", "step 20 of 40, 40 s so far, about 40 s left", "training loss", "budget",
                   "model.layers.11", "after the allocation of step 17", "of 1,008 triplets"):  # fmt: skip
         assert words in said, words
-    assert "\x1b" not in said
+    assert "\x1b" not in said and "nothing new" not in said
+    for file in run.iterdir():
+        os.utime(file, (1e9, 1e9))
+    assert re.match(
+        r"run: not finished: 20 of 40 steps so far, nothing new for [\d,]+ h \d\d min\n", view(read_runs([run])[0])
+    )
     record = read_runs([run])[0]
     small, coloured = view(record, height=16), view(record, height=16, in_colour=True)
     assert len(small.splitlines()) <= 16 and "more: --once shows all" in small

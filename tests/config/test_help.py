@@ -100,6 +100,29 @@ def test_names_of_others(name: str, tmp_path: Path, capsys: pytest.CaptureFixtur
         assert f"here: {section}.{own}" + (f": {value}" if value else "") in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("typed", "options", "says"),
+    [
+        ("--engin", "engine processes", "did you mean --engine?"),
+        ("--gpu", "gpus nodes", "did you mean --gpus?"),
+        ("--num_processes", "engine processes", "here: --processes"),
+        ("--num_machines", "processes nodes", "here: --nodes"),
+        ("-n", "gpus nodes", "here: --gpus"),
+        ("--gpus", "engine processes", "here: --processes"),
+        ("--num_processes", "", "see --help for all of them"),
+        ("--typo", "engine processes", "did you mean --dtype?"),
+    ],
+)
+def test_options_of_the_command_before_are_hinted_at(
+    typed: str, options: str, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recipe that ``adalora-dist run`` or ``plan`` has started knows what those take."""
+    monkeypatch.setenv("ADALORA_DIST_OPTIONS", options)
+    with pytest.raises(SystemExit):
+        parse_config(SftConfig, [typed, "3"])
+    assert capsys.readouterr().err == f"error: {typed} is not a flag: {says}\n"
+
+
 def test_no_name_of_others_is_one_of_ours_and_all_lead_somewhere() -> None:
     own = {flag for schema in SCHEMAS.values() for flag in settings_by_flag(schema)}
     assert not set(foreign_names._SPELT) & own - {"beta1", "beta2"}

@@ -102,7 +102,9 @@ def test_a_name_finds_the_file_that_is_meant(tmp_path: Path, monkeypatch: pytest
     (tmp_path / config).write_text("")
     assert shipped.own_or_shipped(Path(config), "config") == Path(config)  # one's own comes first
     for name in ("no_such.yaml", "../README.md", "/no/such/ds_configs/zero3.json"):
-        assert shipped.own_or_shipped(Path(name), "config") == Path(name)
+        assert shipped.own_or_shipped(Path(name), "config") == Path(name) == shipped.config_file(name)
+    for name in ("llama_sft_dem", "llama_sft_dem.yaml"):
+        assert "there is no such file: did you mean llama_sft_demo" in refusal(shipped.config_file, name)
 
 
 def test_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

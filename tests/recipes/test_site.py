@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,17 @@ def commands(path: Path) -> list[list[str]]:
         for line in re.findall(rf"(?:^|\s)adalora-dist ((?:{'|'.join(COMMANDS)})\b.*)", text, re.MULTILINE):
             found.append(shlex.split(re.sub(r'"\$\(.*?\)"', "1", line).replace('"$', '"1'), comments=True))
     return found
+
+
+def referenced() -> Iterator[tuple[Path, ast.FunctionDef | ast.ClassDef]]:
+    """What the reference shows, with the file that it is defined in."""
+    page = (ROOT / "docs/reference.md").read_text(encoding="utf-8")
+    for home, name in re.findall(r"^::: adalora_dist\.(\S+)\.(\w+)$", page, re.MULTILINE):
+        module = ROOT / "adalora_dist" / home.replace(".", "/")
+        file = module / "__init__.py" if module.is_dir() else module.with_suffix(".py")
+        body = ast.parse(file.read_text(encoding="utf-8")).body
+        [found] = [n for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name == name]
+        yield file, found
 
 
 def test_it_names_pages_that_there_are_and_each_once() -> None:
@@ -86,14 +99,23 @@ def test_commands_within_sentences_are_commands() -> None:
 
 
 def test_every_name_to_import_is_in_the_reference() -> None:
-    page = (ROOT / "docs/reference.md").read_text(encoding="utf-8")
-    named = re.findall(r"^::: adalora_dist\.(\S+)\.(\w+)$", page, re.MULTILINE)
-    assert sorted(name for _, name in named) == sorted(adalora_dist._HOMES)
-    for home, name in named:
-        module = ROOT / "adalora_dist" / home.replace(".", "/")
-        file = module / "__init__.py" if module.is_dir() else module.with_suffix(".py")
-        source = file.read_text(encoding="utf-8")
-        assert re.search(rf"^(class|def) {name}\b", source, re.MULTILINE), name
+    found = list(referenced())
+    assert sorted(node.name for _, node in found) == sorted(adalora_dist._HOMES)
+
+
+def test_what_the_reference_says_of_parameters_are_its_parameters() -> None:
+    """One by one, as the site's strict build wants them; of a class those of ``__init__`` or its fields."""
+    for file, top in referenced():
+        for node in ast.walk(top):
+            text = ast.get_docstring(node) if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else None
+            section = re.search(r"^Args:\n((?:    .*\n?|\n)+)", text or "", re.MULTILINE)
+            if section is None:
+                continue
+            inner = [one for one in [node, *node.body] if isinstance(one, ast.FunctionDef)]
+            arguments = [a.arg for one in inner for a in ast.walk(one.args) if isinstance(a, ast.arg)]
+            fields = [one.target.id for one in node.body if isinstance(one, ast.AnnAssign)]
+            for line in re.findall(r"^    (?! )(.*)", section[1], re.MULTILINE):
+                assert line.partition(":")[0].lstrip("*") in arguments + fields, f"{file}: {node.name}: {line}"
 
 
 def test_what_others_read_is_read() -> None:

@@ -27,20 +27,29 @@ OFFERED = {
     "adalora-dist run llama_sft --eng": ["--engine"],
     "adalora-dist run nothing --eng": ["--engine"],
     "adalora-dist inspect r": [],
+    "adalora-dist export run --": ["--to"],
+    "adalora-dist export run ": [],
+    "adalora-dist export run --to ": ["merged", "lora"],
+    "adalora-dist plan llama_sft --gp": ["--gpus"],
+    "adalora-dist plan llama_sft --init-r": ["--init-rank"],
+    "adalora-dist completion z": ["zsh"],
     "adalora-dist run 'llama_sf": [],
 }
 
 
 @pytest.mark.parametrize("line", OFFERED)
 def test_what_can_stand_next(line: str) -> None:
-    assert candidates(line, ["ls", "run"], ["--engine", "-n"]) == OFFERED[line]
+    typed = line.split()[1:2]
+    commands = {"ls": {}, "run": {"--engine": (), "-n": ()}}
+    others = {"export": {"--to": ("merged", "lora")}, "plan": {"--gpus": ()}}
+    assert candidates(line, commands | {name: others[name] for name in typed if name in others}) == OFFERED[line]
 
 
 @pytest.mark.parametrize("content", ["def (", "import no_such_module", "raise SystemExit(3)"])
 def test_a_recipe_that_cannot_be_read_offers_what_run_has(tmp_path: Path, content: str) -> None:
     recipe = tmp_path / "mine.py"
     recipe.write_text(content)
-    assert candidates(f"adalora-dist run {recipe} --eng", ["run"], ["--engine", "-n"]) == ["--engine"]
+    assert candidates(f"adalora-dist run {recipe} --eng", {"run": {"--engine": (), "-n": ()}}) == ["--engine"]
 
 
 def test_the_shell_asks_with_what_stands_before_the_cursor(
@@ -58,15 +67,28 @@ def test_the_line_for_a_shell(shell: str, capsys: pytest.CaptureFixture[str]) ->
     assert "adalora-dist complete" in capsys.readouterr().out
 
 
-def test_bash_offers_it(tmp_path: Path) -> None:
-    if not (bash := shutil.which("bash")):
-        pytest.skip("no bash")
+ASKED = {
+    "bash": "export COMP_LINE='adalora-dist rep' COMP_POINT=16; adalora-dist complete adalora-dist rep adalora-dist; "
+    "complete -p adalora-dist",
+    "zsh": "COMP_LINE='adalora-dist rep' COMP_POINT=16 adalora-dist complete; print -r -- $_comps[adalora-dist]",
+    "fish": "complete -C 'adalora-dist repo'; complete -c adalora-dist",
+}
+"""By shell: what offers a word, and then says what has been registered."""
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_a_shell_offers_it(name: str, tmp_path: Path) -> None:
+    """With nothing of its own set up before."""
+    if not (shell := shutil.which(name)):
+        pytest.skip(f"no {name} here: apt-get install {name}")
     (tmp_path / "adalora-dist").write_text(f'#!/bin/sh\nexec {sys.executable} -m adalora_dist "$@"\n')
     (tmp_path / "adalora-dist").chmod(0o755)
-    script = (
-        'eval "$(adalora-dist completion bash)"; COMP_LINE="adalora-dist rep"; COMP_POINT=16; '
-        "export COMP_LINE COMP_POINT; adalora-dist complete adalora-dist rep adalora-dist; complete -p adalora-dist"
+    evaluated = (
+        "adalora-dist completion fish | source" if name == "fish" else f'eval "$(adalora-dist completion {name})"'
     )
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([bash, "-c", script], env=environment, capture_output=True, text=True, timeout=HANG_SECONDS)
-    assert done.stdout.splitlines()[0] == "report" and "adalora-dist complete" in done.stdout.splitlines()[1]
+    options = {"bash": [], "zsh": ["-f"], "fish": ["--no-config"]}[name]
+    command = [shell, *options, "-c", f"{evaluated}; {ASKED[name]}"]
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS)
+    assert done.stdout.splitlines()[0] == "report", done.stderr
+    assert "adalora-dist" in done.stdout.splitlines()[1] and "complete" in done.stdout.splitlines()[1]

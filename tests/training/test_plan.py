@@ -130,8 +130,12 @@ def test_what_is_alive_is_counted() -> None:
 def test_clusters() -> None:
     assert vars(Cluster.parse("8x80GB", 2)) | {"engine": "fsdp2"} == vars(Cluster.parse("8X80", 2, "fsdp2"))
     assert Cluster.parse("24GB").engine == "single" and Cluster.parse("24GB").world_size == 1
+    in_bytes = [("8x80GiB", 85.89934592), ("1x81559MiB", 85.520809984), ("2 * 0.08 TB", 80), ("8×80", 80), ("40g", 40)]
+    assert [Cluster.parse(gpus).gigabytes for gpus, _ in in_bytes] == pytest.approx([size for _, size in in_bytes])
     for gpus, nodes, engine, says in (
-        ("eight", 1, None, "--gpus"), ("0x80GB", 1, None, "--gpus"), ("8x80GB", 0, None, "--nodes"),
+        ("eight", 1, None, "--gpus"), ("0x80GB", 1, None, "--gpus"), ("8", 1, None, "--gpus '8': must be NUMBERxMEM"),
+        ("8xH100", 1, None, "--gpus"), ("8x80KB", 1, None, "--gpus"), ("8x80TB", 1, None, "--gpus"),
+        ("8x80GB", 0, None, "--nodes"),
         ("8x80GB", 1, "single", "--engine single with 8 GPUs"), ("8x80GB", 1, "fsdp1", "--engine fsdp1"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=says):

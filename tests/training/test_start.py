@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from adalora_dist.io.launchers import OWN_COMMAND
 from adalora_dist.io.shipped import files_of
@@ -107,6 +110,23 @@ def test_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_recipe.py").touch()
     assert recipe_file("my_recipe.py") == Path("my_recipe.py")
     assert "llama_sfd is not a recipe: did you mean llama_sft?" in refusal(recipe_file, "llama_sfd")
+    assert refusal(recipe_file, "my_recipe").endswith("did you mean my_recipe.py?")
+    (tmp_path / "llama_sft.py").touch()  # as adalora-dist cp names it
+    assert recipe_file("llama_sft") == ROOT / "recipes" / "llama_sft.py"
+
+
+def test_the_commit_is_that_of_this_clone_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not shutil.which("git"):
+        pytest.skip("no git here")
+    here = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
+    assert run_folder._commit() == (here.stdout.strip() or None)
+    assert run_folder._provenance()["versions"]["torch"] == torch.__version__
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    monkeypatch.setattr(run_folder, "ROOT", tmp_path / "site-packages" / "adalora_dist" / "_shipped")
+    assert run_folder._commit() is None
+    monkeypatch.setattr(run_folder, "ROOT", ROOT)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run_folder._commit() is None and run_folder._provenance()["commit"] is None
 
 
 def test_several_processes_are_not_started_to_find_a_mistake(

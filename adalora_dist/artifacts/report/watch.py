@@ -28,6 +28,8 @@ _SHADES = (236, 17, 18, 19, 20, 26, 32, 38, 44, 50, 86)
 """Of the terminal's 256 colours, from rank 0 to the largest."""
 _CURVE_WIDTH, _BESIDE_CURVE = 48, 42
 """Characters of a curve, and of its name and values."""
+_SILENT_SECONDS, _SILENT_STEPS = 120.0, 10
+"""A run that has written nothing for so long, and for the time of so many steps, may have ended."""
 _CURVES = {
     "loss": "training loss", "eval_loss": "validation loss", "budget": "budget", "gradient_norm": "gradient norm",
 }  # fmt: skip
@@ -66,7 +68,7 @@ def view(
         bars: characters of a curve, from the lowest value to the highest.
     """
     length = _CURVE_WIDTH if width is None else max(8, min(_CURVE_WIDTH, width - _BESIDE_CURVE))
-    lines = [f"{printable(run.label, 60)}: {run.state}", _progress(run), ""]
+    lines = [f"{printable(run.label, 60)}: {run.state}{_silence(run)}", _progress(run), ""]
     rows = []
     for name, title in _CURVES.items():
         if points := run.points(name):
@@ -77,6 +79,17 @@ def view(
         left = None if height is None else max(1, height - len("\n".join(lines).splitlines()) - 6)
         lines.append(_map(run, left, in_colour))
     return "\n".join(lines)
+
+
+def _silence(run: RunRecord) -> str:
+    """How long a run has written nothing, if long: it evaluates or saves, or has ended, which nobody has written."""
+    if run.is_finished:
+        return ""
+    files = [run.path / name for name in ("config.yaml", "run.json", "metrics.jsonl")]
+    quiet = time.time() - max((file.stat().st_mtime for file in files if file.is_file()), default=time.time())
+    seconds = run.points("seconds")
+    of_steps = _SILENT_STEPS * seconds[-1][1] / run.num_steps_done if seconds and run.num_steps_done else 0.0
+    return f", nothing new for {duration(quiet)}" if quiet > max(_SILENT_SECONDS, of_steps) else ""
 
 
 def _progress(run: RunRecord) -> str:

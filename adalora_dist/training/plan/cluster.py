@@ -12,6 +12,8 @@ from adalora_dist.config.engines import ENGINES
 from adalora_dist.io.errors import UserError
 from adalora_dist.training.launch import engine_asked_for
 
+_UNITS = {"g": 1.0, "gb": 1.0, "tb": 1e3, "gib": 2**30 / 1e9, "mib": 2**20 / 1e9}
+"""Of memory, in 10^9 bytes."""
 GIGABYTES = 80.0
 """Of a GPU that nobody has said anything of."""
 USABLE = 0.92
@@ -40,16 +42,18 @@ class Cluster:
     def parse(cls, gpus: str, nodes: int = 1, engine: str | None = None, **rates: float | None) -> Cluster:
         """
         Args:
-            gpus: of one machine, such as 8x80GB, or 80GB for one.
+            gpus: of one machine, such as 8x80GB, or 80GB for one; in GB of 10^9 bytes, TB, GiB or MiB.
             engine: default: single for one GPU, else fsdp2.
             rates: flops and link, where others than the defaults.
 
         Raises:
             UserError: it is not understood, or engine and number of GPUs do not go together.
         """
-        match = re.fullmatch(r"(?:(\d+)\s*[xX*])?\s*(\d+(?:\.\d+)?)\s*(?:GB|gb|G)?", gpus.strip())
+        match = re.fullmatch(r"(?:(\d+)\s*[x*×])?\s*(\d+(?:\.\d+)?)\s*([a-z]*)", gpus.strip().lower())
         count = int(match[1] or 1) if match else 0
-        if match is None or not 1 <= count <= 4096 or not 0 < float(match[2]) <= 10_000:
+        # A number alone can be one of GPUs as well.
+        unit = _UNITS.get(match[3] or ("gb" if match[1] else "?")) if match else None
+        if match is None or unit is None or not 1 <= count <= 4096 or not 0 < float(match[2]) * unit <= 10_000:
             raise UserError(f"--gpus {gpus!r}: must be NUMBERxMEMORY of one machine, such as 8x80GB or 1x24GB")
         if not 1 <= nodes <= 100_000:
             raise UserError(f"--nodes {nodes}: must be from 1 to 100,000")
@@ -61,7 +65,7 @@ class Cluster:
             raise UserError(
                 f"--engine single with {world} GPUs: one process uses one; give --gpus 1x80GB, or ddp or fsdp2"
             )
-        return cls(count, float(match[2]), nodes, engine, **{k: v for k, v in rates.items() if v is not None})
+        return cls(count, float(match[2]) * unit, nodes, engine, **{k: v for k, v in rates.items() if v is not None})
 
     @classmethod
     def here(cls, environment: Mapping[str, str] = os.environ) -> Cluster:

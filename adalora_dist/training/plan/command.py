@@ -10,6 +10,7 @@ from typing import Any
 
 from adalora_dist.config.engines import ENGINES
 from adalora_dist.io.errors import UserError
+from adalora_dist.io.launchers import options_among_flags
 from adalora_dist.training.plan.cluster import FLOPS, LINK_BETWEEN_NODES, LINK_IN_NODE, PLANNED, Cluster
 
 
@@ -57,13 +58,15 @@ def add_plan(commands: argparse._SubParsersAction[Any]) -> None:
 def _plan(arguments: argparse.Namespace) -> None:
     from adalora_dist.training.recipe_file import recipe_file
 
+    options = _options()
     try:
-        given, flags = _options().parse_known_args(arguments.flags, arguments)
+        given, flags = options.parse_known_args(arguments.flags, arguments)
     except argparse.ArgumentError as error:
         raise UserError(f"adalora-dist plan: {error}; see adalora-dist plan --help") from None
     flops, link = given.tflops and given.tflops * 1e12, given.link and given.link * 1e9
     cluster = Cluster.parse(given.gpus, given.nodes, given.engine, flops=flops, link=link)
     path = recipe_file(given.recipe)
+    options_among_flags(options)
     sys.argv = [str(path), *flags, "--dry-run"]
     planned = PLANNED.set(cluster)
     try:
