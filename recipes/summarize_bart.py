@@ -58,6 +58,7 @@ def main(config: SummarizationConfig) -> None:
     # ------------------------------------------------------------------------------------------------------------ model
     run.demo_model("a tiny BART, pre-trained here on built-in reports", demo_bart_folder)
     tokenizer = run.load_model(AutoModelForSeq2SeqLM)
+    start = decoder_start_token(run.model)
 
     # ------------------------------------------------------------------------------------------------------------- data
     run.demo_data("built-in reports", "--data FOLDER_OR_FILE, or --data hub for XSum and CNN/DailyMail")
@@ -75,7 +76,7 @@ def main(config: SummarizationConfig) -> None:
     run.prepare(plan)
 
     # --------------------------------------------------------------------------------------------------------- evaluate
-    synced, padding, start = run.generates_together(), padding_token(tokenizer), decoder_start_token(run.model)
+    synced, padding = run.generates_together(), padding_token(tokenizer)
     chunk = run.config.train.logits_chunk
 
     def evaluate(rows: Dataset) -> tuple[dict[str, float], list[str]]:

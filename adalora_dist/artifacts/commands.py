@@ -15,7 +15,7 @@ from adalora_dist.artifacts.checkpoints.files import step_of
 from adalora_dist.artifacts.checkpoints.writer import checkpoint_at, newest_checkpoint
 from adalora_dist.artifacts.export import SavedAdapter, read_adapter
 from adalora_dist.artifacts.formats import FORMATS, Options, as_lora
-from adalora_dist.artifacts.hub.pictures import draw_history, rank_pictures, read_history
+from adalora_dist.artifacts.hub.pictures import draw_history, rank_pictures, read_history, refuse_others_pictures
 from adalora_dist.artifacts.peft_format import fold
 from adalora_dist.artifacts.tables import rank_table
 from adalora_dist.backbones.dequantized import QuantizedWeight, read_quantization_record
@@ -233,7 +233,7 @@ def inspect_run(path: Path, picture_format: Literal["svg", "png", "none"] = "svg
     Of a run that was interrupted, or is under way, ranks and sizes are those of its newest checkpoint.
 
     Raises:
-        UserError: the run cannot be read, or matplotlib is not installed.
+        UserError: the run cannot be read, matplotlib is not installed, or a picture's name is that of somebody's file.
     """
     if step_of(path) is not None:
         raise UserError(f"{path} is a checkpoint: give the run's folder, {path.absolute().parents[1]}")
@@ -241,6 +241,9 @@ def inspect_run(path: Path, picture_format: Literal["svg", "png", "none"] = "svg
     if (step := step_of(run.path)) is not None:
         say(f"The run is not finished: this is its newest checkpoint, after step {step:,}\n")
     pattern = {a.name: a.rank for a in run.saved.adapters}
+    history = read_history(path / "allocations.jsonl")
+    if picture_format != "none":
+        refuse_others_pictures(pattern, path, picture_format, bool(history))
     say("Active ranks\n" + rank_table(pattern) + "\n")
     active = sum(tensor.numel() for a in run.saved.adapters for tensor in a.tensors().values())
     whole = sum(math.prod(a.matrix.shape) for a in run.saved.adapters)
@@ -252,7 +255,6 @@ def inspect_run(path: Path, picture_format: Literal["svg", "png", "none"] = "svg
         f"Active adapter parameters: {active:,} in {sum(rank > 0 for rank in pattern.values())} of {len(pattern)} "
         f"matrices, {active / whole:.2%} of the matrices' own {whole:,}"
     )
-    history = read_history(path / "allocations.jsonl")
     if history:
         returned = sum(record["returned"] for record in history)
         say(

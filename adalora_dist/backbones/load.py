@@ -21,7 +21,7 @@ from adalora_dist.backbones.parts import input_embeddings
 from adalora_dist.backbones.quantization import settle_quantized
 from adalora_dist.backbones.sharded_load import load_on_meta
 from adalora_dist.backbones.ties import refuse_unequal
-from adalora_dist.backbones.tokenizer import remember_rules
+from adalora_dist.backbones.tokenizer import knows_words, remember_rules
 from adalora_dist.config.sections import ModelConfig
 from adalora_dist.io.digest import digest_of
 from adalora_dist.io.errors import UserError, reason_of
@@ -190,7 +190,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of the backbone.
 
     Raises:
-        UserError: it cannot be found, loaded or used on a plain text, or code from elsewhere would be run.
+        UserError: it cannot be found, loaded or used on a plain text, it has no words, or code from elsewhere would be
+            run.
     """
     from transformers import AutoTokenizer
 
@@ -202,10 +203,16 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         )
         remember_rules(tokenizer)
         tokenizer("a")  # some odd values (model_max_length) are met in use alone
+        has_words = knows_words(tokenizer)
     except UserError:
         raise
     except Exception as error:
         raise _cannot_be_loaded(config, error) from error
+    if not has_words:  # without files transformers makes an empty one, to which every text is unknown
+        raise UserError(
+            f"model={config.name!r}: its {type(tokenizer).__name__} knows no word, only special tokens: its own "
+            "files are not there, or transformers does not read them; put the model's tokenizer.json there"
+        )
     return tokenizer
 
 

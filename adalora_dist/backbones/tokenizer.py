@@ -23,6 +23,13 @@ def remember_rules(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.rules_in_files = (backend.truncation, backend.padding)
 
 
+def knows_words(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether its vocabulary has more than special tokens, signs and spaces: something with a letter or digit."""
+    special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special.update(tokenizer.all_special_ids)
+    return any(id_ not in special and any(map(str.isalnum, token)) for token, id_ in tokenizer.get_vocab().items())
+
+
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """``save_pretrained`` with the rules that its files had when it was loaded; none where nobody remembered them."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

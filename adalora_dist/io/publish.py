@@ -230,11 +230,14 @@ def _host() -> str:
 
 
 @contextlib.contextmanager
-def new_file(path: Path) -> Iterator[BinaryIO]:
+def new_file(path: Path, replaces: bool = True) -> Iterator[BinaryIO]:
     """A file to write that takes the place of ``path`` when the block ends, and is removed when it fails.
 
+    Args:
+        replaces: whatever else has the name by then; otherwise it stays, and the new file goes.
+
     Raises:
-        OSError: it cannot be written, or a folder has the name.
+        OSError: it cannot be written, or a folder has the name; a FileExistsError for what is not replaced.
     """
     partial = path.with_name(_scratch_name(path))
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -245,13 +248,29 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        if replaces:
+            os.replace(partial, path)
+        else:
+            _rename_to_new(partial, path)
         on_failure.pop_all()
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file that readers find whole or not at all. Errors as of :func:`new_file`."""
-    with new_file(path) as file:
+def _rename_to_new(partial: Path, path: Path) -> None:
+    try:
+        os.link(partial, path)  # unlike a rename it fails where something has the name
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        if os.path.lexists(path):  # a file system without links: two that do this at one moment may not meet
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        os.rename(partial, path)
+    else:
+        partial.unlink()
+
+
+def write_whole(path: Path, content: str | bytes, replaces: bool = True) -> None:
+    """Write a file that readers find whole or not at all. Arguments and errors as of :func:`new_file`."""
+    with new_file(path, replaces) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
 

@@ -137,9 +137,15 @@ def decoder_start_token(model: nn.Module) -> int:
     """What an encoder-decoder reads before the first label.
 
     Raises:
-        UserError: its configuration does not say.
+        UserError: its configuration does not say, or the model has one side, as some of ``AutoModelForSeq2SeqLM`` have.
     """
-    token: int | None = cast(Any, model).config.decoder_start_token_id
+    config = cast(Any, model).config
+    if not config.is_encoder_decoder:
+        raise UserError(
+            f"{type(model).__name__} has no encoder for the text that is to be summarised: take an encoder-decoder, as "
+            "BART and T5 are"
+        )
+    token: int | None = getattr(config, "decoder_start_token_id", None)
     if token is None:
         raise UserError(
             f"model: config.json of this {type(model).__name__} has no decoder_start_token_id; give the one it was "

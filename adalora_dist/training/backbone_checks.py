@@ -15,7 +15,9 @@ from adalora_dist.backbones.expert_files import parts_of
 from adalora_dist.backbones.experts import ExpertStack
 from adalora_dist.backbones.linears import is_conv1d, linear_shape
 from adalora_dist.backbones.names import FileNames, layers_left_out
+from adalora_dist.backbones.parts import is_under, tower_names
 from adalora_dist.backbones.rearranged import is_rearranged
+from adalora_dist.config.engines import BACKBONE_SHARDING
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods import method_for
@@ -64,6 +66,29 @@ def check_backbone(model: nn.Module, config: RunConfig) -> list[str]:
     modules = dict.fromkeys(name.rpartition(".")[0] for name in names.missing)
     listed = ", ".join(f"{m} (in the files {shapes[m]})" if m in shapes else m for m in modules)
     return [*lines, f"Not in the model's files, so new and trained in full: {listed}"]
+
+
+def refuse_own_layers(model: nn.Module, engine: str, num_processes: int) -> None:
+    """Raise if processes would leave out different layers in training, and each be waited for by others for ever.
+
+    Args:
+        engine: as :func:`adalora_dist.training.engine.engine_name` says it.
+
+    Raises:
+        UserError: the model has ``layerdrop``, and an engine on which a layer's forward is collective.
+    """
+    if engine not in BACKBONE_SHARDING or num_processes == 1:
+        return
+    towers = tower_names(model)
+    for name, module in model.named_modules():
+        share = getattr(module, "layerdrop", None)
+        if isinstance(share, float) and share > 0 and not is_under(name, towers):
+            side = name.rpartition(".")[2] if name.endswith(("encoder", "decoder")) else ""
+            setting = f"{side}_layerdrop" if side else "layerdrop"
+            raise UserError(
+                f"the model's {setting} is {share:g} (config.json): under {engine} processes would leave out different "
+                "layers, and wait for each other for ever; set it to 0, or use ddp, zero1 or zero2"
+            )
 
 
 def _check_merge(

@@ -196,15 +196,19 @@ def engine_name(accelerator: Accelerator) -> str:
 
 @contextmanager
 def tied_weights_in_one_group(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
-    """Around ``accelerator.prepare``: under FSDP2, a weight that three modules share stays in the root's group.
+    """Around ``accelerator.prepare``: under FSDP2, what a third module shares stays in the root's group.
 
     accelerate makes a group of input embeddings and output head. Where other modules share their weight, as the
-    encoder and the decoder of BART do, it would lie in two groups, which torch refuses. It also asks models that have
-    no such embeddings (CANINE). No effect elsewhere.
+    encoder and the decoder of BART do, or the head's bias, as around BERT's, it would lie in two groups, which torch
+    refuses. It also asks models that have no such embeddings (CANINE). No effect elsewhere.
     """
-    weight = getattr(input_embeddings(model), "weight", None)
-    num_owners = sum(p is weight for module in model.modules() for p in module.parameters(recurse=False))
-    hidden = accelerator.distributed_type == DistributedType.FSDP and (weight is None or num_owners > 2)
+    embeddings = input_embeddings(model)
+    has_weight = getattr(embeddings, "weight", None) is not None
+    ends = [embeddings, getattr(model, "get_output_embeddings", lambda: None)()]
+    inside = {module for end in ends if end is not None for module in end.modules()}
+    own = {p for module in inside for p in module.parameters(recurse=False)}
+    is_shared = any(p in own for m in model.modules() if m not in inside for p in m.parameters(recurse=False))
+    hidden = accelerator.distributed_type == DistributedType.FSDP and (not has_weight or is_shared)
     names = ("get_input_embeddings", "get_output_embeddings") if hidden else ()
     for name in names:
         setattr(model, name, lambda: None)

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from adalora_dist.backbones.merging import check_mergeable
 from adalora_dist.config.engines import BACKBONE_SHARDING
@@ -22,7 +23,6 @@ from adalora_dist.methods.protocol import trained_parameters
 from adalora_dist.sharding.tensors import gather_for, put_back_shards, with_every_gradient
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.losses import LossSum
-from adalora_dist.tasks.reading_ahead import refuse_reading_ahead
 from adalora_dist.training.engine import begin_accumulation, engine_name
 from adalora_dist.training.evaluations import Evaluate, Evaluations
 from adalora_dist.training.faults.guard import Guard
@@ -63,7 +63,7 @@ def train(
     """
     settings, model, optimizer, hooks = config.train, prepared.model, prepared.optimizer, prepared.hooks
     num_steps = total_steps(settings, plan)
-    is_ddp = engine_name(accelerator) == "ddp"
+    is_ddp = isinstance(model, DistributedDataParallel)  # also of one process, as torchrun starts it
     num_processes, limits = accelerator.num_processes, (settings.micro_batch_size, settings.micro_batch_tokens)
     put_back_shards(model)
     parameters = _clipped(model, prepared.inner_optimizer)
@@ -200,12 +200,9 @@ def generates_together(accelerator: Accelerator, model: nn.Module, evaluation: E
     encoder-decoder calls the encoder first, by itself.
 
     Raises:
-        UserError: ``merge_to_generate`` is set, and there is nothing to merge; as of
-            :func:`~adalora_dist.tasks.reading_ahead.refuse_reading_ahead`.
+        UserError: ``merge_to_generate`` is set, and there is nothing to merge.
     """
     if isinstance(evaluation, DecodingConfig) and evaluation.merge_to_generate:
         check_mergeable(model)
     gather_for(model, "generate")
-    refuse_reading_ahead(accelerator.unwrap_model(model), accelerator.mixed_precision == "no")
-    put_back_shards(model)
     return is_sharded(accelerator) and accelerator.num_processes > 1

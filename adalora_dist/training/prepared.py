@@ -20,9 +20,9 @@ from adalora_dist.methods.hooks import MethodHooks, attach
 from adalora_dist.methods.prefix_text import check_text
 from adalora_dist.methods.protocol import adapters_of, trained_parameters
 from adalora_dist.tasks.batches import BatchPlan
-from adalora_dist.training.backbone_checks import check_backbone
+from adalora_dist.training.backbone_checks import check_backbone, refuse_own_layers
 from adalora_dist.training.compiled import compile_blocks
-from adalora_dist.training.engine import tied_weights_in_one_group
+from adalora_dist.training.engine import engine_name, tied_weights_in_one_group
 from adalora_dist.training.resume import compare_backbone, set_loss_scale
 
 
@@ -64,8 +64,10 @@ def prepare(
 
     Raises:
         UserError: ``resumed`` does not fit the model, a text to start from is too short; as
-            :func:`adalora_dist.training.backbone_checks.check_backbone`.
+            :func:`adalora_dist.training.backbone_checks.check_backbone`, and as
+            :func:`adalora_dist.training.backbone_checks.refuse_own_layers`.
     """
+    refuse_own_layers(model, engine_name(accelerator), accelerator.num_processes)
     for line in check_backbone(model, config):
         accelerator.print(line)
     method = method_for(config.adapter)

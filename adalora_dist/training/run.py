@@ -44,6 +44,7 @@ from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.losses import LossSum
 from adalora_dist.tasks.packing import decide as decide_packing
 from adalora_dist.tasks.packing import is_flat, with_packing
+from adalora_dist.tasks.reading_ahead import refuse_reading_ahead
 from adalora_dist.tasks.rows.bad_rows import BadRows
 from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers, with_precision
 from adalora_dist.training.evaluations import Evaluate
@@ -197,7 +198,8 @@ class Run(Generic[Config]):
 
         Raises:
             UserError: adapters, schedule or checkpoint do not fit the model, the run that is continued had other
-                training rows, a row is longer than ``micro_batch_tokens``, or the folder cannot be written.
+                training rows, a row is longer than ``micro_batch_tokens``, or the folder cannot be written; a language
+                model reads both ways.
         """
         accelerator, config = self.accelerator, self.config
         check_budget(plan, config.train)
@@ -208,6 +210,9 @@ class Run(Generic[Config]):
         sized = config if fitted is None else config.model_copy(update={"adapter": fitted.config})
         adapt(model, sized.adapter, config.train.seed)
         prepared = prepare(accelerator, model, sized, num_steps, self.resumed)
+        if self._auto_class.__name__ == "AutoModelForCausalLM":
+            refuse_reading_ahead(accelerator.unwrap_model(prepared.model), accelerator.mixed_precision == "no")
+            put_back_shards(prepared.model)
         facts = run_facts(config, self.engine, accelerator.num_processes, num_steps, prepared, self.bad_rows)
         if fitted is not None:
             self.say(f"Budget: {fitted.as_sentence()}")
@@ -250,12 +255,7 @@ class Run(Generic[Config]):
         """Whether to evaluate before training; a run that is continued has that in its notes."""
         return self.resumed is None and self.config.evaluation.evaluate_before
 
-    def train(
-        self,
-        loss_sum: LossSum,
-        notes: Mapping[str, Any],
-        evaluate: Evaluate | None = None,
-    ) -> None:
+    def train(self, loss_sum: LossSum, notes: Mapping[str, Any], evaluate: Evaluate | None = None) -> None:
         """All steps that are left. Errors as of :func:`adalora_dist.training.loop.train`.
 
         Args:

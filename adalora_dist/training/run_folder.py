@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -20,6 +21,7 @@ import yaml
 from adalora_dist.artifacts.checkpoints.content import Checkpoint
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
+from adalora_dist.io.foreign_files import read_object, read_sections
 from adalora_dist.io.launchers import OWN_COMMAND, launchers
 from adalora_dist.io.publish import discard, open_to_append, refuse_link, write_whole, writing
 from adalora_dist.io.redaction import redacted, redacted_command
@@ -36,6 +38,11 @@ from adalora_dist.training.resume import (
     set_later_aside,
 )
 
+WRITTEN = (
+    *("config.yaml", "run.json", "best.json", "rank_pattern.json", "quantized.json", "verification.json"),
+    *("results.json", "samples.json", "texts.json", "answers.jsonl", "predictions.json", "nbest_predictions.json"),
+)
+"""Files that runs write whole, those of the recipes among them: what has such a name before is somebody's."""
 _PACKAGES = ("adalora-dist", "torch", "transformers", "accelerate", "datasets", "deepspeed", "bitsandbytes")
 
 
@@ -57,10 +64,10 @@ class RunFolder:
         self._num_allocations = 0  # written so far
         if not is_main_process:
             return
-        if config.train.overwrite:  # all but the lock, which this run holds; where there is no run, what it appends to
-            own = list(self.path.iterdir()) if (self.path / "config.yaml").exists() else map(self.path.joinpath, LOGS)
-            _remove(path for path in own if not path.name.startswith(".lock"))
         refuse_used_folder(config)
+        if config.train.overwrite:  # all but the lock, which this run holds; where there is no run, what it appends to
+            own = list(self.path.iterdir()) if _is_run(self.path) else map(self.path.joinpath, LOGS)
+            _remove(path for path in own if not path.name.startswith(".lock"))
         if resumed is None and config.train.resume != "never":
             refuse_lost_steps(config.train)
         try:
@@ -128,6 +135,7 @@ def refuse_used_folder(config: RunConfig) -> None:
     path, in_place = Path(config.train.output_dir), continues_in_place(config.train)
     with writing(path):
         holds_run = (path / "config.yaml").exists()
+        taken = [name for name in WRITTEN if os.path.lexists(path / name)]
     if in_place and config.train.overwrite:
         raise UserError(
             f"overwrite would remove output_dir={path}, and with it resume={config.train.resume}: leave out one of both"
@@ -137,7 +145,12 @@ def refuse_used_folder(config: RunConfig) -> None:
             f"output_dir={path} already holds a run: continue it with --resume auto, choose another --output-dir or "
             "pass --overwrite"
         )
-    if config.train.overwrite:
+    is_run, is_cleared = _is_run(path), config.train.overwrite
+    if (holds_run if is_cleared else taken and not (path / CHECKPOINTS).is_dir()) and not is_run:
+        raise UserError(
+            f"output_dir={path} holds {taken[0]}, which is of no run: choose another --output-dir, or move it away"
+        )
+    if is_cleared:
         return
     for name in (CHECKPOINTS, BEST, "adapter", *config.export.export_formats):
         refuse_link(path / name)
@@ -148,6 +161,17 @@ def refuse_used_folder(config: RunConfig) -> None:
     for name in (*written, *config.export.export_formats):
         if (path / name).exists() and not in_place:
             raise UserError(f"output_dir={path} holds {name} already: choose another --output-dir, or move it away")
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether the files that each run begins with are there: one of them may be damaged, or not have been written."""
+    signs = ((read_sections, "config.yaml", "train", "output_dir"), (read_object, "run.json", "versions", "torch"))
+    for read, name, section, key in signs:
+        with contextlib.suppress(UserError):
+            found: Any = read(folder / name).get(section)
+            if isinstance(found, dict) and key in found:
+                return True
+    return False
 
 
 def _remove(paths: Iterable[Path]) -> None:

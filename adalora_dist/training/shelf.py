@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
-import shutil
 from pathlib import Path
 
 from adalora_dist.io.errors import UserError
+from adalora_dist.io.publish import NO_ROOM, new_file, write_whole
 from adalora_dist.io.shipped import KINDS, ROOT, any_shipped, files_of
 from adalora_dist.training.recipe_file import schema_text
 
@@ -61,16 +62,14 @@ def copy(name: str, destination: Path | None) -> Path:
     target = Path(source.name) if destination is None else destination
     target = target / source.name if target.is_dir() else target
     try:
-        with target.open("xb") as file, source.open("rb") as original:
-            shutil.copyfileobj(original, file)
-        if source.suffix == ".sh":
-            target.chmod(target.stat().st_mode | 0o111 & ~0o022)
+        with new_file(target, replaces=False) as file:
+            file.write(source.read_bytes())
+            if source.suffix == ".sh":
+                os.fchmod(file.fileno(), os.fstat(file.fileno()).st_mode | 0o111 & ~0o022)
     except FileExistsError:
         raise UserError(f"{target} exists already: name another file, such as my_{target.name}") from None
     except OSError as error:
-        raise UserError(
-            f"{target} cannot be written ({error.strerror}): name a file in a folder that exists"
-        ) from error
+        raise _refusal(target, error, "in a folder that exists") from error
     return target
 
 
@@ -87,14 +86,20 @@ def write_schema(copied: Path) -> Path | None:
     if named is None:
         return None
     path = copied.parent / named["schema"]
+    if os.path.lexists(path):  # a look that saves the work; it is the writing that decides
+        return None
     try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(schema_text(named["recipe"]) + "\n")
+        write_whole(path, schema_text(named["recipe"]) + "\n", replaces=False)
     except FileExistsError:
         return None
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): name a file in a folder that can") from error
+        raise _refusal(path, error, "in a folder that can be written") from error
     return path
+
+
+def _refusal(path: Path, error: OSError, where: str) -> UserError:
+    where = "on another disk, or free some room" if error.errno in NO_ROOM else where
+    return UserError(f"{path} cannot be written ({error.strerror}): name a file {where}")
 
 
 def _cut(line: str) -> str:

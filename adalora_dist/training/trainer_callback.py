@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ from adalora_dist.training.trainer_peft import (
     refuse_raw_parameters,
 )
 
+logger = logging.getLogger(__name__)
+
 
 class AdaLoraCallback(TrainerCallback):
     """Allocates ranks while ``Trainer`` trains, on one process, DDP, FSDP2 or DeepSpeed ZeRO-1, -2 and -3.
@@ -53,6 +56,9 @@ class AdaLoraCallback(TrainerCallback):
     The schedule's length is the Trainer's own number of optimizer steps. Loss, data and arguments stay as they are:
     the orthogonality gradient is added inside the optimizer's step, so that neither gradient accumulation nor
     ``average_tokens_across_devices`` scales it.
+
+    When pruning begins, one line is logged of how far the update has grown, a warning with the remedy where triplets
+    have no signal yet: as in this project's own loop, and so are adapters without a part in the first step.
 
     Logs of training steps get ``budget`` (active triplets) and ``mean_rank`` (triplets per matrix), and so do
     ``trainer.state.log_history`` and the trackers that ``report_to`` names: the callback moves before theirs.
@@ -93,6 +99,8 @@ class AdaLoraCallback(TrainerCallback):
         self._trainer: Trainer | None = None
         self._checkpoints: TrainerCheckpoints | None = None
         self._resumed: Checkpoint | None = None
+        self._rates: list[float] = []
+        """The learning rate of each step until pruning begins, by which it is judged whether there is a signal."""
         self.first_candidate = 0
         """The number of steps from which on a checkpoint meets the budget; known once training has begun."""
 
@@ -188,7 +196,7 @@ class AdaLoraCallback(TrainerCallback):
 
     def save(self, trainer: Trainer, folder: Path) -> None:
         """A checkpoint of Trainer's is being written. Collective."""
-        self._of_this_run.save(trainer, self.hooks, folder)
+        self._of_this_run.save(trainer, self.hooks, folder, self._rates)
 
     def load_best(self, trainer: Trainer, folder: Path) -> None:
         """Training is over, and the model of an earlier checkpoint is the better one. Collective."""
@@ -270,6 +278,7 @@ class AdaLoraCallback(TrainerCallback):
             )
         self._of_this_run.restore(trainer, self.hooks, checkpoint)
         self._of_this_run.restore_schedule(trainer, checkpoint)
+        self._rates = list(checkpoint.run.get("first_learning_rates", ()))
 
     def _check(self, args: TrainingArguments, state: TrainerState, optimizer: Any) -> None:
         """What cannot be kept to the end of the run, before its first step.
@@ -307,9 +316,21 @@ class AdaLoraCallback(TrainerCallback):
                     "budget is met; lower eval_steps or eval_delay, or raise final_steps of AdaLoraConfig"
                 )
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        schedule = self.hooks.method_step.schedule
+        last = 0 if schedule is None else schedule.initial_warmup_steps  # nothing is said of steps after it
+        if state.global_step == len(self._rates) <= last:
+            self._rates.append(float(innermost(kwargs["optimizer"]).param_groups[0]["lr"]))
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.hooks.catch_up(state.global_step)
         assert self._trainer is not None
+        if state.global_step == len(self._rates):
+            for line in self.hooks.notices(state.global_step - 1, self._rates.__getitem__):
+                if state.is_world_process_zero:
+                    logger.warning("step %d/%d: %s", state.global_step, state.max_steps, line)
         self.hooks.replace(self._trainer.model_wrapped, self._trainer.optimizer)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

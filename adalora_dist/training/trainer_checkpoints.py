@@ -8,7 +8,7 @@ backbone, too, and know nothing of the method.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,11 @@ class TrainerCheckpoints:
         self._config, self._num_steps = config, num_steps
         self._writer: CheckpointWriter | None = None
 
-    def save(self, trainer: Any, hooks: MethodHooks, folder: Path) -> None:
+    def save(self, trainer: Any, hooks: MethodHooks, folder: Path, first_rates: Sequence[float]) -> None:
         """Write ``folder/adalora`` between two steps. Collective.
+
+        Args:
+            first_rates: the learning rates of the steps until pruning began, for the run that continues.
 
         Raises:
             UserError, RuntimeError: on every process, if one cannot write.
@@ -66,6 +69,7 @@ class TrainerCheckpoints:
             "backbone": backbone_identity(base_of(adapted_part(trainer.model))),
             "task": task_settings(adapted_part(trainer.model)),
             "learning_rates": [float(group["lr"]) for group in innermost(trainer.optimizer).param_groups],
+            "first_learning_rates": list(first_rates),
             "loss_scale": loss_scale(trainer.accelerator, trainer.optimizer),
         }
         step = trainer.state.global_step

@@ -36,7 +36,7 @@ from adalora_dist.config.methods import AdaLoraConfig
 from adalora_dist.config.sections import ExportConfig, ModelConfig, RunConfig
 from adalora_dist.methods.inject import adapt
 from adalora_dist.tasks.glue.rows import TASKS
-from adalora_dist.training.backbone_checks import check_backbone
+from adalora_dist.training.backbone_checks import check_backbone, refuse_own_layers
 from adalora_dist.training.prepared import prepare
 from tests.support.refusals import refusal
 from tests.support.settings import adapter_section
@@ -213,6 +213,18 @@ def test_refused_before_training(kind: str, tmp_path: Path) -> None:
     line = refusal(run, folder)
     assert what in line and remedy in line, line
     assert len(line) < 500
+
+
+@pytest.mark.parametrize(("engine", "num_processes"), [("fsdp2", 2), ("zero3", 3)])
+def test_layers_that_processes_would_leave_out_each_for_itself(engine: str, num_processes: int) -> None:
+    """The others would wait for them for ever."""
+    sizes = dict(vocab_size=40, d_model=16, encoder_ffn_dim=24, decoder_ffn_dim=24, encoder_layers=1, decoder_layers=1)
+    model = BartForConditionalGeneration(BartConfig(**sizes, decoder_layerdrop=0.1))
+    line = refusal(refuse_own_layers, model, engine, num_processes)
+    assert line.startswith("the model's decoder_layerdrop is 0.1 (config.json): under ") and "set it to 0" in line
+    for allowed in ((engine, 1), ("ddp", 2), ("zero2", 2)):
+        refuse_own_layers(model, *allowed)
+    refuse_own_layers(BartForConditionalGeneration(BartConfig(**sizes)), engine, num_processes)
 
 
 def test_pickles_train_and_are_not_merged(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.support.model_sweep import (
+    ADAPTS,
     AUTO_CLASSES,
     FAILS,
     TABLE,
@@ -21,7 +22,20 @@ from tests.support.model_sweep import (
      ("BertForSequenceClassification", 13), ("T5ForSequenceClassification", 32)],
 )  # fmt: skip
 def test_some_classes_of_each_kind(class_name, num_matrices):
-    assert outcome_of(class_name) == Outcome(WORKS, str(num_matrices))
+    [auto_class] = [name for name in AUTO_CLASSES if class_name in class_names(name)]
+    assert outcome_of(class_name, auto_class) == Outcome(WORKS, str(num_matrices))
+
+
+@pytest.mark.parametrize(
+    ("class_name", "auto_class", "reason"),
+    [("BertLMHeadModel", "AutoModelForCausalLM", "reads a text both ways"),
+     ("VoxtralForConditionalGeneration", "AutoModelForSeq2SeqLM", "has no encoder for the text")],
+)  # fmt: skip
+def test_what_recipes_refuse_does_not_stand_as_working(class_name, auto_class, reason):
+    outcome = outcome_of(class_name, auto_class)
+    assert outcome.result == ADAPTS and reason in outcome.detail
+    rows = [line for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith(f"| {class_name} |")]
+    assert f"| {class_name} | {ADAPTS} | {outcome.detail} |" in rows
 
 
 def test_the_document_names_every_class():

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM
+import torch
+from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
 from tests.support.paths import ROOT
 from tests.support.ranks import import_deepspeed, import_package
 from tests.support.recipe_runs import ENGINES, losses_of, read_json, run_recipe
+from tests.support.tiny_language_model import byte_tokenizer
 
 import_deepspeed()
 import_package()
@@ -49,6 +52,40 @@ def test_every_method_learns_and_goes_on_with_the_same_text_elsewhere(method: st
     code, _, errors = run_recipe("llama_pretrain", 2, again, ENGINES["fsdp2"])
     assert code == 0, errors
     assert losses_of(tmp_path / "two") == pytest.approx(losses, rel=1e-4)
+
+
+def bert(folder: Path, **settings: Any) -> list[str]:
+    """Flags of a run with a BERT as language model, whose head shares its weight and its bias, on a short text."""
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    model = BertLMHeadModel(BertConfig(vocab_size=len(tokenizer), hidden_dropout_prob=0.0, **sizes, **settings))
+    model.save_pretrained(folder / "bert")
+    tokenizer.save_pretrained(folder / "bert")
+    lines = [f"On day {day} it rained on the hills of the north." for day in range(300)]
+    (folder / "text.txt").write_text("\n\n".join(lines))
+    return ["--method", "lora", *FLAGS, "--model", str(folder / "bert"), "--data", str(folder / "text.txt")]
+
+
+def test_a_model_that_reads_both_ways_is_refused(tmp_path: Path) -> None:
+    """Its loss would fall to nothing. As in every recipe of causal models."""
+    words = [*bert(tmp_path), "--output-dir", str(tmp_path / "run")]
+    code, _, errors = run_recipe("llama_pretrain", 2, words, ENGINES["fsdp2"])
+    assert code == 2 and "BertLMHeadModel reads a text both ways" in errors.splitlines()[-1]
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_the_same_model_as_a_decoder(tmp_path: Path) -> None:
+    words, losses = bert(tmp_path, is_decoder=True, attention_probs_dropout_prob=0.0), []
+    for number in (1, 2):
+        folder = tmp_path / str(number)
+        code, _, errors = run_recipe(
+            "llama_pretrain", number, [*words, "--output-dir", str(folder)], ENGINES["fsdp2"] if number == 2 else None
+        )
+        assert code == 0, errors
+        losses.append(losses_of(folder))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 @pytest.mark.slow

@@ -5,8 +5,11 @@ Functions for ``run_ranks``; each returns what one rank saw.
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +25,7 @@ from adalora_dist.methods.inject import adapt
 from adalora_dist.tasks.batches import BatchPlan, collate
 from adalora_dist.tasks.losses import causal_loss
 from adalora_dist.tasks.rows.tokens import IGNORED, EncodedRow
+from adalora_dist.training import trainer_callback
 from adalora_dist.training.engine import build_accelerator
 from adalora_dist.training.loop import train
 from adalora_dist.training.prepared import prepare
@@ -129,6 +133,19 @@ def folder_of_rank_0(folder: str) -> str:
     return shared[0]
 
 
+@contextmanager
+def logged() -> Iterator[list[str]]:
+    """The lines that the callback says while this lasts."""
+    logger, lines = logging.getLogger(trainer_callback.__name__), list[str]()
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+
+
 def by_trainer(rank: int, world_size: int, engine: str, accumulation: int = 1, *options: str) -> dict[str, Any]:
     """A run of ``Trainer``."""
     with tempfile.TemporaryDirectory() as folder:
@@ -145,7 +162,8 @@ def by_trainer(rank: int, world_size: int, engine: str, accumulation: int = 1, *
             model = model_with_adapters()
         callback = AdaLoraCallback(SETTINGS)
         trainer = trainer_of(model, args, callback)
-        trainer.train()
+        with logged() as said:
+            trainer.train()
         dist.barrier()  # before rank 0 removes what others may still read
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
         return {
@@ -154,6 +172,7 @@ def by_trainer(rank: int, world_size: int, engine: str, accumulation: int = 1, *
             "mean_ranks": [entry["mean_rank"] for entry in logs],
             "patterns": patterns_of(callback.hooks),
             "adapters": adapters_of(callback.hooks),
+            "said": said,
             "num_processes": trainer.accelerator.num_processes,
             "wrapped": [base.__name__ for base in type(trainer.model_wrapped).__mro__],
         }
@@ -172,10 +191,12 @@ def by_own_loop(rank: int, world_size: int, accumulation: int) -> dict[str, Any]
         accelerator = build_accelerator(settings)
         prepared = prepare(accelerator, model_with_adapters(), config, STEPS)
         loss_sum = causal_loss(rows, 0, accelerator.device)
-        losses = train(accelerator, prepared, plan, loss_sum, config, RunFolder(config, True, {}), lambda _: None)
+        lines: list[str] = []
+        losses = train(accelerator, prepared, plan, loss_sum, config, RunFolder(config, True, {}), lines.append)
         assert prepared.hooks.method_step is not None
         return {
             "losses": losses,
             "patterns": patterns_of(prepared.hooks),
             "adapters": adapters_of(prepared.hooks),
+            "said": [line for line in lines if "pruning begins" in line],
         }

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import set_seed
+from transformers import OPTConfig, OPTForCausalLM
 
 from adalora_dist.config.methods import AdaLoraConfig
 from adalora_dist.config.sections import TrainConfig
@@ -62,11 +63,13 @@ def backbone() -> Any:
     return tiny_llama(100)
 
 
-def run_loop(rank: int, world_size: int, rows: list[EncodedRow], config: CommonsenseConfig) -> dict[str, Any]:
+def run_loop(
+    rank: int, world_size: int, rows: list[EncodedRow], config: CommonsenseConfig, other: Any = None
+) -> dict[str, Any]:
     """A whole run of the loop; the losses it returned, the lines it logged, and the adapters it made."""
     accelerator = build_accelerator(config.train)
     set_seed(config.train.seed)
-    model = backbone()
+    model = other or backbone()
     adapt(model, config.adapter, config.train.seed)
     plan = plan_of(rows, config)
     prepared = prepare(accelerator, model, config, total_steps(config.train, plan))
@@ -191,6 +194,15 @@ def test_loop_is_a_plain_training_loop(rows: list[EncodedRow], loop: Any) -> Non
     assert last["mean_rank"] == sum(ranks) / len(ranks) and last["epoch"] == pytest.approx(
         STEPS / plan_of(rows, settings()).num_steps(1.0)
     )
+
+
+def test_layers_that_steps_leave_out_on_one_process_of_a_group(rows: list[EncodedRow], tmp_path: Path) -> None:
+    """As torchrun starts it: DDP is there, and waits for the gradients of all."""
+    sizes = dict(hidden_size=16, word_embed_proj_dim=16, ffn_dim=24, num_hidden_layers=6, num_attention_heads=2)
+    model = OPTForCausalLM(OPTConfig(vocab_size=100, max_position_embeddings=256, layerdrop=0.5, **sizes))
+    config = settings(output_dir=str(tmp_path / "run"), targets=("fc1", "fc2"))
+    [result] = run_ranks(1, run_loop, rows, config, model)
+    assert len(result["losses"]) == STEPS and sum(result["ranks"]) == 12
 
 
 @pytest.mark.parametrize("micro_batch_size", [2, 1])

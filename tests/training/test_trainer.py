@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import tempfile
 from collections.abc import Callable
 from functools import lru_cache
@@ -30,6 +31,7 @@ from tests.support.trainer_runs import (
     by_trainer,
     example_rows,
     folder_of_rank_0,
+    logged,
     model_with_adapters,
     one_process,
     trainer_of,
@@ -61,7 +63,9 @@ RUNS = [
 def test_same_patterns_and_losses_as_the_recipes_loop(run):
     engine, world_size, accumulation, wrapped, *options = run
     expected = own_loop(accumulation)
-    for result in run_ranks(world_size, by_trainer, engine, accumulation, *options):
+    results = run_ranks(world_size, by_trainer, engine, accumulation, *options)
+    assert [words(result["said"]) for result in results] == [words(expected["said"])] + [[]] * (world_size - 1)
+    for result in results:
         assert result["num_processes"] == world_size and wrapped in result["wrapped"]
         assert result["patterns"] == expected["patterns"]
         torch.testing.assert_close(torch.tensor(result["losses"]), torch.tensor(expected["losses"]), rtol=1e-5, atol=0)
@@ -70,6 +74,38 @@ def test_same_patterns_and_losses_as_the_recipes_loop(run):
             torch.testing.assert_close(result["adapters"][name], delta, rtol=1e-3, atol=1e-5)
         assert result["budgets"][0] == TRIPLETS and result["budgets"][-1] == TARGET
         assert result["mean_ranks"] == [budget / NUM_MATRICES for budget in result["budgets"]]
+
+
+def words(lines: list[str]) -> list[str]:
+    """Without their numbers, which engines round differently."""
+    return [re.sub(r"\d\.\d+", "N", line) for line in lines]
+
+
+def noticed(rank: int, world_size: int, folder: str, begins_at_0: bool) -> list[list[str]]:
+    """What is said at the start of pruning: of a whole run, of one continued before it, and of one continued after."""
+    settings = SETTINGS.model_copy(update={"init": None, "initial_warmup_steps": 0 if begins_at_0 else 3})
+    said = []
+    for resume in (None, 2, 4):
+        callback = AdaLoraCallback(settings)
+        args = arguments(f"{folder}/run", 1, save_strategy="steps", save_steps=2, learning_rate=1e-5, warmup_steps=5)
+        trainer = trainer_of(model_with_adapters(settings), args, callback)
+        with logged() as lines:
+            trainer.train(resume_from_checkpoint=f"{folder}/run/checkpoint-{resume}" if resume else None)
+        said.append(lines)
+    return said
+
+
+def test_pruning_of_noise_is_warned_of_in_trainer_too(tmp_path):
+    [[whole, before, after]] = run_ranks(1, noticed, str(tmp_path), False)
+    [line] = whole
+    assert line.startswith(f"step 4/{STEPS}: warning: pruning begins before triplets have a signal: the update has ")
+    assert line.endswith("use start matched or a higher learning_rate or more initial_warmup_steps than 3")
+    assert before == [line] and after == []
+
+
+def test_a_warm_up_from_0_that_pruning_begins_in(tmp_path):
+    [[whole, *continued]] = run_ranks(1, noticed, str(tmp_path), True)
+    assert "signal: the update has grown to 0 of" in whole[0] and continued == [[], []]
 
 
 def test_the_own_loop_is_worth_comparing_with():

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from adalora_dist.io.errors import UserError, printable
 from adalora_dist.io.foreign_files import read_records
+from adalora_dist.io.marks import refuse_others
 from adalora_dist.io.publish import write_whole, writing
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.ticker import MaxNLocator
 
 
+_MARK = "drawn by adalora-dist inspect"
+"""In every picture, among what it says of itself: a file without it is somebody's, and stays."""
 _EXPERT = re.compile(r"(.*experts)\.(\d+)\.([^.]+)")
 _NUMBERED_EXPERTS = 16
 """So many cells of a line have room for their numbers."""
@@ -149,6 +152,13 @@ def rank_pictures(pattern: Mapping[str, int], folder: Path, ending: str) -> list
     return drawn
 
 
+def refuse_others_pictures(pattern: Mapping[str, int], folder: Path, ending: str, has_history: bool) -> None:
+    """Raise a ``UserError`` if one of the pictures that are about to be drawn would replace a file of somebody's."""
+    names = {"ranks": True, "experts": bool(of_experts(pattern)), "history": has_history}
+    for path in (folder / f"{name}.{ending}" for name, is_drawn in names.items() if is_drawn):
+        refuse_others(path, _MARK.encode(), "rename it, or add --pictures none, or another format")
+
+
 def read_history(path: Path) -> list[dict[str, Any]]:
     """A run's allocations.jsonl; empty where there is none.
 
@@ -229,7 +239,8 @@ def _save(figure: Figure, path: Path) -> None:
 
     for text in figure.findobj(Text):  # a name such as $\\frac{$ is no formula, and would end the drawing
         text.set_parse_math(False)
-    metadata, drawn = {"Date": None} if path.suffix == ".svg" else None, io.BytesIO()
+    metadata = {"Date": None, "Creator": _MARK} if path.suffix == ".svg" else {"Software": _MARK}
+    drawn = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "adalora-dist", "svg.fonttype": "none"}):
         figure.savefig(drawn, format=path.suffix[1:], dpi=150, metadata=metadata)
     with writing(path):

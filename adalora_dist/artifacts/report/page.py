@@ -17,7 +17,7 @@ from adalora_dist.artifacts.report.markup import breakable, folded, lines, mean_
 from adalora_dist.artifacts.report.ranks import expert_maps, frames_of, matrices_table, rank_map
 from adalora_dist.artifacts.report.runs import RunRecord, read_runs
 from adalora_dist.io.errors import UserError
-from adalora_dist.io.foreign_files import NotReadable, opened
+from adalora_dist.io.marks import is_marked
 from adalora_dist.io.progress import duration
 from adalora_dist.io.publish import write_whole, writing
 
@@ -54,14 +54,8 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
     """
     runs = read_runs(paths)
     out = out or (runs[0].path if len(runs) == 1 else Path()) / "report.html"
-    if out.is_symlink() or out.exists():
-        try:
-            with opened(out) as file:
-                is_ours = not out.is_symlink() and file.read(len(_MARK)) == _MARK
-        except NotReadable:
-            is_ours = False
-        if not is_ours:
-            raise UserError(f"--out {out} is there and is no report of adalora-dist: give another name, or remove it")
+    if out.is_symlink() or (out.exists() and not is_marked(out, _MARK, len(_MARK))):
+        raise UserError(f"--out {out} is there and is no report of adalora-dist: give another name, or remove it")
     with writing(out):
         write_whole(out, report(runs))
     return out

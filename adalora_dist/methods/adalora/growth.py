@@ -33,7 +33,8 @@ def growth(bound: BoundTriplets, layers: Sequence[TripletLayer], rates: Sequence
     p, lam, q = sum_over(world, bound.mean_squares())
     d_in = [layer.d_in for layer in layers for _ in range(layer.rank)]
     sizes = (p * lam * q * torch.tensor(d_in, device=p.device) * 3).sqrt()  # over sqrt(d_out / 3)
-    return float(sizes.mean()) / math.sqrt(math.fsum(rate**2 for rate in rates))
+    unit = math.sqrt(math.fsum(rate**2 for rate in rates))
+    return float(sizes.mean()) / unit if unit else 0.0  # a warm-up may begin at a rate of 0
 
 
 def growth_line(grown: float, config: AdaptiveConfig, schedule: BudgetSchedule) -> str:

@@ -64,10 +64,20 @@ def generate_texts(
             )
             if counts:
                 new = generated[:, input_ids.shape[1] :] if is_causal else generated
-                texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+                texts = tokenizer.batch_decode(_with_tokens(tokenizer, new), skip_special_tokens=True)
                 local += zip(indices, texts, strict=True)
     texts_by_index = dict(gather(local))
     return [texts_by_index[index] for index in range(len(sources))]
+
+
+def _with_tokens(tokenizer: PreTrainedTokenizerBase, rows: torch.Tensor) -> list[list[int]]:
+    """Without ids that no token has, as models have more embeddings than tokens: slow tokenizers fail on them, and fast
+    ones say nothing for them."""
+    ids: list[list[int]] = rows.tolist()
+    if tokenizer.is_fast:
+        return ids
+    known = {*tokenizer.get_vocab().values(), *tokenizer.all_special_ids}
+    return [[token for token in row if token in known] for row in ids]
 
 
 def left_padded(prompts: Sequence[Sequence[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ says so again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -83,15 +84,13 @@ def checked_table(
         for file, (count, reason) in left_out.items():
             bad.leave_out(file, count, reason)
         return table
-    before = bad.counts.copy()
+    before, partial = bad.counts.copy(), path.with_suffix(f".{os.getpid()}.partial")
     usable = bad.usable(islice(split.rows(), max_rows), parse)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
         num_rows = _write(partial, columns, usable)
         new = bad.counts - before
         if not num_rows:
-            partial.unlink()
             refuse_nothing(split.where, new.total(), bad)
         left_out = {file: (count, bad.reasons[file]) for file, count in new.items()}
         noted = {"left_out": left_out, "sha256": _sha256(partial)}
@@ -102,6 +101,9 @@ def checked_table(
         logger.warning("%s cannot be written (%s): rows are held in memory", path, error)
         bad.counts = before
         return Dataset.from_list(checked_rows(split.where, islice(split.rows(), max_rows), parse, bad))
+    finally:
+        with contextlib.suppress(OSError):  # there may be no such folder
+            partial.unlink(missing_ok=True)
 
 
 def chunks(rows: Dataset) -> Iterator[Any]:

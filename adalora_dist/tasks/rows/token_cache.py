@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -86,8 +87,11 @@ def rules_of(tokenizer: PreTrainedTokenizerBase) -> Any:
         "columns": list(tokenizer.model_input_names),
     }
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return {"tokenizer": repr(tokenizer), "vocabulary": tokenizer.get_vocab()} | own
+    if backend is None:  # nothing else says all, the scores of SentencePiece's pieces for instance
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            files = {file.name: digest_of([file.read_bytes()]) for file in sorted(Path(folder).iterdir())}
+        return {"files": files} | own
     return json.loads(backend.to_str()) | {"truncation": None, "padding": None} | own
 
 

@@ -30,7 +30,9 @@ from accelerate.utils import broadcast_object_list
 
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.ending import EXIT_PREEMPTED, leave, repeat_last, tell_error
+from adalora_dist.io.errors import UserError
 from adalora_dist.io.launchers import follow, unfollow
+from adalora_dist.io.marks import refuse_others
 from adalora_dist.io.publish import write_whole
 from adalora_dist.io.redaction import redacted
 from adalora_dist.io.signals import SignalListener
@@ -227,8 +229,9 @@ def _write_status(step: int | None) -> None:
     """Where it cannot be written, a warning is all: the exit code says the same, and must not become another."""
     if path := os.environ.get(STATUS_FILE):
         try:
+            refuse_others(Path(path), b'"num_finished_steps"', "give the variable another name")
             write_whole(Path(path), json.dumps({"status": "preempted", "num_finished_steps": step}) + "\n")
-        except (OSError, ValueError) as error:  # ValueError: a name that is none
+        except (UserError, OSError, ValueError) as error:  # ValueError: a name that is none
             print(f"warning: {STATUS_FILE}={path!r} cannot be written ({error})", file=sys.stderr, flush=True)
 
 
