@@ -38,6 +38,10 @@ import adalora_dist
 from tests.support.limits import HANG_SECONDS
 
 torch.set_num_threads(1)
+if not torch.accelerator.is_available():
+    # The first backward of a process starts a thread for each device that is not the CPU. Under FakeTensorMode a build
+    # with CUDA has such devices where there are none, and those threads would keep ranks from being forked after.
+    torch.ones((), requires_grad=True).backward()
 
 _GRACE_SECONDS = 5.0  # between the first rank's failure and the end of ranks that wait for it
 
