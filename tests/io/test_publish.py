@@ -244,7 +244,11 @@ def test_what_another_machine_left_goes_when_nothing_moves(tmp_path: Path) -> No
     assert os.listdir(tmp_path) == ["folder"] and ROOT.is_dir()
 
 
-@pytest.mark.parametrize("stride", [50, pytest.param(1, marks=pytest.mark.slow)])
+EACH_LINE = pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])
+"""A process for each of 4,000 lines."""
+
+
+@pytest.mark.parametrize("stride", [50, EACH_LINE])
 def test_a_reader_never_sees_a_half_folder(tmp_path: Path, stride: int) -> None:
     folder, num_killed, num_seen = tmp_path / "folder", 0, 0
 
