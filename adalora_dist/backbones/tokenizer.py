@@ -24,10 +24,15 @@ def remember_rules(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def knows_words(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether its vocabulary has more than special tokens, signs and spaces: something with a letter or digit."""
+    """Whether its vocabulary has more than special tokens, signs and spaces: something with a letter or digit.
+
+    Bytes, as tokenizers that came with a model may have them, count as words.
+    """
     special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
     special.update(tokenizer.all_special_ids)
-    return any(id_ not in special and any(map(str.isalnum, token)) for token, id_ in tokenizer.get_vocab().items())
+    vocabulary: dict[Any, int] = tokenizer.get_vocab()
+    own = (token for token, id_ in vocabulary.items() if id_ not in special)
+    return any(isinstance(token, bytes) or any(map(str.isalnum, token)) for token in own)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

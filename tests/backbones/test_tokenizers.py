@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import sentencepiece
 import torch
 from sentencepiece import sentencepiece_model_pb2
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizer
 
 from adalora_dist.backbones.load import load_tokenizer
-from adalora_dist.backbones.tokenizer import save_tokenizer
+from adalora_dist.backbones.tokenizer import knows_words, save_tokenizer
 from adalora_dist.config.generation import GenerationConfig
 from adalora_dist.config.sections import ModelConfig
 from adalora_dist.tasks.evaluation.texts import generate_texts
@@ -106,6 +106,23 @@ def test_a_folder_without_a_tokenizer_is_refused(model_type: str, tmp_path: Path
 def test_characters_and_bytes_need_no_files(model_type: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     assert len(load_tokenizer(ModelConfig(name=str(tmp_path)))(TEXT)["input_ids"]) == len(TEXT) + 2
+
+
+class OwnTokenizer(PreTrainedTokenizer):
+    """Code that came with a model: what it lists as its tokens."""
+
+    listed: ClassVar[dict[Any, int]] = {}
+    vocab_size = 2
+
+    def get_vocab(self) -> Any:
+        return self.listed
+
+
+@pytest.mark.parametrize(("listed", "knows"), [({b"\x00": 0, b"a": 1}, True), ({" ": 0, "_": 1}, False)])
+def test_a_word_may_be_bytes(listed: Any, knows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = OwnTokenizer()
+    monkeypatch.setattr(OwnTokenizer, "listed", listed)
+    assert knows_words(tokenizer) is knows
 
 
 def test_embeddings_without_a_token_are_no_text(pieces: Path, tmp_path: Path) -> None:
