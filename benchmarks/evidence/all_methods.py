@@ -105,8 +105,8 @@ def num_trained(arm: MethodConfig, folder: Path) -> int:
     return sum(p.numel() for p in backbone.parameters() if p.requires_grad)
 
 
-def cell(records: Mapping[Run, Mapping[str, Any]], task: str, arm: str) -> str:
-    """Score at the rate that the validation rows choose."""
+def cell(records: Mapping[Run, Mapping[str, Any]], task: str, arm: str, field: str) -> str:
+    """What the development rows say at the rate that the validation rows choose."""
     rates = rates_of(arm)
     seeds = [seed for seed in SEEDS if all(Run(task, arm, rate, seed) in records for rate in rates)]
     if not seeds:
@@ -116,7 +116,7 @@ def cell(records: Mapping[Run, Mapping[str, Any]], task: str, arm: str) -> str:
         return [records[Run(task, arm, rate, seed)][field] for seed in seeds]
 
     best = min(rates, key=lambda rate: statistics.fmean(values(rate, "validation loss")))
-    scores = values(best, f"dev {METRICS[task]}")
+    scores = values(best, field)
     spread = f" ± {statistics.stdev(scores):.3f}" if len(scores) > 1 else ""
     return f"{statistics.fmean(scores):.3f}{spread} (n {len(scores)}, {best:g})"
 
@@ -124,12 +124,15 @@ def cell(records: Mapping[Run, Mapping[str, Any]], task: str, arm: str) -> str:
 def print_table(output: Path, folder: Path) -> None:
     lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     records = {Run(*(line[field] for field in Run._fields)): line for line in lines}
-    rows = [
-        [arm, f"{num_trained(config, folder):,}", *(cell(records, task, arm) for task in TASK_NAMES)]
-        for arm, config in ARMS.items()
-    ]
-    print(f"{len(records)} of {len(list(runs()))} runs.\n")
-    print(table(["method", "parameters", *(f"{task}, {METRICS[task]}" for task in TASK_NAMES)], rows))
+    sizes = {arm: f"{num_trained(config, folder):,}" for arm, config in ARMS.items()}
+    print(f"{len(records)} of {len(list(runs()))} runs.")
+    for names in (METRICS, dict.fromkeys(TASK_NAMES, "loss")):
+        rows = [
+            [arm, size, *(cell(records, task, arm, f"dev {names[task]}") for task in TASK_NAMES)]
+            for arm, size in sizes.items()
+        ]
+        header = (f"{task}, {names[task]}".replace("loss", "cross-entropy") for task in TASK_NAMES)
+        print("\n" + table(["method", "parameters", *header], rows))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
