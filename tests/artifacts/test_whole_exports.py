@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from adalora_dist.backbones.tokenizer import save_tokenizer
 from adalora_dist.config.sections import ModelConfig
 from adalora_dist.io.publish import discard
 from adalora_dist.methods.update import AdapterWeights
+from tests.support.full_disk import full_disk
 from tests.support.kills import killed_at_line, num_lines
 from tests.support.refusals import refusal
 from tests.support.tiny_language_model import byte_tokenizer, tiny_llama
@@ -112,12 +112,8 @@ def test_anybody_may_read_it_whom_the_umask_lets(base: Path, tmp_path: Path, for
 @pytest.mark.parametrize("form", FORMS)
 def test_a_full_disk_is_one_line_and_leaves_nothing(base: Path, tmp_path: Path, form: str, limit_bytes: int) -> None:
     write = writers(base)[form]
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
-    try:
+    with full_disk(limit_bytes):
         message = refusal(write, tmp_path / form)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert message.startswith(f"{tmp_path / form} cannot be written (File too large; ") and len(message) < 300
     assert os.listdir(tmp_path) == []
 

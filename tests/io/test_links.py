@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.training.faults.guard import STATUS_FILE, _write_status
 from adalora_dist.training.faults.run_lock import RunLock
 from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
+from tests.support.full_disk import full_disk
 from tests.support.local_hub import write_run
 from tests.support.refusals import refusal
 
@@ -70,12 +70,8 @@ def test_a_run_ends(tmp_path: Path, place: Callable[[Path, str], None], name: st
 
 def test_a_log_on_a_full_disk(tmp_path: Path) -> None:
     run = start_run(tmp_path / "run")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-    try:
+    with full_disk(100):
         message = refusal(run.log, {"step": 0, "text": "x" * 200})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert message.startswith(f"{run.path / 'metrics.jsonl'} cannot be written (File too large; ")
 
 

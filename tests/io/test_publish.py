@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import resource
 import stat
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import pytest
 from adalora_dist.config.flags import user_errors
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.publish import PARTIAL, building, discard, new_file, open_to_append, write_whole, writing
+from tests.support.full_disk import full_disk
 from tests.support.kills import killed_at_line
 from tests.support.limits import HANG_SECONDS, wait_until
 from tests.support.paths import ROOT
@@ -145,15 +145,10 @@ def test_modes_are_those_of_any_new_file(tmp_path: Path, umask: int) -> None:
 
 
 def test_a_disk_that_is_full(tmp_path: Path) -> None:
-    """By way of a limit on the size of files, which the operating system refuses in the same call."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE_BYTES // 2, hard))
-    try:
+    with full_disk(SIZE_BYTES // 2):
         message = refusal(build, tmp_path / "folder")
         with pytest.raises(UserError, match="free some room"), writing(tmp_path / "file"):
             write_whole(tmp_path / "file", "x" * SIZE_BYTES)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert re.search(r"folder cannot be written \(File too large; [\d,]+ bytes are free\): free some room", message)
     assert os.listdir(tmp_path) == []
 

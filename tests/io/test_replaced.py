@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from adalora_dist.config.sections import RunConfig, TrainConfig
 from adalora_dist.training.faults.guard import STATUS_FILE, _write_status
 from adalora_dist.training.run_folder import WRITTEN, RunFolder
 from adalora_dist.training.shelf import copy, write_schema
+from tests.support.full_disk import full_disk
 from tests.support.local_hub import write_run
 from tests.support.paths import ROOT
 from tests.support.refusals import refusal
@@ -78,18 +78,10 @@ def test_inspect_draws_its_own_again(finished_run: Path, tmp_path: Path, ending:
     assert all((run / f"{name}.{ending}").stat().st_size > 1000 for name in ("ranks", "history"))
 
 
-@pytest.fixture
-def full_disk() -> Iterator[None]:
-    """No file may become longer than 100 bytes, which fails as a full disk does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("name", ["llama_sft", "llama_sft_demo", "zero3.json", "slurm"])
-def test_a_copy_on_a_full_disk(tmp_path: Path, full_disk: None, name: str) -> None:
-    said = refusal(copy, name, tmp_path / "mine")
+def test_a_copy_on_a_full_disk(tmp_path: Path, name: str) -> None:
+    with full_disk(100):
+        said = refusal(copy, name, tmp_path / "mine")
     assert (
         said
         == f"{tmp_path / 'mine'} cannot be written (File too large): name a file on another disk, or free some room"
@@ -97,9 +89,11 @@ def test_a_copy_on_a_full_disk(tmp_path: Path, full_disk: None, name: str) -> No
     assert not list(tmp_path.iterdir())
 
 
-def test_a_schema_on_a_full_disk(tmp_path: Path, full_disk: None) -> None:
+def test_a_schema_on_a_full_disk(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("# yaml-language-server: $schema=llama_sft.schema.json\n")
-    assert "llama_sft.schema.json cannot be written (File too large)" in refusal(write_schema, tmp_path / "mine.yaml")
+    with full_disk(100):
+        said = refusal(write_schema, tmp_path / "mine.yaml")
+    assert "llama_sft.schema.json cannot be written (File too large)" in said
     assert os.listdir(tmp_path) == ["mine.yaml"]
 
 
