@@ -200,6 +200,7 @@ def test_pruning_of_noise_is_warned_of_in_one_line(start, warned):
     model = adapted_net(c, d=64, hidden=128)
     opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     hooks = attach(model, opt, c, total_steps=45)
+    assert hooks.method_step.notice(4, lambda _: 1e-4) == "", "no step was made: a loss scale may skip them all"
     hooks.detach()
     for step in range(5):
         x, y = global_batch(step, d=64)

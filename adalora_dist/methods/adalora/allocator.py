@@ -144,7 +144,7 @@ class RankAllocator(Step):
 
     def notice(self, step: int, learning_rate: Callable[[int], float]) -> str:
         """At t_i: how far the update has left 0, with a warning where pruning would choose by noise."""
-        if step != self.schedule.initial_warmup_steps:
+        if step != self.schedule.initial_warmup_steps or self._bound is None:  # every step so far overflowed
             return ""
         rates = [self.config.lora_plus_ratio * learning_rate(t) for t in range(step + 1)]
         return growth_line(growth(self.bound, self.layers, rates), self.config, self.schedule)
