@@ -107,7 +107,7 @@ class RowLengths(Adapter):
         y, *others = self._call_base(rows)
         hidden, weight = self.branch(dropped.to(y.dtype))
         if measures:
-            self._measure(others.pop().detach(), self.outer(weight.detach()))
+            self._measure(others.pop(), weight)
         whole = self.onto(y, hidden, weight)
         changed = self.onto(others[0], hidden, weight) if others else whole
         if self._bias is not None:
@@ -148,15 +148,15 @@ class RowLengths(Adapter):
         return self.keeps_norms or (not self.training and all(map(is_whole, made_of)))
 
     @torch.no_grad()
-    def _measure(self, of_a: torch.Tensor, w: torch.Tensor) -> None:
+    def _measure(self, of_a: torch.Tensor, weight: torch.Tensor) -> None:
         """
         Args:
             of_a: what the base has made of A's rows, (r, d_out).
-            w: W, (d_out, r).
+            weight: the second that :meth:`branch` gives, (d_out, r).
         """
         assert self._lengths is not None
         with torch.autocast(of_a.device.type, enabled=False):
-            a = self.inner()
+            w, a = self.outer(weight), self.inner()
             of_a = of_a if self._bias is None else of_a - self._bias.to(of_a.dtype)
             crossed = (of_a.to(w.dtype).T * w).sum(dim=1)
             squared = ((w @ (a @ a.T)) * w).sum(dim=1)

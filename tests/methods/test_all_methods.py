@@ -211,6 +211,35 @@ def test_over_a_backbone_from_files(method: str, quantization: str, tmp_path: Pa
             torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=2e-4)
 
 
+def made_again(method: str, again: bool) -> list[float]:
+    """Losses on one process, with activations that are kept or made again in backward."""
+    torch.manual_seed(0)
+    model, settings = tiny_llama(30), section(method)
+    adapt(model, settings, seed=3)
+    if again:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, settings, 1e-2), lr=1e-2)
+    hooks = attach(model, optimizer, settings, STEPS)
+    ids = torch.arange(2, 26).view(2, 12)
+    losses = []
+    for _ in range(STEPS):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    hooks.finish()
+    return losses
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_activations_made_again(method: str) -> None:
+    """What a forward keeps for itself, norms for instance, must not be what its second run does without."""
+    losses = made_again(method, True)
+    assert losses == pytest.approx(made_again(method, False), rel=1e-5) and losses[-1] < losses[0]
+
+
 OVER_INT8 = [name for name in SETTINGS if may(name, quantization=QuantizationConfig(quantization="int8"))]
 
 
