@@ -46,6 +46,8 @@ def generate_texts(
     padding, is_causal = padding_token(tokenizer), not cast(Any, model).config.is_encoder_decoder
     # Longest first: what does not fit into memory fails at once.
     order = sorted(range(len(sources)), key=lambda index: -lengths[index])
+    # Models have more embeddings than tokens. Slow tokenizers fail on ids that no token has; fast ones say nothing.
+    known = None if tokenizer.is_fast else {*tokenizer.get_vocab().values(), *tokenizer.all_special_ids}
     local: list[tuple[int, str]] = []
     merging = merged(model) if settings.merge_to_generate else nullcontext()
     with evaluating(model) as device, decoding(model, tokenizer, settings, closing) as config, merging:
@@ -64,20 +66,11 @@ def generate_texts(
             )
             if counts:
                 new = generated[:, input_ids.shape[1] :] if is_causal else generated
-                texts = tokenizer.batch_decode(_with_tokens(tokenizer, new), skip_special_tokens=True)
+                ids = [[token for token in row if known is None or token in known] for row in new.tolist()]
+                texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
                 local += zip(indices, texts, strict=True)
     texts_by_index = dict(gather(local))
     return [texts_by_index[index] for index in range(len(sources))]
-
-
-def _with_tokens(tokenizer: PreTrainedTokenizerBase, rows: torch.Tensor) -> list[list[int]]:
-    """Without ids that no token has, as models have more embeddings than tokens: slow tokenizers fail on them, and fast
-    ones say nothing for them."""
-    ids: list[list[int]] = rows.tolist()
-    if tokenizer.is_fast:
-        return ids
-    known = {*tokenizer.get_vocab().values(), *tokenizer.all_special_ids}
-    return [[token for token in row if token in known] for row in ids]
 
 
 def left_padded(prompts: Sequence[Sequence[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
