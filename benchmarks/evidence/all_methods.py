@@ -37,10 +37,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from grid import Run, finished, load_task, one_run
+from grid import Run, load_task, make, one_run, quietly_on_one_thread
 from tables import METRICS, table
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-from transformers.utils import logging
 
 from adalora_dist.config.methods import MethodConfig, method_config
 from adalora_dist.methods.inject import adapt
@@ -142,9 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASK_NAMES, default=TASK_NAMES)
     parser.add_argument("--table", action="store_true", help="print the table of what is there; run nothing")
     args = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quietly_on_one_thread()
     folder = demo_encoder_folder()
     if args.table:
         return print_table(args.output, folder)
@@ -152,13 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--data is needed, a folder with TASK/{train,dev}.jsonl; or --table")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     data = {name: load_task(name, args.data, tokenizer) for name in args.tasks}
-    done = finished(args.output)
-    for run in runs(args.tasks):
-        if run not in done:
-            record = one_run(run, ARMS[run.arm], data[run.task], folder)
-            with args.output.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-            print(json.dumps(record), flush=True)
+    make(runs(args.tasks), args.output, lambda run: one_run(run, ARMS[run.arm], data[run.task], folder))
 
 
 if __name__ == "__main__":

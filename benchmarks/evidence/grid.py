@@ -13,7 +13,7 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -182,6 +182,24 @@ def finished(output: Path) -> set[Run]:
     return {Run(*(json.loads(line)[field] for field in Run._fields)) for line in lines}
 
 
+def quietly_on_one_thread() -> None:
+    """As all runs of these studies are made."""
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def make(runs: Iterable[Run], output: Path, one: Callable[[Run], dict[str, Any]]) -> None:
+    """Every run whose line is not in ``output`` yet: its line is added and printed."""
+    done = finished(output)
+    for run in runs:
+        if run not in done:
+            record = one(run)
+            with output.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            print(json.dumps(record), flush=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
@@ -193,20 +211,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="for all tasks; a study of its own, with its own --output")
     parser.add_argument("--batch", type=int, default=BATCH)
     args = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quietly_on_one_thread()
     folder = demo_encoder_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     data = {name: load_task(name, args.data, tokenizer) for name in args.tasks}
-    done = finished(args.output)
-    for run in runs_of(args):
-        if run in done:
-            continue
-        record = one_run(run, STUDIES[args.study][run.arm], data[run.task], folder, args.steps, args.batch)
-        with args.output.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        print(json.dumps(record), flush=True)
+    arms = STUDIES[args.study]
+    make(
+        runs_of(args),
+        args.output,
+        lambda run: one_run(run, arms[run.arm], data[run.task], folder, args.steps, args.batch),
+    )
 
 
 if __name__ == "__main__":

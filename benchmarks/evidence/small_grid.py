@@ -10,7 +10,6 @@ fixed and chosen is in protocol.md. Every run is a line of a JSONL; those whose 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,10 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.utils import set_seed
 from arms import GRID
-from grid import SPLIT_SEED, Run, finished, trained
+from grid import SPLIT_SEED, Run, make, quietly_on_one_thread, trained
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForQuestionAnswering, AutoTokenizer
-from transformers.utils import logging
 
 from adalora_dist.config.methods import MethodConfig
 from adalora_dist.tasks.batches import BatchPlan
@@ -181,21 +179,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="+", choices=("squad", *COMMONSENSE), default=("squad", *COMMONSENSE))
     parser.add_argument("--output", type=Path, default=HERE / "small_grid.jsonl")
     args = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quietly_on_one_thread()
     jobs: dict[str, Job] = {
         task: squad_job(args.squad) if task == "squad" else commonsense_job(args.commonsense, task)
         for task in args.tasks
     }
-    done = finished(args.output)
-    for run in runs(args.tasks):
-        if run in done:
-            continue
-        record = one_run(run, jobs[run.task])
-        with args.output.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        print(json.dumps(record), flush=True)
+    make(runs(args.tasks), args.output, lambda run: one_run(run, jobs[run.task]))
 
 
 if __name__ == "__main__":
