@@ -20,7 +20,6 @@ subcommand imports what it needs when it is called, so that ``--help`` and mista
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -32,6 +31,7 @@ from adalora_dist.config.flags import fail, user_errors
 from adalora_dist.config.formats import ADAPTER_FORMATS, EXPORT_FORMATS
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.launchers import options_among_flags
+from adalora_dist.io.shipped import did_you_mean
 from adalora_dist.io.terminal import page
 from adalora_dist.training.plan.command import add_plan
 
@@ -64,9 +64,8 @@ def _check_command(parser: argparse.ArgumentParser, words: Sequence[str]) -> Non
     [commands] = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     if given is not None and given not in commands.choices:
         shown = [command for command in commands.choices if command != "complete"]
-        alike = difflib.get_close_matches(given, shown, n=2)
-        hint = f"did you mean {' or '.join(alike)}?" if alike else f"choose from {', '.join(shown)};"
-        raise UserError(f"{given} is not a command: {hint} adalora-dist --help says what each does")
+        hint = did_you_mean(given, shown) or f"choose from {', '.join(shown)}; "
+        raise UserError(f"{given} is not a command: {hint}adalora-dist --help says what each does")
 
 
 def _parser() -> _Parser:

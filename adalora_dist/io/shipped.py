@@ -84,7 +84,7 @@ def config_file(word: str) -> Path:
     """
     path = own_or_shipped(Path(word), "config")
     names = [file.stem for file in files_of("config")]
-    if len(path.parts) == 1 and not path.exists() and (hint := _alike(path.stem, names)):
+    if len(path.parts) == 1 and not path.exists() and (hint := did_you_mean(path.stem, names)):
         raise UserError(f"--config {word}: there is no such file: {hint}adalora-dist ls shows all")
     return path
 
@@ -110,12 +110,13 @@ def _all() -> Iterator[Path]:
 
 
 def _remedy(name: str, names: list[str]) -> str:
-    hint = _alike(name, names)
+    hint = did_you_mean(name, names)
     if not hint and len(names) <= _FEW:
         hint = f"choose from {', '.join(names)}; "
     return f"{hint}adalora-dist ls shows all"
 
 
-def _alike(name: str, names: list[str]) -> str:
+def did_you_mean(name: str, names: Sequence[str]) -> str:
+    """A question with up to three names like this one, and a space; "" without any."""
     alike = [*dict.fromkeys(difflib.get_close_matches(name, names, n=3, cutoff=0.6))]
     return f"did you mean {' or '.join(alike)}? " if alike else ""
