@@ -18,7 +18,7 @@ from adalora_dist.training.faults.guard import STATUS_FILE, _write_status
 from adalora_dist.training.faults.run_lock import RunLock
 from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
 from tests.support.full_disk import full_disk
-from tests.support.local_hub import write_run
+from tests.support.local_hub import write_inspectable_run
 from tests.support.refusals import refusal
 
 PRECIOUS = "precious\n"
@@ -153,15 +153,7 @@ def test_a_status_that_cannot_be_written_is_a_warning(
 
 @pytest.fixture(scope="module")
 def run_of_somebody(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import torch
-
-    from adalora_dist.artifacts.export import save_adapter
-    from adalora_dist.methods.update import AdapterWeights
-
-    run = write_run(tmp_path_factory.mktemp("project") / "run")
-    matrices = [AdapterWeights("layers.0.q", torch.ones(4, 2), torch.ones(2), torch.ones(2, 4), 1.0, False)]
-    save_adapter(matrices, run / "adapter", "a/b", None)
-    return run
+    return write_inspectable_run(tmp_path_factory.mktemp("project") / "run")
 
 
 @kinds

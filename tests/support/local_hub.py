@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
+from adalora_dist.artifacts.export import save_adapter
 from adalora_dist.config.sections import ExportConfig, ModelConfig, TrainConfig
+from adalora_dist.methods.update import AdapterWeights
 from adalora_dist.tasks.commonsense.config import CommonsenseConfig
 from adalora_dist.training.run_folder import RunFolder
 from tests.support.paths import ROOT
@@ -103,6 +105,14 @@ class LocalHub:
         with (self.folder.parent / "outputs.txt").open("a", encoding="utf-8") as file:
             file.write(out + errors)
         return out, errors
+
+
+def write_inspectable_run(folder: Path) -> Path:
+    """:func:`write_run` with an adapter of one matrix beside, which pictures can be drawn of."""
+    run = write_run(folder)
+    matrices = [AdapterWeights("layers.0.q", torch.ones(4, 2), torch.ones(2), torch.ones(2, 4), 1.0, False)]
+    save_adapter(matrices, run / "adapter", "a/b", None)
+    return run
 
 
 def write_run(folder: Path, seed: int = 0, max_shard_size: str = "120KB", draw: bool = True) -> Path:
