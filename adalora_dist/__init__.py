@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from adalora_dist.artifacts.adapted_model import adapt as adapt
     from adalora_dist.artifacts.export import load_adapter as load_adapter
-    from adalora_dist.artifacts.export import merge as merge
-    from adalora_dist.artifacts.export import save_adapter as save_adapter
     from adalora_dist.artifacts.hub.push import push as push
-    from adalora_dist.artifacts.peft_format import save_adalora as save_adalora
-    from adalora_dist.artifacts.peft_format import save_lora as save_lora
     from adalora_dist.artifacts.peft_model import convert_peft as convert_peft
+    from adalora_dist.artifacts.verbs import merge as merge
+    from adalora_dist.artifacts.verbs import save_adalora as save_adalora
+    from adalora_dist.artifacts.verbs import save_adapter as save_adapter
+    from adalora_dist.artifacts.verbs import save_lora as save_lora
     from adalora_dist.config.methods import AdaLoraConfig as AdaLoraConfig
     from adalora_dist.config.methods import FullConfig as FullConfig
     from adalora_dist.config.methods import HeadConfig as HeadConfig
@@ -45,11 +45,11 @@ _HOMES = {
     "attach": "methods.hooks",
     "MethodHooks": "methods.hooks",
     "AdaLoraCallback": "training.trainer_callback",
-    "save_adapter": "artifacts.export",
+    "save_adapter": "artifacts.verbs",
     "load_adapter": "artifacts.export",
-    "merge": "artifacts.export",
-    "save_lora": "artifacts.peft_format",
-    "save_adalora": "artifacts.peft_format",
+    "merge": "artifacts.verbs",
+    "save_lora": "artifacts.verbs",
+    "save_adalora": "artifacts.verbs",
     "push": "artifacts.hub.push",
 }
 __all__ = list(_HOMES)  # noqa: PLE0605 (checked against the imports above by tests/test_api.py)

@@ -23,12 +23,21 @@ from transformers import PreTrainedModel
 from adalora_dist.artifacts.adapter_files import task_settings
 from adalora_dist.artifacts.peft_check import not_verified
 from adalora_dist.artifacts.peft_format import save_lora
+from adalora_dist.backbones.loaded import note_files, refuse_lost_parts
 from adalora_dist.backbones.names import plain_model
 from adalora_dist.config.methods import MethodConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods import METHODS, inject
-from adalora_dist.methods.protocol import Adapter, Method, TrainedModule, adapters_of, others_trained, plain_path
-from adalora_dist.methods.update import AdapterWeights, Update
+from adalora_dist.methods.protocol import (
+    Adapter,
+    Method,
+    TrainedModule,
+    adapters_of,
+    carries_peft,
+    others_trained,
+    plain_path,
+)
+from adalora_dist.methods.update import AdapterWeights, Update, can_be_lora
 from adalora_dist.sharding.tensors import is_whole, whole_tensor
 
 _BUILT_IN = "_adapter"  # a name that uploads of Trainer's leave out
@@ -46,6 +55,8 @@ def adapt(model: nn.Module, config: MethodConfig, seed: int = 0) -> list[Adapter
     Raises:
         UserError: as :func:`adalora_dist.methods.inject.adapt`.
     """
+    if not adapters_of(model) and not carries_peft(model):
+        note_files(model)
     adapters = inject.adapt(model, config, seed)
     save_as_adapter(model, METHODS[config.method])
     return adapters
@@ -154,6 +165,7 @@ class SaveAdapter:
         named = {name: values[paths[id(p)]].float() for owner in owners for name, p in owner.trained().items()}
         named = {path: values[path].float() for path in of_adapters} | named  # fixed ones, as LoRA's lambda, by path
         adapters = adapters_of(self._model)
+        named |= {name: value for adapter in adapters for name, value in adapter.past().items()}
         updates = self._method.updates(
             {adapter.name: adapter.description() for adapter in adapters},
             {adapter.name: adapter.held() for adapter in adapters},
@@ -167,7 +179,8 @@ class SaveAdapter:
         """Whether the adapter can be saved at all, as far as is known beforehand.
 
         Raises:
-            UserError: the model is none of transformers', a part of it was adapted alone, or the backbone is trained.
+            UserError: the method leaves no LoRA, the model is none of transformers', a part of it was adapted alone,
+                the backbone is trained, or a part of the model is neither in its files nor trained.
         """
         model: Any = self._model
         if not hasattr(getattr(model, "config", None), "to_dict"):
@@ -175,6 +188,8 @@ class SaveAdapter:
                 f"{type(model).__name__} is no model of transformers', so PEFT could not load its adapter: adapt the "
                 "transformers model inside of it"
             )
+        if not can_be_lora(self._method.update):
+            raise _no_lora(next(name for name, method in METHODS.items() if method is self._method))
         for path, module in model.named_modules():
             if isinstance(module, Adapter) and plain_path(path) != module.path:
                 raise UserError(
@@ -186,6 +201,8 @@ class SaveAdapter:
                 f"{unfrozen[0]} has requires_grad=True, as if the backbone had been trained, which an adapter cannot "
                 "hold: call model.requires_grad_(False) first if it was not, or use merge"
             )
+        adapted = {f"{adapter.name}.weight" for adapter in adapters_of(model)}
+        refuse_lost_parts(model, adapted, self._others.union(self._trained_besides()))
 
     def state(self, keep: bool = True) -> dict[str, torch.Tensor]:
         """The ``state_dict`` that a call needs, whole, on the CPU. Collective where an engine shards parameters.
@@ -233,11 +250,16 @@ class SaveAdapter:
 def _low_rank(update: Update) -> AdapterWeights:
     """``update`` as a sum of low rank, which is all that is written here."""
     if (weights := update.as_lora()) is None:
-        raise UserError(
-            f"{update.name}: what {update.method} leaves is no plain LoRA, which save_pretrained of an adapted model "
-            "writes: use save_adapter or merge of adalora_dist"
-        )
+        raise _no_lora(update.method)
     return weights
+
+
+def _no_lora(method: str) -> UserError:
+    return UserError(
+        f"what method {method} leaves is no plain LoRA, which save_pretrained of an adapted model and checkpoints of "
+        "Trainer's hold: use save_adapter or merge of adalora_dist (in Trainer save_strategy='no', and then "
+        "trainer.adalora.merge_and_save, or save_adapter of trainer.adalora.hooks.updates())"
+    )
 
 
 def _value(path: str, parameter: torch.Tensor, given: Mapping[str, torch.Tensor] | None) -> torch.Tensor:

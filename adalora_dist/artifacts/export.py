@@ -31,7 +31,8 @@ from adalora_dist.artifacts.adapter_files import (
 from adalora_dist.artifacts.adapter_files import task_settings as task_settings
 from adalora_dist.artifacts.base_weights import BaseWeight as BaseWeight
 from adalora_dist.artifacts.edits import expert_edits, rearranged_edits
-from adalora_dist.artifacts.whole import check_files, check_whole, is_model_file
+from adalora_dist.artifacts.trained import put_trained
+from adalora_dist.artifacts.whole import apart, check_files, check_whole, is_model_file
 from adalora_dist.backbones.files import base_folder_of as base_folder_of
 from adalora_dist.backbones.files import refuse_foreign_link, weight_files
 from adalora_dist.backbones.names import FileNames, names_in
@@ -78,7 +79,7 @@ def save_adapter(
         UserError: the folder holds something else, or cannot be written.
     """
     tensors = {f"{a.name}.{kind}": tensor for a in adapters for kind, tensor in a.tensors().items()}
-    weights = {"adapter.safetensors": tensors} | ({"trained.safetensors": dict(trained)} if trained else {})
+    weights = {"adapter.safetensors": tensors} | ({"trained.safetensors": apart(trained)} if trained else {})
     description = _described(adapters, base_model, base_revision)
     with building(folder, replaces=is_adapter) as scratch:
         for name, content in weights.items():
@@ -159,16 +160,19 @@ def read_adapter(folder: Path) -> SavedAdapter:
     return SavedAdapter(adapters, described.base_model, described.base_revision, trained, task)
 
 
-def load_adapter(model: nn.Module, folder: Path) -> list[Adapter]:
+def load_adapter(model: nn.Module, folder: str | Path) -> list[Adapter]:
     """Put a saved adapter into its plain backbone, every matrix at its own rank (0: no branch).
 
-    From then on ``model.save_pretrained(folder)`` writes the adapter, for PEFT.
+    What was trained in full besides takes the place of the model's. From then on ``model.save_pretrained(folder)``
+    writes the adapter, for PEFT.
 
     Raises:
         UserError: the folder is not an adapter of this format, or does not fit the model.
     """
-    adapters = read_adapter(folder).adapters
+    saved = read_adapter(Path(folder))
+    adapters = saved.adapters
     if not adapters:
+        put_trained(model, saved.trained, saved.task, folder)
         return []
     method = METHODS[adapters[0].method or "adalora"]
     shape_of = method.shapes_in(model)
@@ -182,6 +186,7 @@ def load_adapter(model: nn.Module, folder: Path) -> list[Adapter]:
                 f"{folder}: {adapter.name} is {rows} x {columns} there, but the model's matrix is {d_out} x {d_in}: "
                 "load its base model"
             )
+    put_trained(model, saved.trained, saved.task, folder)
     layers = method.place(model, adapters)
     save_as_adapter(model, method)
     return layers

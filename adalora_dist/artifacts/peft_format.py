@@ -24,7 +24,7 @@ from torch.nn.functional import pad as pad_with_zeros
 from adalora_dist.artifacts.peft_check import PROMPT, taken_for_experts, verify
 from adalora_dist.artifacts.peft_config import anchored, common_config, task_of
 from adalora_dist.artifacts.peft_experts import expert_lora
-from adalora_dist.artifacts.whole import check_whole
+from adalora_dist.artifacts.whole import apart, check_whole
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import read_object
 from adalora_dist.io.publish import building
@@ -338,7 +338,7 @@ def _write(
     parameters: Mapping[str, str] | None = None,
 ) -> None:
     tensors |= {PREFIX + name: tensor for name, tensor in (trained or {}).items()}
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    tensors = apart(tensors)
     with building(folder) as scratch:
         save_file(tensors, scratch / "adapter_model.safetensors", {"format": "pt"})
         (scratch / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -5,11 +5,15 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import check_tensors, read_bytes, read_object, read_text
+
+if TYPE_CHECKING:
+    import torch
 
 MODEL_FILES = (
     *("config.json", "generation_config.json", "adapter_config.json"),
@@ -19,6 +23,16 @@ MODEL_FILES = (
     *("chat_template.jinja", "chat_template.json"),
 )
 """Names and patterns that loading a model looks for: what a push adds, and what it removes of an earlier push."""
+
+
+def apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same, none in another's memory, as tied embeddings are: a file has each by itself."""
+    memory: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        found[name] = tensor.clone() if tensor.data_ptr() in memory else tensor.contiguous()
+        memory.add(found[name].data_ptr())
+    return found
 
 
 def is_model_file(name: str) -> bool:

@@ -152,9 +152,11 @@ def base_folder_of(name: str, revision: str | None) -> Path:
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_BASE_FILES))
+    except HFValidationError as error:
+        raise UserError(f"model={name} is neither a folder that exists nor a name on the Hub") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"model={name}: its files are not cached and the Hub cannot be reached ({error})") from error

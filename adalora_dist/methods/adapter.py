@@ -92,6 +92,11 @@ class Adapter(TrainedModule):
         """What an export needs to know besides the parameters: sizes, scale; plain data."""
         raise NotImplementedError(f"{type(self).__name__}.description")
 
+    def past(self) -> dict[str, torch.Tensor]:
+        """What it has learnt that its parameters do not hold any more, whole, on the CPU, by the names that
+        :meth:`~adalora_dist.methods.protocol.Method.updates` asks for."""
+        return {}
+
     @property
     def path(self) -> str:
         """Where it lies itself in the adapted model, before an engine changes paths."""

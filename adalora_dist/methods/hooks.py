@@ -38,7 +38,7 @@ from adalora_dist.methods.protocol import (
     carries_peft,
     trained_parameters,
 )
-from adalora_dist.methods.update import Update
+from adalora_dist.methods.updates import Updates, gather_trained
 from adalora_dist.sharding import select_engine
 from adalora_dist.sharding.agreement import this_rank
 from adalora_dist.sharding.base import ShardEngine, sum_over
@@ -239,27 +239,28 @@ class MethodHooks:
         """Active rank of each adapted matrix, by name. Reads from the device."""
         return self.method_step.rank_pattern()
 
-    def updates(self) -> Sequence[Update]:
-        """What each adapted matrix has become. Collective: every process calls it and gets all of them.
+    def updates(self) -> Updates:
+        """What each adapted matrix has become, and, on the main process, what was trained besides. Collective.
 
         Raises:
             RuntimeError: no step has been made, so it is not known yet how the parameters are sharded.
         """
         adapters = self.method_step.adapters
         if not adapters:
-            return []
+            return Updates([], gather_trained(self.model), self.model)
         engine, index = self.engine, {name: k for k, name in enumerate(self.method_step.parameters())}
 
         def whole(name: str) -> torch.Tensor | None:
             return engine.full(index[name]).cpu() if name in index else self.method_step.whole(name)
 
         keep = self.method_step.keep
-        return self.method.updates(
+        updates = self.method.updates(
             {adapter.name: adapter.description() for adapter in adapters},
             {adapter.name: adapter.held() for adapter in adapters},
             None if keep is None else keep.cpu(),
             whole,
         )
+        return Updates(updates, gather_trained(self.model), self.model)
 
     # ------------------------------------------------------------------------------------ what a checkpoint holds
 

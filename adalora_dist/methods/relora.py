@@ -46,6 +46,8 @@ class ReloraLinear(BranchLinear):
         super().__init__(base, name, rank, scale, dropout)
         self.P, self.Qt = self.vector(self.d_out, rank), self.vector(self.d_in, rank)
         self.seed = seed
+        self.merged_factors: dict[str, torch.Tensor] = {}
+        """Those of all past cycles, on the CPU; they are in the base's weight."""
         with torch.no_grad():
             self.Qt.copy_(self.drawn(0))
 
@@ -53,6 +55,9 @@ class ReloraLinear(BranchLinear):
         """Qt at the start of a cycle, (d_in, r) ~ U(-a, a), a = 1/sqrt(d_in), on the CPU, alike on every process."""
         generator = torch.Generator().manual_seed((self.seed + cycle) % 2**63)
         return lora_start((self.d_in, self.rank), self.d_in, generator)
+
+    def past(self) -> dict[str, torch.Tensor]:
+        return self.merged_factors
 
     def branch(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return tokens @ cast(torch.Tensor, self.Qt).to(tokens.dtype), self.scale * cast(torch.Tensor, self.P)
@@ -109,9 +114,11 @@ class ReloraStep(BranchStep):
         """W of this rank's elements, from the original and all past cycles."""
         for layer, original in zip(self.relora, self._original, strict=True):
             local, span = local_elements(_weight(layer))
+            layer.merged_factors = {}
             if not self._history:
                 local.copy_(original)
                 continue
+            layer.merged_factors = {f"{name}{_PAST}": self._history[name] for name in layer.trained()}
             p, qt = (self._history[f"{layer.name}.{kind}"].to(local.device) for kind in _KINDS)
             rows, columns = (qt, p) if is_conv1d(layer.base) else (p, qt)
             width = len(columns)

@@ -74,6 +74,12 @@ class OfMatrix:
         return [kind(matrix, **tensors[matrix.name]) for matrix in matrices]
 
 
+def can_be_lora(kind: type[Update]) -> bool:
+    """Whether updates of ``kind`` say themselves that they are sums of low rank."""
+    default: Any = OfMatrix.as_lora
+    return kind.as_lora is not default
+
+
 class Update(Protocol):
     """What one matrix has become. All tensors are on the CPU, float32."""
 

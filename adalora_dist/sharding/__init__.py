@@ -37,7 +37,7 @@ def select_engine(params: Sequence[torch.Tensor], optimizer: Any) -> ShardEngine
     if engine is None:
         raise UserError(
             f"{num_missing(params, optimizer)} of {len(params)} parameters are not in the optimizer, nor is it stepped "
-            "by ZeRO stage 1, 2 or 3: pass all trainable parameters; with DeepSpeed bf16/fp16 use a stage from 1 to 3, "
-            "with FSDP use version 2"
+            "by ZeRO stage 1, 2 or 3: make it of all trainable parameters, after adapt; with DeepSpeed bf16/fp16 use a "
+            "stage from 1 to 3, with FSDP use version 2"
         )
     return engine(params, optimizer)

@@ -14,6 +14,7 @@ from adalora_dist.artifacts.export import check_base
 from adalora_dist.backbones.expert_files import parts_of
 from adalora_dist.backbones.experts import ExpertStack
 from adalora_dist.backbones.linears import is_conv1d, linear_shape
+from adalora_dist.backbones.loaded import refuse_lost_parts
 from adalora_dist.backbones.names import FileNames, layers_left_out
 from adalora_dist.backbones.parts import is_under, tower_names
 from adalora_dist.backbones.rearranged import is_rearranged
@@ -42,13 +43,7 @@ def check_backbone(model: nn.Module, config: RunConfig) -> list[str]:
     if names is None:
         return []
     adapted, trained = _adapted(model), {name for name, _ in others_trained(model)}
-    if random := [name for name in names.missing if name not in trained]:
-        matrices = [name for name in random if name in adapted]
-        also = f", leave {matrices[0].rpartition('.')[0]} out of targets" if matrices else ""
-        raise UserError(
-            f"the backbone's files lack {len(random)} frozen parameters ({', '.join(random[:3])}), which would stay "
-            f"random: add their modules to train_modules{also}, or use files that have them"
-        )
+    refuse_lost_parts(model, adapted, trained)
     for form in config.export.export_formats:
         if why := method_for(config.adapter).lacks(adapters_of(model), form):
             raise UserError(f"export_formats {form}: {why}")

@@ -20,9 +20,9 @@ from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.publish import set_aside, write_whole, writing
 from adalora_dist.io.redaction import redacted
 from adalora_dist.methods.update import Update
+from adalora_dist.sharding.tensors import release_gathered
 from adalora_dist.training.prepared import Prepared
 from adalora_dist.training.run_folder import RunFolder
-from adalora_dist.training.trained import gather_trained
 
 
 def export_trained(
@@ -38,8 +38,9 @@ def export_trained(
         The rank of each adapted matrix, by name; empty without adapters.
     """
     model = accelerator.unwrap_model(prepared.model)
+    release_gathered(prepared.model)
     adapters = prepared.hooks.updates()
-    trained = gather_trained(accelerator, prepared.model)
+    trained = adapters.trained
     pattern = {adapter.name: adapter.rank for adapter in adapters}
     if accelerator.is_main_process:
         quantized = write_adapters(config, model, adapters, trained, folder.path)
@@ -77,7 +78,7 @@ def write_adapters(
 
     Args:
         model: unwrapped.
-        trained: from ``gather_trained``.
+        trained: what was trained in full besides, by parameter name.
         folder: of the run.
 
     Returns:

@@ -25,11 +25,11 @@ from adalora_dist.config.methods import LowRankConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.hooks import MethodHooks, attach
 from adalora_dist.methods.protocol import carries_peft
+from adalora_dist.methods.updates import gather_trained
 from adalora_dist.sharding.agreement import agreed
 from adalora_dist.sharding.base import innermost
 from adalora_dist.sharding.optimizer_state import KNOWN, keeps_an_entry_per_weight
 from adalora_dist.sharding.tensors import release_gathered
-from adalora_dist.training.trained import gather_trained
 from adalora_dist.training.trainer_checkpoints import TrainerCheckpoints, base_of
 from adalora_dist.training.trainer_logs import show_ranks
 from adalora_dist.training.trainer_loss import multiplied_loss
@@ -166,7 +166,8 @@ class AdaLoraCallback(TrainerCallback):
         assert trainer is not None
         release_gathered(trainer.model_wrapped)
         model = adapted_part(trainer.accelerator.unwrap_model(trainer.model_wrapped))
-        updates, trained = hooks.updates(), gather_trained(trainer.accelerator, model)
+        updates = hooks.updates()
+        trained = updates.trained if updates.model is model else gather_trained(model)
 
         def write() -> None:
             base, tokenizer = base_of(model), getattr(trainer, "processing_class", None)
