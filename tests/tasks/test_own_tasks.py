@@ -69,6 +69,8 @@ def test_classes_are_those_of_the_training_rows(tmp_path: Path) -> None:
         ([-1, 1], ("-1", "1")),
         (["1", "01"], ("01", "1")),  # two classes, in an order that no process has for itself
         (["--1", "2"], ("--1", "2")),
+        (["1.0", "0.0", 10], ("0", "1", "10")),  # pandas writes so where a label was missing
+        (["1.5", "two"], ("1.5", "two")),
     ],
 )
 def test_labels_of_every_kind(tmp_path: Path, labels: list[Any], classes: tuple[str, ...]) -> None:
@@ -77,6 +79,22 @@ def test_labels_of_every_kind(tmp_path: Path, labels: list[Any], classes: tuple[
     assert loaded.task.classes == classes
     assert all(loaded.task.classes[int(row.label)] == row.name for row in [*loaded.train, *loaded.sets["dev"]])
     assert loaded.validation == loaded.sets["dev"] and len(loaded.train) + len(loaded.sets["dev"]) == 9 * len(labels)
+
+
+def test_numbers_with_fractions_in_a_table_are_no_classes(tmp_path: Path) -> None:
+    file = write(tmp_path / "prices.csv", [{"text": f"row {n}", "label": n / 2} for n in range(9)])
+    with refused(r"numbers with fractions \(0.5, 1.5, 2.5\): --regression predicts"):
+        load_glue_rows(GlueDataConfig(source=file, task="own"))
+    assert load_glue_rows(GlueDataConfig(source=file, task="own", regression=True)).task.num_labels == 1
+
+
+@pytest.mark.parametrize(("factor", "is_said"), [(1, False), (1000, True)])
+def test_numbers_that_a_head_hardly_reaches_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, factor: int, is_said: bool
+) -> None:
+    file = write(tmp_path / "prices.csv", [{"text": f"row {n}", "label": factor * n / 4} for n in range(20)])
+    load_glue_rows(GlueDataConfig(source=file, task="own", regression=True))
+    assert ("train on (label - " in caplog.text) == is_said
 
 
 def test_two_columns_of_other_names_in_a_table(tmp_path: Path) -> None:

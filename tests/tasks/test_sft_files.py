@@ -116,6 +116,7 @@ def test_clones_of_repositories_and_files_that_are_not_read(tmp_path: Path) -> N
         (lines([{"text": "é"}]).encode("latin-1"), r"a.jsonl:1: not UTF-8 text \(.*save it as UTF-8"),
         (lines([{"text": "a"}]).encode("utf-16"), "a.jsonl:1: not UTF-8 text"),
         (json.dumps({"text": "a", "id": 1}, indent=1).encode(), "a.jsonl:1: not valid JSON .*one JSON object per line"),
+        (b'{"text": "a",\n "id": 1}\n', "a.jsonl:1: not valid JSON .*, the line has an object's beginning alone"),
         (lines([{"text": "a"}] * 3).replace("\n", "\r").encode(), r"a.jsonl:1: not valid JSON \(Extra data"),
         (b"\n" * 30 + b"x\n" * 30, "a.jsonl:31: not valid JSON"),
     ],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +14,10 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.glue.config import GlueDataConfig
 from adalora_dist.tasks.rows.fields import REMEDY, absence, names_of, object_row, refuse_odd_text, shown, text_field
 
+logger = logging.getLogger(__name__)
+
+_FAR = 10.0
+"""From 0. The largest labels of a published task are 5 (STS-B)."""
 TEXTS = (
     *(("text", "text2"), ("text1", "text2"), ("sentence1", "sentence2"), ("question1", "question2")),
     *(("premise", "hypothesis"), ("question", "sentence"), ("text",), ("sentence",)),
@@ -20,6 +26,9 @@ TEXTS = (
 
 
 _WHOLE = re.compile(r"-?\d{1,18}")
+_WRITTEN_WHOLE = re.compile(r"(-?\d{1,18})\.0+")
+"""A whole number as a table has it whose column once had a gap: 1.0."""
+_FRACTION = re.compile(r"-?\d*\.\d+")
 
 
 @dataclass(frozen=True)
@@ -75,12 +84,18 @@ class OwnTask:
         """The training rows are read: their classes are all that there are. Returns how many; regression: 1.
 
         Raises:
-            UserError: all have the same class.
+            UserError: all have the same class, or classes are numbers with fractions.
         """
         if self.regression:
             return 1
         self._is_closed = True
         self.classes = tuple(sorted(self._named))
+        if all(_WHOLE.fullmatch(name) or _FRACTION.fullmatch(name) for name in self.classes):
+            if fractions := [name for name in self.classes if not _WHOLE.fullmatch(name)]:
+                raise UserError(
+                    f"data: labels of the training rows are numbers with fractions ({', '.join(fractions[:3])}): "
+                    "--regression predicts such numbers; for a class of such a name give it a word"
+                )
         if all(_WHOLE.fullmatch(name) for name in self.classes):
             self.classes = tuple(sorted(self.classes, key=int))  # 1 and 01 are two classes, in one order everywhere
         if len(self.classes) < 2:
@@ -89,6 +104,20 @@ class OwnTask:
                 "rows of others, or --regression if labels are numbers to be predicted"
             )
         return len(self.classes)
+
+    def say_scale(self, rows: Sequence[LabelledText]) -> None:
+        """Warn where the numbers to be predicted are far from those that a new head can reach."""
+        if not self.regression or len(rows) < 2:
+            return
+        labels = [row.label for row in rows]
+        mean, deviation = statistics.fmean(labels), statistics.stdev(labels)
+        if max(abs(mean), deviation) > _FAR:
+            logger.warning(
+                "labels of the training rows are %.4g on average, with a standard deviation of %.4g: a new head begins "
+                "near 0 and each step moves it by about the learning rate, so it may never get there: train on "
+                "(label - %.4g) / %.4g, and scale predictions back",
+                mean, deviation, mean, deviation or 1,
+            )  # fmt: skip
 
     def numbered(self, rows: Sequence[LabelledText]) -> list[LabelledText]:
         """The rows with the numbers of their classes."""
@@ -121,7 +150,8 @@ class OwnTask:
             return str(value) if isinstance(value, bool) else str(int(value))
         if isinstance(value, str) and value.strip():
             refuse_odd_text(value, "label", origin)
-            return value.strip()
+            whole = _WRITTEN_WHOLE.fullmatch(value.strip())
+            return str(int(whole[1])) if whole else value.strip()
         hint = "; numbers with fractions are for --regression" if isinstance(value, float) else ""
         has = absence(row, "label", can_map=True)
         raise UserError(

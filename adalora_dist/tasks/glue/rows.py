@@ -125,6 +125,7 @@ def load_glue_rows(data: GlueDataConfig, bad: BadRows | None = None, validates: 
     else:
         sets = {name: read(files[0], files) for name, files in task.evaluation_sets.items()}
     if own is not None:
+        own.say_scale(train)
         train, sets = own.numbered(train), {name: own.numbered(rows) for name, rows in sets.items()}
         validation = None if validation is None else own.numbered(validation)
     return GlueRows(task, train, sets, validation)

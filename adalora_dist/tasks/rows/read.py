@@ -115,12 +115,11 @@ def _line_rows(path: Path, lines: BinaryIO) -> Iterator[tuple[str, object]]:
             if text.strip():
                 yield origin, json.loads(text)
         except json.JSONDecodeError as error:
-            yield (
-                origin,
-                UserError(
-                    f"{origin}: not valid JSON ({error.msg} at column {error.colno}); write one JSON object per line"
-                ),
-            )
+            # Files that are written for people to read have an object over several lines.
+            is_begun = text.lstrip().startswith("{") and error.pos >= len(text.rstrip())
+            part = ", the line has an object's beginning alone" if is_begun else ""
+            reason = f"{error.msg} at column {error.colno}{part}"
+            yield origin, UserError(f"{origin}: not valid JSON ({reason}); write one JSON object per line")
         except UnicodeDecodeError as error:
             reason = f"{error.reason} at byte {error.start} of the row"
             yield origin, UserError(f"{origin}: not UTF-8 text ({reason}); save it as UTF-8")
