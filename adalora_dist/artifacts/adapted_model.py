@@ -38,7 +38,7 @@ from adalora_dist.methods.protocol import (
     plain_path,
 )
 from adalora_dist.methods.update import AdapterWeights, Update, can_be_lora
-from adalora_dist.sharding.tensors import is_whole, whole_tensor
+from adalora_dist.sharding.tensors import full_shape, is_whole, whole_tensor
 
 _BUILT_IN = "_adapter"  # a name that uploads of Trainer's leave out
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -180,7 +180,8 @@ class SaveAdapter:
 
         Raises:
             UserError: the method leaves no LoRA, the model is none of transformers', a part of it was adapted alone,
-                the backbone is trained, or a part of the model is neither in its files nor trained.
+                the backbone is trained, a part of the model is neither in its files nor trained, or what is trained is
+                no part of its class.
         """
         model: Any = self._model
         if not hasattr(getattr(model, "config", None), "to_dict"):
@@ -201,8 +202,26 @@ class SaveAdapter:
                 f"{unfrozen[0]} has requires_grad=True, as if the backbone had been trained, which an adapter cannot "
                 "hold: call model.requires_grad_(False) first if it was not, or use merge"
             )
+        self._check_class()
         adapted = {f"{adapter.name}.weight" for adapter in adapters_of(model)}
         refuse_lost_parts(model, adapted, self._others.union(self._trained_besides()))
+
+    def _check_class(self) -> None:
+        """Whether what is trained besides would be found again in a model of this class and configuration."""
+        model: Any = self._model
+        needed, own = self._needed(), self._of_adapters()
+        besides = {path: full_shape(p) for path, p in needed.items() if path not in own}
+        plain = plain_model(model.config, task_settings(model)) if besides else None
+        if plain is None:
+            return
+        shapes = {name: p.shape for name, p in plain.named_parameters(remove_duplicate=False)}
+        if odd := next((path for path, shape in besides.items() if shapes.get(path) != shape), None):
+            raise UserError(
+                f"{odd} is trained, and {type(model).__name__} as config.json makes it has no such parameter of this "
+                "size: whoever loads the result would not find it; give the number of labels to from_pretrained "
+                "(num_labels) in place of another head, or save nothing in PEFT's form (save_strategy='no', and "
+                "torch.save of that module)"
+            )
 
     def state(self, keep: bool = True) -> dict[str, torch.Tensor]:
         """The ``state_dict`` that a call needs, whole, on the CPU. Collective where an engine shards parameters.

@@ -30,6 +30,12 @@ from adalora_dist.methods.dylora import at_rank
 from adalora_dist.methods.update import AdapterWeights
 
 
+def _newest_of_peft(folder: Path) -> Path | None:
+    """The adapter in PEFT's form that ``folder`` is, or that its newest checkpoint of Trainer's is; None: neither."""
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name), reverse=True)
+    return next((path for path in (folder, *checkpoints) if (path / "adapter_config.json").is_file()), None)
+
+
 @dataclass(frozen=True)
 class FinishedRun:
     """A run folder, read. Of an adapter folder that stands alone, the settings are empty."""
@@ -67,6 +73,11 @@ class FinishedRun:
                 remedy = f"give its newest checkpoint, {newest.path}"
             elif settings:
                 remedy = f"it has come to no checkpoint; adalora-dist watch {path} shows how far it is"
+            elif of_peft := _newest_of_peft(path):
+                remedy = (
+                    f"{of_peft} is an adapter that PEFT loads, as Trainer writes it: PeftModel.from_pretrained(base, "
+                    "folder), and of that merge_and_unload() for a merged model"
+                )
             raise UserError(f"{path} is no finished run ({why}): {remedy}")
         saved = read_adapter(folder)
         facts = read_object(file) if (file := path / "run.json").is_file() else {}

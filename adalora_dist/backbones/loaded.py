@@ -7,6 +7,7 @@ beyond them, such as embeddings with rows for new tokens, or a new head that is 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,16 @@ from torch import nn
 from adalora_dist.backbones.files import stored_tensors, weight_files
 from adalora_dist.backbones.names import FileNames
 from adalora_dist.io.errors import UserError
+from adalora_dist.io.foreign_files import read_object
 from adalora_dist.sharding.tensors import is_whole
 
 logger = logging.getLogger(__name__)
 
+_WITHOUT_EFFECT = re.compile(
+    r"_.*|.*(dtype|drop|token_id|cache|name_or_path|_version|checkpoint).*|architectures|id2label|label2id|num_labels"
+    r"|problem_type|output_\w+|return_dict|vocab_size|.*_config"
+)
+"""Settings that leave the function of a trained model alone, or belong to its task, or are looked at otherwise."""
 _ROUNDED = 2**-7
 """What half precision makes of a row, and more, of its length."""
 
@@ -30,7 +37,7 @@ def note_files(model: nn.Module) -> None:
     """Have a plain model of transformers' know its files (``file_names``), where they are here and whole.
 
     Nothing is done to a model of whose files nothing can be said: made from a configuration, read from pickled weights,
-    quantised, sharded already. No network is asked. Values that are not those of the files are warned of.
+    quantised, sharded already. No network is asked. Values and settings that are not those of the files are warned of.
     """
     from transformers import PreTrainedModel
 
@@ -47,6 +54,12 @@ def note_files(model: nn.Module) -> None:
         return
     names = FileNames.of(model, stored)
     model.file_names = names  # type: ignore[assignment]
+    if settings := _changed_settings(model.config, folder):
+        logger.warning(
+            "the model was loaded with %s, and config.json of %s says otherwise: a merged model, and the base that an "
+            "adapter is put on, are as that says; write the model with save_pretrained and load that",
+            ", ".join(f"{name}={value!r:.60}" for name, value in settings.items()), folder,
+        )  # fmt: skip
     if changed := next(_changed(model, names), None):
         logger.warning(
             "%s has other values than its files (%s), to which an adapter or a merged model adds: if the model was "
@@ -98,6 +111,16 @@ def _folder_of(model: Any) -> Path | None:
     except ValueError:  # no name on the Hub
         return None
     return Path(config).parent if isinstance(config, str) else None
+
+
+def _changed_settings(config: Any, folder: Path) -> dict[str, Any]:
+    """What a model's configuration says of its function, and its config.json does not."""
+    own = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if own.get("model_type") != config.model_type:
+        return {}
+    stored, here = type(config).from_pretrained(folder).to_dict(), config.to_dict()
+    differ = (name for name in sorted(here) if here[name] != stored.get(name))
+    return {name: here[name] for name in differ if not _WITHOUT_EFFECT.fullmatch(name)}
 
 
 def _changed(model: nn.Module, names: FileNames) -> Iterator[str]:

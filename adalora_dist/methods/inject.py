@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -12,6 +13,11 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.methods import method_for
 from adalora_dist.methods.protocol import Adapter, carries_peft
 from adalora_dist.methods.sites import trained_modules
+from adalora_dist.sharding.agreement import this_rank
+
+logger = logging.getLogger(__name__)
+
+_HALF = (torch.bfloat16, torch.float16)
 
 
 def adapt(model: nn.Module, config: MethodConfig, seed: int = 0) -> list[Adapter]:
@@ -39,7 +45,19 @@ def adapt(model: nn.Module, config: MethodConfig, seed: int = 0) -> list[Adapter
         parameter.requires_grad_(False)
     for name in trained:
         model.get_submodule(name).requires_grad_(True)
+    _say_rounding(model)
     return method.adapt(model, torch.Generator().manual_seed(seed))
+
+
+def _say_rounding(model: nn.Module) -> None:
+    """Warn of what is trained in full in half precision, as a head is that was loaded with a backbone of today's."""
+    rounded = [(name, p.dtype) for name, p in model.named_parameters() if p.requires_grad and p.dtype in _HALF]
+    if rounded and this_rank() == 0:
+        logger.warning(
+            "%s is trained in %s, in which steps of less than %.1g of a weight are rounded away: with learning rates "
+            "below about 1e-4 load the model in float32 (dtype), and compute in bf16 for speed (precision)",
+            rounded[0][0], str(rounded[0][1]).removeprefix("torch."), torch.finfo(rounded[0][1]).eps / 2,
+        )  # fmt: skip
 
 
 def parameter_groups(model: nn.Module, config: MethodConfig, learning_rate: float) -> list[dict[str, Any]]:

@@ -34,6 +34,7 @@ from adalora_dist import (
     save_adapter,
     save_lora,
 )
+from adalora_dist.artifacts.commands import FinishedRun
 from tests.support.refusals import refused
 from tests.support.tiny_language_model import tiny_gpt2, tiny_llama
 
@@ -144,6 +145,8 @@ def test_trainer_saves_what_relora_has_merged(tmp_path: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     loaded = PeftModel.from_pretrained(plain, tmp_path / "out" / f"checkpoint-{STEPS}")
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-5)
+    with refused("no finished run .*checkpoint-6 is an adapter that PEFT loads, as Trainer writes it"):
+        FinishedRun.read(tmp_path / "out")
 
 
 def test_trainer_refuses_what_it_could_not_save_before_the_first_step(encoder: Path, tmp_path: Path) -> None:
@@ -151,7 +154,10 @@ def test_trainer_refuses_what_it_could_not_save_before_the_first_step(encoder: P
     longer = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     longer.resize_token_embeddings(44)
     without_head = ADALORA.model_copy(update={"train_modules": ()})
+    other_head = classifier(encoder)
+    other_head.classifier = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Linear(8, 3))
     cases = [
+        (other_head, ADALORA, "classifier.0.* is trained, and BertForSequenceClassification as config.json makes it"),
         (longer, without_head, r"embed_tokens.weight has another size in the model than in its files \(40 x 32\)"),
         (classifier(encoder), without_head, r"lack 4 frozen parameters \(bert.pooler.*add their modules to train_modu"),
         (AutoModelForCausalLM.from_pretrained(tmp_path / "base"), method_config("dora"), "method dora leaves is no pl"),
@@ -190,7 +196,15 @@ def test_values_that_are_not_the_files_are_said(tmp_path: Path, caplog: pytest.L
         with torch.no_grad():
             changed.model.layers[1].mlp.up_proj.weight.mul_(1.1)
         adapt(changed, config)
-    assert "model.layers.1.mlp.up_proj.weight has other values than its files" in caplog.text
+        assert "model.layers.1.mlp.up_proj.weight has other values than its files" in caplog.text
+        adapt(AutoModelForCausalLM.from_pretrained(tmp_path / "base", num_hidden_layers=1, use_cache=False), config)
+    assert "loaded with num_hidden_layers=1, and config.json" in caplog.text and "use_cache" not in caplog.text
+
+
+def test_a_head_in_half_precision_is_said(encoder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for dtype, is_said in ((torch.float32, False), (torch.bfloat16, True)):
+        adapt(AutoModelForSequenceClassification.from_pretrained(encoder, dtype=dtype), ADALORA)
+        assert ("is trained in bfloat16, in which steps of less than 0.004 of a weight" in caplog.text) == is_said
 
 
 def test_folders_that_are_none_are_named(tmp_path: Path) -> None:
