@@ -43,7 +43,7 @@ _PASSING = (408, 409, 412, 425, 429, 500, 502, 503, 504)
 
 
 def push(
-    folder: Path,
+    folder: str | Path,
     repo_id: str,
     to: ExportFormat = "merged",
     public: bool = False,
@@ -69,7 +69,7 @@ def push(
 
     check_repo_id(repo_id)
     check_branch(revision)
-    run, export = _run_and_export(folder, to)
+    run, export = _run_and_export(Path(folder), to)
     check_is_export(export)
     check_login()
     ranks = read_object(run / "rank_pattern.json") if run and (run / "rank_pattern.json").is_file() else None
