@@ -94,6 +94,35 @@ def test_two_forwards_before_their_backwards(apart):
         assert_equal([p.grad for p in model.parameters() if p.requires_grad], expected)
 
 
+def test_products_go_with_the_layers_that_backward_has_passed():
+    """Largest first: when the first layer's gradients are made, the last one's product is in memory no more."""
+    model = net()
+    loss = model(torch.randn(5, 7)).sum()
+    made = model.adalora._made
+    assert len(made) == 4 and all(product() is not None for product in made)
+    left = []
+    model.blocks[0].up.Qt.register_hook(lambda _: left.append([product() is not None for product in made]))
+    loss.backward()
+    assert left[0][2:] == [False, False] and model.adalora._made is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_that_is_used_again(apart, dtype):
+    """As in ALBERT, where all blocks are one; in bfloat16 nothing has kept its float32 product."""
+    model = net()
+    for block in model.blocks:
+        block.up.base.to(dtype), block.down.base.to(dtype)
+    model.blocks[1] = model.blocks[0]
+
+    def run(x):
+        with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+            return model(x).float()
+
+    ours, expected = gradients_of(model, run), apart(model, run)
+    assert len(ours) == len(expected) == 5 and expected[0].abs().max() > 0
+    torch.testing.assert_close(ours, expected, rtol=2e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-3)
+
+
 def test_a_forward_sees_what_has_changed_since_the_last():
     """Also where that one had no backward."""
     model = net()

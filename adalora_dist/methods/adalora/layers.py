@@ -6,7 +6,8 @@ they are good for. What it has at a time, when that begins and ends, and where a
     it has           from                                           until                 a layer's P diag(lambda) is
     nothing          ``release``, as weights change; a backward     a forward             -
     all, P whole     first layer of a forward (one process, DDP,    ``release``, or       its part of one product over
-                     ZeRO-1, ZeRO-2)                                an edit of a factor   all matrices
+                     ZeRO-1, ZeRO-2); those that were taken         an edit of a factor   all matrices; P times its part
+                     belong to the graph, but in a checkpoint                             of lambda when that has gone
     all, P sharded   first layer of a forward (FSDP2, ZeRO-3)       ``release``           P times its part of lambda
     on its own       without gradients, under a compiler (which     that one call         P times its part of lambda
                      is given none), in a checkpoint's second run
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import TensorWeakRef
 
 from adalora_dist.backbones.linears import is_conv1d
 from adalora_dist.backbones.merging import Mergeable
@@ -205,7 +207,7 @@ class Lambdas(TrainedModule):
 
     def release(self) -> None:
         """Forget what was multiplied for the last forward: P or lambda are about to change, or have."""
-        self._made: list[torch.Tensor] | None = None
+        self._made: list[torch.Tensor | TensorWeakRef] | None = None
         self._wide: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._is_whole, self._edits_then = False, [0]
 
@@ -237,12 +239,20 @@ class Lambdas(TrainedModule):
         """scale * P diag(lambda) of one layer, (d_out, r), if made for all at once; else its scale * lambda, (r,)."""
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler fuses what is written out
             return self._own(layer)
-        if self._made is None or (self._is_whole and self._edits(layer) != self._edits_then[layer.position]):
+        position = layer.position
+        if self._made is None or (self._is_whole and self._edits(layer) != self._edits_then[position]):
             if torch._C._current_graph_task_id() != -1:  # a checkpoint's second forward, within backward, on its own
                 return self._own(layer)
             self._make(layer)
         assert self._made is not None
-        return self._made[layer.position]
+        made, is_kept = self._made[position], _graph_keeps()
+        if isinstance(made, TensorWeakRef):
+            taken: torch.Tensor | None = made() if is_kept else None
+            return self._own(layer) if taken is None else taken
+        if is_kept and self._is_whole and position not in self._widening_of:
+            # From here on it is the graph's own, which drops it when backward has passed the layer.
+            self._made[position] = TensorWeakRef(made)
+        return made
 
     def factors(self, layer: TripletLayer) -> tuple[torch.Tensor, torch.Tensor]:
         """scale * P diag(lambda) and Qt of one layer, their matrices equally wide where its forward wants them so."""
@@ -254,7 +264,7 @@ class Lambdas(TrainedModule):
             return wide, qt
         if not self._wide:
             ragged = [self._active[k] for k in self._widening_of]
-            made = self._widening([factor for x in ragged for factor in (self._made[x.position], x.Qt)])
+            made = self._widening([factor for x in ragged for factor in (self.weight(x), x.Qt)])
             self._wide = dict(zip(self._widening_of, zip(made[::2], made[1::2], strict=True), strict=True))
         return self._wide[position]
 
@@ -278,11 +288,16 @@ class Lambdas(TrainedModule):
         self._is_whole = all(type(x.P) is nn.Parameter and is_whole(x.P) for x in (first, *self._active))
         if self._is_whole:
             self._edits_then = [self._edits(layer) for layer in self._active]
-            self._made = times_lambdas(self, scaled, ranks, [layer.P for layer in self._active])
+            self._made = [*times_lambdas(self, scaled, ranks, [layer.P for layer in self._active])]
         else:
-            self._made = list(scaled.split(ranks))
+            self._made = [*scaled.split(ranks)]
             if scaled.requires_grad:
                 scaled.register_hook(lambda _: self.release())
+
+
+def _graph_keeps() -> bool:
+    """Whether the graph keeps what a layer saves for backward: a checkpoint's does not, and runs the layer again."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is None
 
 
 def ranks_of(layers: Sequence[TripletLayer]) -> dict[str, int]:

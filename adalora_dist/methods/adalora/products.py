@@ -87,6 +87,7 @@ def lambda_gradients(ps: list[torch.Tensor], gradients: list[torch.Tensor]) -> l
         products = dict(zip(part, torch._foreach_mul([ps[k] for k in part], [gradients[k] for k in part]), strict=True))
         for of_size in ([k for k in all_of_size if k in products] for all_of_size in members.values()):
             if of_size:
-                sums = torch.cat([products[k] for k in of_size], dim=1).sum(dim=0)
+                of_parts = [products[k] for k in of_size]
+                sums = (of_parts[0] if len(of_parts) == 1 else torch.cat(of_parts, dim=1)).sum(dim=0)
                 found.update(zip(of_size, sums.split([ps[k].shape[1] for k in of_size]), strict=True))
     return [found[k] for k in range(len(ps))]
