@@ -98,12 +98,12 @@ def test_products_go_with_the_layers_that_backward_has_passed():
     """Largest first: when the first layer's gradients are made, the last one's product is in memory no more."""
     model = net()
     loss = model(torch.randn(5, 7)).sum()
-    made = model.adalora._made
+    made = model.adalora._products
     assert len(made) == 4 and all(product() is not None for product in made)
     left = []
     model.blocks[0].up.Qt.register_hook(lambda _: left.append([product() is not None for product in made]))
     loss.backward()
-    assert left[0][2:] == [False, False] and model.adalora._made is None
+    assert left[0][2:] == [False, False] and model.adalora._parts is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,16 +1,20 @@
 """``SVDLinear``, a frozen linear map plus the adapter P diag(lambda) Q, and ``Lambdas``, lambda of all of them.
 
-Every layer needs P diag(lambda) in a forward. :class:`Lambdas` multiplies for all of them, and keeps the products while
-they are good for. What it has at a time, when that begins and ends, and where a layer gets its product from:
+Every layer needs P diag(lambda) in a forward. :class:`Lambdas` multiplies for many at once, and where it can, for all.
+What it has at a time, when that begins and ends, and where a layer gets its product from:
 
-    it has           from                                           until                 a layer's P diag(lambda) is
-    nothing          ``release``, as weights change; a backward     a forward             -
-    all, P whole     first layer of a forward (one process, DDP,    ``release``, or       its part of one product over
-                     ZeRO-1, ZeRO-2); those that were taken         an edit of a factor   all matrices; P times its part
-                     belong to the graph, but in a checkpoint                             of lambda when that has gone
-    all, P sharded   first layer of a forward (FSDP2, ZeRO-3)       ``release``           P times its part of lambda
-    on its own       without gradients, under a compiler (which     that one call         P times its part of lambda
-                     is given none), in a checkpoint's second run
+    it has            from                                   until                    a layer's P diag(lambda) is
+    nothing           ``release``, as weights change; a      a forward                -
+                      backward
+    lambdas in parts  first layer of a forward               ``release``, or an edit  P times its part (ZeRO-3, or given
+                                                             of a factor (P whole)    to a compiled block of FSDP2's)
+    products          first layer of a forward, for all (one  each its layer's use:   its part of one product
+                      process, DDP, ZeRO-1, ZeRO-2); first    from then on it is the
+                      layer of what FSDP2 has gathered        graph's
+    nothing, and      without gradients, under a compiler                             P times its part of lambda
+    makes nothing     (which is given none)
+
+A product that has gone is made again where its layer runs again: in a checkpoint's second run, or in the next forward.
 """
 
 from __future__ import annotations
@@ -168,7 +172,7 @@ class Lambdas(TrainedModule):
     One vector of a few thousand numbers instead of hundreds of vectors of a dozen: an engine communicates it, and an
     optimizer steps it, at once. Its gradient, too, is made at once. The first adapted layer of a forward multiplies P
     and lambda of all matrices, in one operation; backward comes to that operation last, when it has the gradients of
-    all products. Engines that shard P (FSDP2, ZeRO-3) never hold all of them; there each layer multiplies its own.
+    all products. FSDP2 never has all P at once; there it is those of a block. ZeRO-3 has one layer's.
 
     Parameter:
         lam: (num_triplets,) float32, 0 when made; a method sets it to 1 where P starts at 0. Either way the adapted
@@ -207,13 +211,14 @@ class Lambdas(TrainedModule):
 
     def release(self) -> None:
         """Forget what was multiplied for the last forward: P or lambda are about to change, or have."""
-        self._made: list[torch.Tensor | TensorWeakRef] | None = None
+        self._parts: list[torch.Tensor] | None = None  # scale * lambda of each layer, (r,)
+        self._products: list[torch.Tensor | TensorWeakRef | None] = []
         self._wide: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._is_whole, self._edits_then = False, [0]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the products of a forward: their graph can be neither copied nor pickled."""
-        return {**self.__dict__, "_made": None, "_wide": {}}
+        return {**self.__dict__, "_parts": None, "_products": [], "_wide": {}}
 
     def trained(self) -> dict[str, nn.Parameter]:
         return {LAMBDAS_NAME: self.lam} if self.lam.requires_grad else {}
@@ -236,22 +241,26 @@ class Lambdas(TrainedModule):
         return part if part.ndim == 2 else layer.P * part
 
     def part(self, layer: TripletLayer) -> torch.Tensor:
-        """scale * P diag(lambda) of one layer, (d_out, r), if made for all at once; else its scale * lambda, (r,)."""
+        """scale * P diag(lambda) of one layer, (d_out, r); its scale * lambda, (r,), where P is not at hand or no
+        gradient is wanted."""
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler fuses what is written out
             return self._own(layer)
-        position = layer.position
-        if self._made is None or (self._is_whole and self._edits(layer) != self._edits_then[position]):
-            if torch._C._current_graph_task_id() != -1:  # a checkpoint's second forward, within backward, on its own
-                return self._own(layer)
-            self._make(layer)
-        assert self._made is not None
-        made, is_kept = self._made[position], _graph_keeps()
-        if isinstance(made, TensorWeakRef):
-            taken: torch.Tensor | None = made() if is_kept else None
-            return self._own(layer) if taken is None else taken
-        if is_kept and self._is_whole and position not in self._widening_of:
-            # From here on it is the graph's own, which drops it when backward has passed the layer.
-            self._made[position] = TensorWeakRef(made)
+        is_backward, position = torch._C._current_graph_task_id() != -1, layer.position  # in a checkpoint's second run
+        if self._parts is None or (self._is_whole and self._edits(layer) != self._edits_then[position]):
+            if is_backward:
+                own = self._own(layer)
+                return times_lambdas([own], [layer.P])[0] if _is_at_hand(layer) else own
+            self._begin(layer)
+        assert self._parts is not None
+        if not _is_at_hand(layer):
+            return self._parts[position]
+        made = self._product(position)
+        if made is None:
+            self._make(position, 1 if is_backward and self._is_whole else len(self._active))
+            made = self._product(position)
+            assert made is not None
+        if not (self._is_whole and position in self._widening_of):  # those are widened together
+            self._products[position] = TensorWeakRef(made)
         return made
 
     def factors(self, layer: TripletLayer) -> tuple[torch.Tensor, torch.Tensor]:
@@ -259,7 +268,7 @@ class Lambdas(TrainedModule):
         weight, position = self.weight(layer), layer.position
         if position not in self._widening_of:
             return weight, layer.Qt
-        if not self._is_whole or self._made is None or weight is not self._made[position]:
+        if not self._is_whole or not self._products or weight is not self._products[position]:
             wide, qt = self._widening_of[position]([weight, layer.Qt])
             return wide, qt
         if not self._wide:
@@ -275,29 +284,47 @@ class Lambdas(TrainedModule):
     def _edits(self, layer: TripletLayer) -> int:
         return layer.P._version + layer.Qt._version + self.lam._version
 
-    def _make(self, first: TripletLayer) -> None:
-        """For this forward, every layer's weight, or where P are sharded its part of lambda times scale.
+    def _begin(self, first: TripletLayer) -> None:
+        """Of a forward: its lambdas.
 
         Args:
             first: the layer that runs now, and has its parameters gathered.
         """
         scaled, self._wide = self(), {}
-        ranks = [layer.rank for layer in self._active]
+        self._parts = [*scaled.split([layer.rank for layer in self._active])]
+        self._products = [None] * len(self._active)
         # FSDP2's P are sharded until their block has gathered them. ZeRO-3 would gather those of other layers here if
         # they were as much as looked at, so the first one decides.
-        self._is_whole = all(type(x.P) is nn.Parameter and is_whole(x.P) for x in (first, *self._active))
+        self._is_whole = all(_is_at_hand(layer) for layer in (first, *self._active))
         if self._is_whole:
             self._edits_then = [self._edits(layer) for layer in self._active]
-            self._made = [*times_lambdas(self, scaled, ranks, [layer.P for layer in self._active])]
-        else:
-            self._made = [*scaled.split(ranks)]
-            if scaled.requires_grad:
-                scaled.register_hook(lambda _: self.release())
+        if scaled.requires_grad:
+            scaled.register_hook(lambda _: self.release())
+
+    def _product(self, position: int) -> torch.Tensor | None:
+        made = self._products[position]
+        product: torch.Tensor | None = made() if isinstance(made, TensorWeakRef) else made
+        return product
+
+    def _make(self, first: int, most: int) -> None:
+        """The products of the layer at position ``first`` and of those after it, while they have none and P is there.
+
+        Args:
+            most: layers.
+        """
+        stop = first + 1
+        while stop < min(first + most, len(self._active)) and self._product(stop) is None:
+            if not (self._is_whole or _is_at_hand(self._active[stop])):
+                break
+            stop += 1
+        assert self._parts is not None
+        ps = [layer.P for layer in self._active[first:stop]]
+        self._products[first:stop] = times_lambdas(self._parts[first:stop], ps)
 
 
-def _graph_keeps() -> bool:
-    """Whether the graph keeps what a layer saves for backward: a checkpoint's does not, and runs the layer again."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+def _is_at_hand(layer: TripletLayer) -> bool:
+    """Whether all of P can be read now: for good, or because FSDP2 has gathered its block."""
+    return type(layer.P) is nn.Parameter and is_whole(layer.P)
 
 
 def ranks_of(layers: Sequence[TripletLayer]) -> dict[str, int]:
