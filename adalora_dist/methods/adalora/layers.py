@@ -1,20 +1,16 @@
 """``SVDLinear``, a frozen linear map plus the adapter P diag(lambda) Q, and ``Lambdas``, lambda of all of them.
 
-Every layer needs P diag(lambda) in a forward. :class:`Lambdas` multiplies for many at once, and where it can, for all.
-What it has at a time, when that begins and ends, and where a layer gets its product from:
+Every layer needs P diag(lambda) in a forward. :class:`Lambdas` multiplies for many at once. It has, from when on and
+until when:
 
-    it has            from                                   until                    a layer's P diag(lambda) is
-    nothing           ``release``, as weights change; a      a forward                -
-                      backward
-    lambdas in parts  first layer of a forward               ``release``, or an edit  P times its part (ZeRO-3, or given
-                                                             of a factor (P whole)    to a compiled block of FSDP2's)
-    products          first layer of a forward, for all (one  each its layer's use:   its part of one product
-                      process, DDP, ZeRO-1, ZeRO-2); first    from then on it is the
-                      layer of what FSDP2 has gathered        graph's
-    nothing, and      without gradients, under a compiler                             P times its part of lambda
-    makes nothing     (which is given none)
+- nothing until a forward, after ``release`` (weights change), and after a backward;
+- lambda in parts, from a forward's first adapted layer on;
+- products from the first layer on that has P at hand: of all layers where no engine shards P (one process, DDP, ZeRO-1,
+  ZeRO-2), of a block where FSDP2 has gathered it. Each until its layer takes it: from then on it is the graph's, which
+  drops it as backward passes the layer. A layer that runs again (tied; a checkpoint's second run) has it made again.
 
-A product that has gone is made again where its layer runs again: in a checkpoint's second run, or in the next forward.
+A layer multiplies its own P by its part of lambda where P is not at hand (ZeRO-3; a block of FSDP2's that is compiled,
+and given the part before it gathers), where no gradient is wanted, and under a compiler, which fuses what it sees.
 """
 
 from __future__ import annotations
@@ -26,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.weak import TensorWeakRef
 
 from adalora_dist.backbones.linears import is_conv1d
 from adalora_dist.backbones.merging import Mergeable
@@ -212,7 +207,7 @@ class Lambdas(TrainedModule):
     def release(self) -> None:
         """Forget what was multiplied for the last forward: P or lambda are about to change, or have."""
         self._parts: list[torch.Tensor] | None = None  # scale * lambda of each layer, (r,)
-        self._products: list[torch.Tensor | TensorWeakRef | None] = []
+        self._products: list[torch.Tensor | None] = []  # those that were made, until their layers take them
         self._wide: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._is_whole, self._edits_then = False, [0]
 
@@ -254,13 +249,12 @@ class Lambdas(TrainedModule):
         assert self._parts is not None
         if not _is_at_hand(layer):
             return self._parts[position]
-        made = self._product(position)
-        if made is None:
+        if self._products[position] is None:
             self._make(position, 1 if is_backward and self._is_whole else len(self._active))
-            made = self._product(position)
-            assert made is not None
+        made = self._products[position]
+        assert made is not None
         if not (self._is_whole and position in self._widening_of):  # those are widened together
-            self._products[position] = TensorWeakRef(made)
+            self._products[position] = None
         return made
 
     def factors(self, layer: TripletLayer) -> tuple[torch.Tensor, torch.Tensor]:
@@ -301,19 +295,17 @@ class Lambdas(TrainedModule):
         if scaled.requires_grad:
             scaled.register_hook(lambda _: self.release())
 
-    def _product(self, position: int) -> torch.Tensor | None:
-        made = self._products[position]
-        product: torch.Tensor | None = made() if isinstance(made, TensorWeakRef) else made
-        return product
-
     def _make(self, first: int, most: int) -> None:
         """The products of the layer at position ``first`` and of those after it, while they have none and P is there.
 
         Args:
             most: layers.
         """
+        if not self._is_whole:
+            # Another block runs, or this one again. What is left of an earlier run goes back to P as gathered then.
+            self._products = [None] * len(self._active)
         stop = first + 1
-        while stop < min(first + most, len(self._active)) and self._product(stop) is None:
+        while stop < min(first + most, len(self._active)) and self._products[stop] is None:
             if not (self._is_whole or _is_at_hand(self._active[stop])):
                 break
             stop += 1

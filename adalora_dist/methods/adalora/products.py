@@ -15,8 +15,8 @@ _SIDE_BY_SIDE = 2**22  # elements, 16 MiB
 def times_lambdas(lams: Sequence[torch.Tensor], ps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """P diag(lambda) of every matrix, (d_out, r).
 
-    Nothing is kept as a saved tensor. So two forwards may share the products and go backward one after the other, and
-    to a checkpoint's second run it is the same whether it finds products or makes them.
+    Nothing is kept as a saved tensor: to a checkpoint's second run it is the same whether it finds products or makes
+    them.
 
     Args:
         lams: (r,) of each matrix.
@@ -39,6 +39,8 @@ class _Multiply(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
         if ctx.versions != [p._version for p in ctx.ps]:
             raise RuntimeError("an adapter's P was changed between a forward and its backward: go backward first")
+        if any(p.untyped_storage().nbytes() == 0 for p in ctx.ps):  # reading it would be a crash
+            raise RuntimeError("an adapter's P was given up before its backward: keep FSDP2's blocks gathered for it")
         used = [k for k, g in enumerate(gradients) if g is not None]
         # Where no gradient came back there is none, but for an engine that would stumble over it.
         of_ps: list[torch.Tensor | None] = [
