@@ -198,6 +198,14 @@ def test_a_change_before_the_backward_is_an_error():
         loss.backward()
 
 
+def test_a_p_that_was_given_up_before_the_backward_is_an_error():
+    """Not a crash of the process, as reading it would be."""
+    made = times_lambdas([torch.ones(2)], [p := torch.ones(3, 2, requires_grad=True)])[0]
+    p.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="given up before its backward"):
+        made.sum().backward()
+
+
 def test_a_part_of_the_model_alone():
     """As an encoder that is called by itself; what was made for it serves the rest."""
     model = net()
