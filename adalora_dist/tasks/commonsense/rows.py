@@ -158,6 +158,8 @@ def find_task(source: str, task: str, split: str) -> LocalSplit:
         UserError: no such file, or the same name in two forms; it names the tasks that there are.
     """
     existing = _tasks_in(source)
+    if Path(source).is_file() and task not in existing:
+        raise UserError(f"{task}: {source} is one file, and one task of its own name: set --tasks {_join(existing)}")
     try:
         return split_of(existing.get(task, Path(source) / task), split)
     except UserError as error:
