@@ -189,7 +189,7 @@ def checkpointing() -> Iterator[tuple[str, str, str]]:
 def state() -> Iterator[tuple[str, str, str]]:
     def of(method: str, smallest: int) -> float:
         with mock.patch.object(bound, "MIN_PORTION", smallest), mock.patch.object(products, "_SIDE_BY_SIDE", smallest):
-            variant = Variant(method, llama(128, 344, 4), 48, 24, SCHEDULE)
+            variant = Variant(method, llama(256, 688, 8), 12, 6, SCHEDULE)
             ids = torch.arange(2)[None]
             for _ in range(3):
                 variant.step(ids)
@@ -199,7 +199,7 @@ def state() -> Iterator[tuple[str, str, str]]:
                 held += sum(8 * buffer.data.numel() for buffer in variant.hooks.method_step.bound._values[:1])
             return float(held + peak_bytes(lambda: variant.step(ids))) / trained
 
-    before, after, lora = of("adalora", 2**30), of("adalora", 2**14), of("lora", 2**14)
+    before, after, lora = of("adalora", 2**30), of("adalora", 2**12), of("lora", 2**12)
     yield f"AdaLoRA's state at the peak, bytes an element (LoRA: {lora:.1f})", f"{before:.1f}", f"{after:.1f}"
 
 

@@ -4,12 +4,16 @@ import copy
 
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import TensorWeakRef
 
+from adalora_dist.methods.adalora import layers
 from adalora_dist.methods.adalora.layers import Lambdas
-from adalora_dist.methods.adalora.products import lambda_gradients
+from adalora_dist.methods.adalora.products import lambda_gradients, times_lambdas
 from adalora_dist.methods.inject import adapt
 from tests.support.models import Net, adapted_net, config
+from tests.support.ranks import run_ranks
 
 
 def net(**changes) -> Net:
@@ -81,17 +85,96 @@ def test_with_activation_checkpoints(apart, use_reentrant):
     assert_equal(gradients_of(model, run), apart(model))
 
 
-def test_two_forwards_before_their_backwards(apart):
+def run_of(model: Net, is_checkpointed: bool):
+    def run(x):
+        for block in model.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if is_checkpointed else block(x)
+        return model.head(x)
+
+    return run
+
+
+def backward_of_two(run, together: bool) -> None:
+    x = torch.randn(5, 7, generator=torch.Generator().manual_seed(3))
+    losses = [run(x).square().sum() for _ in range(2)]
+    for loss in [sum(losses)] if together else losses:
+        loss.backward()
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+@pytest.mark.parametrize("together", [False, True])
+def test_two_forwards_before_their_backwards(apart, is_checkpointed, together):
     """Together or one after the other."""
     model = net()
     expected = [2 * g for g in apart(model)]
-    x = torch.randn(5, 7, generator=torch.Generator().manual_seed(3))
-    for together in (True, False):
-        model.zero_grad()
-        losses = [model(x).square().sum() for _ in range(2)]
-        for loss in [sum(losses)] if together else losses:
-            loss.backward()
-        assert_equal([p.grad for p in model.parameters() if p.requires_grad], expected)
+    model.zero_grad()
+    backward_of_two(run_of(model, is_checkpointed), together)
+    assert_equal([p.grad for p in model.parameters() if p.requires_grad], expected)
+
+
+def sharded_gradients(rank: int, world_size: int) -> dict[str, list[torch.Tensor]]:
+    """Of the same forwards on both ranks, so that the mean over them is that of one process."""
+    found = {}
+    for is_checkpointed in (False, True):
+        for kind in ("one", "together", "one after the other"):
+            model = net()
+            for block in model.blocks:
+                fully_shard(block)
+            fully_shard(model)
+            model.forward = run_of(model, is_checkpointed)  # the root's hooks gather lambda
+            if kind == "one":
+                gradients_of(model)
+            else:
+                backward_of_two(model, kind == "together")
+            scale = 1 if kind == "one" else 2
+            gradients = [p.grad.full_tensor() / scale for p in model.parameters() if p.requires_grad]
+            found[f"{kind}, checkpointed: {is_checkpointed}"] = gradients
+    return found
+
+
+def test_products_of_what_fsdp2_has_gathered(apart):
+    expected = apart(net())
+    found = run_ranks(2, sharded_gradients)[0]
+    assert len(found) == 6
+    for gradients in found.values():
+        assert_equal(gradients, expected)
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_products_go_with_the_layers_that_backward_has_passed(monkeypatch, is_checkpointed):
+    """When the first layer's gradients are made, the last one's product is in memory no more."""
+    made = []
+
+    def multiply(lams, ps):
+        products = times_lambdas(lams, ps)
+        made.extend(map(TensorWeakRef, products))
+        return products
+
+    monkeypatch.setattr(layers, "times_lambdas", multiply)
+    model = net()
+    loss = run_of(model, is_checkpointed)(torch.randn(5, 7).requires_grad_()).sum()
+    assert [product() is None for product in made] == [is_checkpointed] * 4
+    left = []
+    model.blocks[0].up.Qt.register_hook(lambda _: left.append([product() is None for product in made]))
+    loss.backward()
+    assert left[0][2:4] == [True, True] and len(made) == (8 if is_checkpointed else 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_that_is_used_again(apart, dtype):
+    """As in ALBERT, where all blocks are one; in bfloat16 nothing has kept its float32 product."""
+    model = net()
+    for block in model.blocks:
+        block.up.base.to(dtype), block.down.base.to(dtype)
+    model.blocks[1] = model.blocks[0]
+
+    def run(x):
+        with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+            return model(x).float()
+
+    ours, expected = gradients_of(model, run), apart(model, run)
+    assert len(ours) == len(expected) == 5 and expected[0].abs().max() > 0
+    torch.testing.assert_close(ours, expected, rtol=2e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-3)
 
 
 def test_a_forward_sees_what_has_changed_since_the_last():
@@ -113,6 +196,14 @@ def test_a_change_before_the_backward_is_an_error():
         model.blocks[0].up.P.mul_(2)
     with pytest.raises(RuntimeError, match="changed between a forward and its backward"):
         loss.backward()
+
+
+def test_a_p_that_was_given_up_before_the_backward_is_an_error():
+    """Not a crash of the process, as reading it would be."""
+    made = times_lambdas([torch.ones(2)], [p := torch.ones(3, 2, requires_grad=True)])[0]
+    p.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="given up before its backward"):
+        made.sum().backward()
 
 
 def test_a_part_of_the_model_alone():

@@ -49,18 +49,18 @@ def test_a_step_in_portions_is_the_same_step(changes):
     assert in_many[1] == in_one[1]  # products of fewer matrices at a time are rounded otherwise
 
 
-def test_portions_are_few_and_a_sixteenth():
-    assert portion_elements(1000) == 2**22 and portion_elements(2**30) == 2**26
-    assert sum(state_bytes(2**30).values()) == 24.5 * 2**30
+def test_portions_are_few_and_a_64th():
+    assert portion_elements(1000) == 2**22 and portion_elements(2**30) == 2**24
+    assert sum(state_bytes(2**30).values()) == 24.125 * 2**30
 
 
 def step_peaks(rank: int, world_size: int, method: str) -> tuple[int, int]:
-    """(elements, peak bytes of a step, all that is trained with counted) of adapters that weigh more than the model."""
+    """(elements, peak bytes of a step and all that lasts) of adapters that weigh more than what two tokens leave."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bound, "MIN_PORTION", 1)
-        patch.setattr(products, "_SIDE_BY_SIDE", 2**14)
-        model = tiny_llama(16, 128)
-        settings = config(method, init_rank=48, target_rank=24, targets=("all-linear",), compact=False)
+        patch.setattr(products, "_SIDE_BY_SIDE", 2**12)
+        model = tiny_llama(16, 512)
+        settings = config(method, init_rank=12, target_rank=6, targets=("all-linear",), compact=False)
         adapt(model, settings, 0)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
@@ -82,9 +82,8 @@ def step_peaks(rank: int, world_size: int, method: str) -> tuple[int, int]:
 
 
 def test_the_function_says_what_is_counted():
-    """Of whole steps, with forward and backward, in which P diag(lambda) and its gradients come and go."""
+    """Of whole steps: P diag(lambda) has gone, layer by layer, when the gradients that backward makes are all there."""
     num_elements, peak = run_ranks(1, step_peaks, "adalora")[0]
     num_of_lora, lora = run_ranks(1, step_peaks, "lora")[0]
-    said = sum(state_bytes(2**30).values()) / 2**30
-    assert said - 0.5 <= peak / num_elements <= said + 2  # P is half of all elements, 4 bytes each
-    assert peak / num_elements - lora / num_of_lora < 8.2  # the averages, and nothing else
+    assert abs(peak / num_elements - sum(state_bytes(2**30).values()) / 2**30) < 0.4
+    assert 16 <= lora / num_of_lora < 16.1

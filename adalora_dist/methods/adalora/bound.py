@@ -20,7 +20,7 @@ from adalora_dist.sharding.base import ShardEngine, spans_of_ranks
 from adalora_dist.sharding.layout import FlatBuffer, SpanLayout
 from adalora_dist.sharding.spans import Factor
 
-MIN_PORTION, MAX_PORTIONS = 2**22, 16
+MIN_PORTION, MAX_PORTIONS = 2**22, 64
 """Elements of a portion, 16 MiB, at least, so that small adapters have one; and how many portions there are at most."""
 
 

@@ -1,15 +1,16 @@
 """``SVDLinear``, a frozen linear map plus the adapter P diag(lambda) Q, and ``Lambdas``, lambda of all of them.
 
-Every layer needs P diag(lambda) in a forward. :class:`Lambdas` multiplies for all of them, and keeps the products while
-they are good for. What it has at a time, when that begins and ends, and where a layer gets its product from:
+Every layer needs P diag(lambda) in a forward. :class:`Lambdas` multiplies for many at once. It has, from when on and
+until when:
 
-    it has           from                                           until                 a layer's P diag(lambda) is
-    nothing          ``release``, as weights change; a backward     a forward             -
-    all, P whole     first layer of a forward (one process, DDP,    ``release``, or       its part of one product over
-                     ZeRO-1, ZeRO-2)                                an edit of a factor   all matrices
-    all, P sharded   first layer of a forward (FSDP2, ZeRO-3)       ``release``           P times its part of lambda
-    on its own       without gradients, under a compiler (which     that one call         P times its part of lambda
-                     is given none), in a checkpoint's second run
+- nothing until a forward, after ``release`` (weights change), and after a backward;
+- lambda in parts, from a forward's first adapted layer on;
+- products from the first layer on that has P at hand: of all layers where no engine shards P (one process, DDP, ZeRO-1,
+  ZeRO-2), of a block where FSDP2 has gathered it. Each until its layer takes it: from then on it is the graph's, which
+  drops it as backward passes the layer. A layer that runs again (tied; a checkpoint's second run) has it made again.
+
+A layer multiplies its own P by its part of lambda where P is not at hand (ZeRO-3; a block of FSDP2's that is compiled,
+and given the part before it gathers), where no gradient is wanted, and under a compiler, which fuses what it sees.
 """
 
 from __future__ import annotations
@@ -166,7 +167,7 @@ class Lambdas(TrainedModule):
     One vector of a few thousand numbers instead of hundreds of vectors of a dozen: an engine communicates it, and an
     optimizer steps it, at once. Its gradient, too, is made at once. The first adapted layer of a forward multiplies P
     and lambda of all matrices, in one operation; backward comes to that operation last, when it has the gradients of
-    all products. Engines that shard P (FSDP2, ZeRO-3) never hold all of them; there each layer multiplies its own.
+    all products. FSDP2 never has all P at once; there it is those of a block. ZeRO-3 has one layer's.
 
     Parameter:
         lam: (num_triplets,) float32, 0 when made; a method sets it to 1 where P starts at 0. Either way the adapted
@@ -205,13 +206,14 @@ class Lambdas(TrainedModule):
 
     def release(self) -> None:
         """Forget what was multiplied for the last forward: P or lambda are about to change, or have."""
-        self._made: list[torch.Tensor] | None = None
+        self._parts: list[torch.Tensor] | None = None  # scale * lambda of each layer, (r,)
+        self._products: list[torch.Tensor | None] = []  # those that were made, until their layers take them
         self._wide: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._is_whole, self._edits_then = False, [0]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the products of a forward: their graph can be neither copied nor pickled."""
-        return {**self.__dict__, "_made": None, "_wide": {}}
+        return {**self.__dict__, "_parts": None, "_products": [], "_wide": {}}
 
     def trained(self) -> dict[str, nn.Parameter]:
         return {LAMBDAS_NAME: self.lam} if self.lam.requires_grad else {}
@@ -234,27 +236,38 @@ class Lambdas(TrainedModule):
         return part if part.ndim == 2 else layer.P * part
 
     def part(self, layer: TripletLayer) -> torch.Tensor:
-        """scale * P diag(lambda) of one layer, (d_out, r), if made for all at once; else its scale * lambda, (r,)."""
+        """scale * P diag(lambda) of one layer, (d_out, r); its scale * lambda, (r,), where P is not at hand or no
+        gradient is wanted."""
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler fuses what is written out
             return self._own(layer)
-        if self._made is None or (self._is_whole and self._edits(layer) != self._edits_then[layer.position]):
-            if torch._C._current_graph_task_id() != -1:  # a checkpoint's second forward, within backward, on its own
-                return self._own(layer)
-            self._make(layer)
-        assert self._made is not None
-        return self._made[layer.position]
+        is_backward, position = torch._C._current_graph_task_id() != -1, layer.position  # in a checkpoint's second run
+        if self._parts is None or (self._is_whole and self._edits(layer) != self._edits_then[position]):
+            if is_backward:
+                own = self._own(layer)
+                return times_lambdas([own], [layer.P])[0] if _is_at_hand(layer) else own
+            self._begin(layer)
+        assert self._parts is not None
+        if not _is_at_hand(layer):
+            return self._parts[position]
+        if self._products[position] is None:
+            self._make(position, 1 if is_backward and self._is_whole else len(self._active))
+        made = self._products[position]
+        assert made is not None
+        if not (self._is_whole and position in self._widening_of):  # those are widened together
+            self._products[position] = None
+        return made
 
     def factors(self, layer: TripletLayer) -> tuple[torch.Tensor, torch.Tensor]:
         """scale * P diag(lambda) and Qt of one layer, their matrices equally wide where its forward wants them so."""
         weight, position = self.weight(layer), layer.position
         if position not in self._widening_of:
             return weight, layer.Qt
-        if not self._is_whole or self._made is None or weight is not self._made[position]:
+        if not self._is_whole or not self._products or weight is not self._products[position]:
             wide, qt = self._widening_of[position]([weight, layer.Qt])
             return wide, qt
         if not self._wide:
             ragged = [self._active[k] for k in self._widening_of]
-            made = self._widening([factor for x in ragged for factor in (self._made[x.position], x.Qt)])
+            made = self._widening([factor for x in ragged for factor in (self.weight(x), x.Qt)])
             self._wide = dict(zip(self._widening_of, zip(made[::2], made[1::2], strict=True), strict=True))
         return self._wide[position]
 
@@ -265,24 +278,45 @@ class Lambdas(TrainedModule):
     def _edits(self, layer: TripletLayer) -> int:
         return layer.P._version + layer.Qt._version + self.lam._version
 
-    def _make(self, first: TripletLayer) -> None:
-        """For this forward, every layer's weight, or where P are sharded its part of lambda times scale.
+    def _begin(self, first: TripletLayer) -> None:
+        """Of a forward: its lambdas.
 
         Args:
             first: the layer that runs now, and has its parameters gathered.
         """
         scaled, self._wide = self(), {}
-        ranks = [layer.rank for layer in self._active]
+        self._parts = [*scaled.split([layer.rank for layer in self._active])]
+        self._products = [None] * len(self._active)
         # FSDP2's P are sharded until their block has gathered them. ZeRO-3 would gather those of other layers here if
         # they were as much as looked at, so the first one decides.
-        self._is_whole = all(type(x.P) is nn.Parameter and is_whole(x.P) for x in (first, *self._active))
+        self._is_whole = all(_is_at_hand(layer) for layer in (first, *self._active))
         if self._is_whole:
             self._edits_then = [self._edits(layer) for layer in self._active]
-            self._made = times_lambdas(self, scaled, ranks, [layer.P for layer in self._active])
-        else:
-            self._made = list(scaled.split(ranks))
-            if scaled.requires_grad:
-                scaled.register_hook(lambda _: self.release())
+        if scaled.requires_grad:
+            scaled.register_hook(lambda _: self.release())
+
+    def _make(self, first: int, most: int) -> None:
+        """The products of the layer at position ``first`` and of those after it, while they have none and P is there.
+
+        Args:
+            most: layers.
+        """
+        if not self._is_whole:
+            # Another block runs, or this one again. What is left of an earlier run goes back to P as gathered then.
+            self._products = [None] * len(self._active)
+        stop = first + 1
+        while stop < min(first + most, len(self._active)) and self._products[stop] is None:
+            if not (self._is_whole or _is_at_hand(self._active[stop])):
+                break
+            stop += 1
+        assert self._parts is not None
+        ps = [layer.P for layer in self._active[first:stop]]
+        self._products[first:stop] = times_lambdas(self._parts[first:stop], ps)
+
+
+def _is_at_hand(layer: TripletLayer) -> bool:
+    """Whether all of P can be read now: for good, or because FSDP2 has gathered its block."""
+    return type(layer.P) is nn.Parameter and is_whole(layer.P)
 
 
 def ranks_of(layers: Sequence[TripletLayer]) -> dict[str, int]:

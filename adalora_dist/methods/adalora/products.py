@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 
@@ -12,59 +12,53 @@ from adalora_dist.sharding.tensors import awaits_gradient
 _SIDE_BY_SIDE = 2**22  # elements, 16 MiB
 
 
-class Owner(Protocol):
-    """Who keeps the products."""
-
-    def release(self) -> None:
-        """A backward has come to them: they are not good any more."""
-
-
-def times_lambdas(owner: Owner, lams: torch.Tensor, ranks: list[int], ps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def times_lambdas(lams: Sequence[torch.Tensor], ps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """P diag(lambda) of every matrix, (d_out, r).
 
+    Nothing is kept as a saved tensor: to a checkpoint's second run it is the same whether it finds products or makes
+    them.
+
     Args:
-        lams: (num_triplets,), of all matrices.
-        ranks: how many of them each matrix has.
+        lams: (r,) of each matrix.
     """
     multiply: Callable[..., tuple[torch.Tensor, ...]] = _Multiply.apply
-    return list(multiply(owner, lams, ranks, *ps))
+    return list(multiply(*lams, *ps))
 
 
 class _Multiply(torch.autograd.Function):
-    """All P diag(lambda), from the vector of lambdas and all P.
-
-    Nothing is kept as a saved tensor, so that two forwards may share it and go backward one after the other.
-    """
+    """All P diag(lambda), from the lambdas of all matrices and then all P."""
 
     @staticmethod
-    def forward(ctx: Any, owner: Owner, lams: torch.Tensor, ranks: list[int], *ps: torch.Tensor) -> Any:
+    def forward(ctx: Any, *factors: torch.Tensor) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.owner, ctx.ps, ctx.lams, ctx.versions = owner, ps, lams.split(ranks), [p._version for p in ps]
-        return tuple(torch._foreach_mul(ps, ctx.lams))
+        ctx.lams, ctx.ps = factors[: len(factors) // 2], factors[len(factors) // 2 :]
+        ctx.versions = [p._version for p in ctx.ps]
+        return tuple(torch._foreach_mul(ctx.ps, ctx.lams))
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
-        ctx.owner.release()
         if ctx.versions != [p._version for p in ctx.ps]:
             raise RuntimeError("an adapter's P was changed between a forward and its backward: go backward first")
+        if any(p.untyped_storage().nbytes() == 0 for p in ctx.ps):  # reading it would be a crash
+            raise RuntimeError("an adapter's P was given up before its backward: keep FSDP2's blocks gathered for it")
         used = [k for k, g in enumerate(gradients) if g is not None]
         # Where no gradient came back there is none, but for an engine that would stumble over it.
         of_ps: list[torch.Tensor | None] = [
             torch.zeros_like(p) if g is None and awaits_gradient(p) else None
             for p, g in zip(ctx.ps, gradients, strict=True)
         ]
+        of_lams: list[torch.Tensor | None] = [None] * len(ctx.lams)
         if not used:
-            return None, None, None, *of_ps
+            return *of_lams, *of_ps
         ps, lams, arrived = ([x[k] for k in used] for x in (ctx.ps, ctx.lams, cast(tuple[torch.Tensor], gradients)))
-        of_lams = None
-        if ctx.needs_input_grad[1]:
-            made = dict(zip(used, lambda_gradients(ps, arrived), strict=True))
-            of_lams = torch.cat([made[k] if k in made else torch.zeros_like(lam) for k, lam in enumerate(ctx.lams)])
+        if ctx.needs_input_grad[0]:
+            for k, of_lam in zip(used, lambda_gradients(ps, arrived), strict=True):
+                of_lams[k] = of_lam
         # In their place: each has come from the one matrix product that used it, and P's gradients are as large as P.
         torch._foreach_mul_(arrived, lams)
         for k, g in zip(used, arrived, strict=True):
             of_ps[k] = g
-        return None, of_lams, None, *of_ps
+        return *of_lams, *of_ps
 
 
 def lambda_gradients(ps: list[torch.Tensor], gradients: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -87,6 +81,7 @@ def lambda_gradients(ps: list[torch.Tensor], gradients: list[torch.Tensor]) -> l
         products = dict(zip(part, torch._foreach_mul([ps[k] for k in part], [gradients[k] for k in part]), strict=True))
         for of_size in ([k for k in all_of_size if k in products] for all_of_size in members.values()):
             if of_size:
-                sums = torch.cat([products[k] for k in of_size], dim=1).sum(dim=0)
+                of_parts = [products[k] for k in of_size]
+                sums = (of_parts[0] if len(of_parts) == 1 else torch.cat(of_parts, dim=1)).sum(dim=0)
                 found.update(zip(of_size, sums.split([ps[k].shape[1] for k in of_size]), strict=True))
     return [found[k] for k in range(len(ps))]
