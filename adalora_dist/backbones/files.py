@@ -15,7 +15,7 @@ from adalora_dist.io.foreign_files import MAX_BYTES, check_plain, check_tensors,
 _BASE_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]  # weights, configurations, tokenizers
 _SETTINGS = {"config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"}
 """What transformers takes for an object without a look."""
-_MOST = {("layer", "layers", "experts"): 10_000, ("size", "dim", "d_model"): 1 << 24}
+_MOST = {("layer", "layers"): 10_000, ("experts",): 1 << 16, ("size", "dim", "d_model"): 1 << 24}
 """Of what a configuration may have, by the ends of its names: building a model takes time for each layer."""
 _AT_LEAST_1 = ("hidden_size", "d_model", "num_hidden_layers", "n_layer")
 
@@ -131,7 +131,7 @@ def refuse_odd_files(folder: Path) -> None:
                 read_object(path)
 
 
-def refuse_odd_sizes(name: str, config: Mapping[str, Any]) -> None:
+def refuse_odd_sizes(name: str, config: Mapping[Any, Any]) -> None:
     """Raise if a model of such a configuration could not be built, not even without weights: its modules are too many.
 
     Args:
@@ -144,7 +144,7 @@ def refuse_odd_sizes(name: str, config: Mapping[str, Any]) -> None:
     for key, value in config.items():
         if isinstance(value, Mapping):
             refuse_odd_sizes(name, value)
-        if not isinstance(value, int) or isinstance(value, bool):
+        if not isinstance(key, str) or not isinstance(value, int) or isinstance(value, bool):
             continue
         most = next((most for ends, most in _MOST.items() if key.endswith(ends)), value)
         least = 1 if key in _AT_LEAST_1 else value

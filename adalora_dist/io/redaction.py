@@ -18,7 +18,8 @@ _KINDS: dict[str, str] = {
     "a token of GitLab": r"gl(?:pat|dt|rt|cbt|ptt|ft|soat|agent)-[\w-]{16,}",
     "a key of OpenAI or Anthropic": r"sk-(?:proj|ant|or|svcacct|admin|None)-[\w-]{16,}|sk-[A-Za-z0-9]{16,}",
     "a key of a model service": (
-        r"(?:gsk_|xai-|r8_|tgp_v1_|pplx-)[A-Za-z0-9]{20,}|nvapi-[\w-]{20,}|(?:ak|as)-(?=[A-Za-z]*\d)[A-Za-z0-9]{22}(?![A-Za-z0-9])"
+        r"(?:gsk_|xai-|r8_|tgp_v1_|pplx-)[A-Za-z0-9]{20,}|nvapi-[\w-]{20,}"
+        r"|(?:ak|as)-(?=[A-Za-z]*\d)[A-Za-z0-9]{22}(?![A-Za-z0-9])"
         r"|(?:rpa|KGAT|esecret|e2b|sk|secret|key)_(?=[A-Za-z]*\d)[A-Za-z0-9]{20,}"
         r"|(?:sess|pa|nk|m0|fc)-(?=[A-Za-z]*\d)[A-Za-z0-9]{30,}|AQVN[\w-]{30,}"
     ),
@@ -40,12 +41,15 @@ _KINDS: dict[str, str] = {
     "a token of Atlassian": r"ATATT3[\w=-]{20,}",
     "a key of a service": (
         r"(?:shp(?:at|ss|ca|pa)|glsa|glc|lin_(?:api|oauth)|figd|ntn|sntry[su]|pscale_(?:tkn|pw|oauth)|jina|sbp|sb_secret"
-        r"|whsec|lsv2_(?:pt|sk)|ph[acx]|rubygems|cf[au]t|vc[pk]|wandb_v1|fw|bkua|nfp|rnd|napi|sq[upa]|re_[A-Za-z0-9]{8})_(?=[A-Za-z]*\d)[A-Za-z0-9]{20,}"
+        r"|whsec|lsv2_(?:pt|sk)|ph[acx]|rubygems|cf[au]t|vc[pk]|wandb_v1|fw|bkua|nfp|rnd|napi|sq[upa]|re_[A-Za-z0-9]{8})"
+        r"_(?=[A-Za-z]*\d)[A-Za-z0-9]{20,}"
         r"|(?:pcsk|CCIPAT)_(?=[A-Za-z_]*\d)\w{30,}|fm2_[\w+/=-]{40,}|ops_eyJ[\w+/=-]{40,}"
-        r"|(?:pul|PMAK|NRAK|HRKU|xkeysib|csk|tvly|tskey(?:-[a-z]+)?|sq0(?:atp|csp))-(?=[A-Za-z]*\d)[A-Za-z0-9]{20,}[\w-]*"
+        r"|(?:pul|PMAK|NRAK|HRKU|xkeysib|csk|tvly|tskey(?:-[a-z]+)?|sq0(?:atp|csp))"
+        r"-(?=[A-Za-z]*\d)[A-Za-z0-9]{20,}[\w-]*"
         r"|(?:hv[sb]|dp\.(?:pt|st|ct|sa|scim|audit)|sl(?:\.u)?)\.(?=[\w-]*\d)(?=[\w-]*[A-Z])[\w-]{20,}"
         r"|(?:[sp]k-lf-|pat-[a-z]{2}\d-|st\.)[0-9a-f]{8}-[0-9a-f-]{27}[\w.]*|pat[A-Za-z0-9]{14}\.[0-9a-f]{40,}"
-        r"|[A-Za-z0-9]{14}\.atlasv1\.[\w-]{40,}|[0-9a-f]{32}-us\d{1,2}|AKCp\w{40,}|cmVmdGtuO\w{40,}|v1\.0-[0-9a-f]{100,}"
+        r"|[A-Za-z0-9]{14}\.atlasv1\.[\w-]{40,}|[0-9a-f]{32}-us\d{1,2}|AKCp\w{40,}|cmVmdGtuO\w{40,}"
+        r"|v1\.0-[0-9a-f]{100,}"
         r"|(?:SK|key-)[0-9a-f]{32}|EAACEdEose0cBA\w*"
     ),
     "a JSON web token": (
@@ -65,7 +69,7 @@ _NAMES = (
     r"token|passwd|password|passphrase|pwd|secret|credentials?|signature|sig"
     r"|(?:api|access|account|secret|private|shared|signing|wandb|subscription)[-_]?key|sharedaccess\w*"
 )
-_NAMES_BUT_TOKEN = _NAMES.replace("token|", "") + r"|(?:proxy-)?authorization|(?:set-)?cookie"
+_NAMES_BUT_TOKEN = _NAMES.replace("token|", "")
 """Whose values are secrets, whatever they look like; a token may be ``<pad>`` as well."""
 _START = r"(?:(?<![a-z])|(?-i:(?<=[a-z])(?=[A-Z])))"
 """Of a name, the last word of ``db_password`` or of ``clientSecret``."""
@@ -79,7 +83,9 @@ _IN_ADDRESS = re.compile(  # scheme://name:password@host, scheme://token@host; i
 )
 _WITHOUT_SCHEME = re.compile(r"(?<![\w/@.:-])[\w.-]+:[^\s:@/]{6,}(?=@(?:[\w-]+\.\w|localhost))")
 _WITH_PASSWORD = re.compile(r"://[^/\s:@\"']*:(?!\d+(?:/|$))[^/\s@\"']+@")
-_IN_QUOTES = re.compile(rf"(?i)({_START}(?:{_NAMES_BUT_TOKEN}){_SIGN}{_QUOTE})(?:(?!(?<!\\)(?P=quote))[^\n])+")
+_IN_QUOTES = re.compile(
+    rf"(?i)({_START}(?:{_NAMES_BUT_TOKEN}|authorization|cookie){_SIGN}{_QUOTE})(?:(?!(?<!\\)(?P=quote))[^\n])+"
+)
 _TOKEN_IN_QUOTES = re.compile(rf"(?i)({_START}token{_SIGN}{_QUOTE}){_OF_TOKENS}(?=(?P=quote))")
 _IN_TEXT = re.compile(  # of YAML, JSON, headers, a netrc, and whatever else has names and values
     rf"(?i)({_START}(?:{_NAMES_BUT_TOKEN}){_SIGN})(?!\*\*\*)(?:\d{{6,}}|[^\s\"']{{6,}})"
