@@ -22,7 +22,12 @@ def times_lambdas(lams: Sequence[torch.Tensor], ps: Sequence[torch.Tensor]) -> l
         lams: (r,) of each matrix.
     """
     multiply: Callable[..., tuple[torch.Tensor, ...]] = _Multiply.apply
-    return list(multiply(*lams, *ps))
+    if torch._C._current_graph_task_id() == -1:
+        return list(multiply(*lams, *ps))
+    # Within backward, for a checkpoint: the selective kind looks up what it sees in the first run, which may have found
+    # products. All are plain tensors here.
+    with torch._C._DisableTorchDispatch():
+        return list(multiply(*lams, *ps))
 
 
 class _Multiply(torch.autograd.Function):
