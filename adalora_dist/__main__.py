@@ -266,7 +266,8 @@ def _complete(commands: Mapping[str, argparse.ArgumentParser]) -> None:
     from adalora_dist.training.completion import candidates
 
     line = os.environ.get("COMP_LINE", "")
-    typed = line[: int(os.environ.get("COMP_POINT") or len(line))]
+    point = os.environ.get("COMP_POINT", "")
+    typed = line[: int(point)] if point.isascii() and point.isdecimal() and len(point) < 10 else line
     options = {
         command: {name: action.choices or () for action in parser._actions for name in action.option_strings}
         for command, parser in commands.items()

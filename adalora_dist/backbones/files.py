@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -15,6 +15,9 @@ from adalora_dist.io.foreign_files import MAX_BYTES, check_plain, check_tensors,
 _BASE_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]  # weights, configurations, tokenizers
 _SETTINGS = {"config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"}
 """What transformers takes for an object without a look."""
+_MOST = {("layer", "layers"): 10_000, ("experts",): 1 << 16, ("size", "dim", "d_model"): 1 << 24}
+"""Of what a configuration may have, by the ends of its names: building a model takes time for each layer."""
+_AT_LEAST_1 = ("hidden_size", "d_model", "num_hidden_layers", "n_layer")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -126,6 +129,31 @@ def refuse_odd_files(folder: Path) -> None:
             check_plain(path, None if path.suffix == ".safetensors" else MAX_BYTES)
             if path.name in _SETTINGS:
                 read_object(path)
+
+
+def refuse_odd_sizes(name: str, config: Mapping[Any, Any]) -> None:
+    """Raise if a model of such a configuration could not be built, not even without weights: its modules are too many.
+
+    Args:
+        name: of the model, for the error.
+        config: what ``to_dict`` of a configuration gives, with those of its parts in it.
+
+    Raises:
+        UserError: more layers or experts, or a wider matrix, than any model has; no layer, or a width of nothing.
+    """
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            refuse_odd_sizes(name, value)
+        if not isinstance(key, str) or not isinstance(value, int) or isinstance(value, bool):
+            continue
+        most = next((most for ends, most in _MOST.items() if key.endswith(ends)), value)
+        least = 1 if key in _AT_LEAST_1 else value
+        if not least <= value <= most:
+            legal = f"{least:,} to {most:,}" if key in _AT_LEAST_1 else f"at most {most:,}"
+            raise UserError(
+                f"model={name!r}: {key} in its config.json is {value:,}, must be {legal}: give a folder that "
+                "save_pretrained wrote"
+            )
 
 
 def is_module_pattern(key: object) -> bool:

@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from adalora_dist.backbones.experts import unlike_linears
-from adalora_dist.backbones.files import locate_weights, refuse_odd_files, stored_tensors
+from adalora_dist.backbones.files import locate_weights, refuse_odd_files, refuse_odd_sizes, stored_tensors
 from adalora_dist.backbones.fit import compare_classes, fit_tokenizer
 from adalora_dist.backbones.names import FileNames, head_prefixes, on_meta
 from adalora_dist.backbones.parts import input_embeddings
@@ -74,6 +74,7 @@ def load_backbone(
     pickles = config.allow_pickle_weights
     try:
         own = AutoConfig.from_pretrained(config.name, **options)
+        refuse_odd_sizes(config.name, own.to_dict())
         is_quantized, classes = hasattr(own, "quantization_config"), dict(getattr(own, "id2label", None) or {})
         if changes:
             for key, value in changes.items():

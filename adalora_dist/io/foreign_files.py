@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from io import BufferedReader
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -28,6 +28,9 @@ MAX_RECORDS_BYTES = 1 << 30
 _MAX_YAML_BYTES = 1 << 20
 _MAX_YAML_SIGNS = 1 << 14
 """Commas, colons, brackets, dashes and lines: a run's file has some hundred, and a parser in Python is slow."""
+_MAX_INTEGER_BITS = 1 << 10
+_MAX_VALUES = 5 << 19
+"""Of a JSON file or a row of data: a few bytes of text are a hundred in memory. Large tokenizers have 2 million."""
 _MAX_DEPTH = 32
 """Of objects and lists within each other. Whatever is read can be written again, which takes stack as well."""
 
@@ -36,7 +39,27 @@ class NotReadable(ValueError):
     """The reason, in a few words."""
 
 
-class _PlainLoader(yaml.SafeLoader):
+class ForeignLoader(yaml.SafeLoader):
+    """SafeLoader whose refusals are all its own: what it makes of a value that a tag says to be an integer, a time or a
+    set, and that is none, is any error that there is; and an integer may have more digits than Python prints."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            made = super().construct_object(node, deep)
+        except (LookupError, AttributeError, TypeError, ArithmeticError, ValueError) as error:
+            if isinstance(error, NotReadable):
+                raise
+            self._refuse(node)
+        if isinstance(made, int) and made.bit_length() > _MAX_INTEGER_BITS:
+            self._refuse(node)
+        return made
+
+    def _refuse(self, node: yaml.Node) -> NoReturn:
+        kind = node.tag.rpartition(":")[2]
+        raise yaml.MarkedYAMLError(problem=f"a value is no {kind}", problem_mark=node.start_mark)
+
+
+class _PlainLoader(ForeignLoader):
     """Without aliases, by which a few lines stand for gigabytes. A run writes none."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
@@ -232,7 +255,9 @@ def _text(content: bytes) -> str:
 def _parse_object(content: bytes) -> dict[str, Any]:
     text = _text(content)
     try:
-        parsed: dict[str, Any] = json.loads(text)
+        parsed: dict[str, Any] = loads(text)
+    except NotReadable:
+        raise
     except RecursionError:
         raise NotReadable(f"it is nested deeper than {_MAX_DEPTH}") from None
     except ValueError:
@@ -241,17 +266,40 @@ def _parse_object(content: bytes) -> dict[str, Any]:
     return parsed
 
 
+def loads(text: str) -> Any:
+    """Any JSON, if it does not fill the memory.
+
+    Raises:
+        NotReadable: it does.
+        ValueError: it is none, or has a number with thousands of digits.
+        RecursionError: it is nested too deeply for a parser.
+    """
+    if len(text) > _MAX_VALUES and sum(text.count(sign) for sign in ",[{") > _MAX_VALUES:
+        raise NotReadable(f"it has more than {_MAX_VALUES:,} values")
+    return json.loads(text)
+
+
 def _check(parsed: Any) -> None:
     if not isinstance(parsed, dict):
         raise NotReadable(f"it holds a {type(parsed).__name__}, not an object")
     level: list[Any] = [parsed]
     for _ in range(_MAX_DEPTH):
-        inner = [child for node in level for child in (chain(*node.items()) if isinstance(node, dict) else node)]
-        try:
-            "".join(child for child in inner if isinstance(child, str)).encode()
-        except UnicodeEncodeError:  # an escape that stands for half a character
-            raise NotReadable("it is not Unicode text") from None
-        level = [child for child in inner if isinstance(child, dict | list)]
+        deeper = []
+        for node in level:
+            for child in chain.from_iterable(node.items()) if isinstance(node, dict) else node:
+                if isinstance(child, str):
+                    _refuse_half_characters(child)
+                elif isinstance(child, dict | list):
+                    deeper.append(child)
+        level = deeper
         if not level:
             return
     raise NotReadable(f"it is nested deeper than {_MAX_DEPTH}")
+
+
+def _refuse_half_characters(text: str) -> None:
+    try:
+        if not text.isascii():
+            text.encode()
+    except UnicodeEncodeError:  # an escape that stands for half a character
+        raise NotReadable("it is not Unicode text") from None

@@ -14,6 +14,8 @@ import os
 import re
 import stat
 import sys
+from collections import deque
+from typing import Any, TextIO
 
 from adalora_dist.io.redaction import redacted
 
@@ -21,6 +23,8 @@ _MOVES = re.compile(r"\n*(?:\x1b\[A)*")
 """All that progress bars below each other write to get from one to another."""
 _UNSAFE = re.compile(r"(\x1b\[[\d;]*m)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 """What terminals act on, besides the ends of lines: colours, and everything else."""
+_MOST_CHARACTERS, _MOST_PIECES = 1 << 16, 1 << 10
+"""That are held back until their line ends."""
 
 
 def safe(text: str, is_terminal: bool) -> str:
@@ -34,6 +38,36 @@ def safe(text: str, is_terminal: bool) -> str:
     return _UNSAFE.sub(lambda found: (found[1] if is_terminal else "") if found[1] else ascii(found[0])[1:-1], shown)
 
 
+class _Line:
+    """Of a line, what has been written so far: ``print("password:", word)`` writes it in pieces.
+
+    Any thread may write, and a signal's handler: nothing is locked, and no piece is lost.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: deque[str] = deque()
+
+    def add(self, text: str) -> str:
+        """The lines that are whole now. The beginning of another is held back until it is, or until it is flushed."""
+        self._pieces.append(text)
+        is_long = len(text) > _MOST_CHARACTERS or len(self._pieces) > _MOST_PIECES
+        if not is_long and "\n" not in text and "\r" not in text:
+            return ""
+        whole = self.take()
+        end = len(whole) if is_long else 1 + max(whole.rfind("\n"), whole.rfind("\r"))
+        if end < len(whole):
+            self._pieces.appendleft(whole[end:])
+        return whole[:end]
+
+    def take(self) -> str:
+        """All that is held back."""
+        taken = []
+        with contextlib.suppress(IndexError):
+            while True:
+                taken.append(self._pieces.popleft())
+        return "".join(taken)
+
+
 class _Stream(io.TextIOWrapper):
     """Shows what is :func:`safe`. A terminal may be closed while the program goes on: then it takes what is written,
     and shows nothing."""
@@ -41,16 +75,25 @@ class _Stream(io.TextIOWrapper):
     replaced: io.TextIOWrapper
     """What was there before, which would close the file if it were collected."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._line = _Line()
+        super().__init__(*args, **options)
+
     def write(self, text: str) -> int:
-        try:
-            super().write(safe(text, self.isatty()))
-        except OSError as error:
-            self._let_go(error)
+        self._show(self._line.add(text))
         return len(text)
 
     def flush(self) -> None:
+        self._show(self._line.take())
         try:
             super().flush()
+        except OSError as error:
+            self._let_go(error)
+
+    def _show(self, text: str) -> None:
+        try:
+            if text:
+                super().write(safe(text, self.isatty()))
         except OSError as error:
             self._let_go(error)
 
@@ -79,8 +122,25 @@ def keep_from_listeners() -> None:
     """After something has begun to listen to what is written, as trackers do: let it hear what is :func:`safe`."""
     for stream in (sys.stdout, sys.stderr):
         if "write" in vars(stream):
-            heard = stream.write
-            stream.write = lambda text, heard=heard: heard(safe(text, is_terminal=False))  # type: ignore[method-assign]
+            _let_hear_lines(stream)
+
+
+def _let_hear_lines(stream: TextIO) -> None:
+    line, heard, flushed = _Line(), stream.write, stream.flush
+
+    def hear(text: str) -> None:
+        if text:
+            heard(safe(text, is_terminal=False))
+
+    def write(text: str) -> int:
+        hear(line.add(text))
+        return len(text)
+
+    def flush() -> None:
+        hear(line.take())
+        flushed()
+
+    stream.write, stream.flush = write, flush  # type: ignore[method-assign]
 
 
 def _move_handlers(old: io.TextIOWrapper, new: io.TextIOWrapper) -> None:

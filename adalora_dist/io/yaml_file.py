@@ -8,19 +8,19 @@ from typing import Any
 import yaml
 
 from adalora_dist.io.errors import UserError
-from adalora_dist.io.foreign_files import NotReadable, text_of_yaml
+from adalora_dist.io.foreign_files import ForeignLoader, NotReadable, text_of_yaml
 
 _MAX_NODES = 1 << 14
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a repeated key, of which YAML libraries silently keep the last."""
+class _Loader(ForeignLoader):
+    """That refuses a repeated key, of which YAML libraries silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if not isinstance(key, yaml.ScalarNode):
-                continue  # SafeLoader itself refuses what is not hashable
+                continue  # SafeLoader itself refuses what is not hashable, and what is no mapping
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"{key.value} is set twice", problem_mark=key.start_mark)
             seen.add(key.value)

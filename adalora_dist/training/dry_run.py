@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from adalora_dist.backbones.files import refuse_odd_sizes
 from adalora_dist.backbones.fit import check_lengths, lengths_of
 from adalora_dist.backbones.load import refuse_code_from_elsewhere
 from adalora_dist.config.compilation import check_compile_engine
@@ -120,8 +121,11 @@ def plan_run(
     for key, value in changes.items():
         setattr(architecture, key, value)
     try:
+        refuse_odd_sizes(name, architecture.to_dict())
         with torch.device("meta"):
             model = auto_class.from_config(architecture)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(
             f"model={name!r}: its config.json describes no {auto_class.__name__.removeprefix('Auto')} "

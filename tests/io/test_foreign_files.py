@@ -19,6 +19,7 @@ from adalora_dist.backbones.dequantized import read_quantization_record
 from adalora_dist.io import foreign_files
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import MAX_BYTES, read_object, read_records, read_sections
+from adalora_dist.io.yaml_file import read_yaml
 from adalora_dist.methods.update import AdapterWeights
 from adalora_dist.tasks.rows.read import file_rows
 from tests.support.local_hub import TOKEN, write_run
@@ -102,11 +103,25 @@ def test_a_last_line_that_was_cut_off(tmp_path: Path) -> None:
     assert read_records(path) == [{"step": 1}, {"step": 2}]
 
 
+ODD_TAGS = (
+    'a: !!int ""', 'a: !!float ""', "a: !!bool maybe", "a: !!timestamp abc", "a: !!set [1]", "a: !!omap [x]",
+    "a: !!binary x", "a: 0x" + "f" * 4000, "a: 1" + ":59" * 3000, "a: 1" + ":59" * 3000 + ".5",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("content", ODD_TAGS)
+def test_a_value_that_is_not_what_it_is_said_to_be(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.yaml").write_text(content)
+    message = refusal(read_yaml, tmp_path / "run.yaml")
+    assert "not valid YAML (" in message and len(message) < 300
+
+
 @pytest.mark.parametrize(
     "content",
     [
         "", "a", "- a", "7", "{", "a: b: c", "a: !!python/object/apply:os.system [ls]", "a: 2001-99-99", "[" * 5000,
         "a: " + "[" * 40 + "]" * 40, "a: &a [x, x]\nb: &b [*a, *a]\n", "a: &a {b: *a}", "a: !!set {? [1]}",
+        *ODD_TAGS,
     ],
 )  # fmt: skip
 def test_what_is_no_configuration(tmp_path: Path, content: str) -> None:

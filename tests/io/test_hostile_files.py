@@ -6,6 +6,7 @@ what hangs or fills memory fails there.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
 import resource
@@ -354,6 +355,34 @@ def test_a_table_of_which_a_disk_has_changed_a_bit_is_made_again(
                 path.unlink()
             KINDS[kind](path)
             assert rows() == (["one", "two"], 1), (path, kind)
+
+
+def gzipped(path: Path, start: bytes, block: bytes, num_blocks: int) -> None:
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(start)
+        for _ in range(num_blocks):
+            file.write(block)
+
+
+MUCH_OF_LITTLE: dict[str, tuple[str, Callable[[Path], Any], Callable[[Path], Any]]] = {
+    "object": ("a.json", text('{"a": [' + "{}," * 3_000_000 + "1]}"), read_object),
+    "record": ("a.jsonl", text('{"a": [' + '"",' * 3_000_000 + "1]}\n"), read_records),
+    "rows": ("a.jsonl", text('{"a": [' + "{}," * 3_000_000 + "1]}\n"), all_rows),
+    "a cell without end": ("a.csv.gz", lambda path: gzipped(path, b'a,b\n"', b"x" * (1 << 20), 80), all_rows),
+    "a row without end": ("a.csv.gz", lambda path: gzipped(path, b"a,b\n", b'"\n",' * (1 << 18), 20), all_rows),
+}
+
+
+@pytest.mark.parametrize("what", MUCH_OF_LITTLE)
+def test_text_that_is_far_more_in_memory(tmp_path: Path, what: str) -> None:
+    name, write, read = MUCH_OF_LITTLE[what]
+    write(tmp_path / name)
+    outcome, seconds = ends_well(lambda: read(tmp_path / name), tmp_path / "told")
+    (tmp_path / name).unlink()
+    assert outcome == "read" if what == "rows" else outcome.startswith("refused "), (
+        outcome
+    )  # of a row, the error is one
+    assert seconds < SECONDS
 
 
 # --------------------------------------------------------------------------------------------------- YAML and terminals

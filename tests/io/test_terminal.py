@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from adalora_dist.io.terminal import safe
+from adalora_dist.io.terminal import _Line, safe
 from tests.support.limits import HANG_SECONDS
 from tests.support.paths import ROOT
 from tests.support.secret_words import IN_PATHS, IN_TEXT, INNOCENT, SECRET
@@ -65,7 +65,7 @@ def test_a_terminal_is_closed(tmp_path: Path, before: tuple[str, ...], whose: st
 # ------------------------------------------------------------------------------------------------ what libraries print
 
 LIBRARY = """
-import logging, sys, warnings
+import logging, re, sys, warnings
 early = logging.getLogger("early")
 early.addHandler(logging.StreamHandler())  # as libraries make them while they are imported
 from adalora_dist.config.flags import user_errors
@@ -87,6 +87,9 @@ with user_errors():
         early.error("from %s", shape)
         late.error("from %s", shape)
         for _ in progress_bar([1], desc=shape): pass
+        for stream in (sys.stdout, sys.stderr):
+            if "\\n" not in shape:
+                print("in pieces ", *re.split("([^a-z])", shape), sep="", file=stream)
     with open(sys.argv[1], "w") as file:
         file.writelines(heard)
     raise RuntimeError("; ".join([*IN_PATHS.values(), *IN_TEXT.values()]))
@@ -115,6 +118,14 @@ def test_what_a_terminal_may_be_sent() -> None:
     assert safe(bars, is_terminal=False) == "\n\n\\x1b[A\\x1b[A" and safe("\x1b[1;31mx\x1b[0m", False) == "x"
     for text in (*INNOCENT, "größe ≤ 7 🚀 ▁▂▃ 👩‍🔬\ttab\nline\n"):
         assert safe(text, True) == safe(text, False) == text
+
+
+def test_no_piece_of_a_line_is_lost_or_held_back_for_ever() -> None:
+    line = _Line()
+    assert line.add("a ") == line.add("b") == "" and line.add(" c\nd") == "a b c\n" and line.add("\r") == "d\r"
+    assert line.add("e") == "" and line.take() == "e" and line.take() == ""
+    assert line.add("x" * 100_000) == "x" * 100_000
+    assert sum(len(line.add("y")) for _ in range(5000)) + len(line.take()) == 5000 and len(line.add("z\n")) == 2
 
 
 def test_streams_of_others_and_their_loggers_stay(capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,6 +59,11 @@ def test_the_shell_asks_with_what_stands_before_the_cursor(
     monkeypatch.setenv("COMP_POINT", "16")
     main(["complete", "adalora-dist", "ins", "adalora-dist"])  # bash appends words, which may look like flags
     assert capsys.readouterr().out == "inspect\n"
+    monkeypatch.setenv("COMP_LINE", "adalora-dist ins")
+    for nowhere in ("", "-1", "abc", "1e3", "9" * 5000):
+        monkeypatch.setenv("COMP_POINT", nowhere)
+        main(["complete", "adalora-dist", "ins", "adalora-dist"])
+        assert capsys.readouterr().out == "inspect\n"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

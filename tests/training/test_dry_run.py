@@ -23,6 +23,7 @@ from adalora_dist.tasks.rows.public import PUBLIC_ROWS
 from adalora_dist.training.dry_run import DryRun, plan_run, plan_text
 from tests.support.paths import ROOT
 from tests.support.recipe_runs import ENGINES, read_json, run_recipe
+from tests.support.refusals import refusal
 from tests.support.shipped import CONFIGS, NUMBERS, ROWS, SCHEMAS, flags_of, lacking, schema_of
 from tests.support.tiny_text_project import write_summarization
 
@@ -245,3 +246,19 @@ def test_every_recipe_says_what_its_demonstration_would_be(recipe: str) -> None:
     memory = r"Memory     not planned: .* galore" if recipe == "llama_pretrain" else r"(?m)^peak +[\d.]+ [MG]B"
     assert re.search(memory, output)
     assert (ROOT / "recipes" / f"{recipe}.py").exists()
+
+
+SIZES = [
+    ("num_hidden_layers", 10**9), ("num_hidden_layers", 0), ("hidden_size", 0), ("hidden_size", 10**12),
+    ("head_dim", 10**9), ("text_config", {"num_experts": 10**7}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), SIZES)
+def test_a_model_that_nobody_could_build_is_refused_before_it_is_built(tmp_path: Path, name: str, value: Any) -> None:
+    """Without weights, too, a billion layers take hours and fill the memory."""
+    architecture = json.loads((ARCHITECTURES / "Llama-2-7b-hf.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**architecture, name: value}))
+    run: Any = parse_config(SCHEMAS["llama_sft"], ["--model", str(tmp_path)])
+    message = refusal(plan_run, run, AutoModelForCausalLM, 10, ARCHITECTURES, "none")
+    assert "in its config.json is " in message and ", must be " in message

@@ -116,10 +116,19 @@ def refuse_token(path: Path, token: str | None) -> None:
             text = file.read(int.from_bytes(file.read(8), "little"))
     else:
         text = read_bytes(path)
-    decoded = text.decode("utf-8", errors="replace")
+    decoded = _as_read(text)
     kind = "a token of the Hub" if token and token in decoded else secret_in(decoded)
     if kind:
         raise UserError(f"{path} holds {kind}: revoke it, remove it from the file, and push again")
+
+
+def _as_read(content: bytes) -> str:
+    """What somebody gets who reads it: UTF-16 without the zeros between letters, JSON and HTML without escapes, and
+    without what no page shows."""
+    text = content.replace(b"\0", b"").decode("utf-8", errors="replace")
+    text = re.sub(r"\\u00([2-7][0-9a-fA-F])", lambda found: chr(int(found[1], 16)), text).replace("\\/", "/")
+    text = re.sub(r"&#(?:x([0-9a-fA-F]{2})|(\d{2,3}));", lambda f: chr(int(f[1], 16) if f[1] else int(f[2])), text)
+    return re.sub("[\u00ad\u200b-\u200d\u2060\ufeff]", "", text)
 
 
 def _check_adapter_config(path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, cast
 
 from adalora_dist.config.row_files import TEXT_TABLES
 from adalora_dist.io.errors import UserError
-from adalora_dist.io.foreign_files import MAX_BYTES, NotReadable, opened
+from adalora_dist.io.foreign_files import MAX_BYTES, NotReadable, loads, opened
 from adalora_dist.tasks.rows.bad_rows import Rows
 from adalora_dist.tasks.rows.text_tables import text_table_rows
 
@@ -113,7 +113,7 @@ def _line_rows(path: Path, lines: BinaryIO) -> Iterator[tuple[str, object]]:
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             if text.strip():
-                yield origin, json.loads(text)
+                yield origin, loads(text)
         except json.JSONDecodeError as error:
             # Files that are written for people to read have an object over several lines.
             is_begun = text.lstrip().startswith("{") and error.pos >= len(text.rstrip())
@@ -123,7 +123,7 @@ def _line_rows(path: Path, lines: BinaryIO) -> Iterator[tuple[str, object]]:
         except UnicodeDecodeError as error:
             reason = f"{error.reason} at byte {error.start} of the row"
             yield origin, UserError(f"{origin}: not UTF-8 text ({reason}); save it as UTF-8")
-        except (ValueError, RecursionError):  # a number of thousands of digits, brackets within brackets
+        except (ValueError, RecursionError):  # a number of thousands of digits, brackets within brackets, too many
             yield origin, UserError(f"{origin}: no row of data; write one JSON object of texts per line")
 
 

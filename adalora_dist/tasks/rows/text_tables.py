@@ -9,8 +9,34 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from adalora_dist.io.errors import UserError
+from adalora_dist.io.foreign_files import MAX_BYTES, NotReadable
 
-_LONGEST_CELL = 2**31 - 1  # Python's own limit of 128 KiB is less than a document
+_MOST_CELLS = 1 << 22
+"""Of a row; commas within cells count as well."""
+
+
+class _Lines:
+    """The lines of a table, as long as a row of them is no longer than one of any other file of rows."""
+
+    def __init__(self, text: TextIO, delimiter: str) -> None:
+        self._text, self._delimiter = text, delimiter
+        self.begin_row()
+
+    def begin_row(self) -> None:
+        """What comes is counted from here."""
+        self._num_characters = self._num_cells = 0
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        if not (line := self._text.readline(MAX_BYTES + 1)):
+            raise StopIteration
+        self._num_characters += len(line)
+        self._num_cells += line.count(self._delimiter)
+        if self._num_characters > MAX_BYTES or self._num_cells > _MOST_CELLS:
+            raise NotReadable(f"a row has more than {MAX_BYTES:,} characters, or {_MOST_CELLS:,} cells")
+        return line
 
 
 def text_table_rows(path: Path, file: BinaryIO) -> Iterator[tuple[str, object]]:
@@ -21,12 +47,14 @@ def text_table_rows(path: Path, file: BinaryIO) -> Iterator[tuple[str, object]]:
 
 
 def _rows_of_text(path: Path, text: TextIO) -> Iterator[tuple[str, object]]:
-    csv.field_size_limit(_LONGEST_CELL)
+    csv.field_size_limit(MAX_BYTES)  # Python's own limit of 128 KiB is less than a document
     delimiter = "\t" if ".tsv" in path.name else ","
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    lines = _Lines(text, delimiter)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] = []
     number = 0
     while True:
+        lines.begin_row()
         try:
             cells = next(reader, None)
         except csv.Error as error:
