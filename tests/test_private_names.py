@@ -11,6 +11,7 @@ import pytest
 from tests.support.paths import ROOT
 
 KNOWN = {
+    "torch._C._DisableTorchDispatch",
     "torch._C._current_graph_task_id",
     "torch._C._distributed_c10d._register_comm_hook",
     "torch._dynamo.config.patch",
