@@ -25,6 +25,8 @@ METRICS = {
     "cola": "matthews",
     "squad": "f1",
 }
+IN_PERCENT = ("squad",)
+"""Tasks whose score is a percentage in the file, as it is published."""
 
 
 class Grid:
@@ -50,8 +52,9 @@ class Grid:
         return None if control == arm else control
 
     def values(self, task: str, arm: str, rate: float, field: str) -> list[float]:
-        """Of the task's seeds, in order."""
-        return [self._records[task, arm, rate, seed][field] for seed in self.seeds[task]]
+        """Of the task's seeds, in order. Scores between 0 and 1."""
+        scale = 100 if task in IN_PERCENT and field.endswith(METRICS[task]) else 1
+        return [self._records[task, arm, rate, seed][field] / scale for seed in self.seeds[task]]
 
     def best_rate(self, task: str, arm: str) -> float:
         """By cross-entropy on the validation rows."""
