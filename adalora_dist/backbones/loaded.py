@@ -84,7 +84,7 @@ def refuse_lost_parts(model: nn.Module, adapted: Collection[str], trained: Colle
         return
     tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     for name in names.missing:
-        if name in names.mismatched and (name in tables or name not in trained):
+        if name in names.mismatched and name in tables:
             size = " x ".join(map(str, names.mismatched[name]))
             raise UserError(
                 f"{name} has another size in the model than in its files ({size}), which an adapter is loaded around: "

@@ -49,14 +49,15 @@ class ForeignLoader(yaml.SafeLoader):
         except (LookupError, AttributeError, TypeError, ArithmeticError, ValueError) as error:
             if isinstance(error, NotReadable):
                 raise
-            self._refuse(node)
+            self._refuse(node, " ".join(str(error).split()) if isinstance(error, ValueError) else "")
         if isinstance(made, int) and made.bit_length() > _MAX_INTEGER_BITS:
-            self._refuse(node)
+            self._refuse(node, "it has too many digits")
         return made
 
-    def _refuse(self, node: yaml.Node) -> NoReturn:
+    def _refuse(self, node: yaml.Node, reason: str) -> NoReturn:
         kind = node.tag.rpartition(":")[2]
-        raise yaml.MarkedYAMLError(problem=f"a value is no {kind}", problem_mark=node.start_mark)
+        why = f": {reason:.100}" if reason else ""
+        raise yaml.MarkedYAMLError(problem=f"a value is no {kind}{why}", problem_mark=node.start_mark)
 
 
 class _PlainLoader(ForeignLoader):
