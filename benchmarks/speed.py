@@ -18,7 +18,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,7 @@ def _parts_of_the_hook(variant: Variant, kernel: str) -> dict[str, Callable[[], 
 
 FEW_WIDE = dict(hidden=768, mlp=2048, num_layers=4, num_heads=12, vocabulary=1000)
 MANY_NARROW = dict(hidden=256, mlp=688, num_layers=32, num_heads=4, vocabulary=1000)  # LLaMA-7B's 224 matrices
+SIZES: dict[str, dict[str, int]] = {"4 x 768": FEW_WIDE, "32 x 256": MANY_NARROW}
 
 
 def step(rounds: int = 12) -> None:
@@ -188,38 +189,61 @@ def step(rounds: int = 12) -> None:
                 print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def run(num_steps: int = 60, tokens: int = 512) -> None:
-    """AdaLoRA 12 -> 8, compacted at the freeze, and LoRA at 8, step by step in turns; seconds add up over the run."""
+def run(sizes: Sequence[str], tokens: Sequence[int], rounds: int, num_steps: int = 60) -> None:
+    """AdaLoRA 12 -> 8, compacted at the freeze, and LoRA at 8, step by step in turns; seconds add up over a run."""
     schedule = (num_steps, round(num_steps * MNLI_INITIAL / MNLI_STEPS), round(num_steps * MNLI_FINAL / MNLI_STEPS), 1)
-    ours = Variant("adalora", llama(**FEW_WIDE), 12, 8, schedule, compacts=True)
-    lora = Variant("lora", llama(**FEW_WIDE), 8, 8, schedule)
-    batch = torch.randint(1000, (tokens // 64, 64), generator=torch.Generator().manual_seed(0))
-    seconds = take_turns({"ours": lambda: ours.step(batch), "lora": lambda: lora.step(batch)}, num_steps, warmup=0)
-    ours.hooks.finish()
-    pruning = num_steps - schedule[2]
+    frozen = num_steps - schedule[2] + 1
     print(
-        f"{num_steps} steps, t_i {schedule[1]}, t_f {schedule[2]}, a selection at every step; AdaLoRA 12 -> 8, LoRA 8\n"
+        f"{num_steps} steps, t_i {schedule[1]}, t_f {schedule[2]}, a selection at every step; AdaLoRA 12 -> 8, LoRA 8; "
+        f"medians of {rounds} runs in turns, least and greatest\n"
     )
-    print("| AdaLoRA / LoRA, CPU seconds | |\n| --- | ---: |")
-    for name, part in (
-        ("whole run", slice(1, None)),
-        ("until frozen, and compaction", slice(1, pruning + 1)),
-        ("frozen", slice(pruning + 1, None)),
-    ):
-        print(f"| {name} | {sum(seconds['ours'][part]) / sum(seconds['lora'][part]):.3f} |")
+    parts = {
+        "whole run": slice(1, None),
+        "until frozen, and compaction": slice(1, frozen),
+        "frozen": slice(frozen, None),
+    }
+    print("| layers x width | tokens |", " | ".join(f"{part}, AdaLoRA / LoRA" for part in parts), "|")
+    print("| --- | ---: |" + " ---: |" * len(parts))
+    for name in sizes:
+        for count in tokens:
+            found = [_run_once(SIZES[name], count, schedule) for _ in range(rounds)]
+            cells = []
+            for part in parts.values():
+                ratios = sorted(sum(seconds["ours"][part]) / sum(seconds["lora"][part]) for seconds in found)
+                cells.append(f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})")
+            print(f"| {name} | {count} |", " | ".join(cells), "|", flush=True)
+
+
+def _run_once(size: dict[str, int], tokens: int, schedule: tuple[int, int, int, int]) -> dict[str, list[float]]:
+    ours = Variant("adalora", llama(**size), 12, 8, schedule, compacts=True)
+    lora = Variant("lora", llama(**size), 8, 8, schedule)
+    batch = torch.randint(1000, (-(-tokens // 64), min(tokens, 64)), generator=torch.Generator().manual_seed(0))
+    seconds = take_turns({"ours": lambda: ours.step(batch), "lora": lambda: lora.step(batch)}, schedule[0], warmup=0)
+    ours.hooks.finish()
+    return seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmark", choices=("ops", "update", "step", "run", "gpu"))
-    benchmark = parser.parse_args().benchmark
+    parser.add_argument("--sizes", nargs="+", choices=tuple(SIZES), default=["4 x 768"], help="of run")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[512], help="of run, a step")
+    parser.add_argument("--rounds", type=int, default=1, help="of run")
+    arguments = parser.parse_args()
+    benchmark = arguments.benchmark
     if benchmark == "gpu":
         from speed_gpu import gpu
 
         gpu()
         return
     torch.set_num_threads(1)
-    {"ops": ops, "update": update, "step": step, "run": run}[benchmark]()
+    benchmarks: dict[str, Callable[[], None]] = {
+        "ops": ops,
+        "update": update,
+        "step": step,
+        "run": partial(run, arguments.sizes, arguments.tokens, arguments.rounds),
+    }
+    benchmarks[benchmark]()
 
 
 if __name__ == "__main__":
