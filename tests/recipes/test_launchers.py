@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -51,8 +52,12 @@ class Launched:
             assert self.launcher.poll() is None and time.monotonic() < deadline, self.text()
             time.sleep(0.1)
         self.started = psutil.Process(self.launcher.pid).children(recursive=True)
-        ranks = {p.pid: p.environ().get("RANK") for p in self.started}
-        self.workers = [p for p in self.started if ranks[p.pid] and not ranks.get(p.ppid())]
+        ranks, parents = {}, {}
+        for process in self.started:
+            with contextlib.suppress(psutil.NoSuchProcess):  # what libraries start for a moment ends meanwhile
+                parents[process] = process.ppid()
+                ranks[process.pid] = process.environ().get("RANK")
+        self.workers = [p for p, parent in parents.items() if ranks.get(p.pid) and not ranks.get(parent)]
         assert sorted(ranks[p.pid] for p in self.workers) == ["0", "1"]
 
     def text(self) -> str:
