@@ -9,7 +9,6 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adalora_dist.config.methods import method_config, settings_of
-from adalora_dist.methods import method_for
 from adalora_dist.methods.hooks import attach
 from adalora_dist.methods.inject import adapt
 from adalora_dist.methods.packing import pack_adapters
@@ -79,7 +78,7 @@ class Variant:
             config: Any = method_config(method, **common, **settings_of(method, falling))
             adapt(model, config)
             if packs:
-                pack_adapters(model, method_for(config))
+                pack_adapters(model, config)
         self.model: Any = model
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-4, fused=fused)

@@ -248,7 +248,7 @@ class SaveAdapter:
             plain_path(f"{path}.{leaf}"): parameter
             for path, module in self._model.named_modules()
             if isinstance(module, TrainedModule)
-            for leaf, parameter in module.named_parameters(recurse=False)
+            for leaf, parameter in module.own_parameters().items()
         }
 
     def _needed(self) -> dict[str, nn.Parameter]:

@@ -23,6 +23,10 @@ class TrainedModule(nn.Module):
         """The trained parameters held here now, by the names that files have, whatever an engine does to paths."""
         raise NotImplementedError(f"{type(self).__name__}.trained")
 
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """What lies in this module itself, by its name there."""
+        return dict(self.named_parameters(recurse=False))
+
     def element_name(self, leaf: str, index: int) -> str:
         """What a person calls element ``index`` of the flattened parameter ``leaf``, for messages."""
         raise NotImplementedError(f"{type(self).__name__}.element_name")
@@ -94,9 +98,8 @@ class Adapter(TrainedModule):
         return {f"{self.name}.{leaf}": p for leaf, p in self.own_parameters().items()}
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
-        """By name, those that are packed with them."""
         packed = {leaf: cast(nn.Parameter, getattr(self, leaf)) for leaf in self.packed}
-        return packed | dict(self.named_parameters(recurse=False))
+        return packed | super().own_parameters()
 
     def element_name(self, leaf: str, index: int) -> str:
         return f"{self.name}.{leaf}"

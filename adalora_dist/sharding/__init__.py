@@ -11,7 +11,7 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.sharding.base import ShardEngine, num_missing
 from adalora_dist.sharding.fsdp2 import Fsdp2Engine
 from adalora_dist.sharding.packed import PackedEngine
-from adalora_dist.sharding.packing import holders, pack_of
+from adalora_dist.sharding.packing import holders
 from adalora_dist.sharding.plain import PlainEngine
 from adalora_dist.sharding.zero import ZeroEngine
 
@@ -44,4 +44,4 @@ def select_engine(params: Sequence[torch.Tensor], optimizer: Any) -> ShardEngine
             "stage from 1 to 3, with FSDP use version 2"
         )
     inner = engine(held, optimizer)
-    return inner if all(pack_of(p) is None for p in params) else PackedEngine(params, inner)
+    return PackedEngine(params, inner) if PackedEngine.claims(params, optimizer) else inner

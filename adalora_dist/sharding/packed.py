@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from adalora_dist.io.errors import UserError
-from adalora_dist.sharding.base import Shrink, ShardEngine, State, assemble
+from adalora_dist.sharding.base import ShardEngine, Shrink, State, assemble
 from adalora_dist.sharding.packing import Pack, holder, holders, pack_of
 from adalora_dist.sharding.spans import Span
 
@@ -41,6 +41,10 @@ class PackedEngine:
         self._lengths = {k: [span.stop - span.start for span in spans] for k, spans in self._part_spans.items()}
         self._addresses: list[int] = []
         self._views: list[torch.Tensor] = []
+
+    @classmethod
+    def claims(cls, params: Sequence[torch.Tensor], optimizer: Any) -> bool:
+        return any(pack_of(p) is not None for p in params)
 
     def _cut(self, tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """Of each parameter its part of what the inner engine says of the holders."""
@@ -82,8 +86,7 @@ class PackedEngine:
     def shapes(self) -> list[torch.Size]:
         inner = self._inner.shapes()
         return [
-            inner[k] if part < 0 else p.shape
-            for p, k, part in zip(self._params, self._holder, self._part, strict=True)
+            inner[k] if part < 0 else p.shape for p, k, part in zip(self._params, self._holder, self._part, strict=True)
         ]
 
     def states(self) -> list[State]:

@@ -18,6 +18,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from adalora_dist.io.errors import UserError
+
 LEAF = "packed_adapters"
 """What the flat parameters of a block are called in it, with a number behind."""
 
@@ -81,6 +83,18 @@ class Pack:
 
     def _end(self, *_: Any) -> None:
         self.is_running, self._views = False, None
+
+    def check_running(self, name: str) -> None:
+        """Raise where ``name``, of which there are parts here, is computed and there are no numbers of them.
+
+        Raises:
+            UserError: the block's forward is not under way.
+        """
+        if not self.is_running:
+            raise UserError(
+                f"{name} is computed outside of the forward of {type(self.block).__name__}, with whose adapters it is "
+                "packed: set pack_adapters to false"
+            )
 
     def start(self, part: torch.Tensor) -> int:
         """Where a part begins in the flat parameter."""

@@ -80,7 +80,7 @@ def prepare(
         method.shrink(adapters, held_parts(resumed, adapters))
     read_trained_modules(model)
     if config.train.pack_adapters and not config.train.compile and engine_name(accelerator) in BACKBONE_SHARDING:
-        pack_adapters(model, method)
+        pack_adapters(model, config.adapter)
     optimizer = method.optimizer(model, config.train)
     hooks = attach(model, optimizer, config.adapter, num_steps)
     checkpoint_activations(model, config.train)

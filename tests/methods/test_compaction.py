@@ -15,7 +15,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from adalora_dist.config.methods import AdaLoraConfig
-from adalora_dist.methods import method_for
 from adalora_dist.methods.hooks import MethodHooks, attach
 from adalora_dist.methods.packing import pack_adapters
 from tests.support import quantized_runs
@@ -68,7 +67,7 @@ def run(rank: int, world_size: int, case: Case) -> dict[str, Any]:
     model: Any = adapted_net(case.settings, **dict(case.sizes))
     model.head.requires_grad_("head" in case.options)  # trained, but no adapter
     if "packed" in case.options:
-        assert pack_adapters(model, method_for(case.settings)) == 8
+        assert pack_adapters(model, case.settings) == 8
     if case.engine in ("fsdp2", "hsdp"):
         shape = (2, world_size // 2) if case.engine == "hsdp" else (world_size,)
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])

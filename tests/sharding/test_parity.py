@@ -19,7 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adalora_dist.config.methods import AdaLoraConfig
-from adalora_dist.methods import method_for
 from adalora_dist.methods.adalora.layers import LAMBDAS_NAME
 from adalora_dist.methods.hooks import attach
 from adalora_dist.methods.packing import pack_adapters
@@ -58,7 +57,7 @@ def run(rank: int, world_size: int, case: Case) -> dict[str, Any]:
     model: Any = adapted_net(case.settings, **dict(case.sizes))
     unused = model.blocks[1] if "unused_once" in case.options else None
     if "packed" in case.options:
-        assert pack_adapters(model, method_for(case.settings)) == 8
+        assert pack_adapters(model, case.settings) == 8
     if case.engine in ("fsdp2", "hsdp"):
         shape = (2, world_size // 2) if case.engine == "hsdp" else (world_size,)
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
@@ -219,6 +218,8 @@ PACKED = [
 def test_packed_parameters_are_those_of_their_parts(case):
     for result in check(case):
         assert result["engine"] == "PackedEngine"
+
+
 MATCHED = SETTINGS.model_copy(update={"start": "matched", "init": None})
 SPECIAL = [
     Case("zero3", 2, persist=0),
