@@ -105,7 +105,7 @@ def count_run(
     elif engine == "ddp":
         variant.model = DistributedDataParallel(model)
     elif engine == "zero3":
-        variant.model = _under_zero3(model, variant.optimizer)
+        variant.model = _under_zero3(model, variant.optimizer, rank)
     tokens = torch.arange(16).view(2, 8)
     steps = []
     for step in range(NUM_STEPS):
@@ -122,9 +122,10 @@ def count_run(
     return steps
 
 
-def _under_zero3(model: Any, optimizer: torch.optim.Optimizer) -> Any:
+def _under_zero3(model: Any, optimizer: torch.optim.Optimizer, rank: int) -> Any:
     """Nothing stays gathered."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", str(rank))
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 

@@ -35,7 +35,7 @@ class PackedEngine:
         self._holder = [place[id(holder(p))] for p in params]
         packs = {place[id(pack.flat)]: pack for p in params if (pack := pack_of(p)) is not None}
         self._packs: dict[int, Pack] = packs
-        self._part = [-1 if (pack := pack_of(p)) is None else _index(pack, p) for p in params]
+        self._part = [-1 if (pack := pack_of(p)) is None else pack.index_of(p) for p in params]
         self._inner_spans = inner.spans()
         self._part_spans = {k: _overlaps(self._inner_spans[k], pack.sizes) for k, pack in packs.items()}
         self._lengths = {k: [span.stop - span.start for span in spans] for k, spans in self._part_spans.items()}
@@ -117,22 +117,24 @@ class PackedEngine:
         self._inner.restore(held, new_states)
 
     def _joined(self, k: int, states: dict[int, State]) -> State:
-        """The state of a flat parameter of those of its parts."""
+        """The state of a flat parameter, of those of all its parts."""
         steps = {float(state["step"]) if "step" in state else None for state in states.values()}
-        if len(steps) > 1 or len(states) < len(self._lengths[k]):
+        if len(steps) > 1:
             raise UserError(
                 f"{self._packs[k].leaf}: its parameters made different numbers of steps "
                 f"({', '.join(sorted(map(str, steps)))}), and one that is packed has one count: set pack_adapters to "
                 "false"
             )
-        in_order = [states[part] for part in range(len(states))]
+        in_order = [states[part] for part in range(len(self._lengths[k]))]
         return {
             name: value if name == "step" else torch.cat([state[name].reshape(-1) for state in in_order])
             for name, value in in_order[0].items()
         }
 
     def neighbours(self) -> list[torch.Tensor]:
-        return self._inner.neighbours()
+        held = {id(p) for p in self._params}
+        others = [part for pack in self._packs.values() for part in pack.parts if id(part) not in held]
+        return [*others, *self._inner.neighbours()]
 
     def shrink(self, model: nn.Module, optimizer: Any, shrinks: Sequence[Shrink]) -> None:
         own: list[Shrink] = []
@@ -157,10 +159,6 @@ class PackedEngine:
             return self._inner.full(k)
         local = self.values()[index].to(torch.float32)
         return assemble(local, self._part_spans[k][part], self._params[index].shape, self.shard_group)
-
-
-def _index(pack: Pack, part: torch.Tensor) -> int:
-    return next(k for k, own in enumerate(pack.parts) if own is part)
 
 
 def _overlaps(span: Span, sizes: Sequence[int]) -> list[Span]:

@@ -11,6 +11,7 @@ time a part is a view of it; otherwise it stands for itself, on the meta device,
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, cast
@@ -40,7 +41,7 @@ class Pack:
         self.places = sorted(places, key=lambda place: tuple(getattr(*place).shape))
         held = [cast(nn.Parameter, getattr(*place)) for place in self.places]
         flat = nn.Parameter(torch.cat([p.detach().reshape(-1) for p in held]))
-        self._lay_out([p.shape for p in held])
+        self._lay_out([_part(self, p.shape) for p in held])
         for module, name in self.places:
             delattr(module, name)
         packs: dict[str, Pack] = block.__dict__.setdefault("adapter_packs", {})
@@ -49,12 +50,13 @@ class Pack:
         block.register_forward_pre_hook(self._begin)
         block.register_forward_hook(self._end, always_call=True)  # a checkpoint's second forward ends in an exception
 
-    def _lay_out(self, shapes: Sequence[torch.Size]) -> None:
+    def _lay_out(self, parts: list[nn.Parameter]) -> None:
         self._views: list[torch.Tensor] | None = None
-        self.parts: list[nn.Parameter] = [_part(self, shape) for shape in shapes]
-        self.index = {place: k for k, place in enumerate(self.places)}
-        self.sizes = [shape.numel() for shape in shapes]
-        self._shapes = [(shape, len(list(equal))) for shape, equal in groupby(shapes)]
+        self.parts = parts
+        """What stands for each, in order."""
+        self.sizes = [part.numel() for part in parts]
+        self._index = {place: k for k, place in enumerate(self.places)}
+        self._shapes = [(shape, len(list(equal))) for shape, equal in groupby(part.shape for part in parts)]
 
     @property
     def flat(self) -> nn.Parameter:
@@ -64,7 +66,7 @@ class Pack:
 
     def now(self, module: nn.Module, name: str) -> torch.Tensor:
         """A part: its numbers while the block runs, otherwise what stands for it."""
-        index = self.index[module, name]
+        index = self._index[module, name]
         if not self.is_running:
             return self.parts[index]
         if self._views is None:
@@ -96,10 +98,13 @@ class Pack:
                 "packed: set pack_adapters to false"
             )
 
+    def index_of(self, part: torch.Tensor) -> int:
+        """Which of :attr:`parts` it is."""
+        return next(k for k, own in enumerate(self.parts) if own is part)
+
     def start(self, part: torch.Tensor) -> int:
         """Where a part begins in the flat parameter."""
-        index = next(k for k, own in enumerate(self.parts) if own is part)
-        return sum(self.sizes[:index])
+        return sum(self.sizes[: self.index_of(part)])
 
     def left(self, columns: Mapping[tuple[nn.Module, str], torch.Tensor]) -> torch.Tensor:
         """Indices of what stays of the flat parameter where parts keep ``columns``; those that are not named, all."""
@@ -111,16 +116,18 @@ class Pack:
         return torch.cat([elements.flatten() for elements in kept])
 
     def shrink(self, columns: Mapping[tuple[nn.Module, str], torch.Tensor]) -> None:
-        """The flat parameter is that of :meth:`left` now. A part without columns is gone."""
-        shapes = {
-            place: torch.Size((*part.shape[:-1], len(columns[place]) if place in columns else part.shape[-1]))
-            for place, part in zip(self.places, self.parts, strict=True)
-        }
-        for module, name in [place for place, shape in shapes.items() if not shape.numel()]:
-            cast(Any, module).packed.pop(name)
-        self.places = [place for place in self.places if shapes[place].numel()]
-        self._lay_out([shapes[place] for place in self.places])
-        if not self.places:
+        """The flat parameter is that of :meth:`left` now. A part without columns is gone, one that is cut another."""
+        left: dict[tuple[nn.Module, str], nn.Parameter] = {}
+        for place, part in zip(self.places, self.parts, strict=True):
+            if place not in columns:
+                left[place] = part
+            elif len(columns[place]):
+                left[place] = _part(self, torch.Size((*part.shape[:-1], len(columns[place]))))
+            else:
+                cast(Any, place[0]).packed.pop(place[1])
+        self.places = list(left)
+        self._lay_out(list(left.values()))
+        if not left:
             packs_of(self.block).pop(self.leaf)
 
     def element(self, index: int) -> tuple[nn.Module, str, int]:
@@ -136,6 +143,11 @@ class _Part(nn.Parameter):
     """What stands for a part: its shape and type, no numbers."""
 
     pack: Pack
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        """Of a model with its packs."""
+        memo[id(self)] = copied = _part(copy.deepcopy(self.pack, memo), self.shape)
+        return copied
 
 
 def _part(pack: Pack, shape: torch.Size) -> nn.Parameter:

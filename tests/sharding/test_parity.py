@@ -200,18 +200,21 @@ UNEVEN = (("d", 5), ("hidden", 11))
 PACKED = [
     Case("plain", 1, options=("packed",)),
     Case("fsdp2", 2, 4, 0.05, options=("packed",)),
-    Case("hsdp", 4, options=("packed",)),
     Case("fsdp2", 3, options=("packed", "no_reshard", "fused"), sizes=UNEVEN),
+    Case("zero3", 3, persist=0, options=("packed",), sizes=UNEVEN),
+    Case("zero3", 2, persist=0, options=("packed", "unused_once")),
+]
+MORE_PACKED = [
+    Case("hsdp", 4, options=("packed",)),
     Case("fsdp2", 2, options=("packed", "offload")),
     Case("fsdp2", 2, options=("packed", "unused_once")),
     Case("zero3", 2, 4, 0.05, options=("packed",)),
-    Case("zero3", 3, persist=0, options=("packed",), sizes=UNEVEN),
     Case("zero3", 2, persist=0, options=("packed", "sub_groups")),
-    Case("zero3", 2, persist=0, options=("packed", "unused_once")),
     Case("zero3", 2, persist=0, options=("packed", "offload")),
     Case("zero2", 2, options=("packed",)),
     Case("ddp", 2, options=("packed",)),
 ]
+PACKED += [pytest.param(case, marks=pytest.mark.slow) for case in MORE_PACKED]
 
 
 @pytest.mark.parametrize("case", PACKED, ids=str)
