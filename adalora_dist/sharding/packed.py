@@ -15,7 +15,7 @@ from torch import nn
 from adalora_dist.io.errors import UserError
 from adalora_dist.sharding.base import ShardEngine, Shrink, State, assemble
 from adalora_dist.sharding.packing import Pack, holder, holders, pack_of
-from adalora_dist.sharding.spans import Span
+from adalora_dist.sharding.spans import Span, overlaps
 
 
 class PackedEngine:
@@ -37,7 +37,7 @@ class PackedEngine:
         self._packs: dict[int, Pack] = packs
         self._part = [-1 if (pack := pack_of(p)) is None else pack.index_of(p) for p in params]
         self._inner_spans = inner.spans()
-        self._part_spans = {k: _overlaps(self._inner_spans[k], pack.sizes) for k, pack in packs.items()}
+        self._part_spans = {k: overlaps(self._inner_spans[k], pack.sizes) for k, pack in packs.items()}
         self._lengths = {k: [span.stop - span.start for span in spans] for k, spans in self._part_spans.items()}
         self._addresses: list[int] = []
         self._views: list[torch.Tensor] = []
@@ -159,13 +159,3 @@ class PackedEngine:
             return self._inner.full(k)
         local = self.values()[index].to(torch.float32)
         return assemble(local, self._part_spans[k][part], self._params[index].shape, self.shard_group)
-
-
-def _overlaps(span: Span, sizes: Sequence[int]) -> list[Span]:
-    """What ``span`` of a flat tensor has of each of the parts that lie in it, as spans of these."""
-    found, first = [], 0
-    for size in sizes:
-        start, stop = (min(max(edge - first, 0), size) for edge in span)
-        found.append(Span(start, stop))
-        first += size
-    return found
