@@ -66,7 +66,7 @@ def _count_rank(rank: int, world_size: int, engine: str, method: str, folder: st
 
 
 def ops() -> None:
-    from operations import extra
+    from operations import extra, of_engine
 
     print("| over the same LoRA | forward and backward | step | step with a selection | step when frozen | at most "
           "| host reads per step / with a selection | collectives per step / with a selection "
@@ -93,17 +93,8 @@ def ops() -> None:
             cells.append(max(a + b for a, b in zip(forward[2:], step[2:], strict=True)))
             cells += [f"{reads[2]} / {max(reads[3:5])}", f"{collectives[2]} / {max(collectives[3:5])}"]
             alone = alone or runs
-            cells.append(" / ".join(f"{_of_engine(own, one):.1f}" for own, one in zip(runs, alone, strict=True)))
+            cells.append(" / ".join(f"{of_engine(own, one):.1f}" for own, one in zip(runs, alone, strict=True)))
             print(f"| {name} | " + " | ".join(f"{c:,}" if isinstance(c, int) else c for c in cells) + " |", flush=True)
-
-
-def _of_engine(sharded: list[dict[str, Any]], alone: list[dict[str, Any]]) -> float:
-    """Operations of a step without a selection more than on one process, for each matrix."""
-    from operations import MATRICES_PER_LAYER, NUM_LAYERS, extra
-
-    return sum(extra(sharded, alone, part, "ops")[2] for part in ("forward", "step")) / (
-        NUM_LAYERS * MATRICES_PER_LAYER
-    )
 
 
 # -------------------------------------------------------------------------------------------------------- the update

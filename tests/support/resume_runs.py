@@ -242,10 +242,10 @@ def assert_continues_elsewhere(
 ) -> float:
     """State equal bit for bit, next pattern identical. Returns the relative difference of the next loss.
 
+    From step ``STEPS - FINAL`` on the pattern is frozen: stopped after it, pruned triplets are in memory no more.
+
     Args:
         packs: ``pack_adapters`` of the run, and of the one that continues elsewhere.
-
-    From step ``STEPS - FINAL`` on the pattern is frozen: stopped after it, pruned triplets are in memory no more.
     """
     project = new_project(model, folder / "project")
     changes: dict[str, Any] = {"dropout": 0.0, "keep_checkpoints": STEPS, "pack_adapters": packs[0]}
