@@ -288,7 +288,7 @@ def _value(path: str, parameter: torch.Tensor, given: Mapping[str, torch.Tensor]
                 f"{path} is sharded over processes: call trainer.save_model(folder) on every process instead of "
                 "model.save_pretrained"
             )
-        return parameter.detach().cpu()
+        return whole_tensor(parameter).cpu()
     if path not in given:
         raise UserError(f"state_dict lacks {path}, which the adapter needs: pass the whole state, or none")
     return given[path].detach().cpu()

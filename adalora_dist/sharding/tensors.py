@@ -17,13 +17,14 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from adalora_dist.sharding.packing import pack_of
+from adalora_dist.sharding.packing import holder, pack_of
 from adalora_dist.sharding.spans import Span
 
 
 def is_whole(tensor: torch.Tensor) -> bool:
     """Whether no engine shards this tensor. What a sharding engine has gathered for a moment does not count."""
-    return not isinstance(tensor, DTensor) and not hasattr(tensor, "ds_id") and pack_of(tensor) is None
+    tensor = holder(tensor)
+    return not isinstance(tensor, DTensor) and not hasattr(tensor, "ds_id")
 
 
 def full_shape(tensor: torch.Tensor) -> torch.Size:

@@ -6,21 +6,27 @@ Losses, ranks and compaction beside one process: ``test_parity.py`` and ``test_c
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
 
-from adalora_dist import UserError, attach, pack_adapters, parameter_groups
+from adalora_dist import UserError, adapt, attach, pack_adapters, parameter_groups
 from adalora_dist.methods.protocol import adapters_of, others_trained, trained_parameters
 from adalora_dist.sharding import select_engine
+from adalora_dist.sharding.base import Shrink
 from adalora_dist.sharding.packing import pack_of, packs_of
+from adalora_dist.sharding.shrink import shrink_parameters
 from adalora_dist.sharding.tensors import held_parts, is_whole, local_elements, local_part, whole_tensor
 from adalora_dist.training.faults.nonfinite import _bad_weight
 from tests.support.models import adapted_net, config, global_batch
 from tests.support.ranks import import_deepspeed, run_ranks
+from tests.support.tiny_language_model import tiny_llama
 
 SETTINGS = config()
 
@@ -108,6 +114,22 @@ def test_a_copy_is_a_model_of_its_own() -> None:
     assert torch.equal(other(global_batch(0)[0]), fresh(global_batch(0)[0]))
 
 
+def test_what_is_saved_is_that_of_the_parts(tmp_path: Path) -> None:
+    saved = []
+    for packs in (False, True):
+        model = tiny_llama(40)
+        model.save_pretrained(tmp_path / "base")
+        settings = config(targets=("all-linear",))
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        adapt(model, settings)
+        nn.init.ones_(model.adalora.lam)
+        assert not packs or pack_adapters(model, settings) == 2 * 7 * len(model.model.layers)
+        model.save_pretrained(tmp_path / f"adapter {packs}")
+        saved.append(load_file(tmp_path / f"adapter {packs}" / "adapter_model.safetensors"))
+    assert saved[0].keys() == saved[1].keys() and len(saved[0]) > 10
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+
+
 def test_a_weight_that_is_not_finite_has_the_name_of_its_part() -> None:
     model = packed_net()
     part = trained_parameters(model)["blocks.1.down.Qt"]
@@ -188,9 +210,6 @@ def test_states_of_different_counts_of_steps_are_refused() -> None:
 
 
 def test_a_block_that_loses_everything_has_no_parameter_left() -> None:
-    from adalora_dist.sharding.base import Shrink
-    from adalora_dist.sharding.shrink import shrink_parameters
-
     model = packed_net()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     block, none, two = model.blocks[0], torch.arange(0), torch.tensor([0, 2])
