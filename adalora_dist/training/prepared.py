@@ -13,10 +13,12 @@ from adalora_dist.artifacts.checkpoints.content import Checkpoint, held_parts, l
 from adalora_dist.backbones.activations import checkpoint_activations
 from adalora_dist.backbones.load import load_tokenizer
 from adalora_dist.backbones.sharded_load import read_shards, read_trained_modules
+from adalora_dist.config.engines import BACKBONE_SHARDING
 from adalora_dist.config.sections import RunConfig, TrainConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods import method_for
 from adalora_dist.methods.hooks import MethodHooks, attach
+from adalora_dist.methods.packing import pack_adapters
 from adalora_dist.methods.prefix_text import check_text
 from adalora_dist.methods.protocol import adapters_of, trained_parameters
 from adalora_dist.tasks.batches import BatchPlan
@@ -77,6 +79,8 @@ def prepare(
         adapters = adapters_of(model)
         method.shrink(adapters, held_parts(resumed, adapters))
     read_trained_modules(model)
+    if config.train.pack_adapters and not config.train.compile and engine_name(accelerator) in BACKBONE_SHARDING:
+        pack_adapters(model, config.adapter)
     optimizer = method.optimizer(model, config.train)
     hooks = attach(model, optimizer, config.adapter, num_steps)
     checkpoint_activations(model, config.train)
