@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from adalora_dist.methods.hooks import MethodHooks as MethodHooks
     from adalora_dist.methods.hooks import attach as attach
     from adalora_dist.methods.inject import parameter_groups as parameter_groups
+    from adalora_dist.methods.packing import pack_adapters as pack_adapters
     from adalora_dist.methods.parameter_budget import within_budget as within_budget
     from adalora_dist.training.trainer_callback import AdaLoraCallback as AdaLoraCallback
 
@@ -40,6 +41,7 @@ _HOMES = {
     "within_budget": "methods.parameter_budget",
     "adapt": "artifacts.adapted_model",
     "parameter_groups": "methods.inject",
+    "pack_adapters": "methods.packing",
     "without_adapters": "methods.adapter",
     "convert_peft": "artifacts.peft_model",
     "attach": "methods.hooks",

@@ -5,9 +5,8 @@ python benchmarks/communication.py        prints the tables of docs/sharding.md
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
-from adalora_dist.sharding.spans import FACTORS_OF_MATRIX, Factor, Span, cut_rows
+from adalora_dist.sharding.spans import FACTORS_OF_MATRIX, Factor
+from adalora_dist.training.plan.estimate import split_elements
 
 RANK = 12
 MODELS = {  # hidden size, MLP size, key-value size, layers
@@ -29,49 +28,24 @@ def factors(hidden: int, mlp: int, key_value: int, num_layers: int) -> list[Fact
     return [*found, Factor("lam", 1, first, 0)]
 
 
-def spans_by_rows(factor: Factor, world_size: int) -> Iterator[Span]:
-    """FSDP2: blocks of ceil(rows / world) rows."""
-    block = -(-factor.rows // world_size) * factor.rank
-    for rank in range(world_size):
-        yield Span(min(rank * block, factor.numel), min((rank + 1) * block, factor.numel))
-
-
-def spans_by_chunk(factor: Factor, world_size: int) -> Iterator[Span]:
-    """ZeRO-3: flat chunks of ceil(numel / world) elements."""
-    chunk = -(-factor.numel // world_size)
-    for rank in range(world_size):
-        yield Span(min(rank * chunk, factor.numel), min((rank + 1) * chunk, factor.numel))
-
-
-def num_split_rows(all_factors: list[Factor], spans: Callable[[Factor, int], Iterator[Span]], world_size: int) -> int:
-    """Rows of P and Q that are cut between ranks."""
-    counted: dict[tuple[int, int], int] = {}
-    total = 0
-    for factor in all_factors:
-        if factor.orthogonal:
-            key = (factor.rows, factor.rank)
-            if key not in counted:
-                cut = {fragment.row for span in spans(factor, world_size) for fragment in cut_rows([factor], [span])}
-                counted[key] = len(cut)
-            total += counted[key]
-    return total
-
-
 def main() -> None:
     for name, sizes in MODELS.items():
         all_factors = factors(*sizes)
         elements = sum(f.numel for f in all_factors)
-        orthogonal = [f for f in all_factors if f.orthogonal]
-        triplets = all_factors[-1].rank
+        orthogonal, triplets = all_factors[:-1], all_factors[-1].rank
+        of_block = len(orthogonal) // sizes[-1]
+        packed = [orthogonal[first : first + of_block] for first in range(0, len(orthogonal), of_block)]
+        alone = [[factor] for factor in orthogonal]
         grams = 4 * sum(f.rank**2 for f in orthogonal)
         print(f"\n{name}: {len(orthogonal) // 2} matrices, r = {RANK}, {triplets} triplets, {elements:,} elements\n")
-        print("| ranks | step, FSDP2 | step, ZeRO-3 | step, ZeRO-1/2 (at most) | allocation | importance per rank |")
-        print("| ---: | ---: | ---: | ---: | ---: | ---: |")
-        for world_size in WORLD_SIZES:
-            rows = [num_split_rows(all_factors, s, world_size) for s in (spans_by_rows, spans_by_chunk)]
-            steps = [grams + 4 * RANK * n + 4 for n in (*rows, world_size - 1)]
+        print("| ranks | step, FSDP2 and ZeRO-3 | FSDP2, not packed | ZeRO-3, not packed | ZeRO-1/2 (at most) "
+              "| allocation | importance per rank |")  # fmt: skip
+        print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+        for world in WORLD_SIZES:
+            held = [(packed, "zero3"), (alone, "fsdp2"), (alone, "zero3"), (alone, "zero2")]
+            steps = [grams + 4 * split_elements(parameters, engine, world) + 4 for parameters, engine in held]
             cells = [f"{b / 1e6:.2f} MB" for b in steps] + [f"{8 * (triplets + 6) / 1e3:.0f} kB"]
-            print(f"| {world_size} | " + " | ".join(cells) + f" | {8 * elements / world_size / 1e6:.2f} MB |")
+            print(f"| {world} | " + " | ".join(cells) + f" | {8 * elements / world / 1e6:.2f} MB |")
 
 
 if __name__ == "__main__":

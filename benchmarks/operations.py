@@ -8,6 +8,7 @@ kernel on a GPU, a few multi-tensor kernels (``_foreach_*``) or a mere view; vie
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -76,17 +77,25 @@ class Counts(TorchDispatchMode):
 
 
 def count_run(
-    rank: int, world_size: int, engine: str, method: str, num_layers: int = NUM_LAYERS, fused: bool = True
+    rank: int,
+    world_size: int,
+    engine: str,
+    method: str,
+    num_layers: int = NUM_LAYERS,
+    fused: bool = True,
+    packs: bool = True,
 ) -> list[dict[str, Any]]:
     """A short run; per step the counts of "forward" (with backward) and "step", and whether it "allocates".
 
     Args:
-        engine: single, ddp or fsdp2; these two want the default process group.
+        engine: single, ddp, fsdp2 or zero3; all but the first want the default process group.
         method: one of ``variants.NAMES``; PEFT's on a single process only.
         fused: AdamW's own kernel, which can leave out a step; otherwise the host tells it to.
+        packs: under FSDP2 and ZeRO-3 a block's adapters are one parameter, as in a run.
     """
     model: Any = llama(16, 44, num_layers)
-    variant = Variant(method, model, RANK, TARGET, (NUM_STEPS, WARMUP_STEPS, FINAL_STEPS, 1), fused)
+    schedule = (NUM_STEPS, WARMUP_STEPS, FINAL_STEPS, 1)
+    variant = Variant(method, model, RANK, TARGET, schedule, fused, packs=packs and engine in ("fsdp2", "zero3"))
     if engine == "fsdp2":
         for layer in model.model.layers:
             fully_shard(layer)
@@ -95,6 +104,8 @@ def count_run(
         groups[0]["params"] = [p for p in model.parameters() if p.requires_grad]
     elif engine == "ddp":
         variant.model = DistributedDataParallel(model)
+    elif engine == "zero3":
+        variant.model = _under_zero3(model, variant.optimizer, rank)
     tokens = torch.arange(16).view(2, 8)
     steps = []
     for step in range(NUM_STEPS):
@@ -111,6 +122,23 @@ def count_run(
     return steps
 
 
+def _under_zero3(model: Any, optimizer: torch.optim.Optimizer, rank: int) -> Any:
+    """Nothing stays gathered."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", str(rank))
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    __compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for a minute
+    settings = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+    }
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+
+
 def _numbers(counts: Counts) -> dict[str, Any]:
     return {
         "ops": counts.aten.total(),
@@ -124,3 +152,9 @@ def _numbers(counts: Counts) -> dict[str, Any]:
 def extra(ours: list[dict[str, Any]], lora: list[dict[str, Any]], part: str, key: str) -> list[int]:
     """Per step, how much more of ``key`` one run has than the other."""
     return [a[part][key] - b[part][key] for a, b in zip(ours, lora, strict=True)]
+
+
+def of_engine(sharded: list[dict[str, Any]], alone: list[dict[str, Any]]) -> float:
+    """Operations of a step without a selection more than on one process, for each of ``NUM_LAYERS`` x 7 matrices."""
+    more = sum(extra(sharded, alone, part, "ops")[2] for part in ("forward", "step"))
+    return more / (NUM_LAYERS * MATRICES_PER_LAYER)

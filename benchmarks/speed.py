@@ -58,20 +58,25 @@ def _count_rank(rank: int, world_size: int, engine: str, method: str, folder: st
     torch.set_num_threads(1)
     rendezvous = f"file://{folder}/{engine}-{method}.rendezvous"
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
-    steps = count_run(rank, world_size, engine, method)
+    kind, _, unpacked = engine.partition("-")
+    steps = count_run(rank, world_size, kind, method, packs=not unpacked)
     if rank == 0:
         Path(folder, f"{engine}-{method}.json").write_text(json.dumps(steps))
     dist.destroy_process_group()
 
 
 def ops() -> None:
-    from operations import extra
+    from operations import extra, of_engine
 
     print("| over the same LoRA | forward and backward | step | step with a selection | step when frozen | at most "
-          "| host reads per step / with a selection | collectives per step / with a selection |")  # fmt: skip
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-    rows = [("single", 1, "", "one process"), ("ddp", 2, "", "DDP x 2"), ("fsdp2", 2, "", "FSDP2 x 2")]
+          "| host reads per step / with a selection | collectives per step / with a selection "
+          "| over one process, a matrix: AdaLoRA / LoRA |")  # fmt: skip
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    rows = [("single", 1, "", "one process"), ("ddp", 2, "", "DDP x 2")]
+    rows += [("fsdp2", 2, "", "FSDP2 x 2"), ("fsdp2-unpacked", 2, "", "FSDP2 x 2, not packed")]
+    rows += [("zero3", 2, "", "ZeRO-3 x 2"), ("zero3-unpacked", 2, "", "ZeRO-3 x 2, not packed")]
     rows += [("single", 1, "peft-", "PEFT, one process")]
+    alone: list[Any] = []
     with tempfile.TemporaryDirectory() as folder:
         for engine, world_size, prefix, name in rows:
             runs = []
@@ -87,6 +92,8 @@ def ops() -> None:
             cells: list[Any] = [max(forward[2:]), step[2], max(step[3:5]), step[5]]
             cells.append(max(a + b for a, b in zip(forward[2:], step[2:], strict=True)))
             cells += [f"{reads[2]} / {max(reads[3:5])}", f"{collectives[2]} / {max(collectives[3:5])}"]
+            alone = alone or runs
+            cells.append(" / ".join(f"{of_engine(own, one):.1f}" for own, one in zip(runs, alone, strict=True)))
             print(f"| {name} | " + " | ".join(f"{c:,}" if isinstance(c, int) else c for c in cells) + " |", flush=True)
 
 

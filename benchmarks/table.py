@@ -1,10 +1,10 @@
 """What a step, an evaluation and a start cost besides the method, before and after, counted in one run on any machine.
 
-    python benchmarks/table.py            prints the table; about three minutes on one CPU core
+    python benchmarks/table.py            prints the table; about six minutes on one CPU core
 
 "Before" is what is done without the part in question: with a mask, with ``nn.Dropout``, with all logits at once, a
-sequence for each choice, a question at a time. Operations, host reads, bytes and tokens are counted; seconds are of the
-process's CPU time.
+sequence for each choice, a question at a time, an engine's parameter for every factor, a checkpoint in the loop.
+Operations, host reads, bytes and tokens are counted; seconds are of the process's CPU time, but for the checkpoint's.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from typing import Any
 from unittest import mock
 
 import torch
-from operations import Counts
+from operations import NUM_LAYERS, Counts, count_run, of_engine
 from torch import nn
 from variants import Variant, llama
 
+from adalora_dist.artifacts.checkpoints.writer import CheckpointWriter
 from adalora_dist.backbones.activations import checkpoint_activations
 from adalora_dist.backbones.merging import merged
 from adalora_dist.config.activations import ActivationsConfig
 from adalora_dist.methods.adalora import bound, layers, products
 from adalora_dist.methods.dropout import Dropout
+from adalora_dist.methods.protocol import trained_parameters
 from adalora_dist.tasks.batches import BatchPlan, collate
 from adalora_dist.tasks.commonsense.choices import evaluate_choices
 from adalora_dist.tasks.commonsense.prompts import choice_tokens, encode_example, encode_examples, prompt_tokens
@@ -39,6 +41,7 @@ from adalora_dist.tasks.token_losses import TokenLosses, automatic_chunk, logits
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.support.kept import kept_bytes
 from tests.support.memory import peak_bytes
+from tests.support.ranks import run_ranks
 from tests.support.tiny_language_model import byte_tokenizer, tiny_llama, word_tokenizer
 
 NUM_QUESTIONS = 148_000  # rows of the eight commonsense tasks
@@ -63,6 +66,8 @@ def rows() -> Iterator[tuple[str, str, str]]:
     yield from micro_batches()
     yield from checkpointing()
     yield from state()
+    yield from engines()
+    yield from checkpoints()
     yield from start()
 
 
@@ -206,6 +211,41 @@ def state() -> Iterator[tuple[str, str, str]]:
 
     before, after, lora = of("adalora", 2**30), of("adalora", 2**12), of("lora", 2**12)
     yield f"AdaLoRA's state at the peak, bytes an element (LoRA: {lora:.1f})", f"{before:.1f}", f"{after:.1f}"
+
+
+def engines() -> Iterator[tuple[str, str, str]]:
+    """On two processes, over the same method on one: a step without a selection."""
+    [alone] = run_ranks(1, count_run, "single", "adalora")
+    for engine, name in (("fsdp2", "FSDP2"), ("zero3", "ZeRO-3")):
+        before, after = (
+            of_engine(run_ranks(2, count_run, engine, "adalora", NUM_LAYERS, True, packs, timeout=600)[0], alone)
+            for packs in (False, True)
+        )
+        yield (
+            f"operations that {name} adds, a matrix, 7 in each of {NUM_LAYERS} blocks",
+            f"{before:.1f}",
+            f"{after:.1f}",
+        )
+
+
+def checkpoints() -> Iterator[tuple[str, str, str]]:
+    """Wall time, as a file system waits without computing."""
+
+    def waits(asynchronous: bool) -> float:
+        variant = Variant("lora", llama(256, 688, 8), 64, 64, SCHEDULE)
+        variant.step(torch.arange(2)[None])
+        trained = trained_parameters(variant.model)
+        megabytes = 12 * sum(p.numel() for p in trained.values()) / 1e6
+        with tempfile.TemporaryDirectory() as folder:
+            writer, found = CheckpointWriter(Path(folder), 1, asynchronous), []
+            for step in range(5):
+                begun = time.perf_counter()
+                writer.save(step, trained, variant.optimizer, variant.hooks, {})
+                found.append((time.perf_counter() - begun) * 48 / megabytes)
+                writer.wait()
+        return median(found)
+
+    yield "seconds that a loop waits for a checkpoint of 48 MB", f"{waits(False):.2f}", f"{waits(True):.2f}"
 
 
 def start() -> Iterator[tuple[str, str, str]]:

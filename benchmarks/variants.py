@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from adalora_dist.config.methods import method_config, settings_of
 from adalora_dist.methods.hooks import attach
 from adalora_dist.methods.inject import adapt
+from adalora_dist.methods.packing import pack_adapters
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NAMES = {"adalora": "our AdaLoRA", "lora": "our LoRA", "peft-adalora": "PEFT AdaLoRA", "peft-lora": "PEFT LoRA"}
@@ -34,6 +35,7 @@ class Variant:
         schedule: total, t_i, t_f and the mask interval, in steps.
         fused: AdamW's own kernel.
         compacts: ours loses pruned triplets when the pattern freezes, as in the recipes.
+        packs: ours has the adapters of a block in one parameter, as under FSDP2 and ZeRO-3.
         changes: to our configuration.
     """
 
@@ -47,6 +49,7 @@ class Variant:
         fused: bool = True,
         targets: tuple[str, ...] = TARGETS,
         compacts: bool = False,
+        packs: bool = False,
         **changes: Any,
     ) -> None:
         self.compacts = compacts
@@ -74,6 +77,8 @@ class Variant:
             common = dict(init_rank=rank, alpha=16, targets=targets)
             config: Any = method_config(method, **common, **settings_of(method, falling))
             adapt(model, config)
+            if packs:
+                pack_adapters(model, config)
         self.model: Any = model
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-4, fused=fused)
@@ -85,11 +90,15 @@ class Variant:
         """``batch``: the model's arguments, or tokens that are inputs and labels in one."""
         if isinstance(batch, torch.Tensor):
             batch = {"input_ids": batch, "labels": batch}
-        self.model(**batch).loss.backward()
+        loss = self.model(**batch).loss
+        if hasattr(self.model, "allreduce_gradients"):  # DeepSpeed's engine
+            self.model.backward(loss)
+        else:
+            loss.backward()
 
     def update(self) -> None:
         """Optimizer step, and PEFT's call after it."""
-        self.optimizer.step()
+        (self.model if hasattr(self.model, "allreduce_gradients") else self.optimizer).step()
         if self._peft_allocator is not None:
             self._peft_allocator.update_and_allocate(self._num_steps)
         if self.compacts:

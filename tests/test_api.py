@@ -20,7 +20,7 @@ from tests.support.tiny_language_model import tiny_llama
 NAMES = {
     *("AdaLoraConfig", "LoraConfig", "HeadConfig", "FullConfig", "method_config", "UserError"),
     *("within_budget", "adapt", "parameter_groups", "attach", "MethodHooks", "AdaLoraCallback"),
-    *("convert_peft", "without_adapters"),
+    *("convert_peft", "without_adapters", "pack_adapters"),
     *("save_adapter", "load_adapter", "merge", "save_lora", "save_adalora", "push"),
 }
 PAGE = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")

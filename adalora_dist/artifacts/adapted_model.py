@@ -248,7 +248,7 @@ class SaveAdapter:
             plain_path(f"{path}.{leaf}"): parameter
             for path, module in self._model.named_modules()
             if isinstance(module, TrainedModule)
-            for leaf, parameter in module.named_parameters(recurse=False)
+            for leaf, parameter in module.own_parameters().items()
         }
 
     def _needed(self) -> dict[str, nn.Parameter]:
@@ -288,7 +288,7 @@ def _value(path: str, parameter: torch.Tensor, given: Mapping[str, torch.Tensor]
                 f"{path} is sharded over processes: call trainer.save_model(folder) on every process instead of "
                 "model.save_pretrained"
             )
-        return parameter.detach().cpu()
+        return whole_tensor(parameter).cpu()
     if path not in given:
         raise UserError(f"state_dict lacks {path}, which the adapter needs: pass the whole state, or none")
     return given[path].detach().cpu()

@@ -1,4 +1,4 @@
-"""Whether blocks are compiled, as a setting of every run. Never imports torch."""
+"""What becomes of blocks before they train, as settings of every run. Never imports torch."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ class CompileConfig(ActivationsConfig):
     compile: bool = False
     """Train with transformer blocks that torch.compile has built, from the second step on: losses are the same up to
     rounding. Building takes a minute or so, and once more after the freeze where pruned triplets leave memory."""
+    pack_adapters: bool = True
+    """Under FSDP2 and ZeRO-3 let the engine have the adapters of a block (adalora, lora) as one parameter: it works as
+    much for each, however small. Not with compile, whose blocks have them one by one."""
 
     @model_validator(mode="after")
     def _recomputes_what_compiles(self) -> CompileConfig:

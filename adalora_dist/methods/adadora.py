@@ -29,6 +29,8 @@ from adalora_dist.methods.update import AdapterWeights, Update
 class AdaDoraLinear(RowLengths, SVDLinear):
     """Parameters: P and Qt of a :class:`TripletLayer`, which has lambda elsewhere, and dm."""
 
+    can_be_packed = False  # the lengths of rows are measured outside of a forward, too
+
     def __init__(
         self, base: nn.Module, d_in: int, d_out: int, rank: int, scale: float, dropout: float = 0.0, name: str = ""
     ) -> None:

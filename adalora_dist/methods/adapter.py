@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
 
 from adalora_dist.io.errors import UserError
+from adalora_dist.sharding.packing import Pack, packs_of
 from adalora_dist.sharding.tensors import full_numel, full_shape
 
 
@@ -20,6 +22,10 @@ class TrainedModule(nn.Module):
     def trained(self) -> dict[str, nn.Parameter]:
         """The trained parameters held here now, by the names that files have, whatever an engine does to paths."""
         raise NotImplementedError(f"{type(self).__name__}.trained")
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """What lies in this module itself, by its name there."""
+        return dict(self.named_parameters(recurse=False))
 
     def element_name(self, leaf: str, index: int) -> str:
         """What a person calls element ``index`` of the flattened parameter ``leaf``, for messages."""
@@ -51,6 +57,10 @@ class Adapter(TrainedModule):
     """Whether its forward asks ``takes_part``."""
     is_on: bool = True
     """False: what is adapted computes alone (:func:`without_adapters`)."""
+    can_be_packed: ClassVar[bool] = False
+    """Whether its forward reads its parameters within that of its block alone, and as attributes."""
+    packed: Mapping[str, Pack] = MappingProxyType({})
+    """Its parameters that lie in a pack of its block's, by name: an attribute as before."""
 
     def takes_part(self) -> bool:
         """Whether a forward has the adapter in it.
@@ -69,6 +79,8 @@ class Adapter(TrainedModule):
         A method of the base would compute without the adapter, and an engine must not take its mark on the base for
         one on the adapter.
         """
+        if (pack := self.packed.get(name)) is not None:
+            return pack.now(self, name)
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -83,7 +95,11 @@ class Adapter(TrainedModule):
             return value
 
     def trained(self) -> dict[str, nn.Parameter]:
-        return {f"{self.name}.{leaf}": p for leaf, p in self.named_parameters(recurse=False)}
+        return {f"{self.name}.{leaf}": p for leaf, p in self.own_parameters().items()}
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        packed = {leaf: cast(nn.Parameter, getattr(self, leaf)) for leaf in self.packed}
+        return packed | super().own_parameters()
 
     def element_name(self, leaf: str, index: int) -> str:
         return f"{self.name}.{leaf}"
@@ -125,7 +141,7 @@ class Adapter(TrainedModule):
     @property
     def part_size(self) -> int:
         """How many trained numbers one of its parts has."""
-        return sum(full_numel(p) for p in self.parameters(recurse=False))
+        return sum(full_numel(p) for p in self.own_parameters().values())
 
 
 def device_of(base: nn.Module) -> torch.device:
@@ -202,13 +218,14 @@ def trained_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
         if isinstance(module, TrainedModule)
         for name, p in module.trained().items()
     }
+    packs = {id(pack.flat): pack for module in model.modules() for pack in packs_of(module).values()}
     found: dict[str, torch.Tensor] = {}
     for path, parameter in model.named_parameters():
         if parameter.requires_grad:
-            name = own.get(id(parameter))
-            if name is None:
-                name = plain_path(path)
-            found[name] = parameter
+            pack = packs.get(id(parameter))
+            for part in [parameter] if pack is None else pack.parts:
+                name = own.get(id(part))
+                found[plain_path(path) if name is None else name] = part
     return found
 
 
@@ -220,5 +237,5 @@ def others_trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for path, module in model.named_modules():
         if not isinstance(module, TrainedModule):
             for leaf, parameter in module.named_parameters(recurse=False):
-                if parameter.requires_grad:
+                if parameter.requires_grad and leaf not in packs_of(module):
                     yield (f"{path}.{leaf}" if path else leaf), parameter

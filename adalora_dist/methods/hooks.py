@@ -29,6 +29,7 @@ from adalora_dist.io.ending import has_failed
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods import method_for
 from adalora_dist.methods.first_step import FirstStep
+from adalora_dist.methods.packing import check_packed
 from adalora_dist.methods.protocol import (
     Adapter,
     Method,
@@ -333,6 +334,7 @@ def attach(model: nn.Module, optimizer: Any, config: MethodConfig, total_steps: 
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     method.check_optimizer(model, optimizer)
+    check_packed(adapters, optimizer)
     method_step = method.step(adapters, total_steps)
     method_step.look_at(model)
     hooks = MethodHooks(model, method, method_step)

@@ -10,6 +10,8 @@ import torch
 from adalora_dist.io.errors import UserError
 from adalora_dist.sharding.base import ShardEngine, num_missing
 from adalora_dist.sharding.fsdp2 import Fsdp2Engine
+from adalora_dist.sharding.packed import PackedEngine
+from adalora_dist.sharding.packing import holders
 from adalora_dist.sharding.plain import PlainEngine
 from adalora_dist.sharding.zero import ZeroEngine
 
@@ -19,7 +21,8 @@ ENGINES: tuple[type[ShardEngine], ...] = (ZeroEngine, Fsdp2Engine, PlainEngine)
 
 def claimant(params: Sequence[torch.Tensor], optimizer: Any) -> type[ShardEngine] | None:
     """The kind of engine that has taken over ``params``; None if there is none. Arguments as :func:`select_engine`."""
-    return next((engine for engine in ENGINES if engine.claims(params, optimizer)), None)
+    held = holders(params)
+    return next((engine for engine in ENGINES if engine.claims(held, optimizer)), None)
 
 
 def select_engine(params: Sequence[torch.Tensor], optimizer: Any) -> ShardEngine:
@@ -33,11 +36,12 @@ def select_engine(params: Sequence[torch.Tensor], optimizer: Any) -> ShardEngine
     Raises:
         UserError: the optimizer does not hold the parameters, or holds them in a way that no engine supports.
     """
-    engine = claimant(params, optimizer)
+    engine, held = claimant(params, optimizer), holders(params)
     if engine is None:
         raise UserError(
-            f"{num_missing(params, optimizer)} of {len(params)} parameters are not in the optimizer, nor is it stepped "
+            f"{num_missing(held, optimizer)} of {len(held)} parameters are not in the optimizer, nor is it stepped "
             "by ZeRO stage 1, 2 or 3: make it of all trainable parameters, after adapt; with DeepSpeed bf16/fp16 use a "
             "stage from 1 to 3, with FSDP use version 2"
         )
-    return engine(params, optimizer)
+    inner = engine(held, optimizer)
+    return PackedEngine(params, inner) if PackedEngine.claims(params, optimizer) else inner

@@ -20,6 +20,15 @@ class Span(NamedTuple):
     stop: int
 
 
+def overlaps(span: Span, sizes: Sequence[int]) -> list[Span]:
+    """What ``span`` of a flat tensor has of each of the parts that lie in it one after the other, as spans of these."""
+    found, first = [], 0
+    for size in sizes:
+        found.append(Span(*(min(max(edge - first, 0), size) for edge in span)))
+        first += size
+    return found
+
+
 FactorKind = Literal["P", "lam", "Qt"]
 FACTORS_OF_MATRIX: tuple[FactorKind, ...] = ("P", "Qt")
 """What every adapted matrix has of its own; lambda is one vector for all of them (methods/adalora/layers.py)."""

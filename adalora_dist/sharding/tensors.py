@@ -1,7 +1,8 @@
 """What an engine does to a tensor, and to a model: asked here, so that no file elsewhere knows an engine's types.
 
 A tensor is either whole on this process (one process, DDP, ZeRO-1 and -2, and whatever no engine has taken over), a
-``DTensor`` (FSDP2), or marked by ZeRO-3, which keeps a part of it under another name and gathers it for a forward.
+``DTensor`` (FSDP2), or marked by ZeRO-3, which keeps a part of it under another name and gathers it for a forward. Or
+it stands for a part of a packed one (``packing.py``), which is one of these.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from adalora_dist.sharding.packing import holder, pack_of
 from adalora_dist.sharding.spans import Span
 
 
 def is_whole(tensor: torch.Tensor) -> bool:
     """Whether no engine shards this tensor. What a sharding engine has gathered for a moment does not count."""
+    tensor = holder(tensor)
     return not isinstance(tensor, DTensor) and not hasattr(tensor, "ds_id")
 
 
@@ -36,12 +39,18 @@ def full_numel(tensor: torch.Tensor) -> int:
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds for good, detached, as a view: all of it, rows (FSDP2), or a flat slice (ZeRO-3)."""
+    if pack_of(tensor) is not None:
+        return local_elements(tensor)[0]
     local = tensor.to_local() if isinstance(tensor, DTensor) else getattr(tensor, "ds_tensor", tensor)
     return local.detach()
 
 
 def local_elements(tensor: torch.Tensor) -> tuple[torch.Tensor, Span]:
     """What this process holds for good, flat and without padding, as a view; and which elements of the whole it is."""
+    if (pack := pack_of(tensor)) is not None:
+        (flat, held), first = local_elements(pack.flat), pack.start(tensor)
+        start, stop = (min(max(edge - first, 0), tensor.numel()) for edge in held)
+        return flat.narrow(0, min(max(first + start - held.start, 0), len(flat)), stop - start), Span(start, stop)
     local = local_part(tensor).view(-1)
     if isinstance(tensor, DTensor):
         start = first_row(tensor) * tensor.shape[1:].numel() if local.numel() else 0
@@ -64,6 +73,8 @@ def first_row(tensor: torch.Tensor) -> int:
 
 def held_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     """Everything that this process has of a tensor in memory now; for counting bytes."""
+    if pack_of(tensor) is not None:
+        return [local_part(tensor)]
     if isinstance(tensor, DTensor):
         return [tensor.to_local()]
     # ZeRO-3: this process's partition, and the whole where a small parameter stays gathered.
@@ -72,6 +83,9 @@ def held_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 def whole_tensor(parameter: torch.Tensor) -> torch.Tensor:
     """The whole parameter, detached, on every process, as the next forward has it. Collective where it is sharded."""
+    if (pack := pack_of(parameter)) is not None:
+        whole = whole_tensor(pack.flat)
+        return whole.narrow(0, pack.start(parameter), parameter.numel()).view(parameter.shape)
     if isinstance(parameter, DTensor):
         return parameter.full_tensor().detach()
     if hasattr(parameter, "ds_id"):  # ZeRO-3

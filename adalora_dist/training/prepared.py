@@ -13,16 +13,19 @@ from adalora_dist.artifacts.checkpoints.content import Checkpoint, held_parts, l
 from adalora_dist.backbones.activations import checkpoint_activations
 from adalora_dist.backbones.load import load_tokenizer
 from adalora_dist.backbones.sharded_load import read_shards, read_trained_modules
+from adalora_dist.config.engines import BACKBONE_SHARDING
 from adalora_dist.config.sections import RunConfig, TrainConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods import method_for
 from adalora_dist.methods.hooks import MethodHooks, attach
+from adalora_dist.methods.packing import pack_adapters
 from adalora_dist.methods.prefix_text import check_text
 from adalora_dist.methods.protocol import adapters_of, trained_parameters
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.training.backbone_checks import check_backbone, refuse_own_layers
 from adalora_dist.training.compiled import compile_blocks
 from adalora_dist.training.engine import engine_name, tied_weights_in_one_group
+from adalora_dist.training.prefetch import prefetch_blocks
 from adalora_dist.training.resume import compare_backbone, set_loss_scale
 
 
@@ -77,6 +80,8 @@ def prepare(
         adapters = adapters_of(model)
         method.shrink(adapters, held_parts(resumed, adapters))
     read_trained_modules(model)
+    if config.train.pack_adapters and not config.train.compile and engine_name(accelerator) in BACKBONE_SHARDING:
+        pack_adapters(model, config.adapter)
     optimizer = method.optimizer(model, config.train)
     hooks = attach(model, optimizer, config.adapter, num_steps)
     checkpoint_activations(model, config.train)
@@ -89,6 +94,8 @@ def prepare(
         set_loss_scale(accelerator, wrapped, resumed.run["loss_scale"])
     elif tokens:
         hooks.start(model, wrapped, tokens)
+    if config.train.fsdp_prefetch:
+        prefetch_blocks(model, config.train.fsdp_prefetch)
     if config.train.compile:
         compile_blocks(model, hooks)
     return prepared

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from adalora_dist.config.methods import AdaLoraConfig
 from adalora_dist.methods.hooks import MethodHooks, attach
+from adalora_dist.methods.packing import pack_adapters
 from tests.support import quantized_runs
 from tests.support.engine_steps import zero_engine
 from tests.support.models import adapted_net, config, global_batch
@@ -65,6 +66,8 @@ def run(rank: int, world_size: int, case: Case) -> dict[str, Any]:
     """One whole run with weight decay; what this rank saw."""
     model: Any = adapted_net(case.settings, **dict(case.sizes))
     model.head.requires_grad_("head" in case.options)  # trained, but no adapter
+    if "packed" in case.options:
+        assert pack_adapters(model, case.settings) == 8
     if case.engine in ("fsdp2", "hsdp"):
         shape = (2, world_size // 2) if case.engine == "hsdp" else (world_size,)
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
@@ -150,6 +153,10 @@ def check(case: Case) -> None:
 
 
 EVERY = [Case("plain"), Case("fsdp2", 2, options=("no_reshard", "evaluated")), Case("zero3", 2)]
+EVERY += [
+    Case("fsdp2", 2, options=("packed", "no_reshard", "evaluated")),
+    Case("zero3", 2, persist=0, options=("packed", "evaluated")),
+]
 MORE = [
     Case("fsdp2", 2),
     Case("ddp", 2, accumulation=2),
@@ -168,6 +175,13 @@ MORE = [
     Case("zero3", 3, persist=0, options=("head",)),
     Case("zero3", 2, accumulation=2, options=("sub_groups",)),
     Case("zero3", 2, persist=0, options=("offload",)),
+    Case("fsdp2", 3, accumulation=2, options=("packed", "head", "every_layer")),
+    Case("hsdp", 4, options=("packed",)),
+    Case("fsdp2", 2, options=("packed", "offload")),
+    Case("zero3", 3, accumulation=2, options=("packed", "head")),
+    Case("zero3", 2, persist=0, options=("packed", "sub_groups")),
+    Case("zero3", 2, persist=0, options=("packed", "offload")),
+    Case("plain", options=("packed", "head")),
 ]
 
 

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from adalora_dist.config.methods import AdaLoraConfig
 from adalora_dist.methods.adalora.layers import LAMBDAS_NAME
 from adalora_dist.methods.hooks import attach
+from adalora_dist.methods.packing import pack_adapters
 from tests.support.engine_steps import backward_and_step, zero_engine
 from tests.support.models import adapted_net, config, global_batch
 from tests.support.ranks import import_deepspeed, run_ranks
@@ -55,6 +56,8 @@ def run(rank: int, world_size: int, case: Case) -> dict[str, Any]:
     """One whole run; what this rank saw."""
     model: Any = adapted_net(case.settings, **dict(case.sizes))
     unused = model.blocks[1] if "unused_once" in case.options else None
+    if "packed" in case.options:
+        assert pack_adapters(model, case.settings) == 8
     if case.engine in ("fsdp2", "hsdp"):
         shape = (2, world_size // 2) if case.engine == "hsdp" else (world_size,)
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
@@ -192,6 +195,34 @@ def test_same_patterns_and_losses_as_one_process(engine, world_size, name, accum
 
 
 UNEVEN = (("d", 5), ("hidden", 11))
+
+
+PACKED = [
+    Case("plain", 1, options=("packed",)),
+    Case("fsdp2", 2, 4, 0.05, options=("packed",)),
+    Case("fsdp2", 3, options=("packed", "no_reshard", "fused"), sizes=UNEVEN),
+    Case("zero3", 3, persist=0, options=("packed",), sizes=UNEVEN),
+    Case("zero3", 2, persist=0, options=("packed", "unused_once")),
+]
+MORE_PACKED = [
+    Case("hsdp", 4, options=("packed",)),
+    Case("fsdp2", 2, options=("packed", "offload")),
+    Case("fsdp2", 2, options=("packed", "unused_once")),
+    Case("zero3", 2, 4, 0.05, options=("packed",)),
+    Case("zero3", 2, persist=0, options=("packed", "sub_groups")),
+    Case("zero3", 2, persist=0, options=("packed", "offload")),
+    Case("zero2", 2, options=("packed",)),
+    Case("ddp", 2, options=("packed",)),
+]
+PACKED += [pytest.param(case, marks=pytest.mark.slow) for case in MORE_PACKED]
+
+
+@pytest.mark.parametrize("case", PACKED, ids=str)
+def test_packed_parameters_are_those_of_their_parts(case):
+    for result in check(case):
+        assert result["engine"] == "PackedEngine"
+
+
 MATCHED = SETTINGS.model_copy(update={"start": "matched", "init": None})
 SPECIAL = [
     Case("zero3", 2, persist=0),

@@ -30,6 +30,7 @@ class Net(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(Block(d, hidden, bias) for _ in range(num_blocks))
         self.head = nn.Linear(d, 3)
+        self._no_split_modules = ["Block"]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:

@@ -231,20 +231,30 @@ def without_speed(metrics: str) -> list[dict[str, Any]]:
 
 
 def assert_continues_elsewhere(
-    model: Path, folder: Path, engine: str, world_size: int, other: str, other_size: int, stop: int = 25
+    model: Path,
+    folder: Path,
+    engine: str,
+    world_size: int,
+    other: str,
+    other_size: int,
+    stop: int = 25,
+    packs: tuple[bool, bool] = (True, True),
 ) -> float:
     """State equal bit for bit, next pattern identical. Returns the relative difference of the next loss.
 
     From step ``STEPS - FINAL`` on the pattern is frozen: stopped after it, pruned triplets are in memory no more.
+
+    Args:
+        packs: ``pack_adapters`` of the run, and of the one that continues elsewhere.
     """
     project = new_project(model, folder / "project")
-    changes: dict[str, Any] = {"dropout": 0.0, "keep_checkpoints": STEPS}
+    changes: dict[str, Any] = {"dropout": 0.0, "keep_checkpoints": STEPS, "pack_adapters": packs[0]}
     later = -(-stop // INTERVAL) * INTERVAL + 1  # the next selection is in between
     run_ranks(world_size, run, engine, configuration(project, world_size, **changes), (stop, 1), timeout=400)
     there = folder / "there"
     shutil.copytree(project, there, symlinks=True)
     for where, name, size, resaved in ((project, engine, world_size, None), (there, other, other_size, folder / "re")):
-        config = configuration(where, size, resume="auto", **changes)
+        config = configuration(where, size, resume="auto", **{**changes, "pack_adapters": packs[where is there]})
         run_ranks(size, run, name, config, (later, 0), resaved, timeout=400)
     for where, size in ((project, world_size), (there, other_size)):
         newest = newest_checkpoint(where / "run" / "checkpoints")

@@ -139,6 +139,16 @@ def test_continues_on_every_other_engine_and_size(
     assert assert_continues_elsewhere(model, tmp_path, *pair, stop=stop) < 1e-6
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("packs", [(True, False), (False, True)])
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("stop", [25, STEPS - FINAL + 5])
+def test_continues_with_packed_adapters_and_without(
+    model: Path, tmp_path: Path, engine: str, stop: int, packs: tuple[bool, bool]
+) -> None:
+    assert assert_continues_elsewhere(model, tmp_path, engine, 2, engine, 3, stop=stop, packs=packs) < 1e-6
+
+
 # ---------------------------------------------------------------------------------------------------- may it continue?
 
 

@@ -125,6 +125,8 @@ class SVDLinear(TripletLayer, Mergeable):
     branch computes in the type of the base's output.
     """
 
+    can_be_packed = True
+
     def __init__(
         self, base: nn.Module, d_in: int, d_out: int, rank: int, scale: float, dropout: float = 0.0, name: str = ""
     ) -> None:
@@ -238,6 +240,8 @@ class Lambdas(TrainedModule):
     def part(self, layer: TripletLayer) -> torch.Tensor:
         """scale * P diag(lambda) of one layer, (d_out, r); its scale * lambda, (r,), where P is not at hand or no
         gradient is wanted."""
+        if "P" in layer.packed:
+            layer.packed["P"].check_running(layer.name)
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler fuses what is written out
             return self._own(layer)
         is_backward, position = torch._C._current_graph_task_id() != -1, layer.position  # in a checkpoint's second run
@@ -289,9 +293,10 @@ class Lambdas(TrainedModule):
         self._products = [None] * len(self._active)
         # FSDP2's P are sharded until their block has gathered them. ZeRO-3 would gather those of other layers here if
         # they were as much as looked at, so the first one decides.
-        self._is_whole = all(_is_at_hand(layer) for layer in (first, *self._active))
+        self._is_whole = all(_is_at_hand(layer) and not layer.packed for layer in (first, *self._active))
         if self._is_whole:
             self._edits_then = [self._edits(layer) for layer in self._active]
+            self._make(0, len(self._active))  # whichever layer a forward begins with: a decoder's come before
         if scaled.requires_grad:
             scaled.register_hook(lambda _: self.release())
 
@@ -315,7 +320,9 @@ class Lambdas(TrainedModule):
 
 
 def _is_at_hand(layer: TripletLayer) -> bool:
-    """Whether all of P can be read now: for good, or because FSDP2 has gathered its block."""
+    """Whether all of P can be read now: for good, or because its block has been gathered."""
+    if (pack := layer.packed.get("P")) is not None:
+        return pack.is_running
     return type(layer.P) is nn.Parameter and is_whole(layer.P)
 
 

@@ -28,6 +28,7 @@ from adalora_dist.methods.protocol import Adapter, Method, Step, adapters_of
 from adalora_dist.methods.sites import find_sites, put_around, put_in_place, site_shapes
 from adalora_dist.methods.sizes import Sizes
 from adalora_dist.methods.update import AdapterWeights, Update
+from adalora_dist.sharding.packing import holder
 
 
 def _start(
@@ -104,7 +105,7 @@ class TripletMethod(Method):
         trained: list[torch.Tensor] = [p for p in model.parameters() if p.requires_grad]
         if ratio == 1:
             return {1.0: trained}
-        of_p = {id(layer.P) for layer in adapters_of(model) if isinstance(layer, TripletLayer) and layer.rank}
+        of_p = {id(holder(layer.P)) for layer in adapters_of(model) if isinstance(layer, TripletLayer) and layer.rank}
         return {1.0: [p for p in trained if id(p) not in of_p], ratio: [p for p in trained if id(p) in of_p]}
 
     def reset(self, layer: TripletLayer, generator: torch.Generator) -> None:

@@ -13,7 +13,8 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from adalora_dist.methods.protocol import TrainedModule
-from adalora_dist.sharding.tensors import local_part
+from adalora_dist.sharding.packing import packs_of
+from adalora_dist.sharding.tensors import local_elements
 from adalora_dist.tasks.losses import LossSum
 
 
@@ -96,17 +97,27 @@ class _Watched:
     def _gradient(self, name: str, module: nn.Module, gradient: torch.Tensor) -> None:
         finite = torch.isfinite(gradient)
         if not finite.all():
-            if isinstance(module, TrainedModule):
-                first = int(finite.logical_not().flatten().nonzero()[0])
-                name = module.element_name(name.rpartition(".")[2], first)
-            self.note(2, f"the gradient of {name}")
+            first = int(finite.logical_not().flatten().nonzero()[0])
+            self.note(2, f"the gradient of {_element_name(name, module, first)}")
+
+
+def _element_name(name: str, module: nn.Module, index: int) -> str:
+    """What a person calls element ``index`` of the flattened parameter ``name``, a leaf of ``module``."""
+    leaf = name.rpartition(".")[2]
+    if (pack := packs_of(module).get(leaf)) is not None:
+        module, leaf, index = pack.element(index)
+    return module.element_name(leaf, index) if isinstance(module, TrainedModule) else name
 
 
 def _bad_weight(model: nn.Module) -> str | None:
-    for name, parameter in model.named_parameters():
-        local = local_part(parameter)
-        if local.is_floating_point() and not torch.isfinite(local).all():
-            return f"the weight {_plain(name)}"
+    for path, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            local, span = local_elements(parameter)
+            if local.is_floating_point() and not (finite := torch.isfinite(local)).all():
+                name = f"{path}.{leaf}" if path else leaf
+                if leaf in packs_of(module):
+                    name = _element_name(name, module, span.start + int(finite.logical_not().nonzero()[0]))
+                return f"the weight {_plain(name)}"
     return None
 
 

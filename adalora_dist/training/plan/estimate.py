@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adalora_dist.sharding.spans import Factor, Span, cut_rows
+from adalora_dist.sharding.spans import Factor, Span, cut_rows, overlaps
 from adalora_dist.training.plan.cluster import Cluster
 from adalora_dist.training.plan.memory import FLOAT32, ROOT, ZERO_REUSED, Tensor
 
@@ -26,19 +26,23 @@ class Traffic:
 
 
 def traffic_of(
-    tensors: Sequence[Tensor], factors: Sequence[Factor], cluster: Cluster, compute_bytes: int, micro_steps: int
+    tensors: Sequence[Tensor],
+    parameters: Sequence[Sequence[Factor]],
+    cluster: Cluster,
+    compute_bytes: int,
+    micro_steps: int,
 ) -> Traffic:
     """
     Args:
-        factors: of AdaLoRA, all P, Q and lambda; none with other methods.
+        parameters: of AdaLoRA: P, Q and lambda, those together that are packed, lambda last; none with other methods.
     """
     world, engine = cluster.world_size, cluster.engine
     if world == 1:
         return Traffic(0, 0, 0)
-    of_method = 0
+    of_method, factors = 0, [factor for parts in parameters for factor in parts]
     if factors and engine in ("fsdp2", "zero1", "zero2", "zero3"):
         grams = sum(f.rank**2 for f in factors if f.orthogonal)
-        of_method = FLOAT32 * (grams + split_elements(factors, engine, world) + 1)
+        of_method = FLOAT32 * (grams + split_elements(parameters, engine, world) + 1)
     allocation = FLOAT64 * (factors[-1].rank + DIGEST_NUMBERS) if factors else 0
     return Traffic(_of_engine(tensors, engine, world, compute_bytes, micro_steps), of_method, allocation)
 
@@ -66,22 +70,27 @@ def _first_in_backward(tensors: Sequence[Tensor]) -> int:
     return min((t.group for t in tensors if t.is_trained and t.group != ROOT), default=0)
 
 
-def split_elements(factors: Sequence[Factor], engine: str, world: int) -> int:
-    """Elements of rows of P and Q that are cut between processes: none in blocks of rows; at most so many in slices."""
-    if engine == "fsdp2":
-        return 0
-    if engine != "zero3":  # one flat buffer of all parameters: as many cuts as processes, less one
-        return max(f.rank for f in factors if f.orthogonal) * (world - 1)
-    counted: dict[tuple[int, int], int] = {}
+def split_elements(parameters: Sequence[Sequence[Factor]], engine: str, world: int) -> int:
+    """Elements of rows of P and Q that are cut between processes: none in blocks of rows; at most so many in slices.
+
+    Args:
+        parameters: as of :func:`traffic_of`.
+    """
+    if engine in ("zero1", "zero2"):  # one flat buffer of all parameters: as many cuts as processes, less one
+        return max(f.rank for parts in parameters for f in parts if f.orthogonal) * (world - 1)
+    counted: dict[tuple[tuple[int, int], ...], int] = {}
     total = 0
-    for factor in factors:
-        if factor.orthogonal:
-            key = factor.rows, factor.rank
-            if key not in counted:
-                chunk = -(-factor.numel // world)
-                spans = [Span(min(r * chunk, factor.numel), min((r + 1) * chunk, factor.numel)) for r in range(world)]
-                counted[key] = factor.rank * len({f.row for span in spans for f in cut_rows([factor], [span])})
-            total += counted[key]
+    for parts in parameters:
+        if len(parts) == 1 and (engine == "fsdp2" or not parts[0].orthogonal):
+            continue
+        key = tuple((factor.rows, factor.rank) for factor in parts)
+        if key not in counted:
+            sizes = [factor.numel for factor in parts]
+            numel, chunk = sum(sizes), -(-sum(sizes) // world)
+            held = [Span(min(r * chunk, numel), min((r + 1) * chunk, numel)) for r in range(world)]
+            cut = {(f.factor, f.row) for span in held for f in cut_rows(parts, overlaps(span, sizes))}
+            counted[key] = sum(parts[k].rank for k, _ in cut)
+        total += counted[key]
     return total
 
 

@@ -3,7 +3,7 @@
 Per process, N processes; W weights of the backbone, A what is trained (float32), both in bytes:
 
     single, ddp   W and A whole; moments 2 A, importance 4 A; ddp: buckets of A besides
-    fsdp2         rows of each tensor, ceil(rows / N); gathered, two groups at a time: the one in use and the next
+    fsdp2         rows of each tensor, ceil(rows / N); gathered, the group in use and its neighbour
     zero1, zero2  W and A whole; a float32 copy and moments of A / N, importance of A / N; reduction buckets
     zero3         flat slices of W and A, ceil(elements / N); a float32 copy besides; gathered, up to a thousand million
                   elements (``stage3_max_live_parameters``); reduction bucket
@@ -146,7 +146,8 @@ def _gathered(tensors: Sequence[Tensor], engine: str, compute_bytes: int, packed
     groups: dict[int, float] = {}
     for t in tensors:
         groups[t.group] = groups.get(t.group, 0.0) + size(t)
-    return round(2 * max(groups.values()))
+    in_order = [groups[group] for group in sorted(groups)]
+    return round(max(a + b for a, b in zip(in_order, [*in_order[1:], 0.0], strict=True)))
 
 
 def after_freeze(before: Memory, share: float, is_compacted: bool) -> Memory:

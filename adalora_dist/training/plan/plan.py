@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,13 @@ from adalora_dist.backbones.linears import linear_shape
 from adalora_dist.backbones.load import dtype_named, name_blocks
 from adalora_dist.backbones.parts import input_embeddings
 from adalora_dist.backbones.quantization import check_engine
+from adalora_dist.config.engines import BACKBONE_SHARDING
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.methods.adalora.layers import SVDLinear
 from adalora_dist.methods.adalora.schedule import BudgetSchedule
+from adalora_dist.methods.packing import pack_adapters
 from adalora_dist.methods.protocol import adapters_of
+from adalora_dist.sharding.packing import packs_of
 from adalora_dist.sharding.spans import FACTORS_OF_MATRIX, Factor
 from adalora_dist.training.engine import num_micro_steps
 from adalora_dist.training.plan.cluster import Cluster
@@ -62,8 +66,10 @@ class Planner:
         self, config: RunConfig, auto_class: Any, settings: Any, model: nn.Module, schedule: BudgetSchedule | None
     ) -> None:
         self.config, self._auto_class, self._settings, self._schedule = config, auto_class, settings, schedule
-        self._tensors = list(_tensors(model))
-        self._factors = list(_factors(model))
+        self._tensors, self._parameters = list(_tensors(model)), [[factor] for factor in _factors(model)]
+        model = copy.deepcopy(model)
+        pack_adapters(model, config.adapter)
+        self._packed = list(_tensors(model)), list(_packed(model, [factor for [factor] in self._parameters]))
         self._num_matmul = sum(t.numel for t in self._tensors if t.is_quantized)
         self._dtype = dtype_named(config.model.dtype) or getattr(settings, "dtype", None) or torch.float32
         self._alone: dict[tuple[Any, ...], StepBytes] = {}
@@ -86,8 +92,11 @@ class Planner:
         if key not in self._alone:
             self._alone[key] = step_bytes(config, self._auto_class, self._settings, self._dtype, micro_batch)
         compute = 4 if train.precision == "fp32" else 2
+        tensors, parameters = self._tensors, self._parameters
+        if cluster.engine in BACKBONE_SHARDING and train.pack_adapters and not train.compile:
+            tensors, parameters = self._packed
         before = memory_of(
-            self._tensors, self._alone[key], cluster, self._dtype.itemsize, compute, config.adapter.adapts_ranks,
+            tensors, self._alone[key], cluster, self._dtype.itemsize, compute, config.adapter.adapts_ranks,
             quantization.quantization, quantization.double_quant, micro_steps,
         )  # fmt: skip
         schedule = self._schedule
@@ -96,13 +105,13 @@ class Planner:
         trained = FLOAT32 * sum(t.numel for t in self._tensors if t.is_trained)
         frozen = sum(t.numel for t in self._tensors if not t.is_trained)
         tokens = train.batch_size * longest(config)
-        traffic = traffic_of(self._tensors, self._factors, cluster, compute, micro_steps)
+        traffic = traffic_of(tensors, parameters, cluster, compute, micro_steps)
         return Plan(
             cluster, before, after_freeze(before, share, is_compacted), micro_batch, micro_steps, tokens, traffic,
             time_of(self._num_matmul, tokens, cluster, traffic, train.gradient_checkpointing,
                     config.adapter.trains_backbone),
             # Values, two moments, and with AdaLoRA both averages.
-            checkpoint_bytes=trained * (5 if self._factors else 3),
+            checkpoint_bytes=trained * (5 if parameters else 3),
             merged_bytes=frozen * self._dtype.itemsize if frozen else trained,
             adapter_bytes=round(trained * share),
         )  # fmt: skip
@@ -175,3 +184,13 @@ def _factors(model: nn.Module) -> Iterator[Factor]:
             first += layer.rank
     if first:
         yield Factor("lam", 1, first, 0)
+
+
+def _packed(model: nn.Module, factors: Sequence[Factor]) -> Iterator[list[Factor]]:
+    """``factors`` as a packed model has them: those of a pack together, lambda last."""
+    adapters = [a for a in adapters_of(model) if isinstance(a, SVDLinear) and a.rank]
+    places = [(adapter, kind) for adapter in adapters for kind in FACTORS_OF_MATRIX]
+    of_place: dict[Any, Factor] = dict(zip(places, factors, strict=False))  # LoRA has none
+    for module in model.modules() if of_place else ():
+        yield from ([of_place.pop(place) for place in pack.places] for pack in packs_of(module).values())
+    yield from ([factor] for factor in [*of_place.values(), *factors[len(places) :]])

@@ -1,0 +1,178 @@
+"""Packs: the trained parameters of a block as one flat parameter, for engines that pay for each parameter they have.
+
+FSDP2 takes some five operations for a parameter in every step, ZeRO-3 some twenty, however small it is; a LLaMA block
+has fourteen adapter parameters. Packed, an engine has one there, which it cuts as it likes: what a rank holds of P or
+Q^T is a span as ever, and names, checkpoints and exports are those of the parts.
+
+The flat parameter is the block's own, so both engines have it gathered while the block runs, in backward, too. For that
+time a part is a view of it; otherwise it stands for itself, on the meta device, and :mod:`.tensors` and
+:mod:`.packed` know where its numbers are.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from adalora_dist.io.errors import UserError
+
+LEAF = "packed_adapters"
+"""What the flat parameters of a block are called in it, with a number behind."""
+
+
+class Pack:
+    """One flat parameter of ``block`` in the place of several parameters within it.
+
+    Args:
+        block: its forward begins and ends the time for which parts are views.
+        places: (module, name) of each; of one type and device.
+    """
+
+    def __init__(self, block: nn.Module, number: int, places: Sequence[tuple[nn.Module, str]]) -> None:
+        self.block, self.leaf = block, f"{LEAF}{number}"
+        self.is_running = False
+        """Whether the block's forward is under way, and so the flat parameter at hand."""
+        # Equal shapes lie side by side: one operation cuts them all.
+        self.places = sorted(places, key=lambda place: tuple(getattr(*place).shape))
+        held = [cast(nn.Parameter, getattr(*place)) for place in self.places]
+        flat = nn.Parameter(torch.cat([p.detach().reshape(-1) for p in held]))
+        self._lay_out([_part(self, p.shape) for p in held])
+        for module, name in self.places:
+            delattr(module, name)
+        packs: dict[str, Pack] = block.__dict__.setdefault("adapter_packs", {})
+        packs[self.leaf] = self
+        block.register_parameter(self.leaf, flat)
+        block.register_forward_pre_hook(self._begin)
+        block.register_forward_hook(self._end, always_call=True)  # a checkpoint's second forward ends in an exception
+
+    def _lay_out(self, parts: list[nn.Parameter]) -> None:
+        self._views: list[torch.Tensor] | None = None
+        self.parts = parts
+        """What stands for each, in order."""
+        self.sizes = [part.numel() for part in parts]
+        self._index = {place: k for k, place in enumerate(self.places)}
+        self._shapes = [(shape, len(list(equal))) for shape, equal in groupby(part.shape for part in parts)]
+
+    @property
+    def flat(self) -> nn.Parameter:
+        """The parameter as the engine has it now."""
+        flat: nn.Parameter = getattr(self.block, self.leaf)
+        return flat
+
+    def now(self, module: nn.Module, name: str) -> torch.Tensor:
+        """A part: its numbers while the block runs, otherwise what stands for it."""
+        index = self._index[module, name]
+        if not self.is_running:
+            return self.parts[index]
+        if self._views is None:
+            self._views = self._cut()
+        return self._views[index]
+
+    def _cut(self) -> list[torch.Tensor]:
+        views: list[torch.Tensor] = []
+        chunks = self.flat.split([shape.numel() * count for shape, count in self._shapes])
+        for chunk, (shape, count) in zip(chunks, self._shapes, strict=True):
+            views += chunk.view(count, *shape).unbind() if count > 1 else [chunk.view(shape)]
+        return views
+
+    def _begin(self, *_: Any) -> None:
+        self.is_running, self._views = True, None  # what an engine gathers anew may lie elsewhere
+
+    def _end(self, *_: Any) -> None:
+        self.is_running, self._views = False, None
+
+    def check_running(self, name: str) -> None:
+        """Raise where ``name``, of which there are parts here, is computed and there are no numbers of them.
+
+        Raises:
+            UserError: the block's forward is not under way.
+        """
+        if not self.is_running:
+            raise UserError(
+                f"{name} is computed outside of the forward of {type(self.block).__name__}, with whose adapters it is "
+                "packed: set pack_adapters to false"
+            )
+
+    def index_of(self, part: torch.Tensor) -> int:
+        """Which of :attr:`parts` it is."""
+        return next(k for k, own in enumerate(self.parts) if own is part)
+
+    def start(self, part: torch.Tensor) -> int:
+        """Where a part begins in the flat parameter."""
+        return sum(self.sizes[: self.index_of(part)])
+
+    def left(self, columns: Mapping[tuple[nn.Module, str], torch.Tensor]) -> torch.Tensor:
+        """Indices of what stays of the flat parameter where parts keep ``columns``; those that are not named, all."""
+        kept, first = [], 0
+        for place, part in zip(self.places, self.parts, strict=True):
+            elements = torch.arange(first, first + part.numel()).view(part.shape)
+            kept.append(elements if place not in columns else elements.index_select(-1, columns[place].cpu()))
+            first += part.numel()
+        return torch.cat([elements.flatten() for elements in kept])
+
+    def shrink(self, columns: Mapping[tuple[nn.Module, str], torch.Tensor]) -> None:
+        """The flat parameter is that of :meth:`left` now. A part without columns is gone, one that is cut another."""
+        left: dict[tuple[nn.Module, str], nn.Parameter] = {}
+        for place, part in zip(self.places, self.parts, strict=True):
+            if place not in columns:
+                left[place] = part
+            elif len(columns[place]):
+                left[place] = _part(self, torch.Size((*part.shape[:-1], len(columns[place]))))
+            else:
+                cast(Any, place[0]).packed.pop(place[1])
+        self.places = list(left)
+        self._lay_out(list(left.values()))
+        if not left:
+            packs_of(self.block).pop(self.leaf)
+
+    def element(self, index: int) -> tuple[nn.Module, str, int]:
+        """(module, name, index in the flattened part) of element ``index`` of the flat parameter."""
+        for (module, name), size in zip(self.places, self.sizes, strict=True):
+            if index < size:
+                return module, name, index
+            index -= size
+        raise IndexError(index)
+
+
+class _Part(nn.Parameter):
+    """What stands for a part: its shape and type, no numbers."""
+
+    pack: Pack
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        """Of a model with its packs."""
+        memo[id(self)] = copied = _part(copy.deepcopy(self.pack, memo), self.shape)
+        return copied
+
+
+def _part(pack: Pack, shape: torch.Size) -> nn.Parameter:
+    part = _Part(torch.empty(shape, device="meta"))
+    part.pack = pack
+    return part
+
+
+def pack_of(tensor: torch.Tensor) -> Pack | None:
+    """The pack that ``tensor`` stands for a part of."""
+    return getattr(tensor, "pack", None)
+
+
+def holder(tensor: torch.Tensor) -> torch.Tensor:
+    """What an engine and an optimizer have in the place of ``tensor``: its pack's flat parameter, or itself."""
+    pack = pack_of(tensor)
+    return tensor if pack is None else pack.flat
+
+
+def holders(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """:func:`holder` of all, each once, in order."""
+    return list({id(held): held for held in map(holder, tensors)}.values())
+
+
+def packs_of(module: nn.Module) -> dict[str, Pack]:
+    """The packs whose flat parameters are ``module``'s own, by the names that those have in it."""
+    packs: dict[str, Pack] = module.__dict__.get("adapter_packs", {})
+    return packs
