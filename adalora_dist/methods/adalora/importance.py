@@ -16,6 +16,7 @@ import torch
 ImportanceKind = Literal["sensitivity_uncertainty", "sensitivity", "magnitude"]
 
 _CHUNK = 2**17  # elements that a CPU core works on at a time: the three vectors then stay in its cache
+_MAGNITUDE = 0x7FFFFFFF  # the bits of a float32 but its sign
 
 
 class Vectors(NamedTuple):
@@ -44,10 +45,9 @@ def shares_of(beta1: float, beta2: float, skip: torch.Tensor | None = None) -> S
     """Arguments as of :func:`update_averages`."""
     if skip is None:
         return Shares(1 - beta1, 1 - beta2, None)
-    done = 1 - skip
-    first = (1 - beta1) * done
-    second = first if beta2 == beta1 else (1 - beta2) * done
-    return Shares(first, second, done.to(torch.int32).mul_(0x7FFFFFFF))
+    first = torch.rsub(skip, 1 - beta1, alpha=1 - beta1)
+    second = first if beta2 == beta1 else torch.rsub(skip, 1 - beta2, alpha=1 - beta2)
+    return Shares(first, second, torch.rsub(skip.int(), _MAGNITUDE, alpha=_MAGNITUDE))
 
 
 def update_averages(
