@@ -26,20 +26,20 @@ CACHED_PORTION = 2**17
 """Elements of a portion at most on a CPU: what a step reads and writes of them then stays in a core's cache."""
 
 
-def portion_elements(num_elements: int, device_type: str = "cuda") -> int:
-    """Elements that a portion may have, of all that a rank holds on a device."""
+def portion_elements(num_elements: int, cached: bool = False) -> int:
+    """Elements that a portion may have, of all that a rank holds; ``cached``: as on a CPU."""
     elements = max(MIN_PORTION, -(-num_elements // MAX_PORTIONS))
-    return min(elements, CACHED_PORTION) if device_type == "cpu" else elements
+    return min(elements, CACHED_PORTION) if cached else elements
 
 
-def state_bytes(num_elements: int, device_type: str = "cuda") -> dict[str, int]:
+def state_bytes(num_elements: int, cached: bool = False) -> dict[str, int]:
     """Bytes that training P, Q and lambda takes on a rank that holds so many elements of them, by purpose.
 
     All is float32: ``parameters``, ``gradients``, the two ``moments`` of AdamW, the two averages of ``importance``
     until the pattern is frozen, and the ``portions`` that a step works in.
     """
     of_element = {"parameters": 4, "gradients": 4, "moments": 8, "importance": 8}
-    portions = 8 * min(num_elements, portion_elements(num_elements, device_type))
+    portions = 8 * min(num_elements, portion_elements(num_elements, cached))
     return {purpose: size * num_elements for purpose, size in of_element.items()} | {"portions": portions}
 
 
@@ -78,7 +78,9 @@ class BoundTriplets:
         of_ranks = [spans[: len(factors)] for spans in spans_of_ranks(engine)]
         in_one = engine.num_firings > 1 or config.importance_order == "after"
         num_elements = sum(span.stop - span.start for span in self.spans)
-        self.layout = SpanLayout(factors, self.spans, None if in_one else portion_elements(num_elements, device.type))
+        # A kernel passes over memory once, and is built anew for each length of a portion.
+        cached = device.type == "cpu" and config.importance_kernel == "eager"
+        self.layout = SpanLayout(factors, self.spans, None if in_one else portion_elements(num_elements, cached))
         self.sums = TripletSums(
             self.layout,
             of_ranks,
