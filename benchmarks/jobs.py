@@ -1,6 +1,10 @@
-"""The same fine-tuning job by this project, by PEFT with HF Trainer, and by TRL, each in a process of its own. On CPU.
+"""The same fine-tuning job by this project, PEFT with HF Trainer, TRL and torchtune, each in its own process. On CPU.
 
-    python benchmarks/jobs.py             prints the table; a few minutes, medians of three interleaved rounds
+    python benchmarks/jobs.py                      prints the table; a few minutes, medians of three interleaved rounds
+    python benchmarks/jobs.py --torchtune PYTHON   with the interpreter of another environment for torchtune
+
+torchtune wants an older torchao than others do: ``pip install torchtune==0.6.1 torchao==0.15.0`` in an environment of
+its own that has torch and this project, too. Where it is not installed, its row is left out, and the script says so.
 
 A LoRA of rank 8 on all linear maps of a small LLaMA, dropout 0.05, 40 steps of 8 rows of unequal lengths, loss on the
 second half of each. Seconds are of the process's CPU time, on one thread: wall time would measure the neighbours.
@@ -8,6 +12,7 @@ second half of each. Seconds are of the process's CPU time, on one thread: wall 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -22,7 +27,7 @@ from typing import Any
 
 STEPS, BATCH, RANK, DROPOUT, RATE = 40, 8, 8, 0.05, 5e-4
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-JOBS = {"ours": "ours", "peft": "PEFT + Trainer", "trl": "TRL SFTTrainer"}
+JOBS = {"ours": "ours", "peft": "PEFT + Trainer", "trl": "TRL SFTTrainer", "torchtune": "torchtune"}
 ROUNDS = 3
 COLUMNS = ("tokens per CPU s", "peak RSS, MB", "start to first step, CPU s", "kept for backward, MB", "last loss")
 
@@ -40,28 +45,34 @@ def rows() -> list[Any]:
 
 
 class Clock:
-    """CPU seconds of this process at the ends of its steps, from its start on."""
+    """CPU seconds of this process at the ends of its steps, from its start on, and its peak memory up to the last."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
+        self.peak = 0
 
     def step(self, *_: Any) -> None:
         self.ends.append(time.process_time())
+        self.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    def report(self, model: Any, loss: float) -> None:
-        """Print what the job took; the first step is start-up, the others are the pace."""
+    def report(self, model: Any, loss: float, forward: Callable[[Any], Any] | None = None) -> None:
+        """Print what the job took; the first step is start-up, the others are the pace.
+
+        Args:
+            forward: from token ids to logits, by default as models of transformers do.
+        """
         import torch
 
         sys.path.insert(0, str(Path(__file__).parents[1]))
         from tests.support.kept import kept_bytes
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
         tokens = sum(len(row["input_ids"]) for row in rows()[BATCH:])
         ids = torch.arange(3, 1027).view(8, 128)
         model.train()
-        kept = kept_bytes(lambda: model(input_ids=ids).logits, tuple(model.parameters()))
+        logits = forward or (lambda ids: model(input_ids=ids).logits)
+        kept = kept_bytes(lambda: logits(ids), tuple(model.parameters()))
         pace = tokens / (self.ends[-1] - self.ends[0])
-        print("\n" + json.dumps([pace, peak, self.ends[0], kept / 1e6, loss]))
+        print("\n" + json.dumps([pace, self.peak / 1e3, self.ends[0], kept / 1e6, loss]))
 
 
 def ours(folder: str) -> None:
@@ -149,6 +160,55 @@ def trl(folder: str) -> None:
     _with_trainer(folder, "trl", make)
 
 
+def torchtune_rows(_: Any) -> list[Any]:
+    return [{"tokens": row["input_ids"], "labels": row["labels"]} for row in rows()]
+
+
+class TorchtunePadding:
+    """Of a tokenizer, what torchtune's recipe asks for when rows are tokens already."""
+
+    pad_id = 0
+
+
+def torchtune(folder: str) -> None:
+    """Its own recipe for one device, with the configuration shipped for LLaMA-2, at the sizes of this job."""
+    import runpy
+
+    import torchtune
+    from omegaconf import OmegaConf
+
+    recipes = Path(torchtune.__file__).parents[1] / "recipes"
+    config = json.loads(Path(folder, "config.json").read_text())
+    output = f"{Path(folder).parent}/torchtune"  # inside the model's folder it is refused
+    shape = {
+        "vocab_size": config["vocab_size"], "num_layers": config["num_hidden_layers"], "max_seq_len": 512,
+        "num_heads": config["num_attention_heads"], "num_kv_heads": config["num_key_value_heads"],
+        "embed_dim": config["hidden_size"], "intermediate_dim": config["intermediate_size"],
+        "norm_eps": config["rms_norm_eps"],
+    }  # fmt: skip
+    adapter = {"lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"], "apply_lora_to_mlp": True,
+               "lora_rank": RANK, "lora_alpha": 16, "lora_dropout": DROPOUT}  # fmt: skip
+    settings = OmegaConf.merge(OmegaConf.load(recipes / "configs/llama2/7B_lora_single_device.yaml"), {
+        "output_dir": output, "device": "cpu", "dtype": "fp32", "seed": 0, "enable_activation_checkpointing": False,
+        "batch_size": BATCH, "max_steps_per_epoch": STEPS, "gradient_accumulation_steps": 1, "clip_grad_norm": 1.0,
+        "optimizer": {"lr": RATE}, "lr_scheduler": {"num_warmup_steps": 2}, "save_adapter_weights_only": True,
+        "checkpointer": {"checkpoint_dir": folder, "checkpoint_files": ["model.safetensors"]},
+    })  # fmt: skip
+    settings.model = {"_component_": "torchtune.models.llama2.lora_llama2", **shape, **adapter}
+    settings.tokenizer = {"_component_": f"{Path(__file__).stem}.{TorchtunePadding.__name__}"}
+    settings.dataset = {"_component_": f"{Path(__file__).stem}.{torchtune_rows.__name__}"}
+
+    clock, losses = Clock(), []
+    recipe: Any = runpy.run_path(str(recipes / "lora_finetune_single_device.py"))["LoRAFinetuneRecipeSingleDevice"]
+    job = recipe(settings)
+    job.setup(settings)
+    job._optimizer.register_step_post_hook(clock.step)
+    job._metric_logger.log_dict = lambda payload, step: losses.append(float(payload["loss"]))
+    job.train()
+    job._model.set_num_output_chunks(1)
+    clock.report(job._model, losses[-1], job._model)
+
+
 def write_model(folder: str) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from variants import llama
@@ -160,27 +220,38 @@ def write_model(folder: str) -> None:
     byte_tokenizer().save_pretrained(folder)
 
 
+def has_torchtune(python: str) -> bool:
+    return not subprocess.run([python, "-c", "import torchtune"], capture_output=True).returncode
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--torchtune", metavar="PYTHON", default=sys.executable, help="interpreter that has torchtune")
+    asked = parser.parse_args()
+    pythons = dict.fromkeys(JOBS, sys.executable) | {"torchtune": asked.torchtune}
+    if not has_torchtune(asked.torchtune):
+        print(f"torchtune is left out: {asked.torchtune} cannot import it; how to install it is said in --help")
+        del pythons["torchtune"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    found: dict[str, list[list[float]]] = {name: [] for name in JOBS}
+    found: dict[str, list[list[float]]] = {name: [] for name in pythons}
     for _ in range(ROUNDS):
-        for name in JOBS:
-            with tempfile.TemporaryDirectory() as folder:
+        for name, python in pythons.items():
+            with tempfile.TemporaryDirectory() as whole:
+                folder = f"{whole}/model"
                 write_model(folder)
-                command = [sys.executable, __file__, name, folder]
-                done = subprocess.run(command, env=environment, capture_output=True, text=True)
+                done = subprocess.run([python, __file__, name, folder], env=environment, capture_output=True, text=True)
                 if done.returncode:
                     raise SystemExit(f"{name}: {done.stderr[-2000:]}")
                 found[name].append(json.loads(done.stdout.strip().splitlines()[-1]))
     print("| job | " + " | ".join(COLUMNS) + " |\n|---|" + "---:|" * len(COLUMNS))
-    for name, label in JOBS.items():
-        values = [statistics.median(column) for column in zip(*found[name], strict=True)]
-        shown = (f"{value:,.2f}" if value < 100 else f"{value:,.0f}" for value in values)
-        print(f"| {label} | " + " | ".join(shown) + " |")
+    for name, values in found.items():
+        medians = [statistics.median(column) for column in zip(*values, strict=True)]
+        shown = (f"{value:,.2f}" if value < 100 else f"{value:,.0f}" for value in medians)
+        print(f"| {JOBS[name]} | " + " | ".join(shown) + " |")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        {"ours": ours, "peft": peft, "trl": trl}[sys.argv[1]](sys.argv[2])
+    if len(sys.argv) == 3 and sys.argv[1] in JOBS:
+        {"ours": ours, "peft": peft, "trl": trl, "torchtune": torchtune}[sys.argv[1]](sys.argv[2])
     else:
         main()

@@ -19,12 +19,14 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable, Collection
-from functools import cache
+from functools import cache, cached_property
 from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+from adalora_dist.io.collector import no_collection
 
 _METADATA = {
     *("dtype", "device", "shape", "ndim", "is_meta", "is_cuda", "layout", "requires_grad"),
@@ -63,7 +65,9 @@ def weights_read_directly(model: nn.Module, names: Collection[str]) -> dict[str,
     for prefix, module in model.named_modules():
         inside = f"{prefix}." if prefix else ""
         kind: Any = type(module)
-        for read in _reads_of(kind):
+        with no_collection():  # syntax trees stay
+            reads = _reads_of(kind)
+        for read in reads:
             if not all(_value(test, module) in (wanted, None) for test, wanted in read.conditions):
                 continue
             if (type(module).__name__, read.path[-1]) in _NEVER_TAKEN:
@@ -130,10 +134,14 @@ class _Walk:
         self.reads: list[_Read] = []
 
     def reads_of(self, tree: ast.FunctionDef) -> list[_Read]:
-        self.parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+        self.tree = tree
         for statement in tree.body:
             self._visit(statement)
         return self.reads
+
+    @cached_property
+    def parents(self) -> dict[ast.AST, ast.AST]:
+        return {child: node for node in ast.walk(self.tree) for child in ast.iter_child_nodes(node)}
 
     def _visit(self, node: ast.AST) -> None:
         if isinstance(node, ast.If | ast.IfExp):

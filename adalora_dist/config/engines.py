@@ -5,7 +5,22 @@ What is true of an engine as a whole stands here; what it does to parameters, in
 
 from __future__ import annotations
 
+from adalora_dist.io.errors import UserError
+
 ENGINES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 BACKBONE_SHARDING = ("fsdp2", "zero3")
 """Those under which a process holds only its share of the frozen weights, so that every forward is collective."""
+
+
+def check_prefetch_engine(num_blocks: int, is_fsdp: bool) -> None:
+    """Raise where nothing gathers blocks, or another engine does in its own way.
+
+    Raises:
+        UserError: it is not FSDP2, or FSDP2 of one process.
+    """
+    if num_blocks and not is_fsdp:
+        raise UserError(
+            f"fsdp_prefetch {num_blocks}: only FSDP2 on two or more processes gathers blocks ahead; set fsdp_prefetch "
+            "to 0, or launch with --config_file launch/accelerate/fsdp2.yaml"
+        )

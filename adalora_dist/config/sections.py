@@ -89,6 +89,9 @@ class TrainConfig(CompileConfig):
     logits_chunk: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     """Target tokens of a micro-batch whose logits are in memory at a time; 0: all; auto: as many as take about 1 GB
     (523 for 128,256 words), and all where a model changes its logits behind its head."""
+    fsdp_prefetch: int = Field(0, ge=0)
+    """Blocks whose weights FSDP2 gathers ahead of the one being computed, each at the price of its whole weights; 0:
+    as torch does by itself, one."""
     group_by_length: bool = True
     """Put sequences of similar length into the same batch."""
     seed: int = Field(6, ge=0, lt=2**32)

@@ -24,7 +24,7 @@ _KNOWN = {"transformers", "torch", "builtins", "abc", "typing"}
 
 
 def unwrapped(model: nn.Module) -> Any:
-    """The model under its engine's wrapper."""
+    """The model under its engine's wrapper; accelerate's own way to it imports DeepSpeed wherever that is installed."""
     while isinstance(inner := getattr(model, "module", None), nn.Module):
         model = inner
     return cast(Any, model)

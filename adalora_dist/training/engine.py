@@ -30,6 +30,7 @@ from torch import nn
 from adalora_dist.backbones.parts import input_embeddings
 from adalora_dist.backbones.precision import computed_in
 from adalora_dist.config.compilation import check_compile_engine
+from adalora_dist.config.engines import check_prefetch_engine
 from adalora_dist.config.sections import RunConfig, TrainConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.launchers import OWN_COMMAND
@@ -83,6 +84,7 @@ def build_accelerator(train: TrainConfig, environment: Mapping[str, str] = os.en
         raise UserError("precision=fp16 needs a GPU: use fp32 or bf16 on CPU")
 
     check_compile_engine(train.compile, use_deepspeed)
+    check_prefetch_engine(train.fsdp_prefetch, use_fsdp and world_size > 1)
     if use_deepspeed and (name := environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")):
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(deepspeed_file(name))
     with _port_in_use_named(environment):

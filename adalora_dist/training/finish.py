@@ -21,6 +21,7 @@ from adalora_dist.io.publish import set_aside, write_whole, writing
 from adalora_dist.io.redaction import redacted
 from adalora_dist.methods.update import Update
 from adalora_dist.sharding.tensors import release_gathered
+from adalora_dist.tasks.padding import unwrapped
 from adalora_dist.training.prepared import Prepared
 from adalora_dist.training.run_folder import RunFolder
 
@@ -37,7 +38,7 @@ def export_trained(
     Returns:
         The rank of each adapted matrix, by name; empty without adapters.
     """
-    model = accelerator.unwrap_model(prepared.model)
+    model = unwrapped(prepared.model)
     release_gathered(prepared.model)
     adapters = prepared.hooks.updates()
     trained = adapters.trained

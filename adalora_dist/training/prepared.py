@@ -25,6 +25,7 @@ from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.training.backbone_checks import check_backbone, refuse_own_layers
 from adalora_dist.training.compiled import compile_blocks
 from adalora_dist.training.engine import engine_name, tied_weights_in_one_group
+from adalora_dist.training.prefetch import prefetch_blocks
 from adalora_dist.training.resume import compare_backbone, set_loss_scale
 
 
@@ -93,6 +94,8 @@ def prepare(
         set_loss_scale(accelerator, wrapped, resumed.run["loss_scale"])
     elif tokens:
         hooks.start(model, wrapped, tokens)
+    if config.train.fsdp_prefetch:
+        prefetch_blocks(model, config.train.fsdp_prefetch)
     if config.train.compile:
         compile_blocks(model, hooks)
     return prepared

@@ -36,7 +36,7 @@ _FREE_FIELDS = (
     *("train.checkpoint_every", "train.keep_checkpoints", "train.async_checkpoints"),
     *("train.micro_batch_size", "train.micro_batch_tokens", "train.gradient_checkpointing", "train.logits_chunk"),
     *("train.checkpoint_activations", "train.offload_activations", "train.compile", "train.pack_adapters"),
-    "train.dry_run",
+    *("train.fsdp_prefetch", "train.dry_run"),
     "adapter.importance_kernel",
     "train.packing",
     *("train.max_nonfinite_steps", "train.peer_timeout_seconds", "train.max_restarts_at_step"),

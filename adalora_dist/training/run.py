@@ -44,6 +44,7 @@ from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.losses import LossSum
 from adalora_dist.tasks.packing import decide as decide_packing
 from adalora_dist.tasks.packing import is_flat, with_packing
+from adalora_dist.tasks.padding import unwrapped
 from adalora_dist.tasks.reading_ahead import refuse_reading_ahead
 from adalora_dist.tasks.rows.bad_rows import BadRows
 from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers, with_precision
@@ -181,7 +182,7 @@ class Run(Generic[Config]):
     @property
     def model(self) -> PreTrainedModel:
         """The model itself, out of what the engine has wrapped it in."""
-        model = self._loaded if self._prepared is None else self.accelerator.unwrap_model(self._prepared.model)
+        model = self._loaded if self._prepared is None else unwrapped(self._prepared.model)
         assert model is not None, "load_model() comes first"
         return model
 
@@ -197,9 +198,8 @@ class Run(Generic[Config]):
         """Adapters into the model, the model under its engine, the run folder and the trackers; one line of facts.
 
         Raises:
-            UserError: adapters, schedule or checkpoint do not fit the model, the run that is continued had other
-                training rows, a row is longer than ``micro_batch_tokens``, or the folder cannot be written; a language
-                model reads both ways.
+            UserError: adapters, schedule or checkpoint do not fit the model, the run continued had other rows, a row
+                is longer than ``micro_batch_tokens``, the folder cannot be written, a language model reads both ways.
         """
         accelerator, config = self.accelerator, self.config
         check_budget(plan, config.train)
@@ -211,7 +211,7 @@ class Run(Generic[Config]):
         adapt(model, sized.adapter, config.train.seed)
         prepared = prepare(accelerator, model, sized, num_steps, self.resumed)
         if self._auto_class.__name__ == "AutoModelForCausalLM":
-            refuse_reading_ahead(accelerator.unwrap_model(prepared.model), accelerator.mixed_precision == "no")
+            refuse_reading_ahead(unwrapped(prepared.model), accelerator.mixed_precision == "no")
             put_back_shards(prepared.model)
         facts = run_facts(config, self.engine, accelerator.num_processes, num_steps, prepared, self.bad_rows)
         if fitted is not None:

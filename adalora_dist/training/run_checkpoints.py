@@ -20,6 +20,7 @@ from adalora_dist.io.foreign_files import MAX_RECORDS_BYTES, read_bytes, read_ob
 from adalora_dist.io.redaction import redacted
 from adalora_dist.sharding.agreement import agreed, this_rank
 from adalora_dist.tasks.batches import BatchPlan
+from adalora_dist.tasks.padding import unwrapped
 from adalora_dist.training.best import BEST
 from adalora_dist.training.resume import CHECKPOINTS, LOGS, backbone_identity, loss_scale
 
@@ -57,7 +58,7 @@ class RunCheckpoints:
             "num_steps": num_steps,
             "num_processes": accelerator.num_processes,
             "notes": redacted(dict(notes)),
-            "task": task_settings(accelerator.unwrap_model(prepared.model)),
+            "task": task_settings(unwrapped(prepared.model)),
         }
         self._best_writer: CheckpointWriter | None = None
         self._best: Mapping[str, Any] | None = None

@@ -42,6 +42,19 @@ def test_micro_batches_by_tokens(model: Path, tmp_path: Path, engine: str) -> No
     assert_continues_exactly(project, engine, expected, (WARMUP + 2 * INTERVAL + 2, 0), **changes)
 
 
+def test_blocks_gathered_ahead_change_no_bit(model: Path, tmp_path: Path) -> None:
+    results = []
+    kinds: list[dict[str, Any]] = [
+        {}, {"fsdp_prefetch": 1}, {"fsdp_prefetch": 9, "gradient_checkpointing": True},
+    ]  # fmt: skip
+    for number, kind in enumerate(kinds):
+        config = configuration(new_project(model, tmp_path / str(number)), 2, checkpoint_every=0, **kind)
+        results.append(run_ranks(2, run, "fsdp2", config, timeout=400)[0])
+    for other in results[1:]:
+        assert other.losses == results[0].losses and other.patterns == results[0].patterns
+        assert all(torch.equal(tensor, results[0].state[name]) for name, tensor in other.state.items())
+
+
 @pytest.mark.parametrize("engine", ["single", "ddp", "fsdp2", "zero2", "zero3"])
 def test_what_is_recomputed_changes_no_bit(model: Path, tmp_path: Path, engine: str) -> None:
     selective = "selective" if engine != "zero3" else "full"  # it is refused there, see below

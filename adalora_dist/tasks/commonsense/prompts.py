@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from adalora_dist.io.collector import no_collection
 from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.commonsense.rows import Example
 from adalora_dist.tasks.rows.token_cache import Columns, cached_columns
@@ -30,6 +31,17 @@ def prompt_text(example: Example) -> str:
     """The prompt, a plain template for base models: instruction, input where there is one, response heading."""
     given = _PROMPT_INPUT.format(input=example.input) if example.input else ""
     return _PROMPT.format(instruction=example.instruction) + given + _PROMPT_END
+
+
+class _Ends(NamedTuple):
+    """The special tokens around a sequence; asked for once, since a tokenizer takes longer to answer than to encode."""
+
+    bos: int | None
+    eos: list[int]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> _Ends:
+        return cls(tokenizer.bos_token_id, eos_tokens(tokenizer))
 
 
 @lru_cache(maxsize=4096)  # replies are few and short: 'the correct answer is answer1', ...
@@ -55,8 +67,12 @@ def choice_tokens(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[
 
 def longest_reply(example: Example, tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens of the longest legal reply, EOS included."""
+    return _longest_text(example, tokenizer) + len(eos_tokens(tokenizer))
+
+
+def _longest_text(example: Example, tokenizer: PreTrainedTokenizerBase) -> int:
     replies = [example.output, *(example.output_for(choice) for choice in example.choices)]
-    return max(len(reply_tokens(tokenizer, reply)) for reply in replies) + len(eos_tokens(tokenizer))
+    return max(len(reply_tokens(tokenizer, reply)) for reply in replies)
 
 
 def check_questions(
@@ -87,14 +103,12 @@ def prompts_of(
     def encode(chunk: Sequence[Sequence[Any]]) -> Columns:
         rows = [Example(*fields) for fields in chunk]
         texts = _tokens_of([prompt_text(row) for row in rows], tokenizer)
-        return {
-            "prompt": [_cut(*row_and_text, tokenizer, max_length) for row_and_text in zip(rows, texts, strict=True)]
-        }
+        return {"prompt": [_cut(*pair, tokenizer, ends, max_length) for pair in zip(rows, texts, strict=True)]}
 
     if not examples:
         return []
     items = [(e.instruction, e.input, e.output, e.answer, e.choices, e.task, e.origin) for e in examples]
-    settings = {"commonsense prompts": 1, "max_length": max_length}
+    settings, ends = {"commonsense prompts": 1, "max_length": max_length}, _Ends.of(tokenizer)
     return cached_columns(items, tokenizer, settings, encode, "tokenise", show_progress)["prompt"]
 
 
@@ -108,7 +122,7 @@ def prompt_tokens(example: Example, tokenizer: PreTrainedTokenizerBase, max_leng
         UserError: the longest reply leaves no room for a single prompt token.
     """
     [tokens] = _tokens_of([prompt_text(example)], tokenizer)
-    return _cut(example, tokens, tokenizer, max_length)
+    return _cut(example, tokens, tokenizer, _Ends.of(tokenizer), max_length)
 
 
 def _tokens_of(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -117,9 +131,11 @@ def _tokens_of(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[lis
     return tokens
 
 
-def _cut(example: Example, text: Sequence[int], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[int]:
+def _cut(
+    example: Example, text: Sequence[int], tokenizer: PreTrainedTokenizerBase, ends: _Ends, max_length: int
+) -> list[int]:
     """The prompt, from all tokens of its text; raises as :func:`prompt_tokens`."""
-    num_reply = longest_reply(example, tokenizer)
+    num_reply = _longest_text(example, tokenizer) + len(ends.eos)
     num_prompt = max_length - num_reply
     if num_prompt < 1:
         raise UserError(
@@ -127,13 +143,13 @@ def _cut(example: Example, text: Sequence[int], tokenizer: PreTrainedTokenizerBa
             f"set --max-length to {num_reply + 1} or more, or shorten field output"
         )
     tokens = list(text)
-    if tokens and tokens[-1] == tokenizer.eos_token_id:  # some tokenizers close every text, and so would end the reply
+    if tokens and tokens[-1:] == ends.eos:  # some tokenizers close every text, and so would end the reply
         tokens.pop()
     if not tokens:
         raise UserError(f"{example.origin}: the prompt has no tokens; use the tokenizer that belongs to the model")
     if len(tokens) <= num_prompt:
         return tokens
-    num_bos = int(tokens[0] == tokenizer.bos_token_id and num_prompt > 1)
+    num_bos = int(tokens[0] == ends.bos and num_prompt > 1)
     return tokens[:num_bos] + tokens[len(tokens) - (num_prompt - num_bos) :]
 
 
@@ -149,13 +165,18 @@ def encode_example(
     Raises:
         UserError: the reply does not fit, or has no tokens.
     """
-    return _with_reply(example, prompt_tokens(example, tokenizer, max_length), tokenizer, train_on)
+    prompt = prompt_tokens(example, tokenizer, max_length)
+    return _with_reply(example, prompt, tokenizer, eos_tokens(tokenizer), train_on)
 
 
 def _with_reply(
-    example: Example, prompt: list[int], tokenizer: PreTrainedTokenizerBase, train_on: Literal["output", "all"]
+    example: Example,
+    prompt: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    eos: list[int],
+    train_on: Literal["output", "all"],
 ) -> EncodedRow:
-    reply = [*reply_tokens(tokenizer, example.output), *eos_tokens(tokenizer)]
+    reply = [*reply_tokens(tokenizer, example.output), *eos]
     if not reply:
         raise UserError(
             f"{example.origin}: field output {example.output!r} has no tokens; use the model's own tokenizer"
@@ -178,5 +199,6 @@ def encode_examples(
     """
     if not examples:
         raise UserError("training data: 0 rows; give at least 1 row")
-    prompts = prompts_of(examples, tokenizer, max_length)
-    return [_with_reply(*pair, tokenizer, train_on) for pair in zip(examples, prompts, strict=True)]
+    prompts, eos = prompts_of(examples, tokenizer, max_length), eos_tokens(tokenizer)
+    with no_collection():
+        return [_with_reply(*pair, tokenizer, eos, train_on) for pair in zip(examples, prompts, strict=True)]

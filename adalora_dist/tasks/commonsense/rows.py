@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,13 @@ class Example:
 
     def output_for(self, choice: str) -> str:
         """The reply that gives ``choice``: ``output`` with the last whole-word ``answer`` in it replaced."""
-        *_, last = _whole_words(self.answer, self.output)
-        return self.output[: last.start()] + choice + self.output[last.end() :]
+        return _with_answer(self.output, self.answer, choice)
+
+
+@lru_cache(maxsize=4096)  # outputs are few and short, as are answers
+def _with_answer(output: str, answer: str, choice: str) -> str:
+    *_, last = _whole_words(answer, output)
+    return output[: last.start()] + choice + output[last.end() :]
 
 
 def resolve_tasks(data: CommonsenseDataConfig) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from adalora_dist.io.cache import cache_folder
+from adalora_dist.io.collector import no_collection
 from adalora_dist.io.digest import digest_of
 from adalora_dist.io.foreign_files import NotReadable, opened
 from adalora_dist.io.progress import progress_bar
@@ -139,7 +140,7 @@ def _read(path: Path) -> Columns:
 
 
 def _columns_in(file: BinaryIO) -> Columns:
-    with np.load(file, allow_pickle=False) as arrays:
+    with np.load(file, allow_pickle=False) as arrays, no_collection():
         names = [key.removesuffix(".lengths") for key in arrays.files if key.endswith(".lengths")]
         return {name: list(_rows(arrays[f"{name}.lengths"], arrays[f"{name}.values"])) for name in names}
 
