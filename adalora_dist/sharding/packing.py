@@ -38,7 +38,8 @@ class Pack:
         self.block, self.leaf = block, f"{LEAF}{number}"
         self._is_running = False  # the block was called, and has not returned
         self._views: list[torch.Tensor] | None = None
-        self._task = self._num_asked = 0  # the backward that views were cut in, -1: none; how often one was asked for
+        self._cut_in: tuple[int, bool] | None = None  # views: in which backward, -1: none; whether with gradients
+        self._num_asked = 0  # how often for one of them
         # Equal shapes lie side by side: one operation cuts them all.
         self.places = sorted(places, key=lambda place: tuple(getattr(*place).shape))
         held = [cast(nn.Parameter, getattr(*place)) for place in self.places]
@@ -76,8 +77,8 @@ class Pack:
         index, task = self._index[module, name], torch._C._current_graph_task_id()
         if not self._is_running and task == -1:
             return self.parts[index]
-        if self._views is None or self._task != task:
-            self._views, self._task, self._num_asked = self._cut(), task, 0
+        if self._views is None or self._cut_in != (task, torch.is_grad_enabled()):
+            self._views, self._cut_in, self._num_asked = self._cut(), (task, torch.is_grad_enabled()), 0
         view = self._views[index]
         self._num_asked += 1
         if not self._is_running and self._num_asked == len(self.parts):  # each once: the block has run again

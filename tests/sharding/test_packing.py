@@ -98,6 +98,23 @@ def test_a_part_computed_outside_of_its_block_is_one_line() -> None:
     model(torch.zeros(1, 7))
 
 
+def test_what_is_computed_without_gradients_first_keeps_none_from_the_rest() -> None:
+    """As where a model looks at a layer under no_grad before it calls it."""
+    model = packed_net()
+    nn.init.ones_(model.adalora.lam)
+    block, up = model.blocks[0], model.blocks[0].up
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            up(x)
+        return up(x)
+
+    block.forward = forward
+    block(torch.ones(1, 7)).sum().backward()
+    flat = pack_of(trained_parameters(model)["blocks.0.up.Qt"]).flat  # type: ignore[union-attr]
+    assert flat.grad is not None and flat.grad.any()
+
+
 def test_after_a_forward_that_failed_parts_stand_for_themselves_again() -> None:
     model = packed_net()
     with pytest.raises(RuntimeError):
