@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, FunnelForSequenceClassification
 
 from adalora_dist import UserError, adapt, attach, pack_adapters, parameter_groups
+from adalora_dist.backbones.load import name_blocks
 from adalora_dist.methods.protocol import adapters_of, others_trained, trained_parameters
 from adalora_dist.methods.shares import weight_shares
 from adalora_dist.sharding import select_engine
@@ -28,6 +29,7 @@ from adalora_dist.training.faults.nonfinite import _bad_weight
 from tests.support.engine_steps import backward_and_step, wrapped
 from tests.support.models import adapted_net, config, global_batch
 from tests.support.ranks import run_ranks
+from tests.support.tiny_any import tiny_model
 from tests.support.tiny_language_model import tiny_llama
 
 SETTINGS = config()
@@ -271,3 +273,13 @@ def test_a_block_that_loses_everything_has_no_parameter_left() -> None:
     for name, part in left.items():
         expected = before[name][..., two] if name == "blocks.1.up.Qt" else before[name]
         assert torch.equal(whole_tensor(part), expected), name
+
+
+def test_blocks_of_a_list_of_lists_are_its_layers() -> None:
+    """Funnel's stages: what is called is a layer, which FSDP2 gathers and adapters are packed in."""
+    model: Any = tiny_model(FunnelForSequenceClassification)
+    settings = config(targets=("all-linear",))
+    adapt(model, settings)
+    assert name_blocks(model) == {"FunnelLayer"}
+    assert pack_adapters(model, settings) > 0
+    assert all(type(module).__name__ == "FunnelLayer" for module in model.modules() if packs_of(module))
