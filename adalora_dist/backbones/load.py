@@ -270,7 +270,8 @@ def name_blocks(model: Any) -> set[str]:
     BERT names what its embeddings lie in as well. accelerate shards input embeddings by themselves, and torch refuses
     to do that inside a module that has been sharded before.
     """
-    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    # A list of lists (Funnel's) is called no more than a list is; its layers are.
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) and not isinstance(m[0], type(m))]
     embeddings = input_embeddings(model)
     around = {type(m).__name__ for m in model.modules() if m is not embeddings and embeddings in m.modules()}
     blocks = set(model._no_split_modules or ()) - around

@@ -68,7 +68,8 @@ def _by_block(model: nn.Module) -> list[tuple[nn.Module, list[Adapter]]]:
     blocks: list[nn.Module] = []
     inside: set[nn.Module] = set()
     for module in model.modules():  # what contains comes first
-        if type(module).__name__ in names and module not in inside:
+        is_called = not isinstance(module, nn.ModuleList | nn.ModuleDict)
+        if type(module).__name__ in names and is_called and module not in inside:
             blocks.append(module)
             inside.update(module.modules())
     found = [(b, [m for m in b.modules() if isinstance(m, Adapter) and m.can_be_packed]) for b in blocks]

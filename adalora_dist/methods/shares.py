@@ -11,6 +11,7 @@ from adalora_dist.backbones.linears import linear_shape
 from adalora_dist.backbones.parts import is_under, output_modules, router_names, tower_names
 from adalora_dist.methods.protocol import TrainedModule, adapters_of
 from adalora_dist.methods.sites import left_out
+from adalora_dist.sharding.packing import packs_of
 from adalora_dist.sharding.tensors import full_numel, full_shape
 
 ADAPTED, TRAINED = "adapted", "trained in full"
@@ -37,7 +38,7 @@ def weight_shares(model: nn.Module) -> dict[str, int]:
             continue
         path = _plain(name)
         for leaf, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen:
+            if id(parameter) in seen or leaf in packs_of(module):  # adapters
                 continue
             seen.add(id(parameter))
             dims = len(full_shape(parameter))

@@ -4,9 +4,10 @@ FSDP2 takes some five operations for a parameter in every step, ZeRO-3 some twen
 has fourteen adapter parameters. Packed, an engine has one there, which it cuts as it likes: what a rank holds of P or
 Q^T is a span as ever, and names, checkpoints and exports are those of the parts.
 
-The flat parameter is the block's own, so both engines have it gathered while the block runs, in backward, too. For that
-time a part is a view of it; otherwise it stands for itself, on the meta device, and :mod:`.tensors` and
-:mod:`.packed` know where its numbers are.
+The flat parameter is the block's own, so both engines have it gathered while the block runs. For that time a part is a
+view of it; otherwise it stands for itself, on the meta device, and :mod:`.tensors` and :mod:`.packed` know where its
+numbers are. A checkpoint may run a block again in backward without calling it, so that no hook sees it; whoever asks
+for a part within backward gets the view, and has to be of a block that backward has come to.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ class Pack:
 
     def __init__(self, block: nn.Module, number: int, places: Sequence[tuple[nn.Module, str]]) -> None:
         self.block, self.leaf = block, f"{LEAF}{number}"
-        self.is_running = False
-        """Whether the block's forward is under way, and so the flat parameter at hand."""
+        self._is_running = False  # the block was called, and has not returned
+        self._views: list[torch.Tensor] | None = None
+        self._cut_in: tuple[int, bool] | None = None  # views: in which backward, -1: none; whether with gradients
+        self._num_asked = 0  # how often for one of them
         # Equal shapes lie side by side: one operation cuts them all.
         self.places = sorted(places, key=lambda place: tuple(getattr(*place).shape))
         held = [cast(nn.Parameter, getattr(*place)) for place in self.places]
@@ -51,7 +54,7 @@ class Pack:
         block.register_forward_hook(self._end, always_call=True)  # a checkpoint's second forward ends in an exception
 
     def _lay_out(self, parts: list[nn.Parameter]) -> None:
-        self._views: list[torch.Tensor] | None = None
+        self._drop()
         self.parts = parts
         """What stands for each, in order."""
         self.sizes = [part.numel() for part in parts]
@@ -64,14 +67,23 @@ class Pack:
         flat: nn.Parameter = getattr(self.block, self.leaf)
         return flat
 
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether the block runs, or may run again: the flat parameter can be read then."""
+        return self._is_running or torch._C._current_graph_task_id() != -1
+
     def now(self, module: nn.Module, name: str) -> torch.Tensor:
         """A part: its numbers while the block runs, otherwise what stands for it."""
-        index = self._index[module, name]
-        if not self.is_running:
+        index, task = self._index[module, name], torch._C._current_graph_task_id()
+        if not self._is_running and task == -1:
             return self.parts[index]
-        if self._views is None:
-            self._views = self._cut()
-        return self._views[index]
+        if self._views is None or self._cut_in != (task, torch.is_grad_enabled()):
+            self._views, self._cut_in, self._num_asked = self._cut(), (task, torch.is_grad_enabled()), 0
+        view = self._views[index]
+        self._num_asked += 1
+        if not self._is_running and self._num_asked == len(self.parts):  # each once: the block has run again
+            self._drop()
+        return view
 
     def _cut(self) -> list[torch.Tensor]:
         views: list[torch.Tensor] = []
@@ -80,19 +92,24 @@ class Pack:
             views += chunk.view(count, *shape).unbind() if count > 1 else [chunk.view(shape)]
         return views
 
+    def _drop(self) -> None:
+        self._views = None
+
     def _begin(self, *_: Any) -> None:
-        self.is_running, self._views = True, None  # what an engine gathers anew may lie elsewhere
+        self._is_running = True
+        self._drop()  # what an engine gathers anew may lie elsewhere
 
     def _end(self, *_: Any) -> None:
-        self.is_running, self._views = False, None
+        self._is_running = False
+        self._drop()
 
-    def check_running(self, name: str) -> None:
+    def check_at_hand(self, name: str) -> None:
         """Raise where ``name``, of which there are parts here, is computed and there are no numbers of them.
 
         Raises:
             UserError: the block's forward is not under way.
         """
-        if not self.is_running:
+        if not self.is_at_hand:
             raise UserError(
                 f"{name} is computed outside of the forward of {type(self.block).__name__}, with whose adapters it is "
                 "packed: set pack_adapters to false"

@@ -14,18 +14,22 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, FunnelForSequenceClassification
 
 from adalora_dist import UserError, adapt, attach, pack_adapters, parameter_groups
+from adalora_dist.backbones.load import name_blocks
 from adalora_dist.methods.protocol import adapters_of, others_trained, trained_parameters
+from adalora_dist.methods.shares import weight_shares
 from adalora_dist.sharding import select_engine
 from adalora_dist.sharding.base import Shrink
 from adalora_dist.sharding.packing import pack_of, packs_of
 from adalora_dist.sharding.shrink import shrink_parameters
 from adalora_dist.sharding.tensors import held_parts, is_whole, local_elements, local_part, whole_tensor
 from adalora_dist.training.faults.nonfinite import _bad_weight
+from tests.support.engine_steps import backward_and_step, wrapped
 from tests.support.models import adapted_net, config, global_batch
-from tests.support.ranks import import_deepspeed, run_ranks
+from tests.support.ranks import run_ranks
+from tests.support.tiny_any import tiny_model
 from tests.support.tiny_language_model import tiny_llama
 
 SETTINGS = config()
@@ -44,6 +48,7 @@ def test_the_model_has_one_parameter_a_block_and_the_names_that_it_had() -> None
     expected, found = trained_parameters(plain), trained_parameters(model)
     assert {name: p.shape for name, p in found.items()} == {name: p.shape for name, p in expected.items()}
     assert not list(others_trained(model)), "the flat parameters are adapters"
+    assert weight_shares(model) == weight_shares(plain)
     for mine, theirs in zip(adapters_of(model), adapters_of(plain), strict=True):
         assert list(mine.trained()) == list(theirs.trained()) and mine.part_size == theirs.part_size
     for name, part in found.items():
@@ -95,6 +100,23 @@ def test_a_part_computed_outside_of_its_block_is_one_line() -> None:
     model(torch.zeros(1, 7))
 
 
+def test_what_is_computed_without_gradients_first_keeps_none_from_the_rest() -> None:
+    """As where a model looks at a layer under no_grad before it calls it."""
+    model = packed_net()
+    nn.init.ones_(model.adalora.lam)
+    block, up = model.blocks[0], model.blocks[0].up
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            up(x)
+        return up(x)
+
+    block.forward = forward
+    block(torch.ones(1, 7)).sum().backward()
+    flat = pack_of(trained_parameters(model)["blocks.0.up.Qt"]).flat  # type: ignore[union-attr]
+    assert flat.grad is not None and flat.grad.any()
+
+
 def test_after_a_forward_that_failed_parts_stand_for_themselves_again() -> None:
     model = packed_net()
     with pytest.raises(RuntimeError):
@@ -137,6 +159,10 @@ def test_a_weight_that_is_not_finite_has_the_name_of_its_part() -> None:
     assert _bad_weight(model) == "the weight blocks.1.down.Qt"
 
 
+def zero3_around(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+    return wrapped("zero3", model, optimizer, micro_batch=2)[0]
+
+
 def held(rank: int, world_size: int, engine: str) -> dict[str, Any]:
     """Of every part the elements that this rank holds, the whole, and both once more after a write and a restore."""
     model = packed_net()
@@ -146,24 +172,11 @@ def held(rank: int, world_size: int, engine: str) -> dict[str, Any]:
         fully_shard(model)
     optimizer: Any = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     attach(model, optimizer, SETTINGS, 30).detach()
-    wrapped: Any = model
-    if engine == "zero3":
-        settings = {
-            "train_micro_batch_size_per_gpu": 6,
-            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-            "zero_allow_untested_optimizer": True,
-        }
-        wrapped = import_deepspeed().initialize(model=model, optimizer=optimizer, config=settings)[0]
-    loss = wrapped(global_batch(0)[0].chunk(world_size)[rank]).square().sum()
-    if engine == "zero3":
-        wrapped.backward(loss)
-        wrapped.step()
-    else:
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    around = zero3_around(model, optimizer) if engine == "zero3" else model
+    loss = around(global_batch(0)[0].chunk(world_size)[rank]).square().sum()
+    backward_and_step(engine, around, optimizer, loss)
     trained = trained_parameters(model)
-    shards = select_engine(list(trained.values()), wrapped if engine == "zero3" else optimizer)
+    shards = select_engine(list(trained.values()), around if engine == "zero3" else optimizer)
     found: dict[str, Any] = {"engine": type(shards).__name__}
     found["packed"] = [name for name, p in trained.items() if pack_of(p) is not None]
     assert not any(is_whole(p) for p in trained.values()) and shards.neighbours() == []
@@ -192,6 +205,43 @@ def test_what_ranks_hold_is_said_of_the_parts(engine: str) -> None:
             assert before.keys() == {"step", "exp_avg", "exp_avg_sq"} and float(before["step"]) == 1
             assert all(torch.equal(after[n], before[n] if n == "step" else 3 * before[n]) for n in before)
     assert all(torch.equal(a, b) for a, b in zip(ranks[0]["first"][0], ranks[2]["first"][0], strict=True))
+
+
+def recomputed(rank: int, world_size: int, engine: str, packs: bool, how: str) -> list[float]:
+    """Losses of a LLaMA whose activations are made again or not."""
+    model: Any = tiny_llama(40)
+    settings = config(targets=("all-linear",), dropout=0.1)
+    adapt(model, settings)
+    nn.init.ones_(model.adalora.lam)
+    assert pack_adapters(model, settings) if packs else True
+    if engine == "fsdp2":
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    optimizer: Any = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    attach(model, optimizer, settings, 30).detach()
+    if how != "no":
+        model.gradient_checkpointing_enable({"use_reentrant": how == "reentrant"})
+        model.enable_input_require_grads()
+    model.train()
+    around = zero3_around(model, optimizer) if engine == "zero3" else model
+    losses = []
+    for step in range(3):
+        torch.manual_seed(step)
+        ids = torch.arange(12).view(2, 6) + step
+        loss = around(input_ids=ids, labels=ids, use_cache=False).loss
+        losses.append(loss.item())
+        backward_and_step(engine, around, optimizer, loss)
+    return losses
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_a_block_that_runs_again_in_backward(engine: str) -> None:
+    [expected] = run_ranks(1, recomputed, "single", False, "no")
+    # DeepSpeed takes a gradient once a step, and lambda, of the whole model, has one in each reentrant checkpoint.
+    for how in ("not reentrant", *["reentrant"] * (engine == "fsdp2")):
+        for found in run_ranks(2, recomputed, engine, True, how):
+            assert found == pytest.approx(expected, rel=1e-5), how
 
 
 def test_states_of_different_counts_of_steps_are_refused() -> None:
@@ -223,3 +273,13 @@ def test_a_block_that_loses_everything_has_no_parameter_left() -> None:
     for name, part in left.items():
         expected = before[name][..., two] if name == "blocks.1.up.Qt" else before[name]
         assert torch.equal(whole_tensor(part), expected), name
+
+
+def test_blocks_of_a_list_of_lists_are_its_layers() -> None:
+    """Funnel's stages: what is called is a layer, which FSDP2 gathers and adapters are packed in."""
+    model: Any = tiny_model(FunnelForSequenceClassification)
+    settings = config(targets=("all-linear",))
+    adapt(model, settings)
+    assert name_blocks(model) == {"FunnelLayer"}
+    assert pack_adapters(model, settings) > 0
+    assert all(type(module).__name__ == "FunnelLayer" for module in model.modules() if packs_of(module))

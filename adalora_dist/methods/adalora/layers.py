@@ -241,17 +241,17 @@ class Lambdas(TrainedModule):
         """scale * P diag(lambda) of one layer, (d_out, r); its scale * lambda, (r,), where P is not at hand or no
         gradient is wanted."""
         if "P" in layer.packed:
-            layer.packed["P"].check_running(layer.name)
+            layer.packed["P"].check_at_hand(layer.name)
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler fuses what is written out
             return self._own(layer)
         is_backward, position = torch._C._current_graph_task_id() != -1, layer.position  # in a checkpoint's second run
         if self._parts is None or (self._is_whole and self._edits(layer) != self._edits_then[position]):
             if is_backward:
                 own = self._own(layer)
-                return times_lambdas([own], [layer.P])[0] if _is_at_hand(layer) else own
+                return times_lambdas([own], [layer.P])[0] if _is_at_hand(layer, layer) else own
             self._begin(layer)
         assert self._parts is not None
-        if not _is_at_hand(layer):
+        if not _is_at_hand(layer, layer):
             return self._parts[position]
         if self._products[position] is None:
             self._make(position, 1 if is_backward and self._is_whole else len(self._active))
@@ -293,7 +293,7 @@ class Lambdas(TrainedModule):
         self._products = [None] * len(self._active)
         # FSDP2's P are sharded until their block has gathered them. ZeRO-3 would gather those of other layers here if
         # they were as much as looked at, so the first one decides.
-        self._is_whole = all(_is_at_hand(layer) and not layer.packed for layer in (first, *self._active))
+        self._is_whole = all(_is_at_hand(layer, first) and not layer.packed for layer in (first, *self._active))
         if self._is_whole:
             self._edits_then = [self._edits(layer) for layer in self._active]
             self._make(0, len(self._active))  # whichever layer a forward begins with: a decoder's come before
@@ -311,7 +311,7 @@ class Lambdas(TrainedModule):
             self._products = [None] * len(self._active)
         stop = first + 1
         while stop < min(first + most, len(self._active)) and self._products[stop] is None:
-            if not (self._is_whole or _is_at_hand(self._active[stop])):
+            if not (self._is_whole or _is_at_hand(self._active[stop], self._active[first])):
                 break
             stop += 1
         assert self._parts is not None
@@ -319,10 +319,10 @@ class Lambdas(TrainedModule):
         self._products[first:stop] = times_lambdas(self._parts[first:stop], ps)
 
 
-def _is_at_hand(layer: TripletLayer) -> bool:
-    """Whether all of P can be read now: for good, or because its block has been gathered."""
+def _is_at_hand(layer: TripletLayer, beside: TripletLayer) -> bool:
+    """Whether all of P can be read now, where ``beside`` runs: for good, or because its block has been gathered."""
     if (pack := layer.packed.get("P")) is not None:
-        return pack.is_running
+        return pack is beside.packed.get("P")
     return type(layer.P) is nn.Parameter and is_whole(layer.P)
 
 
