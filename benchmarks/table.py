@@ -194,7 +194,7 @@ def checkpointing() -> Iterator[tuple[str, str, str]]:
 
 def state() -> Iterator[tuple[str, str, str]]:
     def of(method: str, smallest: int) -> float:
-        sizes = {bound: ("MIN_PORTION", "CACHED_PORTION"), products: ("_SIDE_BY_SIDE",)}
+        sizes = {bound: ("MIN_PORTION", "CACHED_PORTION"), products: ("_SIDE_BY_SIDE", "_CACHED")}
         with ExitStack() as stack:
             for module, names in sizes.items():
                 for name in names:
