@@ -106,7 +106,7 @@ def test_methods_that_draw_seeds_or_check_values_are_planned() -> None:
     for method in ("lora_fa", "dylora", "relora", "houlsby"):
         config = configuration().model_copy(update={"adapter": method_config(method)})
         found = fake.step_bytes(config, AutoModelForCausalLM, settings, torch.float32, 2)
-        assert found.weights > 0 and found.state > 0 and found.activations > 0
+        assert found.weights > 0 and found.activations > 0
     config = configuration().model_copy(update={"adapter": method_config("galore")})
     with pytest.raises(UserError, match="a step of Llama.* with method galore cannot be made"):
         fake.step_bytes(config, AutoModelForCausalLM, settings, torch.float32, 2)
