@@ -96,7 +96,6 @@ def test_many_layers_are_a_straight_line() -> None:
     whole = fake._measured(config, AutoModelForCausalLM, settings, torch.float32, 8)
     assert line.num_parameters == whole.num_parameters and line.weights == pytest.approx(whole.weights, rel=1e-6)
     assert line.activations == pytest.approx(whole.activations, rel=0.02)
-    assert line.state == pytest.approx(whole.state, rel=0.02)
 
 
 def test_methods_that_draw_seeds_or_check_values_are_planned() -> None:
@@ -107,7 +106,7 @@ def test_methods_that_draw_seeds_or_check_values_are_planned() -> None:
     for method in ("lora_fa", "dylora", "relora", "houlsby"):
         config = configuration().model_copy(update={"adapter": method_config(method)})
         found = fake.step_bytes(config, AutoModelForCausalLM, settings, torch.float32, 2)
-        assert found.weights > 0 and found.state > 0 and found.activations > 0
+        assert found.weights > 0 and found.activations > 0
     config = configuration().model_copy(update={"adapter": method_config("galore")})
     with pytest.raises(UserError, match="a step of Llama.* with method galore cannot be made"):
         fake.step_bytes(config, AutoModelForCausalLM, settings, torch.float32, 2)

@@ -56,10 +56,9 @@ class StepBytes:
     num_parameters: int
     weights: int
     """Of the backbone as it is stored, and all that is trained."""
-    state: int
-    """Besides, between two steps: moments, importance, buffers of the method."""
     activations: int
-    """The most that a step needs on top of both: what forward keeps for backward, logits, gradients as they come."""
+    """The most that a step needs on top of these and of what lasts from step to step, as moments do: what forward keeps
+    for backward, logits, gradients as they come."""
 
     def continued(self, other: StepBytes, depths: tuple[int, int], depth: int) -> StepBytes:
         """To ``depth`` layers, from this one and another with ``depths`` of them."""
@@ -156,7 +155,7 @@ def _measured(config: RunConfig, auto_class: Any, settings: Any, dtype: torch.dt
                 optimizer.zero_grad()
             del loss
         hooks.detach()
-    return StepBytes(num_parameters, weights, state, live.peak - weights - state)
+    return StepBytes(num_parameters, weights, live.peak - weights - state)
 
 
 def _autocast(precision: str) -> AbstractContextManager[Any]:

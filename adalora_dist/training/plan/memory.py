@@ -2,14 +2,15 @@
 
 Per process, N processes; W weights of the backbone, A what is trained (float32), both in bytes:
 
-    single, ddp   W and A whole; moments 2 A, importance 4 A; ddp: buckets of A besides
+    single, ddp   W and A whole; moments 2 A, importance; ddp: buckets of A besides
     fsdp2         rows of each tensor, ceil(rows / N); gathered, the group in use and its neighbour
     zero1, zero2  W and A whole; a float32 copy and moments of A / N, importance of A / N; reduction buckets
     zero3         flat slices of W and A, ceil(elements / N); a float32 copy besides; gathered, up to a thousand million
                   elements (``stage3_max_live_parameters``); reduction bucket
 
-Importance is what AdaLoRA keeps: both averages and two work buffers, as long as triplets are scored; two work buffers
-after the pattern is frozen and compacted, when A has shrunk to the share of the budget that is left.
+Importance is what AdaLoRA keeps (``bound.state_bytes``): both averages, 2 A, as long as triplets are scored, and the
+portions that it works in; these alone after the pattern is frozen and compacted, when A has shrunk to the share of the
+budget that is left.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from adalora_dist.methods.adalora.bound import state_bytes
 from adalora_dist.training.plan.cluster import USABLE, Cluster
 from adalora_dist.training.plan.fake import StepBytes
 
@@ -124,13 +126,14 @@ def memory_of(
         gradients += trained if engine == "zero1" else 0
     elif engine == "ddp" and world > 1:
         adapters += trained  # reduction buckets, kept
-    buffers = 4 if adapts_ranks else 0
+    of_method = state_bytes(stepped // FLOAT32)
+    importance = of_method["importance"] + of_method["portions"] if adapts_ranks else 0
     activations = alone.activations + (gradients if micro_steps > 1 else 0)
     # A quantised weight is dequantised for its product.
     activations += compute_bytes * max((t.numel for t in tensors if t.is_quantized), default=0)
     gathered = _gathered(tensors, engine, compute_bytes, packed_bits / 8)
     return Memory(
-        weights, quantized, adapters, 2 * stepped, buffers * stepped, gradients, gathered, activations
+        weights, quantized, adapters, 2 * stepped, importance, gradients, gathered, activations
     )  # fmt: skip
 
 
@@ -158,10 +161,12 @@ def after_freeze(before: Memory, share: float, is_compacted: bool) -> Memory:
     """
     if not is_compacted:
         return before
+    optimizer = round(before.optimizer * share)
+    portions = state_bytes(optimizer // (2 * FLOAT32))["portions"]
     return replace(
         before,
         adapters=round(before.adapters * share),
-        optimizer=round(before.optimizer * share),
-        importance=round(before.importance * share / 2),  # averages are given up
+        optimizer=optimizer,
+        importance=portions if before.importance else 0,  # averages are given up
         gradients=before.gradients,
     )
