@@ -236,7 +236,7 @@ class SaveAdapter:
         of_holder: dict[int, dict[str, torch.Tensor]] = {}
         for path, parameter in self._needed().items():
             of_holder.setdefault(id(holder(parameter)), {})[path] = parameter
-        state = {}
+        state: dict[str, torch.Tensor] = {}
         for parameters in of_holder.values():  # a pack is gathered once
             whole = whole_tensor(holder(next(iter(parameters.values()))))
             if keep:

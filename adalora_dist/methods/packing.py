@@ -46,8 +46,8 @@ def pack_adapters(model: nn.Module, config: MethodConfig) -> int:
                         f"pack_adapters: {adapter.name}.{leaf} is sharded already: call it after adapt, before the "
                         "optimizer is made and the engine (fully_shard, DeepSpeed, accelerate's prepare) takes over"
                     )
-                if (group := group_of.get(id(parameter))) is not None:
-                    places.setdefault((group, parameter.dtype, parameter.device), []).append((adapter, leaf))
+                if (number := group_of.get(id(parameter))) is not None:
+                    places.setdefault((number, parameter.dtype, parameter.device), []).append((adapter, leaf))
         for group in places.values():
             pack = Pack(block, group)
             for adapter in adapters:
