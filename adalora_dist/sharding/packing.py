@@ -41,7 +41,7 @@ class Pack:
         self._is_running = False  # the block was called, and has not returned
         self._views: list[torch.Tensor] | None = None
         self._cut_in: tuple[int, bool] | None = None  # views: in which backward, -1: none; whether with gradients
-        self._num_asked = 0  # how often for one of them
+        self._asked: set[int] = set()  # which of them have been
         # Equal shapes lie side by side: one operation cuts them all.
         self.places = sorted(places, key=lambda place: tuple(getattr(*place).shape))
         held = [cast(nn.Parameter, getattr(*place)) for place in self.places]
@@ -79,10 +79,12 @@ class Pack:
         if not self._is_running and task == -1:
             return self.parts[index]
         if self._views is None or self._cut_in != (task, torch.is_grad_enabled()):
-            self._views, self._cut_in, self._num_asked = self._cut(), (task, torch.is_grad_enabled()), 0
+            self._views, self._cut_in, self._asked = self._cut(), (task, torch.is_grad_enabled()), set()
+            if not self._is_running:  # nobody says when the block has run again
+                torch.autograd.Variable._execution_engine.queue_callback(self._drop)  # type: ignore[attr-defined]
         view = self._views[index]
-        self._num_asked += 1
-        if not self._is_running and self._num_asked == len(self.parts):  # each once: the block has run again
+        self._asked.add(index)
+        if not self._is_running and len(self._asked) == len(self.parts):  # it has, at the latest with its last layer
             self._drop()
         return view
 

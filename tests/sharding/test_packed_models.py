@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import AutoModelForCausalLM
 
 from adalora_dist import UserError, adapt, pack_adapters, parameter_groups
 from adalora_dist.methods import method_for
 from adalora_dist.methods.protocol import adapters_of, trained_parameters
-from adalora_dist.sharding.packing import pack_of, packs_of
+from adalora_dist.sharding.packing import pack_of, packs_of, part_of
 from adalora_dist.sharding.tensors import is_whole, whole_tensor
 from adalora_dist.tasks.evaluation.batches import evaluating
 from tests.support.models import adapted_net, config, global_batch
@@ -80,6 +82,36 @@ def test_an_interrupt_in_the_middle_of_a_forward_leaves_names_and_groups(setting
     ]
     assert sizes[0] == sizes[1]
     assert_same(model, fresh)
+
+
+def recomputed_selectively(rank: int, world_size: int) -> list[dict[str, torch.Tensor]]:
+    """Gradients of blocks that run again without being called, their layers in another order than they lie in."""
+    found = []
+    for how in ("plain", "packed"):
+        model = adapted_net(SETTINGS)
+        nn.init.ones_(model.adalora.lam)
+        assert how == "plain" or pack_adapters(model, SETTINGS)
+        for block in model.blocks:
+            block._modules["up"] = block._modules.pop("up")
+        model.adalora.layers = tuple(reversed(model.adalora.layers))
+        model.adalora.index()
+        kept = partial(create_selective_checkpoint_contexts, [torch.ops.aten.tanh.default])
+        for block in model.blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=kept)
+        for _ in range(2):
+            model(global_batch(0)[0]).square().sum().backward()
+        held = {name: (p, pack_of(p)) for name, p in trained_parameters(model).items()}
+        found.append({n: p.grad if k is None else part_of(k.flat.grad, p) for n, (p, k) in held.items()})  # type: ignore[arg-type]
+        assert all(pack._views is None for block in model.blocks for pack in packs_of(block).values())
+    return found
+
+
+def test_blocks_that_run_again_are_cut_once() -> None:
+    """Selective checkpoints want the operations of the first run, and no others (BART, whose queries come before its
+    keys and lie behind them)."""
+    [(plain, packed)] = run_ranks(1, recomputed_selectively)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(packed[name], gradient)
 
 
 def test_what_is_packed_or_frozen_already_is_left_alone() -> None:
