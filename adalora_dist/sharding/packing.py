@@ -81,7 +81,7 @@ class Pack:
         if self._views is None or self._cut_in != (task, torch.is_grad_enabled()):
             self._views, self._cut_in, self._asked = self._cut(), (task, torch.is_grad_enabled()), set()
             if not self._is_running:  # nobody says when the block has run again
-                torch.autograd.Variable._execution_engine.queue_callback(self._drop)  # type: ignore[attr-defined]
+                torch.autograd.Variable._execution_engine.queue_callback(self._drop)
         view = self._views[index]
         self._asked.add(index)
         if not self._is_running and len(self._asked) == len(self.parts):  # it has, at the latest with its last layer
@@ -163,10 +163,30 @@ class Pack:
         raise IndexError(index)
 
 
+_WRITES = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
+
+
 class _Part(nn.Parameter):
     """What stands for a part: its shape and type, no numbers."""
 
     pack: Pack
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What writes to one would be lost, and says nothing by itself.
+
+        Raises:
+            UserError: it does.
+        """
+        name = getattr(func, "__name__", "")
+        writes = name in _WRITES or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
+        if writes and isinstance(args[0], _Part):
+            raise UserError(
+                f"{name} of a packed P or Q, which has numbers of its own while its block runs alone: set them before "
+                "pack_adapters, or leave that out"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         """Of a model with its packs."""

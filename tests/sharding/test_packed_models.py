@@ -128,6 +128,19 @@ def test_what_is_packed_or_frozen_already_is_left_alone() -> None:
     assert "blocks.0.up.P" not in trained_parameters(partly) and partly.blocks[0].up.P.grad is None
 
 
+def test_what_would_be_written_to_a_part_and_lost_is_one_line() -> None:
+    part = packed_net().blocks[0].up.P
+    for write in (
+        nn.init.zeros_,
+        lambda p: p.detach_() and None,
+        lambda p: p.__setitem__(0, 1.0),
+        lambda p: p.__imul__(2),
+    ):
+        with torch.no_grad(), pytest.raises(UserError, match="of a packed P or Q, .* set them before pack_adapters"):
+            write(part)
+    assert part.shape == (13, 3) and part.requires_grad_() is part and part.detach().is_meta
+
+
 def test_two_types_are_two_packs() -> None:
     model = adapted_net(SETTINGS)
     model.blocks[0].up.to(torch.bfloat16)
