@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -193,7 +194,11 @@ def checkpointing() -> Iterator[tuple[str, str, str]]:
 
 def state() -> Iterator[tuple[str, str, str]]:
     def of(method: str, smallest: int) -> float:
-        with mock.patch.object(bound, "MIN_PORTION", smallest), mock.patch.object(products, "_SIDE_BY_SIDE", smallest):
+        sizes = {bound: ("MIN_PORTION", "CACHED_PORTION"), products: ("_SIDE_BY_SIDE", "_CACHED")}
+        with ExitStack() as stack:
+            for module, names in sizes.items():
+                for name in names:
+                    stack.enter_context(mock.patch.object(module, name, smallest))
             variant = Variant(method, llama(256, 688, 8), 12, 6, SCHEDULE)
             ids = torch.arange(2)[None]
             for _ in range(3):

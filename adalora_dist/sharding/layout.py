@@ -56,7 +56,8 @@ class Portion(NamedTuple):
 class FlatBuffer:
     """A vector over the elements of a portion, zero at first, and the views of it that the sums need, made once.
 
-    ``pieces``: a view for each piece of the portion, 1-D, or in the local tensor's shape if the piece is all of it;
+    ``pieces``: of each piece of the portion its factor, its place in the local span (None: it is all of that), and a
+    view, 1-D, or in the local tensor's shape if it is all of it; ``orthogonal``: those of P and Q;
     ``bodies``: a view for each group, (number of factors, rows, rank); ``transposed``: the same, (.., rank, rows);
     ``stacked``: views by matrix, for groups whose factors hold several, all of one width; None for others;
     ``fragments``: a view of the rest, 1-D, or None in a portion that has none of it.
@@ -79,10 +80,8 @@ class FlatBuffer:
         length = portion.stop - portion.start
         self.data = torch.zeros(length, device=device, dtype=dtype) if storage is None else storage[:length]
         pieces = [layout.pieces[k] for k in portion.pieces]
-        self.pieces = [self.data.narrow(0, p.flat_start - portion.start, p.length) for p in pieces]
-        if shapes is not None:
-            pairs = zip(self.pieces, pieces, strict=True)
-            self.pieces = [view.view(shapes[p.factor]) if p.is_whole else view for view, p in pairs]
+        self.pieces = [self._placed(p, shapes) for p in pieces]
+        self.orthogonal = [placed for placed in self.pieces if layout.factors[placed[0]].orthogonal]
         groups = [layout.groups[k] for k in portion.groups]
         self.bodies = [
             self.data.narrow(0, g.flat_start - portion.start, g.numel).view(-1, g.rows, g.rank) for g in groups
@@ -93,6 +92,12 @@ class FlatBuffer:
         ]
         is_last = portion.stop == layout.num_elements
         self.fragments = self.data[layout.fragments_start - portion.start :] if is_last else None
+
+    def _placed(self, piece: Piece, shapes: Sequence[torch.Size] | None) -> tuple[int, slice | None, torch.Tensor]:
+        view = self.data.narrow(0, piece.flat_start - self.portion.start, piece.length)
+        if not piece.is_whole:
+            return piece.factor, slice(piece.local_start, piece.local_start + piece.length), view
+        return piece.factor, None, view if shapes is None else view.view(shapes[piece.factor])
 
     def body(self, group: int) -> torch.Tensor:
         """Of a group of the layout by its number; the group is in the portion."""
@@ -208,13 +213,13 @@ class SpanLayout:
             locals_: the local span of each parameter; None: leave it out.
             orthogonal: leave out lambda.
         """
-        pieces = (self.pieces[k] for k in flat.portion.pieces)
-        chosen = [
-            (local if p.is_whole else local.view(-1).narrow(0, p.local_start, p.length), view)
-            for p, view in zip(pieces, flat.pieces, strict=True)
-            if (local := locals_[p.factor]) is not None and (self.factors[p.factor].orthogonal or not orthogonal)
-        ]
-        return [local for local, _ in chosen], [view for _, view in chosen]
+        chosen: list[torch.Tensor] = []
+        views: list[torch.Tensor] = []
+        for factor, place, view in flat.orthogonal if orthogonal else flat.pieces:
+            if (local := locals_[factor]) is not None:
+                chosen.append(local if place is None else local.view(-1)[place])
+                views.append(view)
+        return chosen, views
 
     def collect(self, locals_: Sequence[torch.Tensor | None], flat: FlatBuffer) -> FlatBuffer:
         """Copy local spans into their places in ``flat``; returns ``flat``."""

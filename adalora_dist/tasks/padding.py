@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from adalora_dist.io.errors import UserError
 
@@ -25,7 +26,7 @@ _KNOWN = {"transformers", "torch", "builtins", "abc", "typing"}
 
 def unwrapped(model: nn.Module) -> Any:
     """The model under its engine's wrapper; accelerate's own way to it imports DeepSpeed wherever that is installed."""
-    while isinstance(inner := getattr(model, "module", None), nn.Module):
+    while not isinstance(model, PreTrainedModel) and isinstance(inner := getattr(model, "module", None), nn.Module):
         model = inner
     return cast(Any, model)
 

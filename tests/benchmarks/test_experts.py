@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from adalora_dist.methods.adalora import importance
+from adalora_dist.methods.adalora import bound, importance, products
 from tests.support.paths import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -18,6 +18,8 @@ MAX_EXTRA_OPS = 64
 def test_every_step_adds_few_operations_however_many_layers_there_are(num_layers, monkeypatch):
     pytest.importorskip("peft")
     monkeypatch.setattr(importance, "_CHUNK", 2**30)  # a CPU takes the averages in pieces that fit its cache
+    monkeypatch.setattr(bound, "CACHED_PORTION", 2**30)  # and all else
+    monkeypatch.setattr(products, "_CACHED", 2**30)
     ours, lora, peft = cost(num_layers).values()
     for own, other in zip(ours, lora, strict=True):
         assert 0 < own.operations - other.operations <= MAX_EXTRA_OPS

@@ -54,6 +54,11 @@ def test_portions_are_few_and_a_64th():
     assert sum(state_bytes(2**30).values()) == 24.125 * 2**30
 
 
+def test_portions_fit_the_cache_of_a_cpu_core():
+    assert portion_elements(1000, cached=True) == portion_elements(2**30, cached=True) == bound.CACHED_PORTION
+    assert 24 < sum(state_bytes(20_000_000, cached=True).values()) / 20_000_000 < 24.06
+
+
 def step_peaks(rank: int, world_size: int, method: str) -> tuple[int, int]:
     """(elements, peak bytes of a step and all that lasts) of adapters that weigh more than what two tokens leave."""
     with pytest.MonkeyPatch.context() as patch:

@@ -110,6 +110,7 @@ class RankAllocator(Step):
     # ------------------------------------------------------------------------------------------------------ the step
 
     def sums(self, step: int) -> None:
+        self._pending |= self._due(step)
         if self._regularised:
             self.bound.gram_partials()
         elif self._measures:
@@ -122,12 +123,11 @@ class RankAllocator(Step):
     def before(self, is_last: bool) -> None:
         gradients = self.bound.engine.gradients()
         if self._regularised or self._measures:
-            self.bound.take_in(gradients, self._regularised, self._measures, is_last)
+            self.bound.take_in(gradients, self._regularised, self._measures, is_last, self._pending)
 
     def after(self, step: int) -> None:
         bound = self.bound
         self.lambdas.release()
-        self._pending |= self._due(step)
         if self.config.importance_order == "after" and self._measures:
             bound.take_in_stepped()
         if self._pending:

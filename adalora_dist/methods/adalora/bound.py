@@ -13,7 +13,7 @@ import torch
 from adalora_dist.config.methods import AdaptiveConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adalora.digest import PatternDigest
-from adalora_dist.methods.adalora.importance import element_scores, update_averages
+from adalora_dist.methods.adalora.importance import Shares, Vectors, advance_averages, element_scores, shares_of
 from adalora_dist.methods.adalora.sums import TripletSums
 from adalora_dist.sharding.agreement import agreed, world_size
 from adalora_dist.sharding.base import ShardEngine, spans_of_ranks
@@ -22,21 +22,24 @@ from adalora_dist.sharding.spans import Factor
 
 MIN_PORTION, MAX_PORTIONS = 2**22, 64
 """Elements of a portion, 16 MiB, at least, so that small adapters have one; and how many portions there are at most."""
+CACHED_PORTION = 2**17
+"""Elements of a portion at most on a CPU: what a step reads and writes of them then stays in a core's cache."""
 
 
-def portion_elements(num_elements: int) -> int:
-    """Elements that a portion may have, of all that a rank holds."""
-    return max(MIN_PORTION, -(-num_elements // MAX_PORTIONS))
+def portion_elements(num_elements: int, cached: bool = False) -> int:
+    """Elements that a portion may have, of all that a rank holds; ``cached``: as on a CPU."""
+    elements = max(MIN_PORTION, -(-num_elements // MAX_PORTIONS))
+    return min(elements, CACHED_PORTION) if cached else elements
 
 
-def state_bytes(num_elements: int) -> dict[str, int]:
+def state_bytes(num_elements: int, cached: bool = False) -> dict[str, int]:
     """Bytes that training P, Q and lambda takes on a rank that holds so many elements of them, by purpose.
 
     All is float32: ``parameters``, ``gradients``, the two ``moments`` of AdamW, the two averages of ``importance``
     until the pattern is frozen, and the ``portions`` that a step works in.
     """
     of_element = {"parameters": 4, "gradients": 4, "moments": 8, "importance": 8}
-    portions = 8 * min(num_elements, portion_elements(num_elements))
+    portions = 8 * min(num_elements, portion_elements(num_elements, cached))
     return {purpose: size * num_elements for purpose, size in of_element.items()} | {"portions": portions}
 
 
@@ -75,7 +78,9 @@ class BoundTriplets:
         of_ranks = [spans[: len(factors)] for spans in spans_of_ranks(engine)]
         in_one = engine.num_firings > 1 or config.importance_order == "after"
         num_elements = sum(span.stop - span.start for span in self.spans)
-        self.layout = SpanLayout(factors, self.spans, None if in_one else portion_elements(num_elements))
+        # A kernel passes over memory once, and is built anew for each length of a portion.
+        cached = device.type == "cpu" and config.importance_kernel == "eager"
+        self.layout = SpanLayout(factors, self.spans, None if in_one else portion_elements(num_elements, cached))
         self.sums = TripletSums(
             self.layout,
             of_ranks,
@@ -94,13 +99,16 @@ class BoundTriplets:
         num_scored = self.layout.num_elements if measures else 0
         self.sensitivity = torch.zeros(num_scored, dtype=torch.float32, device=device)
         self.uncertainty = torch.zeros(num_scored, dtype=torch.float32, device=device)
-        of_portions = [slice(portion.start, portion.stop) for portion in self.layout.portions]
-        self._of_portions = [(self.sensitivity[part], self.uncertainty[part]) for part in of_portions]
+        self._vectors = []  # of each portion; averages are empty where there are none
+        for (*_, start, stop), flat in zip(self.layout.portions, self._values, strict=True):
+            averages = self.sensitivity[start:stop], self.uncertainty[start:stop]
+            self._vectors.append(Vectors(*averages, flat.data, flat.data.view(torch.int32)))
         # The triplets of each P that this rank holds a part of, and lambda, if it holds a part of that.
         self.row_cuts = {k: f.rank for k, f in enumerate(factors) if f.kind == "P"}
         self.ps = [k for k in self.row_cuts if values[k].numel()]
         self.lams = [k for k, f in enumerate(factors) if f.kind == "lam" and values[k].numel()]
         self._masks: tuple[torch.Tensor, list[torch.Tensor]] | None = None  # a pattern, and its part per masked tensor
+        self._are_scored = False  # the averages' scores have been added up
         if config.importance_kernel == "compiled" and measures:
             self._compile()
 
@@ -128,16 +136,24 @@ class BoundTriplets:
             self.sums.times_factors(self._values[0], self._scratch[0])
 
     def take_in(
-        self, gradients: Sequence[torch.Tensor | None], regularised: bool, measures: bool, is_last: bool
+        self,
+        gradients: Sequence[torch.Tensor | None],
+        regularised: bool,
+        measures: bool,
+        is_last: bool,
+        scores: bool = False,
     ) -> None:
         """Of one firing: add the regulariser's gradient to those of P and Q, and advance the averages by w g.
 
         Args:
             gradients: local ones; None: of another firing.
             is_last: whether it is the step's last firing.
+            scores: whether :meth:`score_partials` will be asked after the step: averages are scored as they are made.
         """
         held = self.engine.values() if len(self._values) > 1 else []
-        for values, scratch, averages in zip(self._values, self._scratch, self._of_portions, strict=True):
+        advances = measures and is_last and self._config.importance_order != "after"
+        shares = self._shares() if advances else None
+        for values, scratch, vectors in zip(self._values, self._scratch, self._vectors, strict=True):
             if held:
                 self.layout.collect(held, values)
                 if regularised:
@@ -152,37 +168,47 @@ class BoundTriplets:
                 self.layout.collect(gradients, values)
                 continue
             self._multiply(values, gradients)
-            if is_last:
-                self._update_averages(values, averages)
+            if shares is not None:
+                self._update_averages(vectors, shares)
+                if scores:
+                    self._score(vectors, scratch)
+        self._are_scored = scores and advances
 
     def take_in_stepped(self) -> None:
         """With ``importance_order`` after: advance the averages by w g, w as it is now."""
-        [values] = self._values
+        [values], [vectors] = self._values, self._vectors
         self._multiply(values, self.engine.values())
-        self._update_averages(values, *self._of_portions)
+        self._update_averages(vectors, self._shares())
 
     def _multiply(self, values: FlatBuffer, others: Sequence[torch.Tensor | None]) -> None:
         local, flat = self.layout.views(others, values)
         if local:
             torch._foreach_mul_(flat, local)
 
-    def _update_averages(self, values: FlatBuffer, averages: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def _shares(self) -> Shares:
+        return shares_of(self._config.beta1, self._config.beta2, self.skip)
+
+    def _update_averages(self, vectors: Vectors, shares: Shares) -> None:
         """Advance a portion's averages by w g, which stands in ``values``."""
-        beta1, beta2 = self._config.beta1, self._config.beta2
-        compiled = self._config.importance_kernel == "compiled"
-        update_averages(*averages, values.data, beta1, beta2, self.skip, compiled)
+        advance_averages(vectors, shares, self._config.importance_kernel == "compiled")
+
+    def _score(self, vectors: Vectors, scratch: FlatBuffer) -> None:
+        """Add up the scores of a portion's averages."""
+        element_scores(self._config.importance, vectors.sensitivity, vectors.uncertainty, out=scratch.data)
+        self.sums.add_up(scratch)
 
     def score_partials(self) -> torch.Tensor:
         """This rank's part of the triplet scores, float64, by the configured importance."""
         of_values = self._config.importance == "magnitude"
-        held = self.engine.values() if of_values else []
-        for values, scratch, averages in zip(self._values, self._scratch, self._of_portions, strict=True):
-            if of_values:
+        if of_values:
+            held = self.engine.values()
+            for values, scratch in zip(self._values, self._scratch, strict=True):
                 self.layout.collect(held, values)
                 torch.abs(values.data, out=scratch.data)
-            else:
-                element_scores(self._config.importance, *averages, out=scratch.data)
-            self.sums.add_up(scratch)
+                self.sums.add_up(scratch)
+        elif not self._are_scored:
+            for vectors, scratch in zip(self._vectors, self._scratch, strict=True):
+                self._score(vectors, scratch)
         return self.sums.summed_scores("lam" if of_values else None)
 
     def mean_squares(self) -> torch.Tensor:
@@ -231,8 +257,8 @@ class BoundTriplets:
         def attempt() -> None:
             self.skip.fill_(1)
             try:
-                for values, averages in zip(self._values, self._of_portions, strict=True):
-                    self._update_averages(values, averages)
+                for vectors in self._vectors:
+                    self._update_averages(vectors, self._shares())
             except Exception as error:  # whatever compiler it is that fails
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise UserError(

@@ -15,7 +15,39 @@ import torch
 
 ImportanceKind = Literal["sensitivity_uncertainty", "sensitivity", "magnitude"]
 
-_CHUNK = 2**16  # elements that a CPU core works on at a time: the three vectors then stay in its cache
+_CHUNK = 2**17  # elements that a CPU core works on at a time: the three vectors then stay in its cache
+_MAGNITUDE = 0x7FFFFFFF  # the bits of a float32 but its sign
+
+
+class Vectors(NamedTuple):
+    """Arguments of :func:`update_averages`, (num_elements,) each."""
+
+    sensitivity: torch.Tensor
+    uncertainty: torch.Tensor
+    products: torch.Tensor
+    bits: torch.Tensor
+    """int32, the memory of ``products``."""
+
+
+class Shares(NamedTuple):
+    """What a step's products count in the averages, made once a step."""
+
+    of_sensitivity: float | torch.Tensor
+    """1 - beta1; as a tensor (scalar), 0 in a step that is left out."""
+    of_uncertainty: float | torch.Tensor
+    """1 - beta2, the like."""
+    bits: torch.Tensor | None
+    """int32 scalar, of a float32 the bits that its absolute value keeps: all but the sign, none in a step that is left
+    out, whose products may be nan. None: no step is left out."""
+
+
+def shares_of(beta1: float, beta2: float, skip: torch.Tensor | None = None) -> Shares:
+    """Arguments as of :func:`update_averages`."""
+    if skip is None:
+        return Shares(1 - beta1, 1 - beta2, None)
+    first = torch.rsub(skip, 1 - beta1, alpha=1 - beta1)
+    second = first if beta2 == beta1 else torch.rsub(skip, 1 - beta2, alpha=1 - beta2)
+    return Shares(first, second, torch.rsub(skip.int(), _MAGNITUDE, alpha=_MAGNITUDE))
 
 
 def update_averages(
@@ -32,20 +64,24 @@ def update_averages(
     I = |w g|;  I-bar <- beta1 I-bar + (1 - beta1) I;  U-bar <- beta2 U-bar + (1 - beta2) |I - I-bar|, with the
     updated I-bar. Products that are not finite may come with ``skip`` only.
     """
-    done = 1.0 if skip is None else 1 - skip
-    share1 = (1 - beta1) * done
-    share2 = share1 if beta2 == beta1 else (1 - beta2) * done
+    vectors = Vectors(sensitivity, uncertainty, products, products.view(torch.int32))
+    advance_averages(vectors, shares_of(beta1, beta2, skip), compiled)
+
+
+def advance_averages(vectors: Vectors, shares: Shares, compiled: bool) -> None:
+    """The same, of a step whose shares are known."""
     if compiled:
-        compiled_advance()(sensitivity, uncertainty, products, *map(torch.as_tensor, (share1, share2)))
+        compiled_advance()(*vectors[:3], *map(torch.as_tensor, shares[:2]))
         return
-    vectors = [sensitivity, uncertainty, products]
-    chunked = products.device.type == "cpu" and len(products) > _CHUNK
-    for i_bar, u_bar, product in zip(*(v.split(_CHUNK) for v in vectors), strict=True) if chunked else [vectors]:
-        instant = product.abs_()
-        if skip is not None:
-            instant.nan_to_num_(0.0, 0.0, 0.0)
-        i_bar.lerp_(instant, share1)
-        u_bar.lerp_(instant.sub_(i_bar).abs_(), share2)
+    chunked = vectors.products.device.type == "cpu" and len(vectors.products) > _CHUNK
+    chunks = zip(*(v.split(_CHUNK) for v in vectors), strict=True) if chunked else [vectors]
+    for i_bar, u_bar, instant, bits in chunks:
+        if shares.bits is None:
+            instant.abs_()
+        else:
+            bits.bitwise_and_(shares.bits)
+        i_bar.lerp_(instant, shares.of_sensitivity)
+        u_bar.lerp_(instant.sub_(i_bar).abs_(), shares.of_uncertainty)
 
 
 def advance(

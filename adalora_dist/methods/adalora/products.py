@@ -10,6 +10,7 @@ import torch
 from adalora_dist.sharding.tensors import awaits_gradient
 
 _SIDE_BY_SIDE = 2**22  # elements, 16 MiB
+_CACHED = 2**17  # elements at most on a CPU: products then stay in a core's cache until they are summed
 
 
 def times_lambdas(lams: Sequence[torch.Tensor], ps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -70,16 +71,17 @@ def lambda_gradients(ps: list[torch.Tensor], gradients: list[torch.Tensor]) -> l
     """dL/dlambda of each matrix, (r,), from P and the gradient of P diag(lambda), both (d_out, r): sum_j P_ji G_ji.
 
     Matrices of equal d_out lie side by side, so that the number of operations is that of the sizes, not of matrices;
-    above ``_SIDE_BY_SIDE`` elements they do so part by part, for the sake of memory.
+    above ``_SIDE_BY_SIDE`` elements they do so part by part, for the sake of memory, on a CPU above ``_CACHED``.
     """
     members: dict[int, list[int]] = {}
     for k, p in enumerate(ps):
         members.setdefault(len(p), []).append(k)
     parts = [list(range(len(ps)))]
-    if sum(p.numel() for p in ps) > _SIDE_BY_SIDE:
+    most = min(_SIDE_BY_SIDE, _CACHED) if ps[0].device.type == "cpu" else _SIDE_BY_SIDE
+    if sum(p.numel() for p in ps) > most:
         parts = []
         for of_size in members.values():
-            count = max(1, _SIDE_BY_SIDE // max(ps[k].numel() for k in of_size))
+            count = max(1, most // max(ps[k].numel() for k in of_size))
             parts += [of_size[first : first + count] for first in range(0, len(of_size), count)]
     found: dict[int, torch.Tensor] = {}
     for part in parts:

@@ -47,12 +47,12 @@ class TripletSums:
     ) -> None:
         self.layout = layout
         self._stacked_in: FlatBuffer | None = None
-        self._index_triplets(device, num_replicas)
+        self._index_triplets(device, dtype, num_replicas)
         self._index_grams(spans_of_ranks, device)
         self._num_matrices = sum(self._num_of_rank.values()) if num_matrices is None else num_matrices
         self._view_partials(device, dtype)
 
-    def _index_triplets(self, device: torch.device | str, num_replicas: int) -> None:
+    def _index_triplets(self, device: torch.device | str, dtype: torch.dtype, num_replicas: int) -> None:
         """Scores: column sums of all bodies, then the fragments' elements, weighted by 1/d (1 for lambda).
 
         ``_score_index`` says for every triplet which of these it adds up; a last one, always 0, fills the rows up.
@@ -68,7 +68,7 @@ class TripletSums:
             triplets += range(factor.first_triplet + first, factor.first_triplet + stop)
             weights += [1.0 / factor.rows] * (stop - first)
             kinds += [factor.kind] * (stop - first)
-        self._sums = torch.zeros(len(triplets) + 1, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(len(triplets) + 1, dtype=dtype, device=device)  # of one column on this rank
         self._group_sums, start = [], 0
         for group in self.layout.groups:
             size = len(group.factors) * group.rank
@@ -227,7 +227,7 @@ class TripletSums:
     def add_up(self, elements: FlatBuffer) -> None:
         """Of a portion of element scores what :meth:`summed_scores` puts together when all have been added up."""
         for body, k in zip(elements.bodies, elements.portion.groups, strict=True):
-            torch.sum(body, dim=1, dtype=torch.float64, out=self._group_sums[k])
+            torch.sum(body, dim=1, out=self._group_sums[k])
         if self.layout.fragments and elements.fragments is not None:
             self._fragment_sums.copy_(elements.fragments)
 
