@@ -80,11 +80,9 @@ class Pack:
             return self.parts[index]
         if self._views is None or self._cut_in != (task, torch.is_grad_enabled()):
             self._views, self._cut_in, self._asked = self._cut(), (task, torch.is_grad_enabled()), set()
-            if not self._is_running:  # nobody says when the block has run again
-                torch.autograd.Variable._execution_engine.queue_callback(self._drop)
         view = self._views[index]
         self._asked.add(index)
-        if not self._is_running and len(self._asked) == len(self.parts):  # it has, at the latest with its last layer
+        if not self._is_running and len(self._asked) == len(self.parts):  # the block has run again, to its last layer
             self._drop()
         return view
 
@@ -185,8 +183,7 @@ class _Part(nn.Parameter):
                 f"{name} of a packed P or Q, which has numbers of its own while its block runs alone: set them before "
                 "pack_adapters, or leave that out"
             )
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         """Of a model with its packs."""
