@@ -38,6 +38,7 @@ from adalora_dist.methods.protocol import (
     plain_path,
 )
 from adalora_dist.methods.update import AdapterWeights, Update, can_be_lora
+from adalora_dist.sharding.packing import Pack, holder, pack_of, part_of
 from adalora_dist.sharding.tensors import full_shape, is_whole, whole_tensor
 
 _BUILT_IN = "_adapter"  # a name that uploads of Trainer's leave out
@@ -159,7 +160,7 @@ class SaveAdapter:
         self.check()
         given = None if state_dict is None else {plain_path(path): value for path, value in state_dict.items()}
         needed, of_adapters = self._needed(), self._of_adapters()
-        values = {path: _value(path, parameter, given) for path, parameter in needed.items()}
+        values = {path: self._value(path, parameter, given) for path, parameter in needed.items()}
         paths = {id(parameter): path for path, parameter in of_adapters.items()}
         owners = (module for module in self._model.modules() if isinstance(module, TrainedModule))
         named = {name: values[paths[id(p)]].float() for owner in owners for name, p in owner.trained().items()}
@@ -232,12 +233,33 @@ class SaveAdapter:
         Args:
             keep: false on processes that only take part; they get nothing, one tensor in memory at a time.
         """
-        state = {}
+        of_holder: dict[int, dict[str, torch.Tensor]] = {}
         for path, parameter in self._needed().items():
-            whole = whole_tensor(parameter)
+            of_holder.setdefault(id(holder(parameter)), {})[path] = parameter
+        state: dict[str, torch.Tensor] = {}
+        for parameters in of_holder.values():  # a pack is gathered once
+            whole = whole_tensor(holder(next(iter(parameters.values()))))
             if keep:
-                state[path] = whole.cpu()
+                state |= {path: part_of(whole, parameter).cpu() for path, parameter in parameters.items()}
         return state
+
+    def _value(self, path: str, parameter: torch.Tensor, given: Mapping[str, torch.Tensor] | None) -> torch.Tensor:
+        if given is None:
+            if not is_whole(parameter):
+                raise UserError(
+                    f"{path} is sharded over processes: call trainer.save_model(folder) on every process instead of "
+                    "model.save_pretrained"
+                )
+            return whole_tensor(parameter).cpu()
+        if path in given:
+            return given[path].detach().cpu()
+        if (pack := pack_of(parameter)) is not None and (flat := given.get(self._flat_path(pack))) is not None:
+            return part_of(flat.detach(), parameter).cpu()  # as model.state_dict() has it
+        raise UserError(f"state_dict lacks {path}, which the adapter needs: pass the whole state, or none")
+
+    def _flat_path(self, pack: Pack) -> str:
+        path = next(path for path, module in self._model.named_modules() if module is pack.block)
+        return plain_path(f"{path}.{pack.leaf}" if path else pack.leaf)
 
     def is_whole(self) -> bool:
         """Whether every process has all that :meth:`state` gives, so that it takes no other."""
@@ -279,19 +301,6 @@ def _no_lora(method: str) -> UserError:
         "Trainer's hold: use save_adapter or merge of adalora_dist (in Trainer save_strategy='no', and then "
         "trainer.adalora.merge_and_save, or save_adapter of trainer.adalora.hooks.updates())"
     )
-
-
-def _value(path: str, parameter: torch.Tensor, given: Mapping[str, torch.Tensor] | None) -> torch.Tensor:
-    if given is None:
-        if not is_whole(parameter):
-            raise UserError(
-                f"{path} is sharded over processes: call trainer.save_model(folder) on every process instead of "
-                "model.save_pretrained"
-            )
-        return whole_tensor(parameter).cpu()
-    if path not in given:
-        raise UserError(f"state_dict lacks {path}, which the adapter needs: pass the whole state, or none")
-    return given[path].detach().cpu()
 
 
 def alive(updates: Sequence[AdapterWeights]) -> list[AdapterWeights]:

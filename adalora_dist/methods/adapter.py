@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -98,7 +98,7 @@ class Adapter(TrainedModule):
         return {f"{self.name}.{leaf}": p for leaf, p in self.own_parameters().items()}
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
-        packed = {leaf: cast(nn.Parameter, getattr(self, leaf)) for leaf in self.packed}
+        packed = {leaf: pack.part(self, leaf) for leaf, pack in self.packed.items()}
         return packed | super().own_parameters()
 
     def element_name(self, leaf: str, index: int) -> str:

@@ -13,6 +13,7 @@ from adalora_dist.methods import method_for
 from adalora_dist.methods.adapter import Adapter
 from adalora_dist.sharding.optimizer_state import KNOWN, keeps_an_entry_per_weight
 from adalora_dist.sharding.packing import Pack
+from adalora_dist.sharding.tensors import is_whole
 
 
 def pack_adapters(model: nn.Module, config: MethodConfig) -> int:
@@ -21,25 +22,34 @@ def pack_adapters(model: nn.Module, config: MethodConfig) -> int:
     FSDP2 and ZeRO-3 work as much for each parameter, however small it is; to other engines it makes no difference.
     What is learnt is the same under an optimizer that steps every weight by itself, as AdamW does, and so is what is
     saved. What has another learning rate, or is not decayed, goes into a parameter of its own. Methods other than
-    adalora and lora, experts, and adapters outside of blocks stay as they are.
+    adalora and lora, experts, adapters outside of blocks, and what is frozen or packed already stay as they are.
 
     Args:
         model: not wrapped; it says what its blocks are (transformers' ``_no_split_modules``).
         config: of its adapters.
 
     Returns:
-        The number of parameters that are packed now.
+        The number of parameters that this call has packed.
+
+    Raises:
+        UserError: an engine has taken the model over.
     """
     groups = method_for(config).parameter_groups(model, 1.0)
     group_of = {id(p): k for k, group in enumerate(groups) for p in group["params"]}
     count = 0
     for block, adapters in _by_block(model):
-        places: dict[int, list[tuple[nn.Module, str]]] = {}
+        places: dict[Any, list[tuple[nn.Module, str]]] = {}
         for adapter in adapters:
-            for leaf, parameter in adapter.own_parameters().items():
-                places.setdefault(group_of[id(parameter)], []).append((adapter, leaf))
-        for number, group in enumerate(places.values()):
-            pack = Pack(block, number, group)
+            for leaf, parameter in adapter.named_parameters(recurse=False):
+                if not is_whole(parameter):
+                    raise UserError(
+                        f"pack_adapters: {adapter.name}.{leaf} is sharded already: call it after adapt, before the "
+                        "optimizer is made and the engine (fully_shard, DeepSpeed, accelerate's prepare) takes over"
+                    )
+                if (number := group_of.get(id(parameter))) is not None:
+                    places.setdefault((number, parameter.dtype, parameter.device), []).append((adapter, leaf))
+        for group in places.values():
+            pack = Pack(block, group)
             for adapter in adapters:
                 adapter.packed = {**adapter.packed, **{leaf: pack for owner, leaf in group if owner is adapter}}
             count += len(group)
@@ -73,4 +83,4 @@ def _by_block(model: nn.Module) -> list[tuple[nn.Module, list[Adapter]]]:
             blocks.append(module)
             inside.update(module.modules())
     found = [(b, [m for m in b.modules() if isinstance(m, Adapter) and m.can_be_packed]) for b in blocks]
-    return [(b, adapters) for b, adapters in found if sum(len(a.own_parameters()) for a in adapters) > 1]
+    return [(b, adapters) for b, adapters in found if sum(len(a._parameters) for a in adapters) > 1]

@@ -5,7 +5,8 @@ The span of a part is the overlap of the flat one's with it, so all that sees sp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -137,18 +138,8 @@ class PackedEngine:
         return [*others, *self._inner.neighbours()]
 
     def shrink(self, model: nn.Module, optimizer: Any, shrinks: Sequence[Shrink]) -> None:
-        own: list[Shrink] = []
-        columns: dict[int, dict[tuple[nn.Module, str], torch.Tensor]] = {}
-        packs = {id(pack): pack for shrink in shrinks if (pack := pack_of(shrink.parameter)) is not None}
-        for shrink in shrinks:
-            if (pack := pack_of(shrink.parameter)) is None:
-                own.append(shrink)
-            else:
-                columns.setdefault(id(pack), {})[shrink.module, shrink.name] = shrink.columns
-        own += [Shrink(pack.block, pack.leaf, pack.left(columns[key])) for key, pack in packs.items()]
-        self._inner.shrink(model, optimizer, own)
-        for key, pack in packs.items():
-            pack.shrink(columns[key])
+        with of_holders(shrinks) as own:
+            self._inner.shrink(model, optimizer, own)
 
     def retire(self) -> None:
         self._inner.retire()
@@ -159,3 +150,28 @@ class PackedEngine:
             return self._inner.full(k)
         local = self.values()[index].to(torch.float32)
         return assemble(local, self._part_spans[k][part], self._params[index].shape, self.shard_group)
+
+
+@contextmanager
+def of_holders(shrinks: Sequence[Shrink]) -> Iterator[list[Shrink]]:
+    """Give what is to be done to the holders; afterwards the packs know what is left of their parts."""
+    own: list[Shrink] = []
+    columns: dict[int, dict[tuple[nn.Module, str], torch.Tensor]] = {}
+    packs: dict[int, Pack] = {}
+    for shrink in shrinks:
+        if (pack := pack_of(shrink.parameter)) is None:
+            own.append(shrink)
+        else:
+            packs[id(pack)] = pack
+            columns.setdefault(id(pack), {})[shrink.module, shrink.name] = shrink.columns
+    own += [Shrink(pack.block, pack.leaf, pack.left(columns[key])) for key, pack in packs.items()]
+    yield own
+    for key, pack in packs.items():
+        pack.shrink(columns[key])
+
+
+def select_columns(shrinks: Sequence[Shrink]) -> None:
+    """Put what stays of parameters in their places. For those that no engine and no optimizer has taken over."""
+    with of_holders(shrinks) as own:
+        for shrink in own:
+            shrink.select()

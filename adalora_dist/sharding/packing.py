@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import count as numbers
 from itertools import groupby
 from typing import Any, cast
 
@@ -34,12 +35,13 @@ class Pack:
         places: (module, name) of each; of one type and device.
     """
 
-    def __init__(self, block: nn.Module, number: int, places: Sequence[tuple[nn.Module, str]]) -> None:
-        self.block, self.leaf = block, f"{LEAF}{number}"
+    def __init__(self, block: nn.Module, places: Sequence[tuple[nn.Module, str]]) -> None:
+        packs: dict[str, Pack] = block.__dict__.setdefault("adapter_packs", {})
+        self.block, self.leaf = block, next(leaf for k in numbers() if (leaf := f"{LEAF}{k}") not in packs)
         self._is_running = False  # the block was called, and has not returned
         self._views: list[torch.Tensor] | None = None
         self._cut_in: tuple[int, bool] | None = None  # views: in which backward, -1: none; whether with gradients
-        self._num_asked = 0  # how often for one of them
+        self._asked: set[int] = set()  # which of them have been
         # Equal shapes lie side by side: one operation cuts them all.
         self.places = sorted(places, key=lambda place: tuple(getattr(*place).shape))
         held = [cast(nn.Parameter, getattr(*place)) for place in self.places]
@@ -47,7 +49,6 @@ class Pack:
         self._lay_out([_part(self, p.shape) for p in held])
         for module, name in self.places:
             delattr(module, name)
-        packs: dict[str, Pack] = block.__dict__.setdefault("adapter_packs", {})
         packs[self.leaf] = self
         block.register_parameter(self.leaf, flat)
         block.register_forward_pre_hook(self._begin)
@@ -78,12 +79,16 @@ class Pack:
         if not self._is_running and task == -1:
             return self.parts[index]
         if self._views is None or self._cut_in != (task, torch.is_grad_enabled()):
-            self._views, self._cut_in, self._num_asked = self._cut(), (task, torch.is_grad_enabled()), 0
+            self._views, self._cut_in, self._asked = self._cut(), (task, torch.is_grad_enabled()), set()
         view = self._views[index]
-        self._num_asked += 1
-        if not self._is_running and self._num_asked == len(self.parts):  # each once: the block has run again
+        self._asked.add(index)
+        if not self._is_running and len(self._asked) == len(self.parts):  # the block has run again, to its last layer
             self._drop()
         return view
+
+    def part(self, module: nn.Module, name: str) -> nn.Parameter:
+        """What stands for a part, whether the block runs or not, or was left by an interrupt, which no hook sees."""
+        return self.parts[self._index[module, name]]
 
     def _cut(self) -> list[torch.Tensor]:
         views: list[torch.Tensor] = []
@@ -156,21 +161,51 @@ class Pack:
         raise IndexError(index)
 
 
+_WRITES = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
+
+
 class _Part(nn.Parameter):
     """What stands for a part: its shape and type, no numbers."""
 
     pack: Pack
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What writes to one would be lost, and says nothing by itself.
+
+        Raises:
+            UserError: it does.
+        """
+        name = getattr(func, "__name__", "")
+        writes = name in _WRITES or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
+        if writes and isinstance(args[0], _Part):
+            raise UserError(
+                f"{name} of a packed P or Q, which has numbers of its own while its block runs alone: set them before "
+                "pack_adapters, or leave that out"
+            )
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         """Of a model with its packs."""
         memo[id(self)] = copied = _part(copy.deepcopy(self.pack, memo), self.shape)
         return copied
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Likewise; the pack comes second, as it has the part in it."""
+        return _blank, (self.shape,), self.pack
+
+    def __setstate__(self, pack: Pack) -> None:
+        self.pack = pack
+
 
 def _part(pack: Pack, shape: torch.Size) -> nn.Parameter:
-    part = _Part(torch.empty(shape, device="meta"))
+    part = _blank(shape)
     part.pack = pack
     return part
+
+
+def _blank(shape: torch.Size) -> _Part:
+    return _Part(torch.empty(shape, device="meta"))
 
 
 def pack_of(tensor: torch.Tensor) -> Pack | None:
@@ -187,6 +222,12 @@ def holder(tensor: torch.Tensor) -> torch.Tensor:
 def holders(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """:func:`holder` of all, each once, in order."""
     return list({id(held): held for held in map(holder, tensors)}.values())
+
+
+def part_of(whole: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor``, of what its :func:`holder` is as a whole."""
+    pack = pack_of(tensor)
+    return whole if pack is None else whole.narrow(0, pack.start(tensor), tensor.numel()).view(tensor.shape)
 
 
 def packs_of(module: nn.Module) -> dict[str, Pack]:

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from adalora_dist.sharding.packing import holder, pack_of
+from adalora_dist.sharding.packing import holder, pack_of, part_of
 from adalora_dist.sharding.spans import Span
 
 
@@ -83,9 +83,8 @@ def held_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 def whole_tensor(parameter: torch.Tensor) -> torch.Tensor:
     """The whole parameter, detached, on every process, as the next forward has it. Collective where it is sharded."""
-    if (pack := pack_of(parameter)) is not None:
-        whole = whole_tensor(pack.flat)
-        return whole.narrow(0, pack.start(parameter), parameter.numel()).view(parameter.shape)
+    if pack_of(parameter) is not None:
+        return part_of(whole_tensor(holder(parameter)), parameter)
     if isinstance(parameter, DTensor):
         return parameter.full_tensor().detach()
     if hasattr(parameter, "ds_id"):  # ZeRO-3

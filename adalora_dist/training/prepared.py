@@ -21,6 +21,7 @@ from adalora_dist.methods.hooks import MethodHooks, attach
 from adalora_dist.methods.packing import pack_adapters
 from adalora_dist.methods.prefix_text import check_text
 from adalora_dist.methods.protocol import adapters_of, trained_parameters
+from adalora_dist.sharding.base import innermost
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.training.backbone_checks import check_backbone, refuse_own_layers
 from adalora_dist.training.compiled import compile_blocks
@@ -66,7 +67,8 @@ def prepare(
     """Optimizer over the trainable parameters, method attached, both handed to the engine; weights read last.
 
     Raises:
-        UserError: ``resumed`` does not fit the model, a text to start from is too short; as
+        UserError: ``resumed`` does not fit the model, a text to start from is too short, accelerate puts another
+            optimizer in the place of the one that the method works on; as
             :func:`adalora_dist.training.backbone_checks.check_backbone`, and as
             :func:`adalora_dist.training.backbone_checks.refuse_own_layers`.
     """
@@ -87,6 +89,11 @@ def prepare(
     checkpoint_activations(model, config.train)
     with tied_weights_in_one_group(accelerator, model):
         model, wrapped = accelerator.prepare(model, optimizer)
+    if (stepped := innermost(wrapped)) is not optimizer:
+        raise UserError(
+            f"{type(stepped).__name__} was put in the place of {type(optimizer).__name__}, which the method works on: "
+            'with an offloaded optimizer set "zero_force_ds_cpu_optimizer": false in the DeepSpeed configuration'
+        )
     read_shards(model)
     prepared = Prepared(model, wrapped, optimizer, hooks, trained_parameters(model), resumed)
     if resumed is not None:

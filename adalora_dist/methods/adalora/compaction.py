@@ -17,6 +17,7 @@ from torch import nn
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adalora.layers import TripletLayer
 from adalora_dist.sharding.base import Shrink
+from adalora_dist.sharding.packed import select_columns
 from adalora_dist.sharding.shrink import shrink_parameters
 from adalora_dist.sharding.spans import FACTORS_OF_MATRIX
 
@@ -72,16 +73,17 @@ def shrink_layers(layers: Sequence[TripletLayer], kept: Sequence[Sequence[int]])
         ValueError: a triplet that the layer does not hold.
     """
     in_vector: list[int] = []
+    shrinks: list[Shrink] = []
     for layer, indices in zip(layers, kept, strict=True):
         if not set(indices) <= set(layer.triplets):
             raise ValueError(f"{layer.name} holds the triplets {layer.triplets}, not all of {tuple(indices)}")
         columns = [layer.triplets.index(i) for i in indices]
         in_vector += [layer.first + column for column in columns]
         for kind in FACTORS_OF_MATRIX if layer.rank else ():
-            Shrink(layer, kind, torch.tensor(columns, dtype=torch.long)).select()
+            shrinks.append(Shrink(layer, kind, torch.tensor(columns, dtype=torch.long)))
         _remember(layer, indices)
     lambdas = layers[0].lambdas
-    Shrink(lambdas, "lam", torch.tensor(in_vector, dtype=torch.long)).select()
+    select_columns([*shrinks, Shrink(lambdas, "lam", torch.tensor(in_vector, dtype=torch.long))])
     lambdas.index()
 
 

@@ -240,8 +240,8 @@ class Lambdas(TrainedModule):
     def part(self, layer: TripletLayer) -> torch.Tensor:
         """scale * P diag(lambda) of one layer, (d_out, r); its scale * lambda, (r,), where P is not at hand or no
         gradient is wanted."""
-        if "P" in layer.packed:
-            layer.packed["P"].check_at_hand(layer.name)
+        for pack in layer.packed.values():
+            pack.check_at_hand(layer.name)
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler fuses what is written out
             return self._own(layer)
         is_backward, position = torch._C._current_graph_task_id() != -1, layer.position  # in a checkpoint's second run

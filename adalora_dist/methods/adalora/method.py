@@ -105,7 +105,8 @@ class TripletMethod(Method):
         trained: list[torch.Tensor] = [p for p in model.parameters() if p.requires_grad]
         if ratio == 1:
             return {1.0: trained}
-        of_p = {id(holder(layer.P)) for layer in adapters_of(model) if isinstance(layer, TripletLayer) and layer.rank}
+        layers = (layer for layer in adapters_of(model) if isinstance(layer, TripletLayer) and layer.rank)
+        of_p = {id(holder(layer.own_parameters()["P"])) for layer in layers}
         return {1.0: [p for p in trained if id(p) not in of_p], ratio: [p for p in trained if id(p) in of_p]}
 
     def reset(self, layer: TripletLayer, generator: torch.Generator) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import distributed, nn
 
 from adalora_dist.io.progress import progress_bar
+from adalora_dist.sharding.tensors import put_back_shards
 
 Gather = Callable[[list[Any]], list[Any]]
 
@@ -47,7 +48,8 @@ def dealt_batches(
 def evaluating(model: nn.Module) -> Iterator[torch.device]:
     """Evaluation mode without gradients; yields the model's device and restores the mode afterwards.
 
-    ``no_grad`` and not ``inference_mode``, whose tensors sharded modules cannot reuse in training.
+    ``no_grad`` and not ``inference_mode``, whose tensors sharded modules cannot reuse in training. What FSDP2 leaves
+    gathered, as no backward follows, is given up: the next forward would take a head for one that stays.
     """
     was_training = model.training
     model.eval()
@@ -56,3 +58,4 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
             yield next(model.parameters()).device
     finally:
         model.train(was_training)
+        put_back_shards(model)
