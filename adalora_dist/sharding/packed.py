@@ -93,7 +93,7 @@ class PackedEngine:
     def states(self) -> list[State]:
         inner = self._inner.states()
         made: list[State] = [{} for _ in self._params]
-        for name in {name for state in inner for name in state}:
+        for name in dict.fromkeys(name for state in inner for name in state):  # a set has another order in each process
             found = [state.get(name) for state in inner]
             is_step = name == "step"
             cut = [found[k] for k in self._holder] if is_step else self._cut(found)

@@ -69,6 +69,7 @@ def shrink_parameters(model: nn.Module, optimizer: Any, shrinks: Sequence[Shrink
     new_values, new_states = [], []
     for k, span in zip(left, new.spans(), strict=True):
         new_values.append(move(values[k], k, span))
-        new_states.append({n: state if n == "step" else move(state, k, span) for n, state in states[k].items()})
+        in_order = sorted(states[k].items())  # alike on all ranks, as each is put together
+        new_states.append({n: state if n == "step" else move(state, k, span) for n, state in in_order})
     new.restore(new_values, new_states)
     return outermost

@@ -6,6 +6,7 @@ Losses, ranks and compaction beside one process: ``test_parity.py`` and ``test_c
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from adalora_dist.training.faults.nonfinite import _bad_weight
 from tests.support.engine_steps import backward_and_step, wrapped
 from tests.support.models import adapted_net, config, global_batch
 from tests.support.ranks import run_ranks
+from tests.support.recipe_runs import run_command
 from tests.support.tiny_any import tiny_model
 from tests.support.tiny_language_model import tiny_llama
 
@@ -257,6 +259,25 @@ def test_states_of_different_counts_of_steps_are_refused() -> None:
     states[first]["step"] = torch.tensor(7.0)
     with pytest.raises(UserError, match=r"different numbers of steps \(1.0, 7.0\).* pack_adapters to false"):
         shards.restore(shards.values(), states)
+
+
+def test_names_of_states_have_one_order_in_every_process() -> None:
+    """Hashes of texts differ between processes that are not forked, and with them the order of sets."""
+    code = (
+        "import torch\n"
+        "from adalora_dist.methods.protocol import trained_parameters\n"
+        "from adalora_dist.sharding import select_engine\n"
+        "from tests.sharding.test_packing import global_batch, packed_net\n"
+        "model = packed_net()\n"
+        "optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])\n"
+        "model(global_batch(0)[0]).square().sum().backward()\n"
+        "optimizer.step()\n"
+        "states = select_engine(list(trained_parameters(model).values()), optimizer).states()\n"
+        "print({tuple(state) for state in states})\n"
+    )
+    for seed in ("1", "2", "3"):
+        done = run_command(sys.executable, "-c", code, PYTHONHASHSEED=seed)
+        assert done.stdout == "{('step', 'exp_avg', 'exp_avg_sq')}\n", done.stderr
 
 
 def test_a_block_that_loses_everything_has_no_parameter_left() -> None:
