@@ -42,8 +42,9 @@ class Pack:
         self._views: list[torch.Tensor] | None = None
         self._cut_in: tuple[int, bool] | None = None  # views: in which backward, -1: none; whether with gradients
         self._asked: set[int] = set()  # which of them have been
-        # Equal shapes lie side by side: one operation cuts them all.
-        self.places = sorted(places, key=lambda place: tuple(getattr(*place).shape))
+        # Equal shapes lie side by side: one operation cuts them all. By rows alone, which stay when columns go: a run
+        # that continues after that has the order of one that was never stopped.
+        self.places = sorted(places, key=lambda place: len(getattr(*place)))
         held = [cast(nn.Parameter, getattr(*place)) for place in self.places]
         flat = nn.Parameter(torch.cat([p.detach().reshape(-1) for p in held]))
         self._lay_out([_part(self, p.shape) for p in held])
