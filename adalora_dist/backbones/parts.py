@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -131,4 +131,15 @@ def input_embeddings(model: nn.Module) -> nn.Module | None:
         found: nn.Module | None = getattr(model, "get_input_embeddings", lambda: None)()
     except NotImplementedError:
         return None
+    return found
+
+
+def outermost(model: nn.Module, is_one: Callable[[nn.Module], bool]) -> list[nn.Module]:
+    """The modules of a kind, in order, without those that lie in others of it."""
+    found: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    for module in model.modules():  # what contains comes first
+        if module not in inside and is_one(module):
+            found.append(module)
+            inside.update(module.modules())
     return found

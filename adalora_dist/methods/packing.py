@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from adalora_dist.backbones.parts import outermost
 from adalora_dist.config.methods import MethodConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods import method_for
@@ -75,12 +76,10 @@ def check_packed(adapters: Sequence[Adapter], optimizer: Any) -> None:
 def _by_block(model: nn.Module) -> list[tuple[nn.Module, list[Adapter]]]:
     """Blocks with the adapters in them that can be packed, if these are several parameters."""
     names = set(getattr(model, "_no_split_modules", None) or ())
-    blocks: list[nn.Module] = []
-    inside: set[nn.Module] = set()
-    for module in model.modules():  # what contains comes first
-        is_called = not isinstance(module, nn.ModuleList | nn.ModuleDict)
-        if type(module).__name__ in names and is_called and module not in inside:
-            blocks.append(module)
-            inside.update(module.modules())
+
+    def is_block(module: nn.Module) -> bool:
+        return type(module).__name__ in names and not isinstance(module, nn.ModuleList | nn.ModuleDict)  # never called
+
+    blocks = outermost(model, is_block)
     found = [(b, [m for m in b.modules() if isinstance(m, Adapter) and m.can_be_packed]) for b in blocks]
     return [(b, adapters) for b, adapters in found if sum(len(a._parameters) for a in adapters) > 1]

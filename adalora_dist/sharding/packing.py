@@ -131,12 +131,11 @@ class Pack:
 
     def left(self, columns: Mapping[tuple[nn.Module, str], torch.Tensor]) -> torch.Tensor:
         """Indices of what stays of the flat parameter where parts keep ``columns``; those that are not named, all."""
-        kept, first = [], 0
-        for place, part in zip(self.places, self.parts, strict=True):
-            elements = torch.arange(first, first + part.numel()).view(part.shape)
-            kept.append(elements if place not in columns else elements.index_select(-1, columns[place].cpu()))
-            first += part.numel()
-        return torch.cat([elements.flatten() for elements in kept])
+        kept = []
+        indices = torch.arange(sum(self.sizes)).split(self.sizes)
+        for place, part, own in zip(self.places, self.parts, indices, strict=True):
+            kept.append(own if place not in columns else own.view(part.shape)[..., columns[place].cpu()].flatten())
+        return torch.cat(kept)
 
     def shrink(self, columns: Mapping[tuple[nn.Module, str], torch.Tensor]) -> None:
         """The flat parameter is that of :meth:`left` now. A part without columns is gone, one that is cut another."""

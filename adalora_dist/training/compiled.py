@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from adalora_dist.backbones.parts import outermost
 from adalora_dist.io.build_tools import missing_build_tool
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adalora.experts import ExpertTriplets
@@ -34,13 +35,7 @@ that needs a gradient or does not; torch gives up at so many of all blocks toget
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The transformer blocks of a model, by transformers' own mark of them; without those that lie in others."""
-    found: list[nn.Module] = []
-    inside: set[nn.Module] = set()
-    for module in model.modules():  # what contains comes first
-        if isinstance(module, GradientCheckpointingLayer) and module not in inside:
-            found.append(module)
-            inside.update(module.modules())
-    return found
+    return outermost(model, lambda module: isinstance(module, GradientCheckpointingLayer))
 
 
 def compile_blocks(model: nn.Module, hooks: MethodHooks, backend: str | Callable[..., Any] = "inductor") -> int:
