@@ -19,6 +19,7 @@ from adalora_dist.backbones.files import refuse_odd_sizes
 from adalora_dist.backbones.fit import check_lengths, lengths_of
 from adalora_dist.backbones.load import refuse_code_from_elsewhere
 from adalora_dist.config.compilation import check_compile_engine
+from adalora_dist.config.engines import check_prefetch_engine
 from adalora_dist.config.methods import TargetsConfig
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError, reason_of
@@ -169,6 +170,7 @@ def dry_run(
     """
     cluster = PLANNED.get() or Cluster.here()
     check_compile_engine(config.train.compile, cluster.engine.startswith("zero"))
+    check_prefetch_engine(config.train.fsdp_prefetch, cluster.engine == "fsdp2" and cluster.world_size > 1)
     num_rows = count_rows(cast(Any, config).data, tasks, load, config.evaluation.eval_every > 0)
     run = plan_run(config, auto_class, num_rows, architectures, demo, **changes)
     if os.environ.get("RANK", "0") != "0":

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from adalora_dist.io.errors import UserError
 from adalora_dist.training.compiled import blocks_of
 
 
@@ -18,8 +19,16 @@ def prefetch_blocks(model: nn.Module, count: int) -> None:
 
     Args:
         model: under FSDP2.
+
+    Raises:
+        UserError: it does not say what its blocks are.
     """
     blocks: list[Any] = [block for block in blocks_of(model) if hasattr(block, "set_modules_to_forward_prefetch")]
+    if not blocks:
+        raise UserError(
+            f"fsdp_prefetch {count}: {type(model).__name__.removeprefix('FSDP')} does not say what its blocks are; set "
+            "fsdp_prefetch to 0"
+        )
     for index, block in enumerate(blocks):
         block.set_modules_to_forward_prefetch(blocks[index + 1 : index + 1 + count])
         block.set_modules_to_backward_prefetch(blocks[max(0, index - count) : index][::-1])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adalora_dist.config.sections import TrainConfig
@@ -13,6 +15,7 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.training.compiled import blocks_of
 from adalora_dist.training.engine import build_accelerator
 from adalora_dist.training.prefetch import prefetch_blocks
+from tests.support.recipe_runs import run_recipe
 
 
 def test_each_block_has_its_neighbours_nearest_first() -> None:
@@ -35,3 +38,14 @@ def test_each_block_has_its_neighbours_nearest_first() -> None:
 def test_it_is_refused_where_nothing_gathers_blocks(environment: dict[str, str]) -> None:
     with pytest.raises(UserError, match="fsdp_prefetch 2: only FSDP2 on two or more processes .* set fsdp_prefetch to"):
         build_accelerator(TrainConfig(fsdp_prefetch=2), environment)
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    with pytest.raises(UserError, match="fsdp_prefetch 2: Linear does not say what its blocks are; set fsdp_prefetch"):
+        prefetch_blocks(nn.Linear(2, 2), 2)
+
+
+def test_a_dry_run_refuses_it_as_the_run_does(tmp_path: Path) -> None:
+    words = ["--dry-run", "--output-dir", str(tmp_path), "--fsdp-prefetch", "2"]
+    code, _, errors = run_recipe("llama_commonsense", 1, words)
+    assert code == 2 and "fsdp_prefetch 2: only FSDP2 on two or more processes gathers blocks ahead" in errors
