@@ -143,7 +143,7 @@ def _placement() -> _Parser:
     """Options of ``run`` that say on which processes; they stand before or among the flags of the recipe."""
     parser = _Parser(prog="adalora-dist run", add_help=False, allow_abbrev=False)
     add = parser.add_argument
-    add("--engine", metavar="ENGINE", help="single, ddp, fsdp2, zero2, zero3; default: single, or ddp of several")
+    add("--engine", metavar="ENGINE", help="single, ddp, fsdp2, hsdp, zero2, zero3; default: single, or ddp of several")
     add("-n", "--processes", type=_at_least_1, metavar="N", help="on each machine; default: one per GPU, or one")
     add("--nodes", type=_at_least_1, metavar="N", help="number of machines; the same line is run on each. default: 1")
     add("--node-rank", type=_at_least_0, metavar="K", help="number of this machine, from 0; default: SLURM's")

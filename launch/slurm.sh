@@ -4,9 +4,10 @@
 #   sbatch --nodes 8 launch/slurm.sh launch/accelerate/fsdp2.yaml recipes/llama_commonsense.py \
 #       --config recipes/configs/llama_commonsense_llama_70b.yaml --batch-size 64
 #
-# First the accelerate configuration (ddp, fsdp2, zero2, zero3), then the recipe, then the recipe's own flags. What
-# stands before launch/slurm.sh is sbatch's (--nodes, --gpus-per-node, --time, --partition, --account) and replaces the
-# options below. batch_size counts all processes: fewer sequences than GPUs leave GPUs idle.
+# First the accelerate configuration (ddp, fsdp2, zero2, zero3; hsdp with its two sizes set to the number of nodes and to
+# that of GPUs of each), then the recipe, then the recipe's own flags. What stands before launch/slurm.sh is sbatch's
+# (--nodes, --gpus-per-node, --time, --partition, --account) and replaces the options below. batch_size counts all
+# processes: fewer sequences than GPUs leave GPUs idle.
 #
 # Before the first job:
 #   - activate the Python environment (it is inherited), on a disk that every node sees, as is this repository;

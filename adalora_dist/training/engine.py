@@ -36,7 +36,7 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.io.launchers import OWN_COMMAND
 from adalora_dist.io.redaction import redacted, redacted_command
 from adalora_dist.io.terminal import keep_from_listeners
-from adalora_dist.training.launch import deepspeed_file, is_true
+from adalora_dist.training.launch import copies_asked_for, deepspeed_file, is_true
 from adalora_dist.training.rendezvous import init_method
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
@@ -83,6 +83,7 @@ def build_accelerator(train: TrainConfig, environment: Mapping[str, str] = os.en
     if train.precision == "fp16" and on_cpu:
         raise UserError("precision=fp16 needs a GPU: use fp32 or bf16 on CPU")
 
+    copies_asked_for(environment)
     check_compile_engine(train.compile, use_deepspeed)
     check_prefetch_engine(train.fsdp_prefetch, use_fsdp and world_size > 1)
     if use_deepspeed and (name := environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")):

@@ -11,6 +11,7 @@ from adalora_dist.methods.shares import shares_line, weight_shares
 from adalora_dist.sharding.tensors import full_numel
 from adalora_dist.tasks.commonsense.results import TaskResult
 from adalora_dist.tasks.rows.bad_rows import BadRows
+from adalora_dist.training.launch import engine_said
 from adalora_dist.training.prepared import Prepared
 
 
@@ -23,7 +24,8 @@ def run_facts(
     bad_rows: BadRows | None = None,
 ) -> dict[str, Any]:
     """What run.json says of a run beyond its configuration. The number of parameters is that of the whole model."""
-    facts = {"engine": engine, "num_processes": num_processes, "num_steps": num_steps, "method": config.adapter.method}
+    facts = {"engine": engine_said(engine), "num_processes": num_processes}
+    facts |= {"num_steps": num_steps, "method": config.adapter.method}
     facts["num_trainable_parameters"] = sum(full_numel(p) for p in prepared.model.parameters() if p.requires_grad)
     model = getattr(prepared.model, "module", prepared.model)  # inside DDP and DeepSpeed
     facts["weight_shares"] = weight_shares(model)

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from adalora_dist.config.engines import copies_of_hsdp
 from adalora_dist.io.ending import EXIT_PREEMPTED
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.launchers import OWN_COMMAND, RESTARTS
@@ -119,6 +120,9 @@ def environments_of(placement: Placement, surroundings: Mapping[str, str]) -> li
             "engine, such as ddp or fsdp2"
         )
     own = engine_environment(engine, placement.deepspeed_config)
+    if engine == "hsdp":
+        copies = copies_of_hsdp(on_each, num_nodes)
+        own |= _parallelism({"dp_replicate_size": copies, "dp_shard_size": on_each * num_nodes // copies})
     if "OMP_NUM_THREADS" not in surroundings:
         own["OMP_NUM_THREADS"] = str(threads_of_each(on_each))
     if engine == "single":
@@ -147,8 +151,14 @@ def engine_environment(engine: str, deepspeed_config: Path | None = None) -> dic
     if kind == "FSDP":
         settings = {key.upper(): value for key, value in config["fsdp_config"].items()}
         words = {key: str(v).lower() if isinstance(v, bool) else str(v) for key, v in settings.items()}
-        return {"ACCELERATE_USE_FSDP": "true", **words}
+        sizes = {key.removeprefix("parallelism_config_"): v for key, v in config.get("parallelism_config", {}).items()}
+        return {"ACCELERATE_USE_FSDP": "true", **words, **_parallelism(sizes)}
     return {}
+
+
+def _parallelism(sizes: Mapping[str, int]) -> dict[str, str]:
+    words = {f"PARALLELISM_CONFIG_{name.upper()}": str(size) for name, size in sizes.items()}
+    return {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", **words} if words else {}
 
 
 def _nodes(placement: Placement, surroundings: Mapping[str, str]) -> tuple[int, int, str]:

@@ -94,8 +94,8 @@ def test_a_name_finds_the_file_that_is_meant(tmp_path: Path, monkeypatch: pytest
     for (name, suffix), path in found.items():
         assert shipped.any_shipped(name, suffix) == ROOT / path
     assert "did you mean llama_sft" in refusal(shipped.any_shipped, "lama_sft")
-    assert "fsdp is not an engine: did you mean fsdp2?" in refusal(shipped.shipped, "engine", "fsdp")
-    assert "choose from ddp, fsdp2, zero2, zero3; " in refusal(shipped.shipped, "engine", "tensor")
+    assert "fsdp is not an engine: did you mean fsdp2 or hsdp?" in refusal(shipped.shipped, "engine", "fsdp")
+    assert "choose from ddp, fsdp2, hsdp, zero2, zero3; " in refusal(shipped.shipped, "engine", "tensor")
     config = "llama_commonsense_llama_7b"
     for name in (config, f"{config}.yaml", f"recipes/configs/{config}.yaml"):
         assert shipped.own_or_shipped(Path(name), "config") == shipped.CONFIGS / f"{config}.yaml"

@@ -127,7 +127,7 @@ def test_tensorboard_gets_every_step(single: tuple[Run, str]) -> None:
     assert "ranks" in tags
 
 
-# -------------------------------------------------------------------------------------------------- two processes
+# ---------------------------------------------------------------------------------------------- several processes
 
 
 @pytest.mark.parametrize(
@@ -135,21 +135,25 @@ def test_tensorboard_gets_every_step(single: tuple[Run, str]) -> None:
     [
         *(("ddp", "ddp"), ("fsdp2", "fsdp2"), ("zero3", "zero3")),
         *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (("zero2", "zero2"), ("torchrun", "ddp"))),
+        pytest.param("hsdp", "hsdp", marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_do_what_one_does(project: Project, single: tuple[Run, str], launcher: str, engine: str) -> None:
+def test_several_processes_do_what_one_does(
+    project: Project, single: tuple[Run, str], launcher: str, engine: str
+) -> None:
+    num_processes = 4 if engine == "hsdp" else 2
     if launcher == "torchrun":
         command: list[Any] = [BIN / "torchrun", "--nproc_per_node", 2, "--master_port", free_port()]
     else:
         config = f"launch/accelerate/{launcher}.yaml"
-        command = [BIN / "accelerate", "launch", "--config_file", config, "--num_processes", 2]
+        command = [BIN / "accelerate", "launch", "--config_file", config, "--num_processes", num_processes]
         command += ["--main_process_port", free_port()]
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed")
     folder = project.path / launcher
     run = finished(folder, run_command(*command, RECIPE, *project.arguments(folder)))
     expected, _ = single
-    assert (run.facts["engine"], run.facts["num_processes"]) == (engine, 2)
+    assert (run.facts["engine"], run.facts["num_processes"]) == (engine, num_processes)
     assert run.pattern == expected.pattern
     torch.testing.assert_close(run.losses, expected.losses, rtol=0, atol=1e-4)
     assert run.results == expected.results

@@ -50,7 +50,9 @@ def configuration(**train: Any) -> CommonsenseConfig:
 
 def _accelerator(engine: str, config: CommonsenseConfig) -> Accelerator:
     zero1 = {**ENGINES["zero2"], "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ROOT / "ds_configs" / "zero1.json")}
-    os.environ.update({**ENGINES, "zero1": zero1}.get(engine, {}))
+    copies = {**ENGINES["fsdp2"], "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
+    copies |= {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"}
+    os.environ.update({**ENGINES, "zero1": zero1, "hsdp": copies}.get(engine, {}))
     return build_accelerator(config.train)
 
 
@@ -79,7 +81,7 @@ def sent(rank: int, world_size: int, engine: str, config: CommonsenseConfig) -> 
     accelerator = _accelerator(engine, config)
     prepared, loss_sum = _prepared(accelerator, config)
     _step(accelerator, prepared, loss_sum, config, 0)
-    with WireBytes(world_size) as wire:
+    with WireBytes(world_size // (2 if engine == "hsdp" else 1)) as wire:
         _step(accelerator, prepared, loss_sum, config, 1)
     partials = prepared.hooks.bound.partials
     prepared.hooks.detach()

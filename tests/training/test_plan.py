@@ -50,6 +50,7 @@ def planned(engine: str, world_size: int) -> Plan:
     [
         ("single", 1),
         *(pytest.param(engine, 2, marks=pytest.mark.slow) for engine in ("ddp", "fsdp2", "zero2", "zero3")),
+        pytest.param("hsdp", 4, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.timeout(1800)  # a busy machine is slow, and no other measure of memory
@@ -74,14 +75,16 @@ def test_a_plan_is_what_a_run_does(engine: str, world_size: int) -> None:
 @pytest.mark.parametrize(
     ("engine", "precision", "slack"),
     [("ddp", "fp32", 512), ("fsdp2", "fp32", 0), ("zero1", "fp32", 16), ("zero2", "fp32", 16), ("zero3", "fp32", 0.01),
-     ("fsdp2", "bf16", 0), ("zero2", "bf16", 16)],
+     ("hsdp", "fp32", 0), ("fsdp2", "bf16", 0), ("hsdp", "bf16", 0), ("zero2", "bf16", 16)],
 )  # fmt: skip
 def test_what_an_engine_sends_is_counted(engine: str, precision: str, slack: float) -> None:
-    """Two micro-steps on two processes. Besides: DDP's buffers, DeepSpeed's norms; stage 3 gathers a little more."""
-    train = {"micro_batch_size": 2, "precision": precision}
-    plan = planner(**train).plan(Cluster.parse("2x80GB", engine=engine))
+    """Two micro-steps on two processes, with HSDP on four. Besides: DDP's buffers, DeepSpeed's norms; stage 3 gathers a
+    little more."""
+    world_size = 4 if engine == "hsdp" else 2
+    train = {"micro_batch_size": 4 // world_size, "precision": precision}
+    plan = planner(**train).plan(Cluster.parse(f"{world_size}x80GB", engine=engine))
     assert plan.micro_steps == 2
-    found = {*run_ranks(2, sent, engine, configuration(**train), timeout=500.0)}
+    found = {*run_ranks(world_size, sent, engine, configuration(**train), timeout=500.0)}
     assert len(found) == 1
     room = {"rel": slack} if slack < 1 else {"abs": slack, "rel": 0}
     assert plan.traffic.per_step == pytest.approx(found.pop(), **room)
@@ -173,6 +176,21 @@ def test_micro_batches_by_tokens_are_planned_as_rows() -> None:
     assert words[2] == f"--micro-batch-tokens {LENGTH} --gradient-checkpointing"
 
 
+def test_copies_are_planned() -> None:
+    """HSDP: memory is that of the processes of one copy, and gradients of what is trained are sent once more."""
+    plans = planner()
+    copies, sharded = (plans.plan(Cluster.parse("4x80GB", engine=engine)) for engine in ("hsdp", "fsdp2"))
+    over_two = plans.plan(Cluster.parse("2x80GB"))
+    assert copies.before.weights == over_two.before.weights > 1.9 * sharded.before.weights
+    assert copies.traffic.per_step > over_two.traffic.per_step
+    assert cluster_text(plans, copies.cluster, STEPS).startswith("Plan       hsdp (2 copies) on 4 x 80 GB")
+    tight = [words for words, _ in plans.changes(Cluster.parse("8x0.001GB", engine="hsdp"))]
+    assert tight[1].endswith("--gradient-checkpointing --engine fsdp2")
+    of_machines = Cluster.parse("8x80GB", 4, "hsdp")
+    assert (of_machines.copies, of_machines.num_shards) == (4, 8)
+    assert of_machines.link_rate > Cluster.parse("8x80GB", 4, "fsdp2").link_rate
+
+
 def test_int8_is_planned_where_it_runs() -> None:
     plans = planner()
     int8 = plans.config.quantization.model_copy(update={"quantization": "int8"})
@@ -192,6 +210,8 @@ def test_a_dry_run_plans_what_its_launcher_has_asked_for() -> None:
     for (engine, world_size), environment in asked.items():
         found = Cluster.here(environment)
         assert (found.engine, found.world_size, found.nodes) == (engine, world_size, 1)
+    copies = Cluster.here(environments_of(Placement("hsdp", 8, 2, 1, "host"), {})[0])
+    assert (copies.engine, copies.nodes, copies.copies, copies.num_shards) == ("fsdp2", 2, 2, 8)
     two_nodes = environments_of(Placement("fsdp2", 8, 2, 1, "host"), {})[0]
     assert (Cluster.here(two_nodes).nodes, Cluster.here(two_nodes).gpus_per_node) == (2, 8)
     assert Cluster.here({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}).engine == "single"

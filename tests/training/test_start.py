@@ -17,6 +17,7 @@ from adalora_dist.io.launchers import OWN_COMMAND
 from adalora_dist.io.shipped import files_of
 from adalora_dist.training import run_folder
 from adalora_dist.training import start as module
+from adalora_dist.training.launch import copies_asked_for, engine_said
 from adalora_dist.training.recipe_file import recipe_file
 from adalora_dist.training.start import Placement, engine_environment, environments_of, start
 from tests.support.paths import DS_CONFIGS, ROOT
@@ -59,6 +60,38 @@ def test_several_on_one_machine() -> None:
     assert (only["RANK"], only["WORLD_SIZE"], only["FSDP_VERSION"]) == ("0", "1", "2")
 
 
+def test_copies_of_the_weights() -> None:
+    """HSDP: one on each machine, or two."""
+    sizes = ("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "PARALLELISM_CONFIG_DP_SHARD_SIZE")
+    placements = {(4, 1): ("2", "2"), (6, 1): ("2", "3"), (2, 3): ("3", "2")}
+    for (num_processes, num_nodes), expected in placements.items():
+        own = environments_of(Placement("hsdp", num_processes, num_nodes, 0, "head"), {})[-1]
+        assert tuple(own[name] for name in sizes) == expected and own["FSDP_VERSION"] == "2"
+        assert str(copies_asked_for(own)) == expected[0] and engine_said("fsdp2", own) == "hsdp"
+    [plain, _] = environments_of(Placement("fsdp2", 2), {})
+    assert copies_asked_for(plain) == 1 and engine_said("fsdp2", plain) == "fsdp2"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "says"),
+    [
+        ({"TP": "2"}, "parallelism_config_tp_size 2: must be 1"),
+        ({"CP": "2"}, "parallelism_config_cp_size 2: must be 1"),
+        ({"SP": "4"}, "parallelism_config_sp_size 4: must be 1"),
+        ({"DP_SHARD": "3"}, "must multiply to the 4 process(es)"),
+        ({"DP_REPLICATE": "1"}, "parallelism_config_dp_replicate_size 1, parallelism_config_dp_shard_size 2: must"),
+        ({"DP_REPLICATE": "4", "DP_SHARD": "1"}, "parallelism_config_dp_replicate_size 4 without shards"),
+    ],
+)
+def test_parallelism_that_there_is_not_is_refused(sizes: dict[str, str], says: str) -> None:
+    own = environments_of(Placement("hsdp", 4), {})[0]
+    own |= {f"PARALLELISM_CONFIG_{name}_SIZE": size for name, size in sizes.items()}
+    assert says in refusal(copies_asked_for, own)
+    assert "without shards" in refusal(
+        copies_asked_for, environments_of(Placement("hsdp", 4), {})[0] | {"ACCELERATE_USE_FSDP": "false"}
+    )
+
+
 def test_several_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     placed = Placement("fsdp2", 4, 3, 2, "10.0.0.1")
     ranks = environments_of(placed, {})
@@ -80,8 +113,11 @@ def test_several_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     ("placement", "says"),
     [
         (Placement("single", 2), "--engine single with 2 processes"),
-        (Placement("fsdp", 2), "fsdp is not an engine: did you mean fsdp2?"),
-        (Placement("tensor", 2), "tensor is not an engine: choose from single, ddp, fsdp2, zero2, zero3; "),
+        (Placement("fsdp", 2), "fsdp is not an engine: did you mean fsdp2 or hsdp?"),
+        (Placement("tensor", 2), "tensor is not an engine: choose from single, ddp, fsdp2, hsdp, zero2, zero3; "),
+        (Placement("hsdp", 3), "hsdp on 1 machine(s) with 3 process(es): each machine has a copy of the weights"),
+        (Placement("hsdp", 2), "hsdp on 1 machine(s) with 2 process(es)"),
+        (Placement("hsdp", 1, 4, 0, "a"), "hsdp on 4 machine(s) with 1 process(es)"),
         (Placement("fsdp2", deepspeed_config=DS_CONFIGS / "zero1.json"), "choose zero2 or zero3"),
         (Placement("zero2", deepspeed_config=Path("none.json")), "no DeepSpeed configuration"),
         (Placement("ddp", 1, 2), "--nodes 2 without --node-rank K"),

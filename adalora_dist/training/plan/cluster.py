@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-from adalora_dist.config.engines import ENGINES
+from adalora_dist.config.engines import ENGINES, copies_of_hsdp
 from adalora_dist.io.errors import UserError
-from adalora_dist.training.launch import engine_asked_for
+from adalora_dist.training.launch import copies_asked_for, engine_asked_for
 
+CHOICES = (*ENGINES, "hsdp")
+"""FSDP2 with copies is what ``engine`` fsdp2 and ``copies`` say."""
 _UNITS = {"g": 1.0, "gb": 1.0, "tb": 1e3, "gib": 2**30 / 1e9, "mib": 2**20 / 1e9}
 """Of memory, in 10^9 bytes."""
 GIGABYTES = 80.0
@@ -36,14 +38,16 @@ class Cluster:
     engine: str = "single"
     flops: float = FLOPS
     link: float | None = None
-    """Bytes per second; None: by whether there is more than one machine."""
+    """Bytes per second; None: by whether weights are gathered over more than one machine."""
+    copies: int = 1
+    """Of the weights that FSDP2 shards: more than one is HSDP."""
 
     @classmethod
     def parse(cls, gpus: str, nodes: int = 1, engine: str | None = None, **rates: float | None) -> Cluster:
         """
         Args:
             gpus: of one machine, such as 8x80GB, or 80GB for one; in GB of 10^9 bytes, TB, GiB or MiB.
-            engine: default: single for one GPU, else fsdp2.
+            engine: of ``config.engines.ENGINES``, or hsdp; default: single for one GPU, else fsdp2.
             rates: flops and link, where others than the defaults.
 
         Raises:
@@ -59,20 +63,22 @@ class Cluster:
             raise UserError(f"--nodes {nodes}: must be from 1 to 100,000")
         world = count * nodes
         engine = engine or ("single" if world == 1 else "fsdp2")
-        if engine not in ENGINES:
-            raise UserError(f"--engine {engine}: must be one of {', '.join(ENGINES)}")
+        if engine not in CHOICES:
+            raise UserError(f"--engine {engine}: must be one of {', '.join(CHOICES)}")
         if engine == "single" and world > 1:
             raise UserError(
                 f"--engine single with {world} GPUs: one process uses one; give --gpus 1x80GB, or ddp or fsdp2"
             )
-        return cls(count, float(match[2]) * unit, nodes, engine, **{k: v for k, v in rates.items() if v is not None})
+        copies = copies_of_hsdp(count, nodes) if engine == "hsdp" else 1
+        engine, given = engine.replace("hsdp", "fsdp2"), {k: v for k, v in rates.items() if v is not None}
+        return cls(count, float(match[2]) * unit, nodes, engine, copies=copies, **given)
 
     @classmethod
     def here(cls, environment: Mapping[str, str] = os.environ) -> Cluster:
         """What the launcher of this process has asked for: its engine, its processes, this machine's GPU.
 
         Raises:
-            UserError: DeepSpeed's configuration is none.
+            UserError: DeepSpeed's configuration is none, or it asks for parallelism that there is not.
         """
         import torch  # the command's options stand above, and cost none
 
@@ -80,19 +86,30 @@ class Cluster:
         on_each = int(environment.get("LOCAL_WORLD_SIZE", num_processes))
         is_there = torch.cuda.is_available()
         gigabytes = round(torch.cuda.get_device_properties(0).total_memory / 1e9, 1) if is_there else GIGABYTES
-        return cls(on_each, gigabytes, num_processes // on_each, engine_asked_for(environment))
+        engine, copies = engine_asked_for(environment), copies_asked_for(environment)
+        return cls(on_each, gigabytes, num_processes // on_each, engine, copies=copies)
 
     @property
     def world_size(self) -> int:
         return self.gpus_per_node * self.nodes
 
     @property
+    def num_shards(self) -> int:
+        """Processes that hold one copy of what is sharded."""
+        return self.world_size // self.copies
+
+    @property
     def link_rate(self) -> float:
-        return self.link or (LINK_IN_NODE if self.nodes == 1 else LINK_BETWEEN_NODES)
+        """Where each machine has a copy of the weights, only the gradients of what is trained leave it."""
+        return self.link or (LINK_IN_NODE if self.num_shards <= self.gpus_per_node else LINK_BETWEEN_NODES)
+
+    @property
+    def engine_said(self) -> str:
+        return f"hsdp ({self.copies} copies)" if self.copies > 1 else self.engine
 
     def said(self) -> str:
         machines = f"{self.nodes} machines with " if self.nodes > 1 else ""
-        return f"{self.engine} on {machines}{self.gpus_per_node} x {self.gigabytes:g} GB"
+        return f"{self.engine_said} on {machines}{self.gpus_per_node} x {self.gigabytes:g} GB"
 
 
 PLANNED: ContextVar[Cluster | None] = ContextVar("PLANNED", default=None)

@@ -8,10 +8,9 @@ import runpy
 import sys
 from typing import Any
 
-from adalora_dist.config.engines import ENGINES
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.launchers import options_among_flags
-from adalora_dist.training.plan.cluster import FLOPS, LINK_BETWEEN_NODES, LINK_IN_NODE, PLANNED, Cluster
+from adalora_dist.training.plan.cluster import CHOICES, FLOPS, LINK_BETWEEN_NODES, LINK_IN_NODE, PLANNED, Cluster
 
 
 def _options() -> argparse.ArgumentParser:
@@ -19,7 +18,7 @@ def _options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--gpus", default="1x80GB", metavar="NxGB", help="of one machine: 8x80GB; default: 1x80GB")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines; default: 1")
-    parser.add_argument("--engine", choices=ENGINES, help="default: single for one GPU, else fsdp2")
+    parser.add_argument("--engine", choices=CHOICES, help="default: single for one GPU, else fsdp2")
     parser.add_argument(
         "--tflops", type=_rate, metavar="N", help=f"that a GPU sustains, 10^12 operations/s; default: {FLOPS / 1e12:g}"
     )

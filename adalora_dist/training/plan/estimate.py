@@ -36,15 +36,18 @@ def traffic_of(
     Args:
         parameters: of AdaLoRA: P, Q and lambda, those together that are packed, lambda last; none with other methods.
     """
-    world, engine = cluster.world_size, cluster.engine
-    if world == 1:
+    world, engine = cluster.num_shards, cluster.engine
+    if cluster.world_size == 1:
         return Traffic(0, 0, 0)
     of_method, factors = 0, [factor for parts in parameters for factor in parts]
     if factors and engine in ("fsdp2", "zero1", "zero2", "zero3"):
         grams = sum(f.rank**2 for f in factors if f.orthogonal)
         of_method = FLOAT32 * (grams + split_elements(parameters, engine, world) + 1)
     allocation = FLOAT64 * (factors[-1].rank + DIGEST_NUMBERS) if factors else 0
-    return Traffic(_of_engine(tensors, engine, world, compute_bytes, micro_steps), of_method, allocation)
+    per_step = _of_engine(tensors, engine, world, compute_bytes, micro_steps)
+    if cluster.copies > 1:  # of the gradients that it holds, each process adds up those of all copies
+        per_step += compute_bytes * sum(t.share(engine, world) for t in tensors if t.is_trained)
+    return Traffic(per_step, of_method, allocation)
 
 
 def _of_engine(tensors: Sequence[Tensor], engine: str, world: int, compute_bytes: int, micro_steps: int) -> int:

@@ -107,7 +107,7 @@ def memory_of(
         adapts_ranks: whether there are averages of importance.
         micro_steps: forward and backward passes per optimizer step.
     """
-    engine, world = cluster.engine, cluster.world_size
+    engine, world = cluster.engine, cluster.num_shards
     if quantization == "none":
         tensors = [replace(t, is_quantized=False) for t in tensors]
     shares = [(t, t.share(engine, world)) for t in tensors]

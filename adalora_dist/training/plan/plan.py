@@ -140,8 +140,8 @@ class Planner:
             yield " ".join(words), self.plan(cluster, config)
         quantization = config.quantization  # of int8 no engine shards weights, of uint8 FSDP2 does not
         shards = quantization.quantization != "int8" and quantization.quant_storage != "uint8"
-        if shards and cluster.engine not in ("fsdp2", "zero3") and cluster.world_size > 1:
-            cluster = Cluster(**{**vars(cluster), "engine": "fsdp2"})
+        if shards and (cluster.engine not in ("fsdp2", "zero3") or cluster.copies > 1) and cluster.world_size > 1:
+            cluster = Cluster(**{**vars(cluster), "engine": "fsdp2", "copies": 1})
             words.append("--engine fsdp2")
             yield " ".join(words), self.plan(cluster, config)
         if quantization.quantization == "none" and not config.adapter.trains_backbone:
@@ -152,7 +152,8 @@ class Planner:
         for nodes in (2, 4, 8, 16):
             engine = cluster.engine if cluster.engine != "single" else "fsdp2" if shards else "ddp"
             chosen = [f"--engine {engine}"] if engine != cluster.engine else []
-            larger = Cluster(**{**vars(cluster), "nodes": nodes * cluster.nodes, "engine": engine})
+            copies = nodes * cluster.nodes if cluster.copies > 1 else 1
+            larger = Cluster(**{**vars(cluster), "nodes": nodes * cluster.nodes, "engine": engine, "copies": copies})
             if larger.world_size <= config.train.batch_size:
                 yield " ".join([*words, *chosen, f"--nodes {larger.nodes}"]), self.plan(larger, config)
 

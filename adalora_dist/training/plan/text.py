@@ -71,7 +71,7 @@ def own_text(planner: Planner, cluster: Cluster) -> str:
     except NotPlanned as error:
         return f"Memory     not planned: {error}"
     several = f"one of {cluster.world_size} processes" if cluster.world_size > 1 else "one process"
-    lines = [f"Memory     of {several} under {cluster.engine}: {_batches(plan)}", *_table(plan)]
+    lines = [f"Memory     of {several} under {cluster.engine_said}: {_batches(plan)}", *_table(plan)]
     return "\n".join([*lines, _fits(planner, cluster, plan)])
 
 
