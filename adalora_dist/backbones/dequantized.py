@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from adalora_dist.backbones.float8 import Float8Linear, rounded
 from adalora_dist.backbones.quantization import quantized_linears
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
@@ -35,9 +36,11 @@ class QuantizedWeight:
     """Where it was quantised; kernels of other devices may round differently."""
 
     def __call__(self, stored: torch.Tensor) -> torch.Tensor:
+        weight = (stored.T if self.is_transposed else stored).to(self.device, self.dtype).contiguous()
+        if self.method == "fp8":
+            return rounded(weight).cpu()
         from bitsandbytes import functional
 
-        weight = (stored.T if self.is_transposed else stored).to(self.device, self.dtype).contiguous()
         if self.method == "int8":
             codes, scales, _ = functional.int8_vectorwise_quant(weight.half())
             weight = functional.int8_vectorwise_dequant(codes, scales)
@@ -56,14 +59,19 @@ def quantized_weights(model: nn.Module, config: RunConfig) -> dict[str, Quantize
     for name, module in quantized_linears(model):
         is_transposed = module.source_cls.__name__ == "Conv1D"
         shape = (module.in_features, module.out_features)
-        state = getattr(module, "quant_state", None)
+        if isinstance(module, Float8Linear):
+            dtype, device = module.loaded_dtype, module.quantized_on
+        else:
+            state = getattr(module, "quant_state", None)
+            dtype = torch.float16 if state is None else state.dtype
+            device = next(module.parameters()).device
         found[f"{name}.weight"] = QuantizedWeight(
             shape if is_transposed else shape[::-1],
             is_transposed,
             config.quantization.quantization,
             config.quantization.double_quant,
-            torch.float16 if state is None else state.dtype,
-            next(module.parameters()).device,
+            dtype,
+            device,
         )
     return found
 
