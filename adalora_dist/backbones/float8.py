@@ -1,6 +1,6 @@
 """Frozen linear maps in float8: torchao quantises them as transformers loads them, and here they are held and computed.
 
-torchao's own weights are tensors of a class of its own, which the engines that shard cannot take apart, and its
+torchao's own weights are tensors of a class of its own, which neither FSDP2 nor DeepSpeed can take over, and its
 product keeps the expanded weight of every map until backward. So its numbers are taken out once they are loaded, and
 packed into plain tensors, as bitsandbytes packs 4-bit weights.
 """
@@ -50,7 +50,7 @@ class Float8Linear(nn.Module):
         """What W was quantised from."""
         values, scales = _parts(base.weight)
         self.quantized_on = values.device
-        data = torch.cat([scales.contiguous().view(torch.uint8), values.contiguous().view(torch.uint8).flatten()])
+        data = torch.cat([scales.view(torch.uint8), values.view(torch.uint8).flatten()])
         data = nn.functional.pad(data, (0, -len(data) % compute_dtype.itemsize))
         self.weight = nn.Parameter(data.view(compute_dtype)[:, None], requires_grad=False)
         self.bias = base.bias
@@ -135,4 +135,7 @@ def _parts(weight: Any) -> tuple[torch.Tensor, torch.Tensor]:
             f"quantization=fp8 with torchao {version('torchao')}: its float8 weights are not those of {_OLDEST}, "
             f"values with a float32 scale for each row; pip install 'torchao=={_OLDEST}.*'"
         )
-    return values.detach(), scales.detach().flatten()
+    values, scales = values.detach(), scales.detach().flatten()
+    # torchao divides by the scale: a row of zeros is nan. In float16 a row below 1.3e-5 has a scale of 0, too.
+    data = values.view(torch.uint8).masked_fill((scales == 0)[:, None], 0)
+    return data.view(torch.float8_e4m3fn), scales

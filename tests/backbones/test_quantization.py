@@ -330,6 +330,24 @@ def test_the_quantised_value_of_a_file_is_what_was_trained_with(method, dtype, t
 FLOAT8 = [pytest.param(Case(engine, "fp8"), marks=needs_torchao) for engine in ("single", "fsdp2", "zero3")]
 
 
+@needs_torchao
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rows_of_zeros_stay_so_in_float8(dtype, tmp_path):
+    """torchao divides by the largest of a row."""
+    model = AutoModelForCausalLM.from_pretrained(write_llama(tmp_path), dtype=dtype)
+    name = "model.layers.0.mlp.up_proj"
+    with torch.no_grad():
+        model.get_submodule(name).weight[3] = 0
+        model.get_submodule(name).weight[4] = 1e-6  # a scale of 2e-9, which float16 has not
+    model.save_pretrained(tmp_path)
+    quantised, config = load(tmp_path, "fp8")
+    weight = dequantized(quantised.get_submodule(name))
+    torch.testing.assert_close(weight, model.get_submodule(name).weight.float(), rtol=0.07, atol=2e-6)
+    assert not weight[3].any() and weight.count_nonzero() >= weight.numel() - 256
+    again = quantized_weights(quantised, config)[f"{name}.weight"](model.get_submodule(name).weight.detach())
+    assert torch.equal(again, weight)
+
+
 @pytest.mark.parametrize("case", [Case(), Case(method="int8"), Case("fsdp2"), Case("zero3"), *FLOAT8], ids=str)
 def test_round_trip(case, folder, tmp_path, record_property):
     """The dequantised merge says what the trained model said; the original one differs by what quantisation cost."""
