@@ -70,7 +70,7 @@ def _write_model(folder: Path) -> None:
     )
     model: Any = LlamaForCausalLM(LlamaConfig(**shape, **heads))
     model.to(torch.bfloat16).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from adalora_dist.backbones.float8 import Float8Linear, rounded
+from adalora_dist.backbones.float8 import Float8Linear, check_torchao, rounded
 from adalora_dist.backbones.quantization import quantized_linears
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
@@ -85,7 +85,7 @@ def read_quantization_record(file: Path) -> dict[str, QuantizedWeight]:
     """The weights of a quantized.json. Computed on its kind of device, and so only where there is one.
 
     Raises:
-        UserError: the file is not there or incomplete, or it needs a device that this machine lacks.
+        UserError: the file is not there or incomplete, or it needs a device, or torchao, that this machine lacks.
     """
     try:
         described = read_object(file)
@@ -105,6 +105,8 @@ def read_quantization_record(file: Path) -> dict[str, QuantizedWeight]:
         raise UserError(
             f"{file} does not say how the run's backbone was quantised ({reason}): merge into original"
         ) from error
+    if any(w.method == "fp8" for w in weights.values()):
+        check_torchao()
     if any(w.device.type == "cuda" for w in weights.values()) and not torch.cuda.is_available():
         raise UserError(
             f"{file}: the backbone was quantised on a GPU, and a CPU may round differently: merge on a machine with "

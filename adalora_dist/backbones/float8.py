@@ -77,6 +77,17 @@ def torchao_config(skipped: list[str] | None) -> TorchAoConfig:
     """What ``from_pretrained`` takes, for maps but those named in ``skipped``; None: but the head.
 
     Raises:
+        UserError: as :func:`check_torchao`.
+    """
+    check_torchao()
+    from transformers import TorchAoConfig
+
+    return TorchAoConfig(_weight_only(), modules_to_not_convert=skipped)
+
+
+def check_torchao() -> None:
+    """
+    Raises:
         UserError: torchao is not installed, or too old.
     """
     try:
@@ -87,9 +98,6 @@ def torchao_config(skipped: list[str] | None) -> TorchAoConfig:
         raise UserError(
             f"quantization=fp8 with torchao {found}: must be {_OLDEST} or later; pip install 'adalora-dist[fp8]'"
         )
-    from transformers import TorchAoConfig
-
-    return TorchAoConfig(_weight_only(), modules_to_not_convert=skipped)
 
 
 def pack_float8(model: nn.Module, compute_dtype: torch.dtype) -> None:

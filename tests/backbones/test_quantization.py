@@ -424,7 +424,7 @@ def test_missing_bitsandbytes(folder, monkeypatch):
         quantization_of(configuration(Case(), folder, "unused"), "single")
 
 
-def test_missing_or_old_torchao(folder, monkeypatch):
+def test_missing_or_old_torchao(folder, tmp_path, monkeypatch):
     def found(name: str) -> str:
         if versions:
             return versions[0]
@@ -434,6 +434,11 @@ def test_missing_or_old_torchao(folder, monkeypatch):
     config, versions = configuration(Case(method="fp8"), folder, "unused"), []
     with pytest.raises(UserError, match=r"^quantization=fp8 needs torchao: pip install 'adalora-dist\[fp8\]'$"):
         quantization_of(config, "single")
+    entry = {"shape": [2, 2], "is_transposed": False, "method": "fp8", "double_quant": True}
+    record = {"up.weight": entry | {"dtype": "torch.float32", "device": "cpu"}}
+    (tmp_path / "quantized.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="^quantization=fp8 needs torchao"):  # of a merge on another machine
+        read_quantization_record(tmp_path / "quantized.json")
     versions = ["0.17.0"]
     with pytest.raises(UserError, match=r"^quantization=fp8 with torchao 0.17.0: must be 0.18 or later; pip install"):
         quantization_of(config, "single")
