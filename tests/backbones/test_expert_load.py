@@ -122,7 +122,7 @@ def test_experts_that_would_stay_at_full_size_in_a_quantised_model_are_refused_b
     for kind, name in names.items():
         model = ModelConfig(name=str(tmp_path / kind))
         line = refusal(load_backbone, model, AutoModelForCausalLM, settings)
-        assert name in line and "bitsandbytes leaves as they are: leave quantization at none" in line
+        assert name in line and "quantisation leaves as they are: leave quantization at none" in line
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / kind, quantization_config=settings)
         assert loaded.get_parameter(name).is_floating_point() and loaded.get_parameter(name).dim() == 3
         # What bitsandbytes has for such parameters: the whole of one, in full size, whenever it is read.
