@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 HIDDEN, INTERMEDIATE, KEY_VALUE, LAYERS, VOCABULARY, RANK = 1024, 2816, 256, 2, 2048, 8
 LINEAR_WEIGHTS = LAYERS * (2 * HIDDEN * HIDDEN + 2 * HIDDEN * KEY_VALUE + 3 * HIDDEN * INTERMEDIATE)
-METHODS = ("none", "int8", "nf4")
+METHODS = ("none", "int8", "fp8", "nf4")
 ENGINES = {"single": 1, "fsdp2": 2, "zero3": 2}
 
 
@@ -70,7 +70,7 @@ def _write_model(folder: Path) -> None:
     )
     model: Any = LlamaForCausalLM(LlamaConfig(**shape, **heads))
     model.to(torch.bfloat16).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
 
 
@@ -80,7 +80,7 @@ def hold(method: str, folder: str, result: str) -> None:
     from transformers import AutoModelForCausalLM
 
     from adalora_dist.backbones.load import load_backbone
-    from adalora_dist.backbones.quantization import bitsandbytes_config
+    from adalora_dist.backbones.quantization import quantization_of
     from adalora_dist.config.methods import AdaLoraConfig
     from adalora_dist.config.sections import ModelConfig, QuantizationConfig, RunConfig, TrainConfig
     from adalora_dist.methods.inject import adapt
@@ -102,7 +102,7 @@ def hold(method: str, folder: str, result: str) -> None:
         train=TrainConfig(**settings),
     )
     accelerator = build_accelerator(config.train)
-    quantization = bitsandbytes_config(config, engine_name(accelerator))
+    quantization = quantization_of(config, engine_name(accelerator))
     model, _ = load_backbone(config.model, AutoModelForCausalLM, quantization)
     adapt(model, config.adapter)
     prepared = prepare(accelerator, model, config, num_steps=3)

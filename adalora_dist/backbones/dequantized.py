@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from adalora_dist.backbones.float8 import Float8Linear, check_torchao, rounded
 from adalora_dist.backbones.quantization import quantized_linears
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError
@@ -35,9 +36,11 @@ class QuantizedWeight:
     """Where it was quantised; kernels of other devices may round differently."""
 
     def __call__(self, stored: torch.Tensor) -> torch.Tensor:
+        weight = (stored.T if self.is_transposed else stored).to(self.device, self.dtype).contiguous()
+        if self.method == "fp8":
+            return rounded(weight).cpu()
         from bitsandbytes import functional
 
-        weight = (stored.T if self.is_transposed else stored).to(self.device, self.dtype).contiguous()
         if self.method == "int8":
             codes, scales, _ = functional.int8_vectorwise_quant(weight.half())
             weight = functional.int8_vectorwise_dequant(codes, scales)
@@ -56,14 +59,19 @@ def quantized_weights(model: nn.Module, config: RunConfig) -> dict[str, Quantize
     for name, module in quantized_linears(model):
         is_transposed = module.source_cls.__name__ == "Conv1D"
         shape = (module.in_features, module.out_features)
-        state = getattr(module, "quant_state", None)
+        if isinstance(module, Float8Linear):
+            dtype, device = module.loaded_dtype, module.quantized_on
+        else:
+            state = getattr(module, "quant_state", None)
+            dtype = torch.float16 if state is None else state.dtype
+            device = next(module.parameters()).device
         found[f"{name}.weight"] = QuantizedWeight(
             shape if is_transposed else shape[::-1],
             is_transposed,
             config.quantization.quantization,
             config.quantization.double_quant,
-            torch.float16 if state is None else state.dtype,
-            next(module.parameters()).device,
+            dtype,
+            device,
         )
     return found
 
@@ -77,7 +85,7 @@ def read_quantization_record(file: Path) -> dict[str, QuantizedWeight]:
     """The weights of a quantized.json. Computed on its kind of device, and so only where there is one.
 
     Raises:
-        UserError: the file is not there or incomplete, or it needs a device that this machine lacks.
+        UserError: the file is not there or incomplete, or it needs a device, or torchao, that this machine lacks.
     """
     try:
         described = read_object(file)
@@ -97,6 +105,8 @@ def read_quantization_record(file: Path) -> dict[str, QuantizedWeight]:
         raise UserError(
             f"{file} does not say how the run's backbone was quantised ({reason}): merge into original"
         ) from error
+    if any(w.method == "fp8" for w in weights.values()):
+        check_torchao()
     if any(w.device.type == "cuda" for w in weights.values()) and not torch.cuda.is_available():
         raise UserError(
             f"{file}: the backbone was quantised on a GPU, and a CPU may round differently: merge on a machine with "

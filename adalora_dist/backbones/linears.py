@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from adalora_dist.backbones.float8 import Float8Linear
 from adalora_dist.backbones.quantization import dequantized
 from adalora_dist.sharding.tensors import full_shape
 
@@ -33,9 +34,16 @@ def is_conv1d(base: nn.Module) -> bool:
     return hasattr(base, "nf") or getattr(base, "source_cls", type(base)).__name__ == "Conv1D"
 
 
+def is_packed(module: nn.Module) -> bool:
+    """Whether the weight is packed, so that nothing can be added to it in place."""
+    return hasattr(module, "quant_state") or isinstance(module, Float8Linear)
+
+
 def has_readable_weight(module: nn.Module) -> bool:
     """Whether :func:`weight_of` knows how a linear map holds its weight; no matter whether it is whole here now."""
     weight = getattr(module, "weight", None)
+    if isinstance(module, Float8Linear):
+        return True
     if hasattr(module, "quant_state"):
         return type(module).__module__.startswith("bitsandbytes")
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.element_size() == 1:
@@ -48,7 +56,7 @@ def weight_of(module: nn.Module) -> torch.Tensor:
 
     Engines have it so while the map computes: ask from a forward pre-hook of it.
     """
-    if hasattr(module, "quant_state"):
+    if is_packed(module):
         return dequantized(module)
     weight = cast(torch.Tensor, module.weight).detach()
     return weight.T if is_conv1d(module) else weight

@@ -16,9 +16,11 @@ from torch import nn
 from adalora_dist.backbones.experts import unlike_linears
 from adalora_dist.backbones.files import locate_weights, refuse_odd_files, refuse_odd_sizes, stored_tensors
 from adalora_dist.backbones.fit import compare_classes, fit_tokenizer
+from adalora_dist.backbones.float8 import pack_float8
+from adalora_dist.backbones.linears import is_conv1d, is_plain_linear
 from adalora_dist.backbones.names import FileNames, head_prefixes, on_meta
 from adalora_dist.backbones.parts import input_embeddings
-from adalora_dist.backbones.quantization import settle_quantized
+from adalora_dist.backbones.quantization import Quantization, settle_quantized
 from adalora_dist.backbones.sharded_load import load_on_meta
 from adalora_dist.backbones.ties import refuse_unequal
 from adalora_dist.backbones.tokenizer import knows_words, remember_rules
@@ -29,13 +31,13 @@ from adalora_dist.io.foreign_files import read_bytes
 from adalora_dist.sharding.tensors import full_numel
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_backbone(
     config: ModelConfig,
     auto_class: Any,
-    quantization: BitsAndBytesConfig | None = None,
+    quantization: Quantization | None = None,
     changes: Mapping[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The pre-trained model, safetensors only unless ``allow_pickle_weights``, and its tokenizer.
@@ -49,7 +51,7 @@ def load_backbone(
 
     Args:
         auto_class: ``AutoModelForCausalLM`` or a sibling.
-        quantization: from :func:`adalora_dist.backbones.quantization.bitsandbytes_config`.
+        quantization: from :func:`adalora_dist.backbones.quantization.quantization_of`.
         changes: to the model's own configuration, ``{"num_labels": 3}`` for instance.
 
     Raises:
@@ -96,10 +98,15 @@ def load_backbone(
             plain = on_meta(auto_class, own, trust_remote_code=config.trust_remote_code)
             if left := next(unlike_linears(plain), None):
                 raise UserError(
-                    f"model={config.name!r} keeps its experts in parameters like {left}, which bitsandbytes leaves as "
+                    f"model={config.name!r} keeps its experts in parameters like {left}, which quantisation leaves as "
                     "they are: leave quantization at none, and shard with FSDP2 or ZeRO-3"
                 )
-            options["quantization_config"] = quantization
+            options["quantization_config"] = quantization.loading
+            if quantization.is_float8:
+                _refuse_unlike(plain, config.name)
+                # Quantised there tensor by tensor, as bitsandbytes does by itself. ZeRO-3 may not be told where.
+                if is_initialized() and not is_deepspeed_zero3_enabled():
+                    options["device_map"] = {"": AcceleratorState().device}
         if names is not None and _under_fsdp2() and not is_quantized and quantization is None and not pickles:
             model = load_on_meta(auto_class, config.name, names, **options)
         else:
@@ -120,6 +127,7 @@ def load_backbone(
             "whole elements of quant_storage ('must be divisible' in the report above) set quant_storage to uint8"
         ) from error
     if quantization is not None:
+        pack_float8(model, quantization.compute)
         settle_quantized(model)
     model.config.use_cache = False
     model.file_names = names  # type: ignore[assignment]
@@ -128,6 +136,21 @@ def load_backbone(
     if not any(name.startswith(head_prefixes(model)) for name in names.missing):
         compare_classes(classes, (changes or {}).get("id2label", classes))
     return model, tokenizer
+
+
+def _refuse_unlike(plain: nn.Module, name: str) -> None:
+    """Raise for a backbone of which torchao would leave linear maps as they are, or quantise others and break them."""
+    for at, module in plain.named_modules():
+        if is_conv1d(module):
+            raise UserError(
+                f"quantization=fp8 with model={name!r}: {at} is a {type(module).__name__}, which torchao leaves as it "
+                "is; use quantization nf4"
+            )
+        if isinstance(module, nn.Linear) and not is_plain_linear(module):
+            raise UserError(
+                f"quantization=fp8 with model={name!r}: {at} is a {type(module).__name__}, which computes more than a "
+                "product with its weight; leave quantization at none"
+            )
 
 
 def _names_in_files(config: ModelConfig, auto_class: Any, own: Any) -> FileNames | None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from adalora_dist.backbones.linears import has_readable_weight, is_plain_linear, weight_of
+from adalora_dist.backbones.linears import has_readable_weight, is_packed, is_plain_linear, weight_of
 from adalora_dist.io.errors import UserError
 from adalora_dist.sharding.tensors import is_whole
 
@@ -48,7 +48,7 @@ def mergeable_in(model: nn.Module) -> list[Mergeable]:
     def can(layer: Mergeable) -> bool:
         base: Any = layer.base
         is_here = all(is_whole(p) and not p.is_meta for p in layer.parameters())
-        is_plain = is_here and not hasattr(base, "quant_state") and has_readable_weight(base) and is_plain_linear(base)
+        is_plain = is_here and not is_packed(base) and has_readable_weight(base) and is_plain_linear(base)
         return is_plain and owners[id(base.weight)] == 1
 
     return [module for module in model.modules() if isinstance(module, Mergeable) and can(module)]

@@ -1,28 +1,31 @@
 """4-bit and 8-bit backbones: how they are loaded, and on which engine they can be trained.
 
-bitsandbytes replaces the linear maps of the backbone as transformers loads it; embeddings, norms and the output head
-stay as they are, and so does every module that is trained in full. The adapters sit around the replaced modules.
+bitsandbytes, or torchao for float8, replaces the linear maps of the backbone as transformers loads it; embeddings,
+norms and the output head stay as they are, and so does every module that is trained in full. The adapters sit around
+the replaced modules.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
+from adalora_dist.backbones.float8 import Float8Linear, torchao_config
 from adalora_dist.backbones.precision import computed_in
 from adalora_dist.config.engines import ENGINES
 from adalora_dist.config.sections import QuantizationConfig, RunConfig
 from adalora_dist.io.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig, TorchAoConfig
 
-METHODS = ("nf4", "fp4", "int8")
+METHODS = ("nf4", "fp4", "int8", "fp8")
 REFUSED = {
     ("int8", "fsdp2"): "bitsandbytes keeps int8 scales on parameter objects, which FSDP2 replaces",
     ("int8", "zero3"): "bitsandbytes keeps the whole int8 weights beside the partitioned ones, so none would be saved",
@@ -34,31 +37,47 @@ _HEADS = ("lm_head", "embed_out", "classifier", "score", "qa_outputs", "pooler")
 _COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def bitsandbytes_config(config: RunConfig, engine: str) -> BitsAndBytesConfig | None:
-    """What ``from_pretrained`` takes as ``quantization_config``; None for a backbone that stays as its files say.
+class Quantization(NamedTuple):
+    """How the linear maps of a backbone are loaded."""
+
+    loading: BitsAndBytesConfig | TorchAoConfig
+    """What ``from_pretrained`` takes as ``quantization_config``."""
+    compute: torch.dtype
+    """What forward and backward compute in."""
+
+    @property
+    def is_float8(self) -> bool:
+        return not hasattr(self.loading, "load_in_4bit")
+
+
+def quantization_of(config: RunConfig, engine: str) -> Quantization | None:
+    """None for a backbone that stays as its files say.
 
     Args:
         engine: as :func:`adalora_dist.training.engine.engine_name` calls it.
 
     Raises:
-        UserError: bitsandbytes is not installed, or this engine cannot hold, or cannot shard, such weights.
+        UserError: bitsandbytes or torchao is not installed, or this engine cannot hold, or cannot shard, such weights.
     """
     settings = config.quantization
     method = settings.quantization
     if method == "none":
         return None
+    # A list replaces transformers' own finding of the output head.
+    skipped = [*_HEADS, *config.adapter.train_modules] if config.adapter.train_modules else None
+    compute = _COMPUTE[computed_in(config.train.precision)]
+    if method == "fp8":
+        check_engine(settings, engine)
+        return Quantization(torchao_config(skipped), compute)
     if find_spec("bitsandbytes") is None:
         raise UserError(f"quantization={method} needs bitsandbytes: pip install 'adalora-dist[quant]'")
     check_engine(settings, engine)
     from transformers import BitsAndBytesConfig
 
-    # A list replaces transformers' own finding of the output head.
-    skipped = [*_HEADS, *config.adapter.train_modules] if config.adapter.train_modules else None
     if method == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
-    compute = _COMPUTE[computed_in(config.train.precision)]
+        return Quantization(BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped), compute)
     storage = compute if settings.quant_storage == "auto" else getattr(torch, settings.quant_storage)
-    return BitsAndBytesConfig(
+    loading = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=method,
         bnb_4bit_use_double_quant=settings.double_quant,
@@ -67,6 +86,7 @@ def bitsandbytes_config(config: RunConfig, engine: str) -> BitsAndBytesConfig | 
         bnb_4bit_quant_storage=storage,
         llm_int8_skip_modules=skipped,
     )
+    return Quantization(loading, compute)
 
 
 def check_engine(settings: QuantizationConfig, engine: str) -> None:
@@ -123,15 +143,20 @@ class _FrozenLinear(torch.autograd.Function):
 
 def quantized_linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Every quantised linear map, under the name that it has in the plain backbone."""
-    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+    kinds: tuple[type, ...] = (Float8Linear,)
+    if "bitsandbytes" in sys.modules:  # which no module without it can be of
+        from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
+        kinds += (Linear4bit, Linear8bitLt)
     for name, module in model.named_modules():
-        if isinstance(module, Linear4bit | Linear8bitLt):
+        if isinstance(module, kinds):
             yield getattr(module, "plain_name", name), module
 
 
 def dequantized(module: Any) -> torch.Tensor:
     """The weight (d_out, d_in) that a quantised linear, whole on this process at the moment, stands for."""
+    if isinstance(module, Float8Linear):
+        return module.expanded()
     from bitsandbytes import functional
 
     if hasattr(module, "quant_state"):

@@ -42,9 +42,11 @@ def check_compile(run: Any) -> None:
     if not run.train.compile:
         return
     if quantization != "none":
+        reason = "bitsandbytes' kernels break a compiled block"
+        if quantization == "fp8":
+            reason = "a compiled block may keep the expanded weights until backward, which nobody has counted"
         raise ValueError(
-            f"compile true with quantization {quantization}: bitsandbytes' kernels break a compiled block; set compile "
-            "to false, or quantization to none"
+            f"compile true with quantization {quantization}: {reason}; set compile to false, or quantization to none"
         )
     if not run.adapter.compiles:
         raise ValueError(

@@ -146,8 +146,9 @@ class TrainConfig(CompileConfig):
 
 
 class QuantizationConfig(Section):
-    quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
-    """Hold the frozen linear maps in 4 or 8 bits (bitsandbytes); embeddings, norms and head stay as they are."""
+    quantization: Literal["none", "nf4", "fp4", "int8", "fp8"] = "none"
+    """Hold the frozen linear maps in 4 or 8 bits (bitsandbytes; fp8, float8_e4m3fn: torchao); embeddings, norms and
+    head stay as they are."""
     double_quant: bool = True
     """Quantise the scales of 4-bit weights too: 4.13 instead of 4.5 bits per weight."""
     quant_storage: Literal["auto", "uint8", "float32", "bfloat16", "float16"] = "auto"
@@ -247,6 +248,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"quant_storage {storage} with precision {self.train.precision}: engines would convert the packed "
                 f"weights to {compute} and so destroy them; must be auto, uint8 or {compute}; leave quant_storage out"
+            )
+        if method == "fp8" and storage != "auto":
+            raise ValueError(
+                f"quant_storage {storage} with quantization fp8: it is for 4-bit weights; float8 is packed into the "
+                "type of precision; leave quant_storage out"
             )
         if method != "none" and self.adapter.trains_backbone:
             raise ValueError(

@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from adalora_dist.backbones.linears import has_readable_weight, is_conv1d
+from adalora_dist.backbones.linears import has_readable_weight, is_conv1d, is_packed
 from adalora_dist.config.methods.relora import ReloraConfig
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adalora.method import TripletMethod
@@ -217,7 +217,7 @@ class Relora(Method):
         config, names = self.config, find_targets(model, self.config.targets)
         for name in names:
             base = model.get_submodule(name)
-            if hasattr(base, "quant_state") or not has_readable_weight(base):
+            if is_packed(base) or not has_readable_weight(base):
                 raise UserError(
                     f"method=relora: {name} is a {type(base).__name__}, whose weight a restart could not merge into: "
                     "take the model that is not quantised, or set method to lora"

@@ -26,6 +26,7 @@ FEATURES = {
     "demo": "demonstrations with SmolLM2-135M-Instruct",
     "deepspeed": "DeepSpeed ZeRO: --engine zero2, zero3",
     "quant": "4-bit and 8-bit backbones: --quantization",
+    "fp8": "float8 backbones: --quantization fp8",
     "eval": "metrics of GLUE, SQuAD, summaries and E2E",
     "captions": "METEOR, CIDEr and NIST of E2E",
     "plots": "pictures: inspect, push",

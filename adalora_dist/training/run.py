@@ -33,7 +33,7 @@ from adalora_dist.artifacts.checkpoints.content import Checkpoint
 from adalora_dist.artifacts.hub.push import check_push_of_run, push_run
 from adalora_dist.backbones.fit import Reply, check_lengths, check_room, lengths_of
 from adalora_dist.backbones.load import load_backbone
-from adalora_dist.backbones.quantization import bitsandbytes_config
+from adalora_dist.backbones.quantization import quantization_of
 from adalora_dist.config.formats import ADAPTER_FORMATS
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.redaction import redacted
@@ -79,7 +79,7 @@ class Run(Generic[Config]):
         self.accelerator = accelerator = build_accelerator(config.train)
         self.guard = Guard(accelerator, config)
         self.engine = engine_name(accelerator)
-        self.quantization = bitsandbytes_config(config, self.engine)
+        self.quantization = quantization_of(config, self.engine)
         self.bad_rows = BadRows(cast(Any, config).data.bad_rows)
         self.is_main, self.device = accelerator.is_main_process, accelerator.device
         self.ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}

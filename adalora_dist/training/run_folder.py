@@ -43,7 +43,7 @@ WRITTEN = (
     *("results.json", "samples.json", "texts.json", "answers.jsonl", "predictions.json", "nbest_predictions.json"),
 )
 """Files that runs write whole, those of the recipes among them: what has such a name before is somebody's."""
-_PACKAGES = ("adalora-dist", "torch", "transformers", "accelerate", "datasets", "deepspeed", "bitsandbytes")
+_PACKAGES = ("adalora-dist", "torch", "transformers", "accelerate", "datasets", "deepspeed", "bitsandbytes", "torchao")
 
 
 class RunFolder:

@@ -28,6 +28,7 @@ from adalora_dist.backbones.experts import stacks_of
 from adalora_dist.backbones.files import stored_tensors
 from adalora_dist.backbones.load import load_backbone
 from adalora_dist.backbones.names import FileNames
+from adalora_dist.backbones.quantization import Quantization
 from adalora_dist.backbones.sharded_load import _read
 from adalora_dist.config.sections import ModelConfig
 from tests.support.paths import ROOT
@@ -121,8 +122,8 @@ def test_experts_that_would_stay_at_full_size_in_a_quantised_model_are_refused_b
     settings = BitsAndBytesConfig(load_in_4bit=True)
     for kind, name in names.items():
         model = ModelConfig(name=str(tmp_path / kind))
-        line = refusal(load_backbone, model, AutoModelForCausalLM, settings)
-        assert name in line and "bitsandbytes leaves as they are: leave quantization at none" in line
+        line = refusal(load_backbone, model, AutoModelForCausalLM, Quantization(settings, torch.float32))
+        assert name in line and "quantisation leaves as they are: leave quantization at none" in line
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / kind, quantization_config=settings)
         assert loaded.get_parameter(name).is_floating_point() and loaded.get_parameter(name).dim() == 3
         # What bitsandbytes has for such parameters: the whole of one, in full size, whenever it is read.

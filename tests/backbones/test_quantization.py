@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from adalora_dist.artifacts.export import merge
-from adalora_dist.backbones import quantization
+from adalora_dist.backbones import float8, quantization
 from adalora_dist.backbones.dequantized import quantization_record, quantized_weights, read_quantization_record
-from adalora_dist.backbones.load import load_backbone
+from adalora_dist.backbones.load import _refuse_unlike, load_backbone
+from adalora_dist.backbones.merging import check_mergeable
 from adalora_dist.backbones.quantization import (
     METHODS,
     REFUSED,
-    bitsandbytes_config,
     dequantized,
+    quantization_of,
     quantized_linears,
     support_table,
 )
@@ -33,7 +35,16 @@ from adalora_dist.methods.hooks import attach
 from adalora_dist.methods.inject import adapt
 from adalora_dist.training.verify import logit_differences
 from tests.support.paths import ROOT
-from tests.support.quantized_runs import PROBE, Case, Trained, configuration, run, write_llama
+from tests.support.quantized_runs import (
+    PROBE,
+    Case,
+    Trained,
+    configuration,
+    needs_torchao,
+    of_methods,
+    run,
+    write_llama,
+)
 from tests.support.ranks import run_ranks
 from tests.support.tiny_language_model import byte_tokenizer
 
@@ -80,11 +91,8 @@ VARIANTS = {
     "zero2": {"gradient_checkpointing": True},
     "zero3": {"evaluate_first": True},
 }
-CELLS = [
-    pytest.param(method, engine, marks=pytest.mark.slow if method == "fp4" else ())
-    for method in METHODS
-    for engine in ENGINES
-]
+MARKS = {"fp4": pytest.mark.slow, "fp8": needs_torchao}
+CELLS = [pytest.param(method, engine, marks=MARKS.get(method, ())) for method in METHODS for engine in ENGINES]
 
 
 @pytest.mark.parametrize(("method", "engine"), CELLS)
@@ -92,7 +100,7 @@ def test_every_cell_of_the_table(method, engine, folder):
     case = Case(engine, method, **VARIANTS.get(engine, {}))
     if reason := REFUSED.get((method, engine)):
         with pytest.raises(UserError, match=f"quantization={method} with {engine}: {reason}; use"):
-            bitsandbytes_config(configuration(case, folder, "unused"), engine)
+            quantization_of(configuration(case, folder, "unused"), engine)
         return
     expected = control(Case(method=method), folder)
     ranks = run_ranks(case.world_size, run, case, folder)
@@ -105,21 +113,35 @@ def test_zero3_recomputing_activations_and_keeping_small_parameters_whole(case, 
     check_equal(run_ranks(2, run, case, folder), control(Case(), folder))
 
 
+@pytest.mark.parametrize("method", of_methods("nf4", "fp8"))
 @pytest.mark.parametrize("engine", ["fsdp2", "zero2", "zero3"])
-def test_bf16_engines_leave_the_packed_weights_alone(engine, folder):
+def test_bf16_engines_leave_the_packed_weights_alone(engine, method, folder):
     """Low precision moves scores, so patterns may differ between engines; never between ranks, and never in size."""
-    expected = control(Case(precision="bf16"), folder)
-    ranks = run_ranks(2, run, Case(engine, precision="bf16"), folder)
+    expected = control(Case(method=method, precision="bf16"), folder)
+    ranks = run_ranks(2, run, Case(engine, method, precision="bf16"), folder)
     assert all(r.patterns == ranks[0].patterns for r in ranks)
     assert sum(list(ranks[0].patterns.values())[-1]) == TARGET
     torch.testing.assert_close(torch.tensor(ranks[0].losses), torch.tensor(expected.losses), rtol=5e-2, atol=0)
 
 
+@pytest.mark.parametrize("method", of_methods("nf4", "fp8"))
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
-def test_blocks_that_do_not_divide(engine, tmp_path):
+def test_blocks_that_do_not_divide(engine, method, tmp_path):
     """40 x 100 weights are 62.5 blocks of 64, and 500 floats of packed bytes: shards end within blocks."""
     folder = write_llama(tmp_path, hidden_size=40, intermediate_size=100)
-    check_equal(run_ranks(2, run, Case(engine), folder), run_ranks(1, run, Case(), folder)[0])
+    check_equal(run_ranks(2, run, Case(engine, method), folder), run_ranks(1, run, Case(method=method), folder)[0])
+
+
+@needs_torchao
+def test_float8_that_ends_within_an_element(tmp_path):
+    """Scales and weights of 15 x 6 are 150 bytes, 37.5 float32."""
+    folder = write_llama(tmp_path, hidden_size=6, intermediate_size=15, num_attention_heads=1, num_key_value_heads=1)
+    model, _ = load(folder, "fp8")
+    module = model.get_submodule("model.layers.0.mlp.up_proj")
+    assert module.weight.shape == (38, 1)
+    plain = AutoModelForCausalLM.from_pretrained(folder).get_submodule("model.layers.0.mlp.up_proj").weight
+    assert ((dequantized(module) - plain).abs() <= plain.abs().amax(dim=1, keepdim=True) / 28 + 1e-7).all()
+    check_equal(run_ranks(2, run, Case("fsdp2", "fp8"), folder), run_ranks(1, run, Case(method="fp8"), folder)[0])
 
 
 def unrefused(rank: int, world_size: int, case: Case, folder: Path) -> Trained:
@@ -147,6 +169,25 @@ def as_bitsandbytes_does(rank: int, world_size: int, case: Case, folder: Path) -
         return run(rank, world_size, case, folder)
 
 
+@needs_torchao
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_torchao_keeps_the_expanded_weight_and_this_does_not(precision, folder):
+    """Of one map, in what autograd saves. The input is not needed: the weight is frozen."""
+    config = configuration(Case(method="fp8", precision=precision), folder, "unused")
+    loading = quantization_of(config, "single")
+    theirs = AutoModelForCausalLM.from_pretrained(folder, quantization_config=loading.loading, dtype=loading.compute)
+    ours, _ = load_backbone(config.model, AutoModelForCausalLM, loading)
+    kept = {}
+    for whose, model in (("theirs", theirs), ("ours", ours)):
+        saved: list[int] = []
+        module = model.get_submodule("model.layers.0.mlp.up_proj")
+        x = torch.randn(3, 64, dtype=loading.compute, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, to=saved: to.append(t.numel()), lambda _: None):
+            assert module(x).requires_grad
+        kept[whose] = sum(saved)
+    assert kept == {"theirs": 64 * 128, "ours": 0}
+
+
 def test_nothing_is_kept_between_forward_and_backward(folder):
     """bitsandbytes keeps the gathered weights (ZeRO-3) and inputs (int8); in every cell above it is 0 bytes."""
     for result in run_ranks(2, as_bitsandbytes_does, Case("zero3"), folder):
@@ -157,16 +198,17 @@ def test_nothing_is_kept_between_forward_and_backward(folder):
 # -------------------------------------------------------------------------------------------------------- sharded
 
 
+@pytest.mark.parametrize(("method", "most"), [("nf4", 0.30), pytest.param("fp8", 0.51, marks=needs_torchao)])
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
-def test_four_bit_weights_are_sharded(engine, tmp_path, record_property):
+def test_packed_weights_are_sharded(engine, method, most, tmp_path, record_property):
     folder = write_llama(tmp_path, hidden_size=384, intermediate_size=1024)
     bf16_bytes = 2 * 2 * (384 * 384 * 2 + 384 * 192 * 2 + 3 * 384 * 1024)
-    whole = run_ranks(1, run, Case(compact=False), folder)[0].held
+    whole = run_ranks(1, run, Case(method=method, compact=False), folder)[0].held
     assert whole["importance_bytes"] == 2 * whole["adapter_bytes"] > 0
-    assert whole["linear_bytes"] <= 0.30 * bf16_bytes
-    for result in run_ranks(2, run, Case(engine, compact=False), folder):
+    assert whole["linear_bytes"] <= most * bf16_bytes
+    for result in run_ranks(2, run, Case(engine, method, compact=False), folder):
         record_property(engine, result.held)
-        assert result.held["linear_bytes"] <= 1.05 * 0.30 * bf16_bytes / 2
+        assert result.held["linear_bytes"] <= 1.05 * most * bf16_bytes / 2
         assert result.held["adapter_bytes"] <= 1.05 * whole["adapter_bytes"] / 2
         assert result.held["importance_bytes"] <= 1.05 * whole["importance_bytes"] / 2
 
@@ -191,11 +233,11 @@ def load(folder: Path, method: str = "nf4", **sections: Any) -> tuple[Any, RunCo
     config = RunConfig(
         model=ModelConfig(name=str(folder)), quantization=QuantizationConfig(quantization=method), **sections
     )
-    model, _ = load_backbone(config.model, AutoModelForCausalLM, bitsandbytes_config(config, "single"))
+    model, _ = load_backbone(config.model, AutoModelForCausalLM, quantization_of(config, "single"))
     return model, config
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", of_methods(*METHODS))
 def test_embeddings_norms_and_head_stay_as_the_files_have_them(method, folder):
     plain = AutoModelForCausalLM.from_pretrained(folder)
     model, _ = load(folder, method)
@@ -221,7 +263,7 @@ def test_modules_that_are_trained_in_full_stay_too(folder):
 
 @pytest.mark.parametrize("settled", [False, True])
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", of_methods(*METHODS))
 def test_the_branch_is_added_in_place_soundly(method, training, settled, folder):
     """Gradients of x, P, lambda and Q over the quantised base, against the same sum out of place."""
     model, _ = load(folder, method)
@@ -244,7 +286,7 @@ def test_the_branch_is_added_in_place_soundly(method, training, settled, folder)
         assert (ours - summed).norm() <= 1e-5 * summed.norm() and summed.norm() > 0
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", of_methods(*METHODS))
 def test_the_gradient_is_that_of_the_dequantised_weight(method, folder):
     model, _ = load(folder, method)
     module = model.get_submodule("model.layers.0.mlp.up_proj").train()
@@ -269,7 +311,7 @@ def test_evaluation_leaves_the_weights_as_they_are(folder):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", of_methods(*METHODS))
 def test_the_quantised_value_of_a_file_is_what_was_trained_with(method, dtype, tmp_path):
     write_llama(tmp_path)
     AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).save_pretrained(tmp_path)
@@ -285,7 +327,28 @@ def test_the_quantised_value_of_a_file_is_what_was_trained_with(method, dtype, t
         assert torch.equal(recomputed.to(dequantized(module).dtype), dequantized(module))
 
 
-@pytest.mark.parametrize("case", [Case(), Case(method="int8"), Case("fsdp2"), Case("zero3")], ids=str)
+FLOAT8 = [pytest.param(Case(engine, "fp8"), marks=needs_torchao) for engine in ("single", "fsdp2", "zero3")]
+
+
+@needs_torchao
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rows_of_zeros_stay_so_in_float8(dtype, tmp_path):
+    """torchao divides by the largest of a row."""
+    model = AutoModelForCausalLM.from_pretrained(write_llama(tmp_path), dtype=dtype)
+    name = "model.layers.0.mlp.up_proj"
+    with torch.no_grad():
+        model.get_submodule(name).weight[3] = 0
+        model.get_submodule(name).weight[4] = 1e-6  # a scale of 2e-9, which float16 has not
+    model.save_pretrained(tmp_path)
+    quantised, config = load(tmp_path, "fp8")
+    weight = dequantized(quantised.get_submodule(name))
+    torch.testing.assert_close(weight, model.get_submodule(name).weight.float(), rtol=0.07, atol=2e-6)
+    assert not weight[3].any() and weight.count_nonzero() >= weight.numel() - 256
+    again = quantized_weights(quantised, config)[f"{name}.weight"](model.get_submodule(name).weight.detach())
+    assert torch.equal(again, weight)
+
+
+@pytest.mark.parametrize("case", [Case(), Case(method="int8"), Case("fsdp2"), Case("zero3"), *FLOAT8], ids=str)
 def test_round_trip(case, folder, tmp_path, record_property):
     """The dequantised merge says what the trained model said; the original one differs by what quantisation cost."""
     trained = run_ranks(case.world_size, run, case, folder)[0]
@@ -351,14 +414,68 @@ def test_a_storage_type_that_engines_would_convert(precision, storage, compute):
 def test_a_storage_type_that_fsdp2_leaves_whole(folder):
     config = configuration(Case(storage="uint8"), folder, "unused")
     with pytest.raises(UserError, match="quant_storage=uint8 with fsdp2: .* whole on every process; use quant_storage"):
-        bitsandbytes_config(config, "fsdp2")
-    assert bitsandbytes_config(config, "zero3").bnb_4bit_quant_storage == torch.uint8
+        quantization_of(config, "fsdp2")
+    assert quantization_of(config, "zero3").loading.bnb_4bit_quant_storage == torch.uint8
 
 
 def test_missing_bitsandbytes(folder, monkeypatch):
     monkeypatch.setattr(quantization, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"^quantization=nf4 needs bitsandbytes: pip install 'adalora-dist\[quant\]'$"):
-        bitsandbytes_config(configuration(Case(), folder, "unused"), "single")
+        quantization_of(configuration(Case(), folder, "unused"), "single")
+
+
+def test_missing_or_old_torchao(folder, tmp_path, monkeypatch):
+    def found(name: str) -> str:
+        if versions:
+            return versions[0]
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(float8, "version", found)
+    config, versions = configuration(Case(method="fp8"), folder, "unused"), []
+    with pytest.raises(UserError, match=r"^quantization=fp8 needs torchao: pip install 'adalora-dist\[fp8\]'$"):
+        quantization_of(config, "single")
+    entry = {"shape": [2, 2], "is_transposed": False, "method": "fp8", "double_quant": True}
+    record = {"up.weight": entry | {"dtype": "torch.float32", "device": "cpu"}}
+    (tmp_path / "quantized.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="^quantization=fp8 needs torchao"):  # of a merge on another machine
+        read_quantization_record(tmp_path / "quantized.json")
+    versions = ["0.17.0"]
+    with pytest.raises(UserError, match=r"^quantization=fp8 with torchao 0.17.0: must be 0.18 or later; pip install"):
+        quantization_of(config, "single")
+
+
+@needs_torchao
+def test_a_torchao_that_has_changed_its_weights(folder, monkeypatch):
+    from torchao.quantization import Float8WeightOnlyConfig, PerTensor
+
+    monkeypatch.setattr(float8, "_weight_only", lambda: Float8WeightOnlyConfig(granularity=PerTensor()))
+    with pytest.raises(UserError, match=r"its float8 weights are not those of 0.18, .* pip install 'torchao==0.18.\*'"):
+        load(folder, "fp8")
+
+
+@needs_torchao
+def test_maps_that_torchao_would_leave_or_break(folder, tmp_path):
+    GPT2LMHeadModel(GPT2Config(vocab_size=259, n_embd=8, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"transformer.h.0.attn.c_attn is a Conv1D, which torchao leaves .* nf4$"):
+        load(tmp_path, "fp8")
+
+    class Router(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).softmax(dim=-1)
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), Router(4, 4))
+    with pytest.raises(UserError, match=r"model='m': 1 is a Router, which computes more than a product"):
+        _refuse_unlike(model, "m")
+    _refuse_unlike(model[:1], "m")
+
+
+@needs_torchao
+def test_float8_is_not_merged_to_generate(folder):
+    model, config = load(folder, "fp8")
+    adapt(model, config.adapter)
+    with pytest.raises(UserError, match="merge_to_generate true: there is nothing to merge, .* not quantised"):
+        check_mergeable(model)
 
 
 def test_merging_into_what_was_not_quantised():

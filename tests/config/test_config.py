@@ -219,6 +219,8 @@ BAD_FLAGS = [
     ("--compile --gradient-checkpointing --offload-activations", ["compile true", "offload_activations True"]),
     ("--compile --gradient-checkpointing --checkpoint-activations selective", ["compile true", "leave checkpoint_"]),
     ("--compile --quantization nf4", ["compile true with quantization nf4", "quantization to none"]),
+    ("--compile --quantization fp8", ["compile true with quantization fp8", "keep the expanded", "compile to false"]),
+    ("--quant-storage bfloat16 --quantization fp8", ["quant_storage bfloat16 with quantization fp8", "leave quant_st"]),
     ("--compile --method dora", ["compile true with method dora", "method to adalora"]),
     ("--gradient-checkpointing --checkpoint-activations 1", ["--checkpoint-activations 1"]),
     ("--micro-batch-tokens -1", ["--micro-batch-tokens -1", "must be an integer >= 0"]),

@@ -24,7 +24,7 @@ from adalora_dist.methods.protocol import others_trained, trained_parameters
 from tests.support import quantized_runs
 from tests.support.engine_steps import backward_and_step, shard_blocks, wrapped
 from tests.support.models import global_batch, net_for
-from tests.support.quantized_runs import Case, write_llama
+from tests.support.quantized_runs import Case, needs_torchao, write_llama
 from tests.support.ranks import import_deepspeed, run_ranks
 from tests.support.support_matrix import may
 from tests.support.tiny_language_model import logits, tiny_gpt2, tiny_llama
@@ -193,13 +193,13 @@ SLOW = ("adadora", "hydra", "dylora", "houlsby", "pfeiffer", "adapterdrop", "ser
 dora reads the backbone's weights, vera makes matrices of a seed."""
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("quantization", ["none", "nf4", pytest.param("fp8", marks=[pytest.mark.slow, needs_torchao])])
 @pytest.mark.parametrize(
     "method",
     [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in SETTINGS if name != "bitfit"],
 )
 def test_over_a_backbone_from_files(method: str, quantization: str, tmp_path: Path) -> None:
-    if quantization != "none":
+    if quantization == "nf4":
         pytest.importorskip("bitsandbytes")
     adapter, folder = section(method), write_llama(tmp_path)
     [expected] = run_ranks(1, quantized_runs.run, Case(method=quantization, adapter=adapter), folder)

@@ -29,6 +29,7 @@ from adalora_dist.tasks.glue.scores import score
 from adalora_dist.tasks.losses import classification_loss
 from adalora_dist.tasks.rows import token_cache
 from tests.support.paths import ROOT, shared
+from tests.support.quantized_runs import of_methods
 from tests.support.ranks import import_deepspeed, import_package, run_ranks
 from tests.support.recipe_runs import ENGINES, Run, run_command, run_recipe
 from tests.support.refusals import refusal
@@ -439,9 +440,10 @@ def test_seeds_are_runs_of_their_own_and_their_mean_is_reported(project: Project
     assert results["majority"]["dev accuracy"] > 0.5
 
 
-def test_a_quantised_encoder_trains_and_merges(project: Project, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", of_methods("nf4", "fp8"))
+def test_a_quantised_encoder_trains_and_merges(method: str, project: Project, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    more = ("--quantization", "nf4", "--merge-into", "dequantized", "--max-steps", "6")
+    more = ("--quantization", method, "--merge-into", "dequantized", "--max-steps", "6")
     run = run_of(tmp_path / "run", project.arguments(tmp_path / "run", *more, model="deberta"))
     assert run.results["merged"] == run.results["after"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from adalora_dist.backbones.dequantized import QuantizedWeight, quantized_weights
 from adalora_dist.backbones.load import load_backbone
-from adalora_dist.backbones.quantization import bitsandbytes_config, quantized_linears
+from adalora_dist.backbones.quantization import quantization_of, quantized_linears
 from adalora_dist.config.methods import AdaLoraConfig, MethodConfig
 from adalora_dist.config.sections import ModelConfig, QuantizationConfig, RunConfig, TrainConfig
 from adalora_dist.methods.inject import adapt
@@ -38,6 +39,14 @@ ADAPTER = AdaLoraConfig(
     init_rank=3, target_rank=1.5, alpha=6, start="paper", init="orthonormal", initial_warmup_steps=2, final_steps=3,
     mask_interval_steps=1,
 )  # fmt: skip
+
+
+needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="no torchao: pip install 'adalora-dist[fp8]'")
+
+
+def of_methods(*methods: str) -> list[Any]:
+    """Parameters of a test, of which float8 is skipped where torchao is missing."""
+    return [pytest.param(method, marks=[needs_torchao] if method == "fp8" else []) for method in methods]
 
 
 @dataclass(frozen=True)
@@ -117,7 +126,7 @@ class Trained:
     logits: torch.Tensor
     engine: str
     kept_bytes: int
-    """What bitsandbytes' part of the graph holds between forward and backward."""
+    """What the quantised maps' part of the graph holds between forward and backward."""
     num_quantized: int
 
 
@@ -134,7 +143,7 @@ def run(rank: int, world_size: int, case: Case, folder: Path) -> Trained:
             zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
             zero["stage3_param_persistence_threshold"] = 0
         torch.manual_seed(5)
-        quantization = bitsandbytes_config(config, engine_name(accelerator))
+        quantization = quantization_of(config, engine_name(accelerator))
         model, _ = load_backbone(config.model, AutoModelForCausalLM, quantization)
         adapt(model, config.adapter, seed=1)
         prepared = prepare(accelerator, model, config, STEPS)

@@ -24,7 +24,7 @@ PAGE = ROOT / "docs" / "methods.md"
 BEGIN, END = "<!-- made by python -m tests.support.support_matrix --write -->", "<!-- end of what is made -->"
 
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
-QUANTIZATIONS = ("nf4", "fp4", "int8")
+QUANTIZATIONS = ("nf4", "fp4", "int8", "fp8")
 COMMON = "tests/methods/test_all_methods.py"
 """Goes through losses, resume elsewhere and exports of every method that its SETTINGS list, on its ENGINES."""
 OWN: dict[str, str] = {

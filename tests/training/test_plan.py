@@ -200,6 +200,16 @@ def test_int8_is_planned_where_it_runs() -> None:
     assert all("fsdp2" not in words for words, _ in plans.changes(Cluster.parse("2x80GB", engine="ddp")))
 
 
+def test_float8_is_planned_as_a_byte_per_weight() -> None:
+    held = {}
+    for method in ("none", "nf4", "fp8"):
+        plans = planner()
+        quantization = plans.config.quantization.model_copy(update={"quantization": method})
+        plans.config = plans.config.model_copy(update={"quantization": quantization})
+        held[method] = plans.plan(Cluster.parse("2x80GB")).before.quantized
+    assert held["none"] == 0 and held["fp8"] == pytest.approx(held["nf4"] * 8 / 4.127, rel=1e-4)
+
+
 def test_a_dry_run_plans_what_its_launcher_has_asked_for() -> None:
     """From the variables that launchers set, those of ``adalora-dist run`` included; what cannot be made is a line."""
     asked: dict[tuple[str, int], dict[str, str]] = {("single", 1): {}}

@@ -23,9 +23,9 @@ from adalora_dist.training.plan.cluster import USABLE, Cluster
 from adalora_dist.training.plan.fake import StepBytes
 
 FLOAT32 = 4
-BITS = {"nf4": 4, "fp4": 4, "int8": 8}
+BITS = {"nf4": 4, "fp4": 4, "int8": 8, "fp8": 8}
 _DOUBLE_QUANT, _SCALES = 0.127, 0.5
-"""Bits per 4-bit weight for its block's scale, itself quantised or not; int8 has a number per row, which is nothing."""
+"""Bits per 4-bit weight for its block's scale, itself quantised or not; 8-bit ones have one a row, which is nothing."""
 ZERO_LIVE = 1_000_000_000
 """DeepSpeed's default for elements that stay gathered."""
 ZERO_REUSED = 1_000_000_000
@@ -112,7 +112,7 @@ def memory_of(
         tensors = [replace(t, is_quantized=False) for t in tensors]
     shares = [(t, t.share(engine, world)) for t in tensors]
     packed_bits = BITS.get(quantization, 0) + (
-        (_DOUBLE_QUANT if double_quant else _SCALES) if "4" in quantization else 0
+        (_DOUBLE_QUANT if double_quant else _SCALES) if BITS.get(quantization) == 4 else 0
     )
     quantized = round(sum(n for t, n in shares if t.is_quantized) * packed_bits / 8)
     weights = quantized + element_bytes * sum(n for t, n in shares if not t.is_trained and not t.is_quantized)

@@ -167,7 +167,7 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
     embeddings, head = input_embeddings(model), model.get_output_embeddings()  # type: ignore[operator]
     for k, module in ((len(blocks) + 1, head), (0, embeddings)):
         group_of |= {id(p): k for p in (() if module is None else module.parameters())}
-    # bitsandbytes replaces the linear maps within blocks, not the head.
+    # What is quantised are the linear maps within blocks, not the head.
     linears = (m for block in blocks for m in block.modules() if linear_shape(m) is not None)
     in_linears = {id(m.weight) for m in linears if isinstance(getattr(m, "weight", None), nn.Parameter)}
     for p in model.parameters():
