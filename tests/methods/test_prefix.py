@@ -243,7 +243,7 @@ def test_a_start_from_a_text_is_that_text_in_front(kind: str) -> None:
     assert model.training == plain.training
     whole = torch.cat((torch.tensor(text[:LENGTH]).expand(2, -1), tokens), dim=1)
     with torch.no_grad():
-        torch.testing.assert_close(model(tokens).logits, plain(whole).logits[:, LENGTH:], rtol=0, atol=1e-5)
+        torch.testing.assert_close(model(tokens).logits, plain(whole).logits[:, LENGTH:], rtol=0, atol=1e-4)
     model(tokens, labels=tokens).loss.backward()
     optimizer.step()
     hooks.finish()
