@@ -36,7 +36,8 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.io.launchers import OWN_COMMAND
 from adalora_dist.io.redaction import redacted, redacted_command
 from adalora_dist.io.terminal import keep_from_listeners
-from adalora_dist.training.launch import copies_asked_for, deepspeed_file, is_true
+from adalora_dist.training.asked_for import check_asked_for, is_true, precision_asked_for
+from adalora_dist.training.launch import deepspeed_file
 from adalora_dist.training.rendezvous import init_method
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
@@ -56,10 +57,15 @@ _TRACKER_INSTALLED = {
 
 
 def with_precision(config: ConfigT) -> ConfigT:
-    """``config`` with the compute type in place of ``precision`` auto: bf16 on a GPU that has it, else fp32."""
+    """``config`` with the compute type in place of ``precision`` auto: the launcher's mixed_precision, or, where it has
+    none, bf16 on a GPU that computes in it, and fp32 elsewhere.
+
+    Raises:
+        UserError: a mixed_precision that there is not.
+    """
     if config.train.precision != "auto":
         return config
-    train = config.train.model_copy(update={"precision": computed_in("auto")})
+    train = config.train.model_copy(update={"precision": precision_asked_for() or computed_in("auto")})
     return config.model_copy(update={"train": train})
 
 
@@ -78,12 +84,10 @@ def build_accelerator(train: TrainConfig, environment: Mapping[str, str] = os.en
     use_deepspeed = is_true(environment, "ACCELERATE_USE_DEEPSPEED")
     on_cpu = not _has_gpu() or is_true(environment, "ACCELERATE_USE_CPU")
     _refuse_missing_processes(environment)
-    if use_fsdp and environment.get("FSDP_VERSION", "1") != "2":
-        raise UserError("FSDP_VERSION=1 is not supported: set fsdp_version: 2 in the accelerate configuration")
+    check_asked_for(environment)
     if train.precision == "fp16" and on_cpu:
         raise UserError("precision=fp16 needs a GPU: use fp32 or bf16 on CPU")
 
-    copies_asked_for(environment)
     check_compile_engine(train.compile, use_deepspeed)
     check_prefetch_engine(train.fsdp_prefetch, use_fsdp and world_size > 1)
     if use_deepspeed and (name := environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")):
@@ -91,6 +95,8 @@ def build_accelerator(train: TrainConfig, environment: Mapping[str, str] = os.en
     with _port_in_use_named(environment):
         accelerator = _started(train, on_cpu, use_fsdp and world_size > 1, use_deepspeed, environment)
     _check(accelerator, world_size, use_fsdp, use_deepspeed)
+    if (asked := precision_asked_for(environment)) not in ("", computed_in(train.precision)):
+        accelerator.print(f"mixed_precision {asked} of the launcher is not used: precision is {train.precision}")
     if use_deepspeed:
         _fill_deepspeed(accelerator, train)
     return accelerator

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import runpy
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 from adalora_dist.config.flags import user_errors
@@ -19,7 +18,6 @@ from adalora_dist.io.foreign_files import read_object
 from adalora_dist.io.shipped import ROOT, own_or_shipped
 
 CONFIG_FLAG = "--deepspeed-config"
-_PARALLELISM = "PARALLELISM_CONFIG_"
 
 
 def run_recipe(name: str, default_config: str = "zero2") -> None:
@@ -51,7 +49,7 @@ def deepspeed_environment(path: Path) -> dict[str, str]:
     return {
         "ACCELERATE_USE_DEEPSPEED": "true",
         "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path),
-        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true" if _zero_stage(path) == 3 else "false",
+        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true" if zero_stage(path) == 3 else "false",
     }
 
 
@@ -71,69 +69,6 @@ def deepspeed_file(name: str) -> Path:
             f"deepspeed_config_file {name}: no such file, here or in {at_root.parents[1]}: give a full path"
         )
     return found
-
-
-def engine_asked_for(environment: Mapping[str, str] = os.environ) -> str:
-    """What a run with this environment would start, in a word of ``config.engines.ENGINES``.
-
-    Raises:
-        UserError: DeepSpeed's configuration is none.
-    """
-    num_processes = int(environment.get("WORLD_SIZE", 1))
-    stage = 0
-    if is_true(environment, "ACCELERATE_USE_DEEPSPEED"):
-        stage = int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))  # accelerate's default, without a file
-        if name := environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
-            stage = _zero_stage(deepspeed_file(name))
-    if stage:
-        return f"zero{stage}"
-    if num_processes == 1:
-        return "single"
-    return "fsdp2" if is_true(environment, "ACCELERATE_USE_FSDP") else "ddp"
-
-
-def copies_asked_for(environment: Mapping[str, str] = os.environ) -> int:
-    """How many copies of the sharded weights there are: several under HSDP, else one.
-
-    Raises:
-        UserError: copies of what is not sharded, sizes that are not those of the processes, or parallelism of another
-            kind, which would train on the wrong rows, or do nothing.
-    """
-    if not is_true(environment, "ACCELERATE_USE_PARALLELISM_CONFIG"):
-        return 1
-    sizes = {
-        kind: int(environment.get(f"{_PARALLELISM}{kind.upper()}_SIZE", 1))
-        for kind in ("dp_replicate", "dp_shard", "tp", "cp", "sp")
-    }
-    for kind in ("tp", "cp", "sp"):
-        if sizes[kind] != 1:
-            raise UserError(
-                f"parallelism_config_{kind}_size {sizes[kind]}: must be 1; processes share out rows and hold shards of "
-                "weights (launch/accelerate/fsdp2.yaml, hsdp.yaml), not parts of a layer or of a sequence"
-            )
-    copies, shards = sizes["dp_replicate"], sizes["dp_shard"]
-    num_processes = int(environment.get("WORLD_SIZE", 1))
-    if copies * shards != num_processes:
-        raise UserError(
-            f"parallelism_config_dp_replicate_size {copies}, parallelism_config_dp_shard_size {shards}: must multiply "
-            f"to the {num_processes} process(es); set both in the file, or as flags of accelerate launch"
-        )
-    if copies > 1 and (shards == 1 or engine_asked_for(environment) != "fsdp2"):
-        raise UserError(
-            f"parallelism_config_dp_replicate_size {copies} without shards: those are FSDP2's, over two or more "
-            "processes (launch/accelerate/hsdp.yaml); for whole copies take launch/accelerate/ddp.yaml"
-        )
-    return copies
-
-
-def engine_said(engine: str, environment: Mapping[str, str] = os.environ) -> str:
-    """As reports call it: hsdp where FSDP2 has copies."""
-    return "hsdp" if engine == "fsdp2" and copies_asked_for(environment) > 1 else engine
-
-
-def is_true(environment: Mapping[str, str], name: str) -> bool:
-    """Whether accelerate takes the variable for set."""
-    return environment.get(name, "false").lower() == "true"
 
 
 def threads_of_each(num_processes: int) -> int:
@@ -158,7 +93,7 @@ def _take_config(arguments: list[str], default: Path) -> tuple[Path, list[str]]:
     return path, rest
 
 
-def _zero_stage(path: Path) -> int:
+def zero_stage(path: Path) -> int:
     try:
         stage: int = read_object(path).get("zero_optimization", {}).get("stage", 0)
         return stage

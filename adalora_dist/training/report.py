@@ -11,7 +11,7 @@ from adalora_dist.methods.shares import shares_line, weight_shares
 from adalora_dist.sharding.tensors import full_numel
 from adalora_dist.tasks.commonsense.results import TaskResult
 from adalora_dist.tasks.rows.bad_rows import BadRows
-from adalora_dist.training.launch import engine_said
+from adalora_dist.training.asked_for import engine_said
 from adalora_dist.training.prepared import Prepared
 
 

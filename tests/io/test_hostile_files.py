@@ -43,7 +43,7 @@ from adalora_dist.tasks.rows.read import file_rows
 from adalora_dist.tasks.rows.table import checked_table
 from adalora_dist.tasks.sft.template import set_template
 from adalora_dist.training.faults.run_lock import RunLock
-from adalora_dist.training.launch import _zero_stage
+from adalora_dist.training.launch import zero_stage
 from adalora_dist.training.restarts import count_restart
 from adalora_dist.training.resume import backbone_identity
 from tests.support.checkpoint_faults import Run
@@ -181,7 +181,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "metrics.jsonl": lambda folder: read_records(folder / "metrics.jsonl"),
     "allocations.jsonl": lambda folder: read_history(folder / "allocations.jsonl"),
     "quantized.json": lambda folder: read_quantization_record(folder / "quantized.json"),
-    "ds.json": lambda folder: _zero_stage(folder / "ds.json"),
+    "ds.json": lambda folder: zero_stage(folder / "ds.json"),
     "words.txt": lambda folder: read_text(folder / "words.txt"),
     "locked/.lock-owner": lock,
     "restarted/.restarts": restart,

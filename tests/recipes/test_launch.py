@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from adalora_dist.io.errors import UserError
-from adalora_dist.training.launch import _take_config, _zero_stage
+from adalora_dist.training.launch import _take_config, zero_stage
 from tests.support.paths import ROOT
 from tests.support.ranks import free_port
 from tests.support.recipe_runs import read_json, run_command
@@ -131,8 +131,8 @@ def test_the_deepspeed_configuration_is_taken_out_of_the_flags(tmp_path: Path) -
     for words in (["--deepspeed-config"], ["--deepspeed-config", "--alpha", "2"]):
         with pytest.raises(UserError, match="--deepspeed-config has no value"):
             _take_config(words, default)
-    assert [_zero_stage(ROOT / "ds_configs" / f"zero{stage}.json") for stage in (1, 2, 3)] == [1, 2, 3]
+    assert [zero_stage(ROOT / "ds_configs" / f"zero{stage}.json") for stage in (1, 2, 3)] == [1, 2, 3]
     (tmp_path / "broken.json").write_text("{")
     for path in (tmp_path / "broken.json", tmp_path / "missing.json"):
         with pytest.raises(UserError, match="no DeepSpeed configuration"):
-            _zero_stage(path)
+            zero_stage(path)

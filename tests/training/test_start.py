@@ -17,7 +17,7 @@ from adalora_dist.io.launchers import OWN_COMMAND
 from adalora_dist.io.shipped import files_of
 from adalora_dist.training import run_folder
 from adalora_dist.training import start as module
-from adalora_dist.training.launch import copies_asked_for, engine_said
+from adalora_dist.training.asked_for import copies_asked_for, engine_said
 from adalora_dist.training.recipe_file import recipe_file
 from adalora_dist.training.start import Placement, engine_environment, environments_of, start
 from tests.support.paths import DS_CONFIGS, ROOT
@@ -70,26 +70,6 @@ def test_copies_of_the_weights() -> None:
         assert str(copies_asked_for(own)) == expected[0] and engine_said("fsdp2", own) == "hsdp"
     [plain, _] = environments_of(Placement("fsdp2", 2), {})
     assert copies_asked_for(plain) == 1 and engine_said("fsdp2", plain) == "fsdp2"
-
-
-@pytest.mark.parametrize(
-    ("sizes", "says"),
-    [
-        ({"TP": "2"}, "parallelism_config_tp_size 2: must be 1"),
-        ({"CP": "2"}, "parallelism_config_cp_size 2: must be 1"),
-        ({"SP": "4"}, "parallelism_config_sp_size 4: must be 1"),
-        ({"DP_SHARD": "3"}, "must multiply to the 4 process(es)"),
-        ({"DP_REPLICATE": "1"}, "parallelism_config_dp_replicate_size 1, parallelism_config_dp_shard_size 2: must"),
-        ({"DP_REPLICATE": "4", "DP_SHARD": "1"}, "parallelism_config_dp_replicate_size 4 without shards"),
-    ],
-)
-def test_parallelism_that_there_is_not_is_refused(sizes: dict[str, str], says: str) -> None:
-    own = environments_of(Placement("hsdp", 4), {})[0]
-    own |= {f"PARALLELISM_CONFIG_{name}_SIZE": size for name, size in sizes.items()}
-    assert says in refusal(copies_asked_for, own)
-    assert "without shards" in refusal(
-        copies_asked_for, environments_of(Placement("hsdp", 4), {})[0] | {"ACCELERATE_USE_FSDP": "false"}
-    )
 
 
 def test_several_machines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from adalora_dist.config.engines import ENGINES, copies_of_hsdp
 from adalora_dist.io.errors import UserError
-from adalora_dist.training.launch import copies_asked_for, engine_asked_for
+from adalora_dist.training.asked_for import copies_asked_for, engine_asked_for
 
 CHOICES = (*ENGINES, "hsdp")
 """FSDP2 with copies is what ``engine`` fsdp2 and ``copies`` say."""

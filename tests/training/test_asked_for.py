@@ -1,0 +1,75 @@
+"""What a launcher asks for in the environment: done, or refused in one line, never passed over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from adalora_dist.config.sections import RunConfig
+from adalora_dist.training.asked_for import check_asked_for, copies_asked_for, precision_asked_for
+from adalora_dist.training.engine import with_precision
+from adalora_dist.training.start import Placement, environments_of
+from tests.support.recipe_runs import run_command
+from tests.support.refusals import refusal
+from tests.support.tiny_project import RECIPE, Project
+
+
+def of_hsdp() -> dict[str, str]:
+    return environments_of(Placement("hsdp", 4), {})[0]
+
+
+def test_what_files_have_by_default_is_asked_for() -> None:
+    for engine in ("ddp", "fsdp2", "hsdp"):
+        own = environments_of(Placement(engine, 4), {})[0]
+        check_asked_for(own | {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"})
+    assert copies_asked_for(of_hsdp()) == 2
+
+
+@pytest.mark.parametrize(
+    ("sizes", "says"),
+    [
+        ({"TP": "2"}, "parallelism_config_tp_size 2: must be 1"),
+        ({"CP": "2"}, "parallelism_config_cp_size 2: must be 1"),
+        ({"SP": "4"}, "parallelism_config_sp_size 4: must be 1"),
+        ({"DP_SHARD": "3"}, "must multiply to the 4 process(es)"),
+        ({"DP_REPLICATE": "1"}, "parallelism_config_dp_replicate_size 1, parallelism_config_dp_shard_size 2: must"),
+        ({"DP_REPLICATE": "4", "DP_SHARD": "1"}, "parallelism_config_dp_replicate_size 4 without shards"),
+    ],
+)
+def test_parallelism_that_there_is_not_is_refused(sizes: dict[str, str], says: str) -> None:
+    own = of_hsdp() | {f"PARALLELISM_CONFIG_{name}_SIZE": size for name, size in sizes.items()}
+    assert says in refusal(check_asked_for, own)
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"ACCELERATE_USE_FSDP": "false"}, "without shards"),
+        ({"FSDP_VERSION": "1"}, "set fsdp_version: 2"),
+        ({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "set it to TRANSFORMER_BASED_WRAP"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "dynamo_backend inductor of the launcher"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "mixed_precision fp8 of the launcher: must be no, bf16 or fp16"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM of the launcher"),
+    ],
+)
+def test_what_a_recipe_does_not_do_is_refused(asked: dict[str, str], says: str) -> None:
+    assert says in refusal(check_asked_for, of_hsdp() | asked)
+
+
+def test_the_launchers_precision_is_that_of_a_run_which_says_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = RunConfig()
+    for asked in ("bf16", "fp16"):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+        assert precision_asked_for() == with_precision(config).train.precision == asked
+        own = config.model_copy(update={"train": config.train.model_copy(update={"precision": "fp32"})})
+        assert with_precision(own).train.precision == "fp32"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert precision_asked_for() == "" and config.train.precision == "auto"
+
+
+def test_a_precision_that_the_recipe_does_not_take_is_said(tmp_path: Path) -> None:
+    arguments = [*Project(tmp_path).arguments(tmp_path / "run", "--max-steps", "2"), "--precision", "fp32"]
+    done = run_command("accelerate", "launch", "--cpu", "--mixed_precision", "bf16", RECIPE, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "mixed_precision bf16 of the launcher is not used: precision is fp32" in done.stdout
