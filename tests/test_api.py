@@ -70,6 +70,6 @@ def test_the_page_runs_as_printed(tmp_path: Path) -> None:
     assert len(BLOCKS) == 6
     [result] = run_ranks(1, run_page, str(tmp_path))
     trained, merged, loaded = result["logits"]
-    torch.testing.assert_close(merged, trained, rtol=0, atol=1e-5)
-    torch.testing.assert_close(loaded, trained, rtol=0, atol=1e-5)
+    torch.testing.assert_close(merged, trained, rtol=0, atol=5e-5)
+    torch.testing.assert_close(loaded, trained, rtol=0, atol=5e-5)
     assert result["ranks"] == 2 * 4

@@ -68,7 +68,7 @@ def test_every_form_computes_what_was_trained(kind: str, tmp_path: Path) -> None
     assert (logits_of(loaded(tmp_path / "base")) - logits).abs().max() > 0.1
 
     merge(updates, tmp_path / "base", tmp_path / "merged", task=task_settings(model), show_progress=False)
-    torch.testing.assert_close(logits_of(loaded(tmp_path / "merged")), logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits_of(loaded(tmp_path / "merged")), logits, atol=5e-5, rtol=0)
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
     assert before.keys() == after.keys() and all(before[key].shape == after[key].shape for key in before)
 
@@ -80,7 +80,7 @@ def test_every_form_computes_what_was_trained(kind: str, tmp_path: Path) -> None
 
     save_lora(updates, tmp_path / "lora", str(tmp_path / "base"), model=plain_model(tmp_path / "base", {}))
     of_peft = PeftModel.from_pretrained(loaded(tmp_path / "base"), tmp_path / "lora").eval()
-    torch.testing.assert_close(logits_of(of_peft), logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits_of(of_peft), logits, atol=5e-5, rtol=0)
     assert "target_parameters" in vllm_options(tmp_path / "lora")
     save_lora(updates, tmp_path / "padded", None, model=plain_model(tmp_path / "base", {}), pad=True)
     assert read_object(tmp_path / "padded" / "adapter_config.json")["rank_pattern"] == {}
@@ -103,7 +103,7 @@ def test_stacks_are_merged_as_they_lie_in_the_files(is_turned: bool, tmp_path: P
     make_steps(model, optimizer, hooks, partial(loss_of, model), range(6))
     merge(hooks.updates(), tmp_path / "base", tmp_path / "merged", task=task_settings(model), show_progress=False)
     merged = tf.Qwen3VLMoeForConditionalGeneration.from_pretrained(tmp_path / "merged").eval()
-    torch.testing.assert_close(logits_of(merged), logits_of(model.eval()), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits_of(merged), logits_of(model.eval()), atol=5e-5, rtol=0)
 
 
 def test_an_adapted_model_saves_itself_for_peft(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_an_adapted_model_saves_itself_for_peft(tmp_path: Path) -> None:
     logits, _, model = trained("qwen3_moe", tmp_path / "base")
     model.save_pretrained(tmp_path / "saved")
     of_peft = PeftModel.from_pretrained(loaded(tmp_path / "base"), tmp_path / "saved").eval()
-    torch.testing.assert_close(logits_of(of_peft), logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits_of(of_peft), logits, atol=5e-5, rtol=0)
 
 
 def test_what_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:

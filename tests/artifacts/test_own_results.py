@@ -101,7 +101,7 @@ def test_a_new_head_goes_with_every_form(encoder: Path, tmp_path: Path) -> None:
     }
     load_adapter(found["adapter"], str(tmp_path / "adapter"))
     for form, loaded in found.items():
-        torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-5, msg=lambda said, f=form: f"{f}: {said}")
+        torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=5e-5, msg=lambda said, f=form: f"{f}: {said}")
     assert AutoConfig.from_pretrained(tmp_path / "merged").id2label == LABELS
     other = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
     with refused("trained in full, is 3 there, and 2 in this model: load BertForSequenceClassification with num_label"):
@@ -125,7 +125,7 @@ def test_methods_are_lora_where_they_can_be(method: str, tmp_path: Path) -> None
     model.save_pretrained(tmp_path / "saved")
     for folder in ("lora", "saved"):
         loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / folder)
-        torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=5e-5)
 
 
 def trainer_of(model: Any, config: Any, folder: Path, **changes: Any) -> Trainer:
@@ -144,7 +144,7 @@ def test_trainer_saves_what_relora_has_merged(tmp_path: Path) -> None:
     trainer_of(model, config, tmp_path / "out").train()
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     loaded = PeftModel.from_pretrained(plain, tmp_path / "out" / f"checkpoint-{STEPS}")
-    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=5e-5)
     with refused("no finished run .*checkpoint-6 is an adapter that PEFT loads, as Trainer writes it"):
         FinishedRun.read(tmp_path / "out")
 
@@ -181,7 +181,7 @@ def test_embeddings_that_are_tied_can_be_trained(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path / "merged"),
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "lora"),
     ):
-        torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=5e-5)
 
 
 def test_values_that_are_not_the_files_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -80,7 +80,7 @@ def test_the_function_stays(kind, make):
     expected = logits_of(theirs)
     model, config = convert_peft(theirs, **settings)
     assert model is plain and {adapter.name for adapter in adapters_of(model)} == names == set(config.targets)
-    torch.testing.assert_close(logits_of(model), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits_of(model), expected, rtol=1e-5, atol=5e-5)
     trained = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"P", "Qt", "lam"}
 
@@ -112,7 +112,7 @@ def test_what_is_trained_in_full_and_adapters_without_a_wrapper(tmp_path):
     expected = logits_of(theirs)
     model, config = convert_peft(theirs, target_rank=2)
     assert config.train_modules == ("score",) and model.score.weight.requires_grad
-    torch.testing.assert_close(logits_of(model), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits_of(model), expected, rtol=1e-5, atol=5e-5)
 
     injected = peft.inject_adapter_in_model(lora(), llama())
     with torch.no_grad():
@@ -123,10 +123,10 @@ def test_what_is_trained_in_full_and_adapters_without_a_wrapper(tmp_path):
     settings = method_config("lora", init_rank=4, alpha=6)
     model, config = convert_peft(injected, settings)
     assert model is injected and config is settings and not hasattr(model, "peft_config")
-    torch.testing.assert_close(logits_of(model), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits_of(model), expected, rtol=1e-5, atol=5e-5)
     model.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(llama(), tmp_path / "adapter")
-    torch.testing.assert_close(logits_of(again), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits_of(again), expected, rtol=1e-5, atol=5e-5)
 
 
 def test_who_takes_plain_models_names_the_way():

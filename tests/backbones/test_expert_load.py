@@ -62,7 +62,7 @@ def test_experts_arrive_by_rows_and_learn_as_on_one_process(world_size, tmp_path
     [expected] = run_ranks(1, run_with, "single", tmp_path, AutoModelForCausalLM, {})
     ranks = run_ranks(world_size, run_with, "fsdp2", tmp_path, AutoModelForCausalLM, {})
     for result in ranks:
-        torch.testing.assert_close(result["logits"], expected["logits"], rtol=0, atol=1e-5)
+        torch.testing.assert_close(result["logits"], expected["logits"], rtol=0, atol=5e-5)
         assert result["patterns"] == expected["patterns"]
         torch.testing.assert_close(result["losses"], expected["losses"], rtol=1e-5, atol=0)
         assert result["loaded_bytes"] == 0

@@ -48,7 +48,7 @@ def test_the_function_and_its_gradients_are_those_of_the_formula(kind: type[nn.M
     assert isinstance(own, AdaDoraLinear)
     x, direction = torch.randn(TOKENS, D_IN).double(), torch.randn(TOKENS, D_OUT).double()
     model.double()
-    assert torch.equal(own(x), base(x))
+    torch.testing.assert_close(own(x), base(x), rtol=1e-12, atol=1e-12)
     with torch.no_grad():
         own.P.normal_()
         own.lam.uniform_(0.5, 1.5)
@@ -141,13 +141,13 @@ def test_files_have_every_matrix_at_its_rank(tmp_path: Path) -> None:
     assert [update.rank for update in saved.adapters] == list(hooks.rank_pattern().values())
     loaded: Any = tiny_llama(40)
     load_adapter(loaded, tmp_path / "adapter")
-    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=5e-5)
     merge(saved.adapters, tmp_path / "base", tmp_path / "merged", show_progress=False)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(logits(again), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(again), expected, rtol=0, atol=5e-5)
     assert FORMATS["peft"].write(saved, tmp_path / "peft", Options()) == ""
     theirs = peft.PeftModel.from_pretrained(tiny_llama(40), tmp_path / "peft")
-    torch.testing.assert_close(logits(theirs), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(theirs), expected, rtol=0, atol=5e-5)
 
 
 def test_counts_and_refusals() -> None:

@@ -99,7 +99,7 @@ def test_an_mlp_makes_what_pefts_makes(kind: str, tmp_path: Path) -> None:
     saved = SavedAdapter(updates, str(tmp_path / "base"), None, {}, {})
     FORMATS["peft"].write(saved, tmp_path / "peft", Options())
     loaded = peft.PeftModel.from_pretrained(MODELS[kind](), tmp_path / "peft")
-    torch.testing.assert_close(logits(loaded), logits(own.float()), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(loaded), logits(own.float()), rtol=0, atol=5e-5)
 
 
 def test_equal_positions_are_refused() -> None:
@@ -150,7 +150,7 @@ def test_files(kind: str, tmp_path: Path) -> None:
     saved = read_adapter(tmp_path / "adapter")
     assert FORMATS["peft"].write(saved, tmp_path / "peft", Options()) == ""
     theirs = peft.PeftModel.from_pretrained(MODELS[kind](), tmp_path / "peft")
-    torch.testing.assert_close(logits(theirs), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(theirs), expected, rtol=0, atol=5e-5)
     assert "cannot be merged" in refusal(lambda: merge(saved.adapters, Path(base), tmp_path / "merged"))
     besides = SavedAdapter(saved.adapters, base, None, {"lm_head.weight": torch.zeros(2)}, {})
     assert "cannot hold lm_head.weight" in refusal(lambda: FORMATS["peft"].write(besides, tmp_path / "no", Options()))
@@ -243,7 +243,7 @@ def test_a_start_from_a_text_is_that_text_in_front(kind: str) -> None:
     assert model.training == plain.training
     whole = torch.cat((torch.tensor(text[:LENGTH]).expand(2, -1), tokens), dim=1)
     with torch.no_grad():
-        torch.testing.assert_close(model(tokens).logits, plain(whole).logits[:, LENGTH:], rtol=0, atol=1e-4)
+        torch.testing.assert_close(model(tokens).logits, plain(whole).logits[:, LENGTH:], rtol=0, atol=5e-5)
     model(tokens, labels=tokens).loss.backward()
     optimizer.step()
     hooks.finish()

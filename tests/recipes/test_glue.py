@@ -337,7 +337,7 @@ def test_budget_is_met_and_the_merged_model_is_the_trained_one(
     assert not adapted.load_state_dict(trained, strict=False).unexpected_keys and "classifier.weight" in trained
     ids = torch.tensor([AutoTokenizer.from_pretrained(run.folder / "merged")("the soup is nasty")["input_ids"]])
     with torch.no_grad():
-        torch.testing.assert_close(merged(input_ids=ids).logits, adapted(input_ids=ids).logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(merged(input_ids=ids).logits, adapted(input_ids=ids).logits, rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize(

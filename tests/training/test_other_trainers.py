@@ -144,7 +144,7 @@ def test_encoders_of_sentences(engine: str, world_size: int, tmp_path: Path) -> 
     [[untrained, *loaded]] = run_ranks(1, embedded, str(tmp_path))
     assert (untrained - found["vectors"]).abs().max() > 1e-2
     for vectors in loaded:
-        torch.testing.assert_close(vectors, found["vectors"], rtol=0, atol=1e-5)
+        torch.testing.assert_close(vectors, found["vectors"], rtol=0, atol=5e-5)
 
 
 def by_seq2seq(rank: int, world_size: int, folder: str, eval_delay: int) -> dict[str, Any]:

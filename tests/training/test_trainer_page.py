@@ -54,7 +54,7 @@ def test_the_page_runs_as_printed(tmp_path: Path) -> None:
     [result] = run_ranks(1, run_page, str(tmp_path))
     assert torch.equal(result["resumed"], result["trained"])
     for way in ("loaded", "merged"):
-        torch.testing.assert_close(result[way], result["trained"], rtol=0, atol=1e-5)
+        torch.testing.assert_close(result[way], result["trained"], rtol=0, atol=5e-5)
     assert result["ranks of PEFT's"] == 4 * NUM_MATRICES
 
 
@@ -109,6 +109,6 @@ def test_sft_trainer_with_what_peft_was_told(tmp_path: Path) -> None:
     [result] = run_ranks(1, by_sft_trainer, str(tmp_path))
     whole, resumed, loaded = result["logits"]
     assert torch.equal(whole, resumed)
-    torch.testing.assert_close(loaded, whole, rtol=0, atol=1e-5)
+    torch.testing.assert_close(loaded, whole, rtol=0, atol=5e-5)
     assert result["budget"] == 2 * NUM_MATRICES
     assert "leave peft_config out" in result["error"]

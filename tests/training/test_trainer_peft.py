@@ -103,7 +103,7 @@ def test_lora_with_a_budget_under_trainer(tmp_path: Path) -> None:
     for name in ("whole", "resumed", "late", "by config"):
         assert found[f"{name}: ranks"] == 2 * NUM_MATRICES
         assert torch.equal(found[name], found["whole"])
-    torch.testing.assert_close(found["loaded"], found["by config"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found["loaded"], found["by config"], rtol=0, atol=5e-5)
     words = {
         "optimizers": "was made for PEFT's parameters",
         "no budget": "a budget below its r",
@@ -191,7 +191,7 @@ def test_peft_config_as_it_is_in_sft_trainer(engine: str, world_size: int, tmp_p
                 assert torch.equal(delta, resumed["adapters"][name])
     [folders] = run_ranks(1, loaded, str(tmp_path))
     for logits in folders:
-        torch.testing.assert_close(logits, found["logits"], rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits, found["logits"], rtol=0, atol=5e-5)
 
 
 def by_dpo(rank: int, world_size: int, folder: str, engine: str) -> dict[str, Any]:
@@ -257,7 +257,7 @@ def test_peft_config_as_it_is_in_dpo_trainer(engine: str, world_size: int, tmp_p
             assert found[other]["losses"] == whole["losses"]
             for name, delta in whole["adapters"].items():
                 assert torch.equal(delta, found[other]["adapters"][name])
-        torch.testing.assert_close(found["loaded"], found["logits"], rtol=0, atol=1e-5)
+        torch.testing.assert_close(found["loaded"], found["logits"], rtol=0, atol=5e-5)
 
 
 REWARDED = "aeiou"
@@ -319,7 +319,7 @@ def test_policies_stay_near_their_reference(kind: str, with_peft: bool, tmp_path
     assert found["ranks"] == 2 * NUM_MATRICES and found["logs"][-1]["budget"] == 2 * NUM_MATRICES
     assert torch.equal(found["reference"], found["first"])
     assert (found["logits"] - found["first"]).abs().max() > 1e-3
-    torch.testing.assert_close(found["loaded"], found["logits"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found["loaded"], found["logits"], rtol=0, atol=5e-5)
     divergence = [record["kl"] for record in found["logs"]]
     assert abs(divergence[0]) < 1e-6 and divergence[-1] > 1e-6
     assert found["kind"] == ("WithoutAdapters" if with_peft else "LlamaForCausalLM")

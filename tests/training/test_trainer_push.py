@@ -50,4 +50,4 @@ def test_the_hub_gets_adapters(tmp_path: Path) -> None:
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
         with torch.no_grad():
             logits = PeftModel.from_pretrained(base, folder).eval()(expected["ids"]).logits
-        torch.testing.assert_close(logits, expected["logits"], rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits, expected["logits"], rtol=0, atol=5e-5)

@@ -183,7 +183,7 @@ def loaded_classifier(rank: int, world_size: int, folder: str) -> list[torch.Ten
 def test_a_head_is_saved_and_early_stopping_counts_from_the_freeze_on(engine, world_size, tmp_path):
     logits = run_ranks(world_size, trained_classifier, str(tmp_path), engine, timeout=3 * HANG_SECONDS)[0]
     for loaded in run_ranks(1, loaded_classifier, str(tmp_path))[0]:
-        torch.testing.assert_close(loaded, logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(loaded, logits, rtol=0, atol=5e-5)
 
 
 def error_of(action: Callable[[], Any]) -> str:
