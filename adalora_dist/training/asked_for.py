@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from adalora_dist.io.errors import UserError
 from adalora_dist.training.launch import deepspeed_file, zero_stage
 
-_PARALLELISM = "PARALLELISM_CONFIG_"
+PARALLELISM = "PARALLELISM_CONFIG_"
+"""How accelerate's variables with the sizes of its parallelism_config begin."""
 
 
 def engine_asked_for(environment: Mapping[str, str] = os.environ) -> str:
@@ -44,7 +45,7 @@ def copies_asked_for(environment: Mapping[str, str] = os.environ) -> int:
     if not is_true(environment, "ACCELERATE_USE_PARALLELISM_CONFIG"):
         return 1
     sizes = {
-        kind: int(environment.get(f"{_PARALLELISM}{kind.upper()}_SIZE", 1))
+        kind: int(environment.get(f"{PARALLELISM}{kind.upper()}_SIZE", 1))
         for kind in ("dp_replicate", "dp_shard", "tp", "cp", "sp")
     }
     for kind in ("tp", "cp", "sp"):

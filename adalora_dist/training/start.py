@@ -23,6 +23,7 @@ from adalora_dist.io.processes import free_port, run_together
 from adalora_dist.io.shipped import own_or_shipped, shipped
 from adalora_dist.io.signals import SIGNALS
 from adalora_dist.io.yaml_file import read_yaml
+from adalora_dist.training.asked_for import PARALLELISM
 from adalora_dist.training.launch import deepspeed_environment, threads_of_each
 from adalora_dist.training.recipe_file import check_flags, recipe_file
 
@@ -157,7 +158,7 @@ def engine_environment(engine: str, deepspeed_config: Path | None = None) -> dic
 
 
 def _parallelism(sizes: Mapping[str, int]) -> dict[str, str]:
-    words = {f"PARALLELISM_CONFIG_{name.upper()}": str(size) for name, size in sizes.items()}
+    words = {f"{PARALLELISM}{name.upper()}": str(size) for name, size in sizes.items()}
     return {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", **words} if words else {}
 
 

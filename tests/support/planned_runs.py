@@ -18,6 +18,7 @@ from adalora_dist.tasks.commonsense.config import CommonsenseConfig
 from adalora_dist.tasks.losses import LossSum, causal_loss
 from adalora_dist.training.engine import build_accelerator
 from adalora_dist.training.prepared import Prepared, prepare
+from adalora_dist.training.start import engine_environment
 from tests.support.paths import ROOT
 from tests.support.recipe_runs import ENGINES
 from tests.support.settings import adapter_section
@@ -50,9 +51,7 @@ def configuration(**train: Any) -> CommonsenseConfig:
 
 def _accelerator(engine: str, config: CommonsenseConfig) -> Accelerator:
     zero1 = {**ENGINES["zero2"], "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ROOT / "ds_configs" / "zero1.json")}
-    copies = {**ENGINES["fsdp2"], "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
-    copies |= {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"}
-    os.environ.update({**ENGINES, "zero1": zero1, "hsdp": copies}.get(engine, {}))
+    os.environ.update({**ENGINES, "zero1": zero1, "hsdp": engine_environment("hsdp")}.get(engine, {}))
     return build_accelerator(config.train)
 
 
