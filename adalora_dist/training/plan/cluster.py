@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from adalora_dist.config.engines import ENGINES, copies_of_hsdp
 from adalora_dist.io.errors import UserError
-from adalora_dist.training.asked_for import copies_asked_for, engine_asked_for
+from adalora_dist.training.asked_for import check_asked_for, copies_asked_for, engine_asked_for
 
 CHOICES = (*ENGINES, "hsdp")
 """FSDP2 with copies is what ``engine`` fsdp2 and ``copies`` say."""
@@ -78,10 +78,11 @@ class Cluster:
         """What the launcher of this process has asked for: its engine, its processes, this machine's GPU.
 
         Raises:
-            UserError: DeepSpeed's configuration is none, or it asks for parallelism that there is not.
+            UserError: DeepSpeed's configuration is none, or the launcher asks for what the run itself would refuse.
         """
         import torch  # the command's options stand above, and cost none
 
+        check_asked_for(environment)
         num_processes = int(environment.get("WORLD_SIZE", 1))
         on_each = int(environment.get("LOCAL_WORLD_SIZE", num_processes))
         is_there = torch.cuda.is_available()
