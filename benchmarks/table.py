@@ -217,8 +217,9 @@ def state() -> Iterator[tuple[str, str, str]]:
 
 def llama_7b_in_one_memory() -> nn.Module:
     """LLaMA-7B's layers, whose frozen weights begin at different places of one memory: the state does not see them."""
-    model: Any = llama(4096, 11008, 1, 32, use_cache=False)
-    [layer] = model.model.layers
+    model: nn.Module = llama(4096, 11008, 1, 32, use_cache=False)
+    backbone: Any = model.model
+    [layer] = backbone.layers
     weights = [p for p in layer.parameters() if p.ndim == 2]
     starts = iter(range(0, 64 * 32 * len(weights), 64))
     memory = torch.randn(max(p.numel() for p in weights) + 64 * 32 * len(weights)).mul_(0.02)
@@ -226,10 +227,10 @@ def llama_7b_in_one_memory() -> nn.Module:
     def in_memory(weight: nn.Parameter) -> nn.Parameter:
         return nn.Parameter(memory[next(starts) :][: weight.numel()].view_as(weight))
 
-    model.model.layers = nn.ModuleList(
+    backbone.layers = nn.ModuleList(
         copy.deepcopy(layer, {id(weight): in_memory(weight) for weight in weights}) for _ in range(32)
     )
-    model.config.num_hidden_layers = 32
+    backbone.config.num_hidden_layers = 32
     return model
 
 

@@ -30,7 +30,8 @@ from adalora_dist.config.methods.base import FOREIGN, methods_with
 from adalora_dist.config.presets import PresetTable
 from adalora_dist.config.run_file import Origins, RunFile
 from adalora_dist.config.sections import RunConfig
-from adalora_dist.config.settings import Setting, is_union, legal, near, remedy, settings_by_flag
+from adalora_dist.config.settings import Setting, settings_by_flag
+from adalora_dist.config.words import is_union, legal, near, remedy
 from adalora_dist.io.ending import EXIT_PREEMPTED, leave, repeat_last, tell_error
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.launchers import OWN_OPTIONS, follow, unfollow

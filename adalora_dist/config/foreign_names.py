@@ -5,8 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from adalora_dist.config.methods.peft_fields import SAME
-
+SAME = {
+    "init_r": "init_rank",
+    "target_r": "target_rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "tinit": "initial_warmup_steps",
+    "tfinal": "final_steps",
+    "deltaT": "mask_interval_steps",
+    "beta1": "beta1",
+    "beta2": "beta2",
+    "orth_reg_weight": "orthogonality",
+}
+"""Fields of PEFT's ``AdaLoraConfig`` that mean one thing under two names."""
 _FLAGS = {
     "init-rank": "r rank lora-r lora-rank",
     "alpha": "lora-alpha",

@@ -19,7 +19,8 @@ from adalora_dist.config.methods import METHODS, is_method, settings_of
 from adalora_dist.config.presets import PresetTable
 from adalora_dist.config.run_file import RunFile
 from adalora_dist.config.sections import RunConfig
-from adalora_dist.config.settings import Setting, choices_of, kind_of, method_setting, settings_by_flag
+from adalora_dist.config.settings import Setting, method_setting, settings_by_flag
+from adalora_dist.config.words import choices_of, kind_of
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.shipped import config_file
 from adalora_dist.io.terminal import page

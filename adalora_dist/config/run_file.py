@@ -21,7 +21,8 @@ from adalora_dist.config.foreign_names import setting_here
 from adalora_dist.config.methods import METHODS, is_method
 from adalora_dist.config.methods.base import foreign_setting, methods_with
 from adalora_dist.config.sections import RunConfig
-from adalora_dist.config.settings import legal, near, owners, remedy, settings_by_flag
+from adalora_dist.config.settings import owners, settings_by_flag
+from adalora_dist.config.words import legal, near, remedy
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.yaml_file import read_yaml
 

@@ -10,7 +10,8 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping
 
-from adalora_dist.config.settings import choices_of, settings_by_flag
+from adalora_dist.config.settings import settings_by_flag
+from adalora_dist.config.words import choices_of
 from adalora_dist.io.shipped import KINDS, files_of
 from adalora_dist.training.recipe_file import schema_of
 

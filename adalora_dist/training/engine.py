@@ -106,6 +106,7 @@ def _started(
     train: TrainConfig, on_cpu: bool, use_fsdp: bool, use_deepspeed: bool, environment: Mapping[str, str]
 ) -> Accelerator:
     """The process group, and the accelerator over it."""
+    AcceleratorState._reset_state()  # of an earlier run of this process, which may have had another precision
     meeting = init_method(environment)
     if on_cpu:
         _use_all_cores(environment)

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -15,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from adalora_dist.artifacts.export import load_adapter, merge, read_adapter, save_adapter
 from adalora_dist.artifacts.formats import FORMATS, Options
 from adalora_dist.config.methods import AdaDoraConfig
+from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adadora import AdaDora, AdaDoraLinear
 from adalora_dist.methods.hooks import MethodHooks, attach
 from adalora_dist.methods.inject import adapt, parameter_groups
@@ -155,6 +155,6 @@ def test_counts_and_refusals() -> None:
     num_triplet, num_lengths = 4 * (7 + 13 + 1), 2 * (7 + 13)  # of all four matrices
     fitted = within_budget(model, config().model_copy(update={"budget": str(num_lengths + 2 * num_triplet)}))
     assert (fitted.init_rank, fitted.target_budget) == (3, 8)
-    with pytest.raises(ValidationError, match=r"method adadora has no init_from \(adalora and lora have\)"):
+    with pytest.raises(UserError, match=r"method adadora has no init_from \(adalora and lora have\)"):
         AdaDoraConfig(init_from="folder")  # type: ignore[call-arg]
     assert "adalora and lora alone" in refusal(adapt, mixture("mixtral"), config(targets=("experts",)))

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from pydantic import ValidationError
 
 from adalora_dist.artifacts.export import SavedAdapter, load_adapter, merge, read_adapter, save_adapter
 from adalora_dist.artifacts.formats import FORMATS, Options
 from adalora_dist.config.methods import LoraConfig, PrefixConfig
 from adalora_dist.config.sections import ExportConfig, RunConfig, TrainConfig
+from adalora_dist.io.errors import UserError
 from adalora_dist.methods.hooks import attach
 from adalora_dist.methods.inject import adapt, parameter_groups
 from adalora_dist.methods.prefix import Prefix, PrefixTuning
@@ -103,7 +103,7 @@ def test_an_mlp_makes_what_pefts_makes(kind: str, tmp_path: Path) -> None:
 
 
 def test_equal_positions_are_refused() -> None:
-    with pytest.raises(ValidationError, match="prefix_init zero with prefix_hidden_size 4: all positions would start"):
+    with pytest.raises(UserError, match="prefix_init zero with prefix_hidden_size 4: all positions would start"):
         PrefixConfig(prefix_hidden_size=4, prefix_init="zero")
     assert PrefixConfig.resolved(PrefixConfig().model_dump())["prefix_init"] == "zero"
 
@@ -256,7 +256,7 @@ def test_a_text_and_another_start_are_refused() -> None:
         ({"prefix_text": "a", "prefix_init": "zero"}, "there can be one start"),
         ({"prefix_text": "a", "prefix_hidden_size": 4}, "an MLP makes"),
     ):
-        with pytest.raises(ValidationError, match=said):
+        with pytest.raises(UserError, match=said):
             PrefixConfig(**settings)  # type: ignore[arg-type]
     plain = {name: field.default for name, field in PrefixConfig.model_fields.items()}
     assert PrefixConfig.resolved(plain | {"prefix_text": "a"})["prefix_init"] == "text"

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from adalora_dist.artifacts.checkpoints.content import load_checkpoint, stored_adapters
@@ -225,9 +224,9 @@ def test_refusals() -> None:
         ({"restart_every_steps": 20}, "restart_every_steps 20 with max_steps 20: there would be no restart"),
         ({"restart_warmup_steps": 9}, "restart_warmup_steps 9 with restart_every_steps 8"),
     ):
-        with pytest.raises(ValidationError, match=message):
+        with pytest.raises(UserError, match=message):
             RunConfig(adapter=settings(**changes), train=train)
-    with pytest.raises(ValidationError, match="quantization nf4 with method relora"):
+    with pytest.raises(UserError, match="quantization nf4 with method relora"):
         RunConfig(adapter=settings(), train=train, quantization=QuantizationConfig(quantization="nf4"))
     model = Net()
     model.blocks[0].up.weight = torch.nn.Parameter(model.blocks[0].up.weight.to(torch.int8), requires_grad=False)

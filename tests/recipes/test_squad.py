@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from transformers import AutoModelForQuestionAnswering
 
+from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.losses import span_loss
 from adalora_dist.tasks.squad.answers import find_answers
 from adalora_dist.tasks.squad.config import SquadDataConfig
@@ -168,7 +168,7 @@ def test_long_questions_are_cut_and_windows_that_cannot_advance_refused() -> Non
     question = Question("1", "where does " * 30 + "Ann live ?", "Ann lives in Rome .", (), ())
     [window] = windows_of([question])
     assert len([k for k in window.starts if k < 0]) == 8 + 3  # the question's tokens, [CLS] and two [SEP]
-    with pytest.raises(ValidationError, match="windows might not advance, max_length must be at least 37"):
+    with pytest.raises(UserError, match="windows might not advance, max_length must be at least 37"):
         SquadDataConfig(max_length=36, doc_stride=24, max_question_length=8)
 
 

@@ -12,11 +12,10 @@ import ast
 import sys
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from adalora_dist.config.formats import EXPORT_FORMATS
 from adalora_dist.config.methods import METHODS, SizedConfig, method_config
 from adalora_dist.config.sections import ExportConfig, QuantizationConfig, RunConfig
+from adalora_dist.io.errors import UserError
 from adalora_dist.io.markdown import table
 from tests.support.paths import ROOT
 
@@ -74,7 +73,7 @@ def may(method: str, **sections: object) -> bool:
     formats = ExportConfig(export_formats=())
     try:
         RunConfig(**{"adapter": method_config(method), "export": formats, **sections})  # type: ignore[arg-type]
-    except ValidationError:
+    except UserError:
         return False
     return True
 

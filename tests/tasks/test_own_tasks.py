@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
+from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.commonsense.config import CommonsenseDataConfig
 from adalora_dist.tasks.commonsense.rows import load_tasks, load_tasks_and_validation, resolve_tasks
 from adalora_dist.tasks.e2e.config import E2EDataConfig
@@ -127,10 +127,10 @@ def test_regression(tmp_path: Path) -> None:
 
 def test_what_fixed_tasks_do_not_have_and_one_class_are_refused(tmp_path: Path) -> None:
     for settings in ({"regression": True}, {"columns": ("label=x",)}):
-        with pytest.raises(ValidationError, match="with task rte, which is GLUE's"):
+        with pytest.raises(UserError, match="with task rte, which is GLUE's"):
             GlueDataConfig(source="x", task="rte", **settings)
     for source in ("", "hub"):
-        with pytest.raises(ValidationError, match="no such task"):
+        with pytest.raises(UserError, match="no such task"):
             GlueDataConfig(source=source, task="topics")
     file = write(tmp_path / "a.jsonl", [{"text": "a", "label": 1}, {"text": "b", "label": 1}])
     with refused("all training rows have the label '1'; legal: two classes or more"):
@@ -327,15 +327,15 @@ def test_a_column_of_another_name_has_its_remedy(tmp_path: Path) -> None:
 
 
 def test_validation_rows_that_nothing_reads_are_refused() -> None:
-    with pytest.raises(ValidationError, match="eval_split validation with eval_every 0: no evaluation reads these"):
+    with pytest.raises(UserError, match="eval_split validation with eval_every 0: no evaluation reads these"):
         GlueConfig(data={"source": "x", "eval_split": "validation"})
     GlueConfig(data={"source": "x", "eval_split": "validation"}, evaluation={"eval_every": 5})
     GlueConfig(data={"source": "x.csv", "task": "own", "eval_split": "dev.csv"})
-    with pytest.raises(ValidationError, match="with data hub: its columns are known"):
+    with pytest.raises(UserError, match="with data hub: its columns are known"):
         E2EDataConfig(source="hub", columns=("mr=a",))
-    with pytest.raises(ValidationError, match="keep_best loss with eval_every 0"):
+    with pytest.raises(UserError, match="keep_best loss with eval_every 0"):
         GlueConfig(evaluation={"keep_best": "loss"})
-    with pytest.raises(ValidationError, match="early_stopping 2 without keep_best"):
+    with pytest.raises(UserError, match="early_stopping 2 without keep_best"):
         GlueConfig(evaluation={"eval_every": 1, "early_stopping": 2})
 
 

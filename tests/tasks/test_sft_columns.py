@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
+from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.sft.config import SftDataConfig
 from adalora_dist.tasks.sft.forms import recognise
 from tests.support.refusals import refused
@@ -129,7 +129,7 @@ def test_earlier_turns_of_a_question() -> None:
         with refused(f"a:1: field {reason}"):
             recognise([row], {}, "a")(row | {"history": wrong}, "a:1")
     assert SftDataConfig(source=("a",), columns=("history=before",)).column_of == {"history": "before"}
-    with pytest.raises(ValidationError, match="one of messages, .*history"):
+    with pytest.raises(UserError, match="one of messages, .*history"):
         SftDataConfig(source=("a",), columns=("past=before",))
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from pydantic import ValidationError
 
 from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.rows.bad_rows import BadRows
@@ -130,7 +129,7 @@ def test_columns_have_other_names(tmp_path: Path) -> None:
     with refused("must be of one form"):
         load(str(tmp_path / "a.jsonl"), columns=("instruction=question", "completion=answer"))
     for wrong in ("instruction", "instrucion=question", "output="):
-        with pytest.raises(ValidationError, match="must be FIELD=COLUMN"):
+        with pytest.raises(UserError, match="must be FIELD=COLUMN"):
             SftDataConfig(source=("a.jsonl",), columns=(wrong,))
 
 
@@ -260,15 +259,15 @@ def test_folders(tmp_path: Path) -> None:
     assert texts("split", eval_share=0.0) == [["a", "b"], []]
     with refused("eval_split=other: .* has no such split"):
         texts("split", eval_split="other")
-    with pytest.raises(ValidationError, match="leave one out"):
+    with pytest.raises(UserError, match="leave one out"):
         SftDataConfig(source=("a",), eval_split="odd", eval_share=0.1)
 
 
 def test_settings_that_nothing_would_read_are_refused() -> None:
     for settings in ({"columns": ("text=a",)}, {"eval_split": "dev"}, {"eval_share": 0.0}):
-        with pytest.raises(ValidationError, match="without data: the built-in conversations have their own"):
+        with pytest.raises(UserError, match="without data: the built-in conversations have their own"):
             SftDataConfig(**settings)
-    with pytest.raises(ValidationError, match="no row is held out to evaluate on"):
+    with pytest.raises(UserError, match="no row is held out to evaluate on"):
         SftConfig(data={"source": ("a.jsonl",), "eval_share": 0.0}, evaluation={"eval_every": 5})
 
 

@@ -44,6 +44,8 @@ from adalora_dist.config.methods.low_rank import FactorisedConfig
 from adalora_dist.config.methods.prefix import PrefixConfig
 from adalora_dist.config.methods.relora import ReloraConfig
 from adalora_dist.config.methods.vera import DvoraConfig, VeraConfig
+from adalora_dist.config.words import near
+from adalora_dist.io.errors import UserError
 
 METHODS.update(
     adalora=AdaLoraConfig,
@@ -76,10 +78,12 @@ def method_config(method: str = DEFAULT_METHOD, **settings: Any) -> MethodConfig
     """The settings of a method by its name.
 
     Raises:
-        ValidationError: no such method, a setting that it lacks, or a value that is not legal.
+        UserError: no such method, a setting that it lacks, or a value that is not legal.
     """
-    section: MethodConfig = _of_its_method({"method": method, **settings})
-    return section
+    if not is_method(method):
+        hint = "".join(f"; did you mean {alike}?" for alike in near(str(method), list(METHODS))[:1])
+        raise UserError(f"method={method!r}: must be one of {', '.join(METHODS)}{hint}")
+    return METHODS[method](**settings)
 
 
 def is_method(name: object) -> bool:

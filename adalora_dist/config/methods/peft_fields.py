@@ -10,21 +10,9 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from adalora_dist.config.foreign_names import SAME
 from adalora_dist.io.errors import UserError
 
-SAME = {
-    "init_r": "init_rank",
-    "target_r": "target_rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "tinit": "initial_warmup_steps",
-    "tfinal": "final_steps",
-    "deltaT": "mask_interval_steps",
-    "beta1": "beta1",
-    "beta2": "beta2",
-    "orth_reg_weight": "orthogonality",
-}
-"""Fields that mean one thing under two names."""
 SAME_OF_LORA = {"r": "init_rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora"}
 """Those of a ``LoraConfig``, which has no budget."""
 AS_PEFT_DOES = {"start": "paper", "orthogonality_form": "norm", "importance_order": "after"}

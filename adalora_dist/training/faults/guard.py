@@ -21,7 +21,7 @@ import time
 import traceback
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -53,11 +53,18 @@ _ENDED = "ended by a signal outside of training"
 class Guard:
     """The lock on ``output_dir``, the watch over the other ranks, and what signals and errors do in this process.
 
+    A process has one run at a time: where an earlier one has ended with an error that somebody caught, as notebooks do,
+    its guard is closed here.
+
     Raises:
         UserError: on rank 0, if ``output_dir`` is in use by a living run.
     """
 
+    _open: ClassVar[Guard | None] = None
+
     def __init__(self, accelerator: Accelerator, config: RunConfig) -> None:
+        if Guard._open is not None:
+            Guard._open.close()
         self._accelerator, self._config = accelerator, config
         self._prepared: Prepared | None = None
         self._in_loop = self._closed = self._is_end_said = False
@@ -71,6 +78,7 @@ class Guard:
         atexit.register(self._on_exit)
         self._signals = SignalListener(self._on_signal)
         follow(self._on_orphaned)
+        Guard._open = self
         if accelerator.is_main_process:
             self._lock = RunLock(Path(config.train.output_dir))
         threading.Thread(target=self._keep, name="guard", daemon=True).start()
@@ -112,6 +120,8 @@ class Guard:
         if self._closed:
             return
         self._closed = True
+        if Guard._open is self:
+            Guard._open = None
         self._peers.close()
         if self._lock is not None:
             self._lock.release()
