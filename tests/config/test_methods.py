@@ -279,9 +279,7 @@ def test_a_table_is_for_all_methods_and_what_a_user_adds_is_not(
 
 
 def test_python() -> None:
-    with pytest.raises(
-        UserError, match=r"^target_rank=3: method lora has no target_rank \(adalora and adadora have"
-    ):
+    with pytest.raises(UserError, match=r"^target_rank=3: method lora has no target_rank \(adalora and adadora have"):
         LoraConfig(target_rank=3)
     with pytest.raises(UserError, match=re.escape(f"method full has no train_modules {have(WITH_MODULES)}")):
         method_config("full", train_modules=("a",))
