@@ -28,6 +28,7 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.commonsense.config import CommonsenseConfig
 from adalora_dist.tasks.glue.config import GlueConfig
 from tests.support.paths import ROOT
+from tests.support.refusals import refusal
 from tests.support.shipped import schema_of
 
 BOTTLENECKS = ("houlsby", "pfeiffer", "adapterdrop", "series", "parallel")
@@ -290,6 +291,24 @@ def test_python() -> None:
     with pytest.raises(UserError, match=", ".join(ALL)):
         method_config("lorra")
     assert RunConfig(adapter={"method": "lora", "alpha": 3}).adapter == LoraConfig(alpha=3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"r": 8}, "AdaLoraConfig has no r: here: init_rank"),
+        ({"lora_alpha": 8, "target_modules": ["q"]}, "AdaLoraConfig has no lora_alpha: here: alpha (and 1 more)"),
+        ({"zzz": 8}, "AdaLoraConfig has no zzz: help(AdaLoraConfig) lists all"),
+        ({"init_rank": -1}, "init_rank=-1: must be an integer >= 1; leave it out for the default, 12"),
+        ({"alpha": float("nan")}, "alpha=nan: must be finite, a number > 0; leave it out for the default, 16.0"),
+        ({"start": "papr"}, "start='papr': must be one of matched, paper; did you mean paper?"),
+        ({"targets": ("a", "a")}, "targets lists a more than once: remove the repetition"),
+        ({"init": "gaussian"}, "init gaussian with start matched"),
+    ],
+)
+def test_a_mistake_in_python_is_one_line(settings: dict[str, Any], said: str) -> None:
+    assert refusal(lambda: AdaLoraConfig(**settings)).startswith(said)
+    refusal(lambda: RunConfig(adapter=settings))
 
 
 PICKLES_AS_PEFT = {
