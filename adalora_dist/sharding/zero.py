@@ -316,6 +316,13 @@ def _refuse_unsupported(params: Sequence[torch.Tensor], zero: Any) -> None:
     """What cannot work, by name: masters out of reach, steps past the hooked optimizer, or other gradients."""
     if getattr(zero, "swap_optimizer", False) or getattr(zero, "params_in_nvme_and_cpu", False):
         raise UserError('offload_optimizer/offload_param "device": "nvme" is not supported: use "cpu" or "none"')
+    if getattr(zero, "zero_hpz_partition_size", 1) > 1:
+        raise UserError(
+            "zero_hpz_partition_size keeps a second copy of the weights, to which nothing is written when triplets are "
+            "pruned: remove it"
+        )
+    if getattr(getattr(zero, "parameter_offload", None), "zero_quantized_weights", False):
+        raise UserError("zero_quantized_weights rounds what ranks are allocated by: set it to false")
     if getattr(zero, "zenflow", False):
         raise UserError("zero_optimization.zenflow steps weights outside of the optimizer: remove the section")
     if hasattr(zero, "superoffload_cpu_optimizer"):

@@ -1,7 +1,7 @@
 """What the launcher of a process asks for in its environment, and what of that a run does.
 
-accelerate's configuration can ask for more than a recipe does by it: that is refused here, not passed over. Nothing
-here imports torch.
+accelerate's configuration can ask for more than a recipe does by it: that is refused here, not passed over. DeepSpeed's
+is gone through in ``deepspeed_settings``. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 
 from adalora_dist.io.errors import UserError
-from adalora_dist.training.launch import deepspeed_file, zero_stage
+from adalora_dist.training.deepspeed_settings import is_deepspeed, precision_of, settings_asked_for
 
 PARALLELISM = "PARALLELISM_CONFIG_"
 """How accelerate's variables with the sizes of its parallelism_config begin."""
@@ -23,12 +23,7 @@ def engine_asked_for(environment: Mapping[str, str] = os.environ) -> str:
         UserError: DeepSpeed's configuration is none.
     """
     num_processes = int(environment.get("WORLD_SIZE", 1))
-    stage = 0
-    if is_true(environment, "ACCELERATE_USE_DEEPSPEED"):
-        stage = int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))  # accelerate's default, without a file
-        if name := environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
-            stage = zero_stage(deepspeed_file(name))
-    if stage:
+    if is_deepspeed(environment) and (stage := settings_asked_for(environment)["zero_optimization"]["stage"]):
         return f"zero{stage}"
     if num_processes == 1:
         return "single"
@@ -75,10 +70,11 @@ def engine_said(engine: str, environment: Mapping[str, str] = os.environ) -> str
 
 
 def precision_asked_for(environment: Mapping[str, str] = os.environ) -> str:
-    """accelerate's mixed_precision: bf16 or fp16; nothing where it is "no", which its files have by default.
+    """accelerate's mixed_precision, bf16 or fp16; nothing where it is "no", which its files have by default. Or what
+    DeepSpeed's configuration says, which may be fp32, too.
 
     Raises:
-        UserError: another one.
+        UserError: another one, or both have one.
     """
     asked = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if asked not in ("no", "bf16", "fp16"):
@@ -86,7 +82,13 @@ def precision_asked_for(environment: Mapping[str, str] = os.environ) -> str:
             f"mixed_precision {asked} of the launcher: must be no, bf16 or fp16; frozen weights in float8 are "
             "--quantization fp8"
         )
-    return "" if asked == "no" else asked
+    of_deepspeed = precision_of(settings_asked_for(environment)) if is_deepspeed(environment) else ""
+    if asked != "no" and of_deepspeed not in ("", asked):
+        raise UserError(
+            f"mixed_precision {asked} of the launcher, and {of_deepspeed} of the DeepSpeed configuration: leave one to "
+            'the other, with "no" here or "auto" there'
+        )
+    return of_deepspeed if asked == "no" else asked
 
 
 def check_asked_for(environment: Mapping[str, str] = os.environ) -> None:

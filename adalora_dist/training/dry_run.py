@@ -31,6 +31,8 @@ from adalora_dist.methods.protocol import others_trained
 from adalora_dist.methods.shares import shares_line, weight_shares
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.tasks.rows.public import count_rows
+from adalora_dist.training.deepspeed_settings import filled, is_deepspeed, settings_asked_for
+from adalora_dist.training.engine import num_micro_steps
 from adalora_dist.training.plan.cluster import PLANNED, Cluster
 from adalora_dist.training.plan.plan import Planner
 from adalora_dist.training.plan.text import cluster_text, own_text
@@ -169,7 +171,12 @@ def dry_run(
         load: the training rows where it is not.
     """
     cluster = PLANNED.get() or Cluster.here()
-    check_compile_engine(config.train.compile, cluster.engine.startswith("zero"))
+    uses_deepspeed = cluster.engine.startswith("zero")
+    if PLANNED.get() is None and is_deepspeed():
+        uses_deepspeed, train, num_steps = True, config.train, num_micro_steps(config.train, cluster.world_size)
+        precision = "" if train.precision == "auto" else train.precision
+        filled(settings_asked_for(), train, cluster.world_size, num_steps, precision)
+    check_compile_engine(config.train.compile, uses_deepspeed)
     check_prefetch_engine(config.train.fsdp_prefetch, cluster.engine == "fsdp2" and cluster.world_size > 1)
     num_rows = count_rows(cast(Any, config).data, tasks, load, config.evaluation.eval_every > 0)
     run = plan_run(config, auto_class, num_rows, architectures, demo, **changes)

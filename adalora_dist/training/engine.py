@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import (
+    DeepSpeedPlugin,
     DistributedType,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
@@ -37,7 +38,7 @@ from adalora_dist.io.launchers import OWN_COMMAND
 from adalora_dist.io.redaction import redacted, redacted_command
 from adalora_dist.io.terminal import keep_from_listeners
 from adalora_dist.training.asked_for import check_asked_for, is_true, precision_asked_for
-from adalora_dist.training.launch import deepspeed_file
+from adalora_dist.training.deepspeed_settings import filled, not_used, settings_asked_for
 from adalora_dist.training.rendezvous import init_method
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
@@ -90,27 +91,26 @@ def build_accelerator(train: TrainConfig, environment: Mapping[str, str] = os.en
 
     check_compile_engine(train.compile, use_deepspeed)
     check_prefetch_engine(train.fsdp_prefetch, use_fsdp and world_size > 1)
-    if use_deepspeed and (name := environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")):
-        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(deepspeed_file(name))
+    plugin = _deepspeed_plugin(train, environment) if use_deepspeed else None
     with _port_in_use_named(environment):
-        accelerator = _started(train, on_cpu, use_fsdp and world_size > 1, use_deepspeed, environment)
+        accelerator = _started(train, on_cpu, use_fsdp and world_size > 1, plugin, environment)
     _check(accelerator, world_size, use_fsdp, use_deepspeed)
     if (asked := precision_asked_for(environment)) not in ("", computed_in(train.precision)):
         accelerator.print(f"mixed_precision {asked} of the launcher is not used: precision is {train.precision}")
-    if use_deepspeed:
-        _fill_deepspeed(accelerator, train)
+    for line in not_used(environment) if use_deepspeed else ():
+        accelerator.print(line)
     return accelerator
 
 
 def _started(
-    train: TrainConfig, on_cpu: bool, use_fsdp: bool, use_deepspeed: bool, environment: Mapping[str, str]
+    train: TrainConfig, on_cpu: bool, use_fsdp: bool, plugin: DeepSpeedPlugin | None, environment: Mapping[str, str]
 ) -> Accelerator:
     """The process group, and the accelerator over it."""
     AcceleratorState._reset_state()  # of an earlier run of this process, which may have had another precision
     meeting = init_method(environment)
     if on_cpu:
         _use_all_cores(environment)
-        if use_deepspeed:
+        if plugin is not None:
             _prepare_deepspeed_on_cpu()
             PartialState(backend="gloo", **meeting)
         else:
@@ -120,7 +120,8 @@ def _started(
             # accelerate promotes to FSDP from the accelerator types only.
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return Accelerator(
-        cpu=on_cpu and not use_deepspeed,
+        cpu=on_cpu and plugin is None,
+        deepspeed_plugin=plugin,
         mixed_precision=_PRECISION[computed_in(train.precision)],
         log_with=_installed_trackers(train.trackers),
         project_dir=train.output_dir,
@@ -288,21 +289,10 @@ def _check(accelerator: Accelerator, world_size: int, use_fsdp: bool, use_deepsp
         raise UserError(f"DeepSpeed was asked for, but accelerate set up {kind.value}: do not pass --cpu or use_cpu")
 
 
-def _fill_deepspeed(accelerator: Accelerator, train: TrainConfig) -> None:
-    """Give DeepSpeed's "auto" entries the values that the configuration knows."""
-    known = {
-        "train_micro_batch_size_per_gpu": -(
-            -train.batch_size // (accelerator.num_processes * accelerator.gradient_accumulation_steps)
-        ),
-        "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
-        "gradient_clipping": train.max_grad_norm,
-    }
-    settings = AcceleratorState().deepspeed_plugin.deepspeed_config
-    for key, value in known.items():
-        if settings.get(key, "auto") == "auto":
-            settings[key] = value
-        elif settings[key] != value:
-            raise UserError(
-                f"the DeepSpeed configuration sets {key}={settings[key]}, the recipe's settings give {value}: "
-                f'write "{key}": "auto"'
-            )
+def _deepspeed_plugin(train: TrainConfig, environment: Mapping[str, str]) -> DeepSpeedPlugin:
+    """What accelerate hands to DeepSpeed: the settings that the launcher asks for, with the recipe's values in them."""
+    num_processes = int(environment.get("WORLD_SIZE", 1))
+    num_steps, precision = num_micro_steps(train, num_processes), computed_in(train.precision)
+    settings = filled(settings_asked_for(environment), train, num_processes, num_steps, precision)
+    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)  # looked at; accelerate refuses even what agrees
+    return DeepSpeedPlugin(hf_ds_config=settings)

@@ -94,11 +94,17 @@ def _take_config(arguments: list[str], default: Path) -> tuple[Path, list[str]]:
 
 
 def zero_stage(path: Path) -> int:
+    """The stage of ZeRO in a DeepSpeed configuration; 0 where there is none.
+
+    Raises:
+        UserError: ``path`` is no JSON.
+    """
     try:
-        stage: int = read_object(path).get("zero_optimization", {}).get("stage", 0)
-        return stage
-    except (UserError, AttributeError) as error:
+        zero = read_object(path).get("zero_optimization")
+    except UserError as error:
         raise UserError(
             f"{CONFIG_FLAG} {path}: no DeepSpeed configuration ({error}); give a JSON file, such as "
             "ds_configs/zero3.json"
         ) from error
+    stage = zero.get("stage") if isinstance(zero, dict) else 0
+    return stage if isinstance(stage, int) else 0  # what else stands there, deepspeed_settings refuses

@@ -21,6 +21,7 @@ from adalora_dist.methods import METHODS
 from adalora_dist.methods.protocol import carries_peft
 from adalora_dist.sharding.agreement import agreed
 from adalora_dist.sharding.tensors import release_gathered
+from adalora_dist.training.trainer_deepspeed import check_deepspeed
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -86,6 +87,7 @@ class AdaLoraTrainerMixin(_Base):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         self.adalora.convert(self)
+        check_deepspeed(self, self.adalora.config)
         if resume_from_checkpoint is not None:
             self.adalora.open(self, Path(resume_from_checkpoint), max_steps)
         parent: Any = super()
