@@ -59,8 +59,8 @@ KEYS: dict[str, dict[Kind, str]] = {
         "stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential",
         _COUNT: "reduce_bucket_size allgather_bucket_size sub_group_size stage3_prefetch_bucket_size "
         "stage3_param_persistence_threshold stage3_model_persistence_threshold stage3_max_live_parameters "
-        "stage3_max_reuse_distance stage3_module_granularity_threshold",
-        _SECTION: "offload_optimizer offload_param leaf_module",
+        "stage3_max_reuse_distance",
+        _SECTION: "offload_optimizer offload_param",
     },
     "zero_optimization.offload_optimizer": {
         _DEVICE: "device",
@@ -95,6 +95,7 @@ KEYS: dict[str, dict[Kind, str]] = {
 _REMOVED = "DeepSpeed has removed it, and does not train with it"
 _STALE = "the second copy of the weights would be one that nothing was written to"
 _ROUNDED = "ranks would be allocated by rounded numbers; --quantization of a recipe quantises frozen weights"
+_AS_ONE = "what is gathered as one is done with its backward before its adapters have their gradients"
 _NO_STAGES = "processes share out rows, and hold shards of weights (stage 3), not parts of a layer or of a sequence"
 REFUSED = {
     "optimizer": "the recipe makes its own: set --learning-rate, --weight-decay",
@@ -126,6 +127,8 @@ REFUSED = {
     "zero_optimization.zero_quantized_weights": _ROUNDED,
     "zero_optimization.zero_quantized_nontrainable_weights": _ROUNDED,
     "zero_optimization.zero_quantized_gradients": _ROUNDED,
+    "zero_optimization.leaf_module": _AS_ONE,
+    "zero_optimization.stage3_module_granularity_threshold": _AS_ONE,
     "zero_optimization.zenflow": "it steps weights outside of the optimizer",
     "zero_optimization.offload_optimizer.super_offload": "it steps weights in another process",
     "zero_optimization.mics_shard_size": _REMOVED,

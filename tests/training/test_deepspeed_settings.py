@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from adalora_dist import attach, parameter_groups
 from adalora_dist.config.sections import RunConfig, TrainConfig
 from adalora_dist.training.asked_for import check_asked_for, engine_asked_for, precision_asked_for
 from adalora_dist.training.deepspeed_keys import FILLED, KEYS, REFUSED
 from adalora_dist.training.deepspeed_settings import check_in_any_loop, filled, not_used, settings_asked_for
 from adalora_dist.training.engine import with_precision
 from adalora_dist.training.plan.cluster import Cluster
+from adalora_dist.training.trainer_callback import AdaLoraCallback
 from tests.support.paths import DS_CONFIGS
 from tests.support.ranks import import_deepspeed, import_package, run_ranks
 from tests.support.recipe_runs import Run, run_recipe
@@ -253,8 +255,6 @@ def test_a_dry_run_refuses_values_that_are_not_the_recipes(tmp_path: Path) -> No
 def trained_with(rank: int, world_size: int, content: dict[str, Any], folder: str) -> dict[str, Any]:
     deepspeed.init_distributed("gloo")
     args = arguments(folder, world_size, "ddp", deepspeed=content)
-    from adalora_dist.training.trainer_callback import AdaLoraCallback
-
     callback = AdaLoraCallback(SETTINGS)
     trainer = trainer_of(model_with_adapters(), args, callback)
     try:
@@ -262,6 +262,27 @@ def trained_with(rank: int, world_size: int, content: dict[str, Any], folder: st
     except ValueError as error:
         return {"error": str(error)}
     return {"rank": sum(callback.hooks.rank_pattern().values())}
+
+
+def own_loop(rank: int, world_size: int, zero: dict[str, Any]) -> str:
+    model = model_with_adapters()
+    optimizer = torch.optim.AdamW(parameter_groups(model, SETTINGS, learning_rate=1e-3))
+    attach(model, optimizer, SETTINGS, total_steps=20)
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "zero_allow_untested_optimizer": True}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    ids = torch.arange(3, 11).view(1, 8)
+    try:
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_an_own_loop_is_refused_in_its_first_step() -> None:
+    [said, same] = run_ranks(2, own_loop, {"stage": 3, "zero_hpz_partition_size": 2})
+    assert said == same and said.startswith("zero_hpz_partition_size keeps a second copy of the weights")
+    assert run_ranks(2, own_loop, {"stage": 3}) == ["", ""]
 
 
 ADAMW = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}
