@@ -107,6 +107,25 @@ def filled(
     return result
 
 
+def fill_sizes(zero: Settings, architecture: Any) -> None:
+    """Give the "auto" of ``FILLED`` a size where accelerate would end with a traceback: it asks a model's configuration
+    for its width, and that of a model of several parts has it in the part for texts.
+
+    Args:
+        zero: the section zero_optimization.
+        architecture: the model's own configuration.
+    """
+    if hasattr(architecture, "hidden_size"):
+        return
+    text = architecture.get_text_config() if hasattr(architecture, "get_text_config") else None
+    width: int | None = getattr(text, "hidden_size", None)
+    for name in [name for name, value in zero.items() if value == "auto"]:
+        if width is None:
+            del zero[name]  # DeepSpeed's default
+        else:
+            zero[name] = 10 * width if "threshold" in name else int((0.9 if "prefetch" in name else 1) * width**2)
+
+
 def check_in_any_loop(settings: Mapping[str, Any]) -> None:
     """What is refused in loops that are not the recipes', too: there ranks would be wrong, or weights out of reach.
 

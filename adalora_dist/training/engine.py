@@ -38,7 +38,7 @@ from adalora_dist.io.launchers import OWN_COMMAND
 from adalora_dist.io.redaction import redacted, redacted_command
 from adalora_dist.io.terminal import keep_from_listeners
 from adalora_dist.training.asked_for import check_asked_for, is_true, precision_asked_for
-from adalora_dist.training.deepspeed_settings import filled, not_used, settings_asked_for
+from adalora_dist.training.deepspeed_settings import fill_sizes, filled, not_used, settings_asked_for
 from adalora_dist.training.rendezvous import init_method
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
@@ -203,6 +203,13 @@ def engine_name(accelerator: Accelerator) -> str:
     if accelerator.distributed_type == DistributedType.FSDP:
         return "fsdp2"
     return "ddp" if accelerator.num_processes > 1 else "single"
+
+
+def fill_deepspeed_sizes(accelerator: Accelerator, model: nn.Module) -> None:
+    """Before ``accelerator.prepare``: sizes that DeepSpeed's settings leave to the model. Nothing on other engines."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        fill_sizes(zero, getattr(model, "config", None))
 
 
 @contextmanager

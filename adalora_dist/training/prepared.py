@@ -25,7 +25,7 @@ from adalora_dist.sharding.base import innermost
 from adalora_dist.tasks.batches import BatchPlan
 from adalora_dist.training.backbone_checks import check_backbone, refuse_own_layers
 from adalora_dist.training.compiled import compile_blocks
-from adalora_dist.training.engine import engine_name, tied_weights_in_one_group
+from adalora_dist.training.engine import engine_name, fill_deepspeed_sizes, tied_weights_in_one_group
 from adalora_dist.training.prefetch import prefetch_blocks
 from adalora_dist.training.resume import compare_backbone, set_loss_scale
 
@@ -87,6 +87,7 @@ def prepare(
     optimizer = method.optimizer(model, config.train)
     hooks = attach(model, optimizer, config.adapter, num_steps)
     checkpoint_activations(model, config.train)
+    fill_deepspeed_sizes(accelerator, model)
     with tied_weights_in_one_group(accelerator, model):
         model, wrapped = accelerator.prepare(model, optimizer)
     if (stepped := innermost(wrapped)) is not optimizer:

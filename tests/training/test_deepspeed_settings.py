@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Gemma3Config, LlamaConfig
 
 from adalora_dist import attach, parameter_groups
 from adalora_dist.config.sections import RunConfig, TrainConfig
 from adalora_dist.training.asked_for import check_asked_for, engine_asked_for, precision_asked_for
 from adalora_dist.training.deepspeed_keys import FILLED, KEYS, REFUSED
-from adalora_dist.training.deepspeed_settings import check_in_any_loop, filled, not_used, settings_asked_for
+from adalora_dist.training.deepspeed_settings import check_in_any_loop, fill_sizes, filled, not_used, settings_asked_for
 from adalora_dist.training.engine import with_precision
 from adalora_dist.training.plan.cluster import Cluster
 from adalora_dist.training.trainer_callback import AdaLoraCallback
@@ -43,6 +44,7 @@ FP16 = {
     "enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2,
     "min_loss_scale": 1,
 }  # fmt: skip
+OF_STAGE_3 = {"stage3_prefetch_bucket_size": 9_000, "stage3_param_persistence_threshold": 1_000}
 OFF = {
     "flops_profiler": {"enabled": False}, "tensorboard": {"enabled": False}, "amp": {"enabled": False},
     "curriculum_learning": {"enabled": False}, "elasticity": {"enabled": "auto"}, "sparse_gradients": False,
@@ -180,6 +182,20 @@ def test_its_precision_is_that_of_a_run_which_says_none(tmp_path: Path, monkeypa
                 assert f"mixed_precision {launcher} of the launcher, and {asked}" in refusal(
                     check_asked_for, environment
                 )
+
+
+def test_sizes_of_a_model_of_several_parts_are_those_of_its_texts() -> None:
+    for architecture, sizes in (
+        (
+            Gemma3Config(text_config={"hidden_size": 100, "num_attention_heads": 4}),
+            {"reduce_bucket_size": 10_000, **OF_STAGE_3},
+        ),
+        (LlamaConfig(), {name: ZERO3[name] for name in ("reduce_bucket_size", *OF_STAGE_3)}),  # accelerate fills them
+        (None, {}),
+    ):
+        zero = dict(ZERO3)
+        fill_sizes(zero, architecture)
+        assert {name: zero[name] for name in ("reduce_bucket_size", *OF_STAGE_3) if name in zero} == sizes
 
 
 def test_what_is_done_in_another_way_is_said(tmp_path: Path) -> None:
