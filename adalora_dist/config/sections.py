@@ -154,6 +154,16 @@ class QuantizationConfig(Section):
     quant_storage: Literal["auto", "uint8", "float32", "bfloat16", "float16"] = "auto"
     """Type of the tensors that 4-bit weights are packed into; auto: that of precision, which every engine can shard."""
 
+    @model_validator(mode="after")
+    def _of_4_bit_weights(self) -> QuantizationConfig:
+        for name, default in (("double_quant", True), ("quant_storage", "auto")):
+            if (value := getattr(self, name)) != default and self.quantization not in ("nf4", "fp4"):
+                raise ValueError(
+                    f"{name} {str(value).lower()} with quantization {self.quantization}: it is for 4-bit weights; "
+                    f"leave {name} out, or set quantization to nf4"
+                )
+        return self
+
 
 class EvaluationConfig(Section):
     evaluate_before: bool = True
@@ -249,11 +259,6 @@ class RunConfig(Section):
                 f"quant_storage {storage} with precision {self.train.precision}: engines would convert the packed "
                 f"weights to {compute} and so destroy them; must be auto, uint8 or {compute}; leave quant_storage out"
             )
-        if method == "fp8" and storage != "auto":
-            raise ValueError(
-                f"quant_storage {storage} with quantization fp8: it is for 4-bit weights; float8 is packed into the "
-                "type of precision; leave quant_storage out"
-            )
         if method != "none" and self.adapter.trains_backbone:
             raise ValueError(
                 f"quantization {method} with method {self.adapter.method}: quantised weights cannot be trained; set "
@@ -317,13 +322,6 @@ class RunConfig(Section):
                     f"or leave {name} out"
                 )
         return self
-
-
-class EncoderModelConfig(ModelConfig):
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-    """Storage type of the backbone; the head is trained in it. auto: as its files say."""
-    classifier_dropout: float | None = Field(None, ge=0, lt=1)
-    """Dropout before the classifier; default: as the model's own configuration says."""
 
 
 class PackedTrainConfig(TrainConfig):

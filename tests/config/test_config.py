@@ -20,6 +20,9 @@ from adalora_dist.config.settings import settings_by_flag
 from adalora_dist.io.errors import UserError
 from adalora_dist.tasks.commonsense.config import COMMONSENSE_TASKS, CommonsenseConfig
 from adalora_dist.tasks.e2e.config import E2EConfig
+from adalora_dist.tasks.glue.config import GlueConfig
+from adalora_dist.tasks.sft.config import SftConfig
+from adalora_dist.tasks.squad.config import SquadConfig
 from adalora_dist.tasks.summarization.config import SummarizationConfig
 from tests.support.limits import HANG_SECONDS
 from tests.support.paths import ROOT
@@ -221,6 +224,13 @@ BAD_FLAGS = [
     ("--compile --quantization nf4", ["compile true with quantization nf4", "quantization to none"]),
     ("--compile --quantization fp8", ["compile true with quantization fp8", "keep the expanded", "compile to false"]),
     ("--quant-storage bfloat16 --quantization fp8", ["quant_storage bfloat16 with quantization fp8", "leave quant_st"]),
+    ("--no-double-quant", ["double_quant false with quantization none", "4-bit", "leave double_quant out"]),
+    ("--quant-storage uint8 --quantization int8", ["quant_storage uint8 with quantization int8", "4-bit weights"]),
+    ("--importance-kernel compiled --importance magnitude", ["compiled with importance magnitude", "default, eager"]),
+    ("--importance-order after --importance magnitude", ["after with importance magnitude", "default, before"]),
+    ("--beta2 0.5 --importance sensitivity", ["beta2 0.5 with importance sensitivity", "set beta2 to its default"]),
+    ("--evaluate-by likelihood --merge-to-generate", ["merge_to_generate true with evaluate_by likelihood", "leave"]),
+    ("--evaluate-by likelihood --max-new-tokens 9", ["max_new_tokens 9 with evaluate_by likelihood", "add generation"]),
     ("--compile --method dora", ["compile true with method dora", "method to adalora"]),
     ("--gradient-checkpointing --checkpoint-activations 1", ["--checkpoint-activations 1"]),
     ("--micro-batch-tokens -1", ["--micro-batch-tokens -1", "must be an integer >= 0"]),
@@ -354,3 +364,26 @@ def test_samples_of_replies_that_are_not_generated_are_refused(capsys: pytest.Ca
     with pytest.raises(SystemExit), user_errors():
         parse("--show-samples", "2", "--eval-every", "5", "--evaluate-by", "likelihood")
     assert "show_samples 2 with evaluate_by likelihood: no reply is generated" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "says"),
+    [
+        (GlueConfig, "--logits-chunk 7", "logits_chunk 7: the task's head has no logits of words"),
+        (SquadConfig, "--logits-chunk 7", "logits_chunk 7: the task's head has no logits of words"),
+        (SftConfig, "--show-samples 0 --merge-to-generate", "merge_to_generate true with show_samples 0 and no answer"),
+    ],
+)
+def test_what_a_recipe_has_no_use_for_is_refused(
+    config: type[RunConfig], flags: str, says: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit), user_errors():
+        parse_config(config, flags.split())
+    assert says in capsys.readouterr().err
+
+
+def test_what_recipes_have_a_use_for_is_read() -> None:
+    parse_config(GlueConfig, ["--logits-chunk", "0"])
+    parse_config(SftConfig, ["--show-samples", "0", "--merge-to-generate", "--answer", "questions.jsonl"])
+    parse("--quantization", "nf4", "--no-double-quant", "--quant-storage", "uint8")
+    parse("--importance", "sensitivity", "--beta1", "0.5", "--importance-order", "after")

@@ -82,6 +82,23 @@ class AdaptiveConfig(TripletConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _averages_are_read(self) -> Self:
+        if self.importance == "magnitude":
+            unread, why = ("beta1", "beta2", "importance_order", "importance_kernel"), "|lambda| is not averaged"
+        elif self.importance == "sensitivity":
+            unread, why = ("beta2",), "the uncertainty is not read"
+        else:
+            return self
+        for name in unread:
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if value != default:
+                raise ValueError(
+                    f"{name} {value} with importance {self.importance}: {why}; set {name} to its default, {default}, "
+                    "or importance to sensitivity_uncertainty"
+                )
+        return self
+
     def check(self, run: Any) -> None:
         """The budget can be reached, and there are steps in which to reach it."""
         super().check(run)

@@ -40,11 +40,14 @@ class CommonsenseEvaluationConfig(DecodingConfig):
 
     @model_validator(mode="after")
     def _replies_are_generated(self) -> CommonsenseEvaluationConfig:
-        if self.show_samples and "generation" not in self.evaluate_by:
-            raise ValueError(
-                f"show_samples {self.show_samples} with evaluate_by {' '.join(self.evaluate_by)}: no reply is "
-                "generated; add generation, or leave show_samples out"
-            )
+        if "generation" in self.evaluate_by:
+            return self
+        for name in ("show_samples", "merge_to_generate", "max_new_tokens"):
+            if value := getattr(self, name):
+                raise ValueError(
+                    f"{name} {str(value).lower()} with evaluate_by {' '.join(self.evaluate_by) or '()'}: no reply is "
+                    f"generated; add generation, or leave {name} out"
+                )
         return self
 
 

@@ -8,8 +8,9 @@ import tyro
 from pydantic import AfterValidator, Field, model_validator
 
 from adalora_dist.config.data import ColumnsConfig, Known
+from adalora_dist.config.encoders import EncoderModelConfig, EncoderTrainConfig
 from adalora_dist.config.methods import AdaLoraConfig, AnyMethodConfig
-from adalora_dist.config.sections import EncoderModelConfig, RepeatedTrainConfig, RunConfig
+from adalora_dist.config.sections import RunConfig
 
 GLUE_TASKS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
 
@@ -51,4 +52,4 @@ class GlueConfig(RunConfig):
     model: EncoderModelConfig = EncoderModelConfig()
     adapter: AnyMethodConfig = AdaLoraConfig(train_modules=("task-head",))
     data: GlueDataConfig = GlueDataConfig()
-    train: RepeatedTrainConfig = RepeatedTrainConfig()
+    train: EncoderTrainConfig = EncoderTrainConfig()

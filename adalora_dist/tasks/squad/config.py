@@ -7,8 +7,9 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 from pydantic import Field, model_validator
 
+from adalora_dist.config.encoders import EncoderModelConfig, EncoderTrainConfig
 from adalora_dist.config.methods import AdaLoraConfig, AnyMethodConfig
-from adalora_dist.config.sections import ColumnsConfig, EncoderModelConfig, RepeatedTrainConfig, RunConfig
+from adalora_dist.config.sections import ColumnsConfig, RunConfig
 
 
 class SquadDataConfig(ColumnsConfig):
@@ -50,4 +51,4 @@ class SquadConfig(RunConfig):
     model: EncoderModelConfig = EncoderModelConfig()
     adapter: AnyMethodConfig = AdaLoraConfig(train_modules=("task-head",))
     data: SquadDataConfig = SquadDataConfig()
-    train: RepeatedTrainConfig = RepeatedTrainConfig()
+    train: EncoderTrainConfig = EncoderTrainConfig()
