@@ -39,7 +39,7 @@ class AdaDoraLinear(RowLengths, SVDLinear):
 
     def branch(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.rank:
-            return tokens[:, :0], tokens.new_zeros(self.d_out, 0)
+            return tokens[:, :0], self.dm.new_zeros(self.d_out, 0)
         return tokens @ self.Qt.to(tokens.dtype), self.lambdas.weight(self)
 
     def inner(self) -> torch.Tensor:

@@ -69,7 +69,7 @@ def test_the_function_and_its_gradients_are_those_of_the_formula(kind: type[nn.M
     torch.testing.assert_close(x @ w.T + base.bias, wanted, rtol=0, atol=1e-12)
 
 
-def trained(section: AdaDoraConfig) -> tuple[Any, MethodHooks, list[float]]:
+def trained(section: AdaDoraConfig, bf16: bool = False) -> tuple[Any, MethodHooks, list[float]]:
     torch.manual_seed(0)
     model: Any = Net()
     adapt(model, section, seed=3)
@@ -78,7 +78,8 @@ def trained(section: AdaDoraConfig) -> tuple[Any, MethodHooks, list[float]]:
 
     def loss_of(step: int) -> torch.Tensor:
         x, y = global_batch(step)
-        loss: torch.Tensor = (model(x) - y).square().mean()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss: torch.Tensor = (model(x) - y).square().mean()
         return loss
 
     losses = make_steps(model, optimizer, hooks, loss_of, range(STEPS))
@@ -110,6 +111,13 @@ def test_lengths_outlive_their_triplets() -> None:
         assert update.rank == ranks[update.name]
         module.weight.data = update.merged(module.weight.data)
     torch.testing.assert_close(plain(x), found)
+
+
+def test_a_matrix_without_triplets_learns_its_lengths_in_bf16_too() -> None:
+    few = config(target_rank=0.75)
+    _, hooks, losses = trained(few, bf16=True)
+    assert 0 in hooks.rank_pattern().values()
+    assert losses == pytest.approx(trained(few)[2], rel=0.02)
 
 
 def test_vectors_are_not_decayed_and_p_may_learn_faster() -> None:
