@@ -14,7 +14,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from adalora_dist.config.activations import ActivationsConfig
 from adalora_dist.io.errors import UserError
-from adalora_dist.sharding.tensors import is_whole
 
 _ATTENTION = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
 """Kernels of sdpa, as torch's dispatcher names them. The product of a matrix with an adapter is not kept: the branch is
@@ -38,11 +37,6 @@ def checkpoint_activations(model: nn.Module, settings: ActivationsConfig) -> Non
             raise UserError(
                 f"checkpoint_activations selective: it keeps the outputs of attention by sdpa, and {name} has "
                 f"{attention}; set attn_implementation to sdpa, or checkpoint_activations to full"
-            )
-        if not all(map(is_whole, model.parameters())):
-            raise UserError(
-                "checkpoint_activations selective under ZeRO-3: DeepSpeed gathers weights amid what is computed again, "
-                "which torch takes for a forward that has changed; set checkpoint_activations to full, or use FSDP2"
             )
         kernels = [getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default for kernel in _ATTENTION]
         options["context_fn"] = partial(create_selective_checkpoint_contexts, kernels)

@@ -20,13 +20,22 @@ from adalora_dist.sharding.tensors import is_whole
 
 
 class Mergeable(nn.Module):
-    """A layer ``y = base(x) + U x`` that can say what U is."""
+    """A layer ``y = base(x) + U x`` that can say what U is.
+
+    A subclass with another ``forward`` computes something else, unless it has an ``added`` of its own as well.
+    """
 
     base: nn.Module
 
     def added(self) -> torch.Tensor | None:
         """U (d_out, d_in), float32, detached, of parameters that are whole; None: 0."""
         raise NotImplementedError(f"{type(self).__name__}.added")
+
+    @classmethod
+    def is_said(cls) -> bool:
+        """Whether :meth:`added` is of this forward: written in the class with it, or in a subclass of that."""
+        added, forward = (next(kind for kind in cls.__mro__ if name in vars(kind)) for name in ("added", "forward"))
+        return issubclass(added, forward)
 
 
 @contextmanager
@@ -51,7 +60,7 @@ def mergeable_in(model: nn.Module) -> list[Mergeable]:
         is_plain = is_here and not is_packed(base) and has_readable_weight(base) and is_plain_linear(base)
         return is_plain and owners[id(base.weight)] == 1
 
-    return [module for module in model.modules() if isinstance(module, Mergeable) and can(module)]
+    return [m for m in model.modules() if isinstance(m, Mergeable) and m.is_said() and can(m)]
 
 
 def check_mergeable(model: nn.Module) -> None:

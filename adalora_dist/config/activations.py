@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from adalora_dist.config.section import Section
+from adalora_dist.io.errors import UserError
 
 
 class ActivationsConfig(Section):
@@ -27,3 +28,16 @@ class ActivationsConfig(Section):
                     f"gradient_checkpointing to true, or leave {name} out"
                 )
         return self
+
+
+def check_activations_engine(settings: ActivationsConfig, engine: str) -> None:
+    """Raise where the engine does not let a block be computed again as the settings say.
+
+    Raises:
+        UserError: it is ZeRO-3, whatever it has sharded by the time of the first step.
+    """
+    if settings.checkpoint_activations == "selective" and engine == "zero3":
+        raise UserError(
+            "checkpoint_activations selective under ZeRO-3: DeepSpeed gathers weights amid what is computed again, "
+            "which torch takes for a forward that has changed; set checkpoint_activations to full, or use FSDP2"
+        )

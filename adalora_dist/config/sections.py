@@ -19,6 +19,7 @@ from adalora_dist.config.data import ColumnsConfig as ColumnsConfig
 from adalora_dist.config.data import DataConfig as DataConfig
 from adalora_dist.config.formats import ExportFormat
 from adalora_dist.config.hub_names import check_branch, check_repo_id
+from adalora_dist.config.merging import check_merging
 from adalora_dist.config.methods import METHODS, AdaLoraConfig, AnyMethodConfig
 from adalora_dist.config.section import Section, Switch
 
@@ -300,6 +301,7 @@ class RunConfig(Section):
             )
         self.adapter.check(self)
         check_compile(self)
+        check_merging(self)
         return self
 
     def _default_formats(self) -> None:

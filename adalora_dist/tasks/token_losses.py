@@ -101,13 +101,37 @@ class TokenLosses:
         if self._ends_in_head is None:  # at the first call on every process: it is collective
             self._ends_in_head = head is not None and _ends_in_head(model, head, inputs)
             if not self._ends_in_head and self.logits_chunk != "auto":
-                raise UserError(
-                    f"logits_chunk={self.logits_chunk}: {type(unwrapped(model)).__name__} does something to its logits "
-                    "behind its head, so they cannot be made in chunks: set logits_chunk to auto or 0"
-                )
+                raise _no_chunks(model, self.logits_chunk)
         if not self._ends_in_head:
             return None
         return self.logits_chunk if self.logits_chunk != "auto" else automatic_chunk(vocabulary_of(model))
+
+
+def refuse_chunks(model: nn.Module, logits_chunk: LogitsChunk) -> None:
+    """Raise if ``logits_chunk`` is a number, and logits of this model cannot be made in chunks. Tried; collective.
+
+    Raises:
+        UserError: so it is.
+    """
+    if logits_chunk in ("auto", 0):
+        return
+    inner = unwrapped(model)
+    with evaluating(model) as device:
+        ids = torch.ones((1, 2), dtype=torch.long, device=device)
+    inputs = {"input_ids": ids, "attention_mask": ids}
+    if inner.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    head = inner.get_output_embeddings()
+    if head is None or not _ends_in_head(model, head, inputs):
+        raise _no_chunks(model, logits_chunk)
+
+
+def _no_chunks(model: nn.Module, logits_chunk: LogitsChunk) -> UserError:
+    name = type(unwrapped(model)).__name__.removeprefix("FSDP")  # which fully_shard puts before it
+    return UserError(
+        f"logits_chunk={logits_chunk}: {name} does something to its logits behind its head, so they cannot be made in "
+        "chunks: set logits_chunk to auto or 0"
+    )
 
 
 def automatic_chunk(vocabulary: int) -> int:

@@ -18,8 +18,10 @@ from torch import nn
 from adalora_dist.backbones.files import refuse_odd_sizes
 from adalora_dist.backbones.fit import check_lengths, lengths_of
 from adalora_dist.backbones.load import refuse_code_from_elsewhere
+from adalora_dist.config.activations import check_activations_engine
 from adalora_dist.config.compilation import check_compile_engine
 from adalora_dist.config.engines import check_prefetch_engine
+from adalora_dist.config.merging import check_merging_engine
 from adalora_dist.config.methods import TargetsConfig
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.errors import UserError, reason_of
@@ -171,6 +173,7 @@ def dry_run(
         load: the training rows where it is not.
     """
     cluster = PLANNED.get() or Cluster.here()
+    check_activations_engine(config.train, cluster.engine)
     uses_deepspeed = cluster.engine.startswith("zero")
     if PLANNED.get() is None and is_deepspeed():
         uses_deepspeed, train, num_steps = True, config.train, num_micro_steps(config.train, cluster.world_size)
@@ -178,6 +181,7 @@ def dry_run(
         filled(settings_asked_for(), train, cluster.world_size, num_steps, precision)
     check_compile_engine(config.train.compile, uses_deepspeed)
     check_prefetch_engine(config.train.fsdp_prefetch, cluster.engine == "fsdp2" and cluster.world_size > 1)
+    check_merging_engine(config.evaluation, cluster.engine)
     num_rows = count_rows(cast(Any, config).data, tasks, load, config.evaluation.eval_every > 0)
     run = plan_run(config, auto_class, num_rows, architectures, demo, **changes)
     if os.environ.get("RANK", "0") != "0":

@@ -30,6 +30,7 @@ from torch import nn
 
 from adalora_dist.backbones.parts import input_embeddings
 from adalora_dist.backbones.precision import computed_in
+from adalora_dist.config.activations import check_activations_engine
 from adalora_dist.config.compilation import check_compile_engine
 from adalora_dist.config.engines import check_prefetch_engine
 from adalora_dist.config.sections import RunConfig, TrainConfig
@@ -95,6 +96,7 @@ def build_accelerator(train: TrainConfig, environment: Mapping[str, str] = os.en
     with _port_in_use_named(environment):
         accelerator = _started(train, on_cpu, use_fsdp and world_size > 1, plugin, environment)
     _check(accelerator, world_size, use_fsdp, use_deepspeed)
+    check_activations_engine(train, engine_name(accelerator))
     if (asked := precision_asked_for(environment)) not in ("", computed_in(train.precision)):
         accelerator.print(f"mixed_precision {asked} of the launcher is not used: precision is {train.precision}")
     for line in not_used(environment) if use_deepspeed else ():

@@ -35,6 +35,7 @@ from adalora_dist.backbones.fit import Reply, check_lengths, check_room, lengths
 from adalora_dist.backbones.load import load_backbone
 from adalora_dist.backbones.quantization import quantization_of
 from adalora_dist.config.formats import ADAPTER_FORMATS
+from adalora_dist.config.merging import check_merging_engine
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.io.redaction import redacted
 from adalora_dist.methods.inject import adapt
@@ -45,7 +46,6 @@ from adalora_dist.tasks.losses import LossSum
 from adalora_dist.tasks.packing import decide as decide_packing
 from adalora_dist.tasks.packing import is_flat, with_packing
 from adalora_dist.tasks.padding import unwrapped
-from adalora_dist.tasks.reading_ahead import refuse_reading_ahead
 from adalora_dist.tasks.rows.bad_rows import BadRows
 from adalora_dist.training.engine import build_accelerator, engine_name, start_trackers, with_precision
 from adalora_dist.training.evaluations import Evaluate
@@ -57,6 +57,7 @@ from adalora_dist.training.report import facts_line, rank_report, run_facts
 from adalora_dist.training.restarts import count_restart
 from adalora_dist.training.resume import compare_data, find_checkpoint
 from adalora_dist.training.run_folder import RunFolder, refuse_used_folder
+from adalora_dist.training.trials import try_forwards
 from adalora_dist.training.verify import Probe, last_logits, load_plainly, logit_differences
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -79,6 +80,7 @@ class Run(Generic[Config]):
         self.accelerator = accelerator = build_accelerator(config.train)
         self.guard = Guard(accelerator, config)
         self.engine = engine_name(accelerator)
+        check_merging_engine(config.evaluation, self.engine)
         self.quantization = quantization_of(config, self.engine)
         self.bad_rows = BadRows(cast(Any, config).data.bad_rows)
         self.is_main, self.device = accelerator.is_main_process, accelerator.device
@@ -210,9 +212,7 @@ class Run(Generic[Config]):
         sized = config if fitted is None else config.model_copy(update={"adapter": fitted.config})
         adapt(model, sized.adapter, config.train.seed)
         prepared = prepare(accelerator, model, sized, num_steps, self.resumed)
-        if self._auto_class.__name__ == "AutoModelForCausalLM":
-            refuse_reading_ahead(unwrapped(prepared.model), accelerator.mixed_precision == "no")
-            put_back_shards(prepared.model)
+        try_forwards(prepared.model, config.train, self._auto_class, accelerator.mixed_precision == "no")
         facts = run_facts(config, self.engine, accelerator.num_processes, num_steps, prepared, self.bad_rows)
         if fitted is not None:
             self.say(f"Budget: {fitted.as_sentence()}")

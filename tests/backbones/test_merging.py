@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adalora_dist.backbones.merging import check_mergeable, mergeable_in, merged
 from adalora_dist.config.generation import GenerationConfig
+from adalora_dist.config.methods import METHODS
 from adalora_dist.methods.inject import adapt
 from adalora_dist.tasks.evaluation.texts import generate_texts
 from tests.support.adapted_models import IDS, build
@@ -33,7 +34,7 @@ class Operations(TorchDispatchMode):
 def adapted(kind: str, method: str = "adalora", **changes: Any) -> Any:
     """Every trained number is drawn, so that adapters say something."""
     model = build(kind, **changes)
-    adapt(model, adapter_section(method, init_rank=3, targets=("all-linear",)), 0)
+    adapt(model, adapter_section(method, init_rank=3, targets=("all-linear",), drop_layers=1), 0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -63,6 +64,16 @@ def test_a_merged_model_computes_the_same_and_comes_back_bit_for_bit(kind: str, 
     assert counted[0].counts == counted[1].counts
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("method", [name for name, settings in METHODS.items() if settings.has_adapters])
+def test_whatever_is_merged_is_what_the_method_computes(method: str) -> None:
+    """Of a method whose settings say that it is not, nothing is."""
+    model = adapted("llama", method)
+    expected = logits(model)
+    assert bool(mergeable_in(model)) == METHODS[method].merges
+    with merged(model):
+        assert (logits(model) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_weights_come_back_after_an_error() -> None:
@@ -96,7 +107,7 @@ def test_a_weight_that_others_share_stays_and_so_do_packed_ones() -> None:
 def refusals(rank: int, world_size: int) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    for method in ("dora", "vera", "lora_fa"):
+    for method in ("dora", "vera", "lora_fa", "adadora"):
         with refused("merge_to_generate true: there is nothing to merge"):
             check_mergeable(adapted("llama", method))
     model = adapted("llama")

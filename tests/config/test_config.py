@@ -231,6 +231,8 @@ BAD_FLAGS = [
     ("--beta2 0.5 --importance sensitivity", ["beta2 0.5 with importance sensitivity", "set beta2 to its default"]),
     ("--evaluate-by likelihood --merge-to-generate", ["merge_to_generate true with evaluate_by likelihood", "leave"]),
     ("--evaluate-by likelihood --max-new-tokens 9", ["max_new_tokens 9 with evaluate_by likelihood", "add generation"]),
+    ("--merge-to-generate --method adadora", ["merge_to_generate true with method adadora", "method to adalora"]),
+    ("--merge-to-generate --quantization int8", ["merge_to_generate true with quantization int8", "to none"]),
     ("--compile --method dora", ["compile true with method dora", "method to adalora"]),
     ("--gradient-checkpointing --checkpoint-activations 1", ["--checkpoint-activations 1"]),
     ("--micro-batch-tokens -1", ["--micro-batch-tokens -1", "must be an integer >= 0"]),

@@ -84,12 +84,11 @@ class AdaptiveConfig(TripletConfig):
 
     @model_validator(mode="after")
     def _averages_are_read(self) -> Self:
+        unread: tuple[str, ...] = ()
         if self.importance == "magnitude":
             unread, why = ("beta1", "beta2", "importance_order", "importance_kernel"), "|lambda| is not averaged"
         elif self.importance == "sensitivity":
             unread, why = ("beta2",), "the uncertainty is not read"
-        else:
-            return self
         for name in unread:
             value, default = getattr(self, name), type(self).model_fields[name].default
             if value != default:

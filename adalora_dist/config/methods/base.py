@@ -70,6 +70,8 @@ class MethodConfig(Section):
     """Whether the backbone's own weights change, which must then be float32 and not quantised."""
     compiles: ClassVar[bool] = True
     """Whether a forward with its adapters is one graph to torch.compile."""
+    merges: ClassVar[bool] = False
+    """Whether texts can be generated with its adapters added to their weights."""
     formats: ClassVar[frozenset[str]] = frozenset({"merged"})
     """What it can be exported as: merged, lora, peft."""
     formats_from_files: ClassVar[frozenset[str]] = frozenset({"merged"})
@@ -227,6 +229,7 @@ class LowRankConfig(TripletConfig):
     init_from: str | None = Field(None, min_length=1)
     """Folder of a LoRA or AdaLoRA adapter of PEFT whose update the adapters start with, instead of 0."""
 
+    merges: ClassVar[bool] = True
     formats: ClassVar[frozenset[str]] = frozenset({"merged", "lora", "peft"})
 
 
