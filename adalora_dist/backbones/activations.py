@@ -29,6 +29,11 @@ def checkpoint_activations(model: nn.Module, settings: ActivationsConfig) -> Non
     if not settings.gradient_checkpointing:
         return
     what, name = settings.checkpoint_activations, type(model).__name__
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise UserError(
+            f"gradient_checkpointing true: {name} cannot compute its activations again, in transformers itself; set "
+            "gradient_checkpointing to false"
+        )
     blocks: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     options: dict[str, Any] = {"use_reentrant": False}
     if what == "selective":

@@ -8,8 +8,8 @@ The norms come without the product W A and without opening W0:
 
     |V_j|^2 = |W0_j|^2 + 2 sum_k (W0 A^T)_jk W_jk + sum_k (W (A A^T))_jk W_jk.
 
-W0 A^T is what the base makes of A's rows, as r more tokens of a forward: once per optimizer step, as W and A change
-only then. |W0_j| is read from the weight once, while the base computes: then every engine has it whole.
+W0 A^T is what the base makes of A's rows, within its call in a forward: once per optimizer step, as W and A change only
+then. |W0_j| is read from the weight once, while the base computes: then every engine has it whole.
 """
 
 from __future__ import annotations
@@ -101,13 +101,10 @@ class RowLengths(Adapter):
         dropped = self.dropout(tokens) if self.dropout is not None and self.training else tokens
         rows = [tokens] if dropped is tokens else [tokens, dropped]
         measures = not self._has_norms()
-        if measures:
-            with torch.no_grad():  # a checkpoint's second forward must not find that the first has kept more
-                rows.append(self.inner().to(tokens.dtype))
-        y, *others = self._call_base(rows)
+        (y, *others), of_a = self._call_base(rows, measures)
         hidden, weight = self.branch(dropped.to(y.dtype))
-        if measures:
-            self._measure(others.pop(), weight)
+        if of_a is not None:
+            self._measure(of_a, weight)
         whole = self.onto(y, hidden, weight)
         changed = self.onto(others[0], hidden, weight) if others else whole
         if self._bias is not None:
@@ -122,19 +119,32 @@ class RowLengths(Adapter):
         is_zero = self._lengths == 0
         return torch.where(is_zero, 1.0, (self._lengths + self.dm) / torch.where(is_zero, 1.0, self._norms))
 
-    def _call_base(self, rows: list[torch.Tensor]) -> list[torch.Tensor]:
-        """What the base makes of each of several sets of rows, in one call, as an engine may gather for each."""
-        known = self._lengths is not None and self._lengths.device == rows[0].device
-        handle = None if known else self.base.register_forward_pre_hook(self._read_base)
+    def _call_base(self, rows: list[torch.Tensor], measures: bool) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """What the base makes of each of several sets of rows, and, if it ``measures``, of A's, (r, d_out).
+
+        In one call, as an engine may gather for each. A's are not among the rows of that call: a checkpoint's second
+        forward, which finds the norms measured, would keep other shapes than the first (ZeRO-3 keeps inputs of frozen
+        maps, too).
+        """
+        known, made = self._lengths is not None and self._lengths.device == rows[0].device, list[torch.Tensor]()
+
+        @torch.no_grad()
+        def look(base: nn.Module, *_: Any) -> None:
+            if not known:
+                self._read_base(base)
+            if measures:
+                made.append(base.forward(self.inner().to(rows[0].dtype)))
+
+        handle = None if known and not measures else self.base.register_forward_pre_hook(look)
         try:
             y = self.base(torch.cat(rows) if len(rows) > 1 else rows[0])
         finally:
             if handle is not None:
                 handle.remove()
-        return list(y.split([len(r) for r in rows])) if len(rows) > 1 else [y]
+        return list(y.split([len(r) for r in rows])) if len(rows) > 1 else [y], made[0] if made else None
 
     @torch.no_grad()
-    def _read_base(self, base: nn.Module, *_: Any) -> None:
+    def _read_base(self, base: nn.Module) -> None:
         weight, bias = weight_of(base), getattr(base, "bias", None)
         self._lengths = torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(weight.dtype, torch.float32))
         self._bias = None if bias is None else bias.detach().clone()

@@ -64,8 +64,13 @@ def test_gradients_are_equal_and_bytes_in_order() -> None:
 def test_what_a_model_cannot_follow_is_refused() -> None:
     with refused("selective.*LlamaForCausalLM has eager; set attn_implementation to sdpa"):
         checkpoint_activations(build("llama", attn_implementation="eager"), settings(KINDS[2]))
-    with refused("checkpoint_activations 2.*Linear does not checkpoint its blocks one by one"):
-        checkpoint_activations(torch.nn.Linear(2, 2), settings(KINDS[1]))
+    for kind in KINDS[1:]:
+        with refused("gradient_checkpointing true: Linear cannot compute its activations again"):
+            checkpoint_activations(torch.nn.Linear(2, 2), settings(kind))
+    whole = build("llama")
+    whole.model.layers = torch.nn.ModuleList()
+    with refused("checkpoint_activations 2.*LlamaForCausalLM does not checkpoint its blocks one by one"):
+        checkpoint_activations(whole, settings(KINDS[1]))
     for kind in ({"checkpoint_activations": "selective"}, {"offload_activations": True}):
         with pytest.raises(ValueError, match="with gradient_checkpointing false: nothing is recomputed"):
             ActivationsConfig(**kind)

@@ -144,18 +144,19 @@ def test_norms_are_made_once_per_step_in_the_same_call_of_the_base() -> None:
     config = DoraConfig(targets=("0",), init_rank=RANK)
     optimizer = torch.optim.AdamW(parameter_groups(model, config, 1e-1), lr=1e-1)
     attach(model, optimizer, config, 3).detach()
-    x = torch.randn(TOKENS, D_IN)
+    x, calls = torch.randn(TOKENS, D_IN), list[int]()
+    own.base.register_forward_hook(lambda *_: calls.append(1))  # an engine gathers for each
     for _ in range(2):
         for _ in range(3):  # micro-batches
             model(x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert own.base.rows == [TOKENS + RANK, TOKENS, TOKENS] * 2
+    assert own.base.rows == [RANK, TOKENS, TOKENS, TOKENS] * 2 and len(calls) == 6
     v = own.base.weight + own.scale * own.P @ own.Qt.T
     expected = (own.base.weight.norm(dim=1) + own.dm) / v.norm(dim=1)
     with torch.no_grad():
         torch.testing.assert_close(model(x), x @ (expected.unsqueeze(1) * v).T + own.base.bias)
-    assert own.base.rows[-1] == TOKENS + RANK
+    assert own.base.rows[-2:] == [RANK, TOKENS]
 
 
 def test_without_hooks_norms_follow_the_weights_all_the_same() -> None:
@@ -163,13 +164,13 @@ def test_without_hooks_norms_follow_the_weights_all_the_same() -> None:
     x = torch.randn(TOKENS, D_IN)
     own.eval()
     first = model(x)
-    assert torch.equal(model(x), first) and own.base.rows == [TOKENS + RANK, TOKENS]
+    assert torch.equal(model(x), first) and own.base.rows == [RANK, TOKENS, TOKENS]
     with torch.no_grad():
         own.P.normal_()
     changed = model(x)
     own.train()
     torch.testing.assert_close(model(x), changed)
-    assert own.base.rows[2:] == [TOKENS + RANK] * 2
+    assert own.base.rows[3:] == [RANK, TOKENS] * 2
 
 
 def test_under_gradient_checkpointing() -> None:
