@@ -49,6 +49,7 @@ def test_defaults_targets_and_what_the_caller_sets():
     assert ours(theirs(target_modules=None), targets=("k_proj",)).targets == ("k_proj",)
     matched = ours(theirs(), start="matched", target_rank=2)
     assert matched.start == "matched" and matched.target_rank == 2 and matched.regulariser == "directions"
+    assert ours(theirs(), importance="magnitude").importance_order == "before"  # it has no averages
     assert ours(theirs(task_type="CAUSAL_LM")).train_modules == ()
     with pytest.raises(UserError, match=r"target_modules is None.*pass targets="):
         ours(theirs(target_modules=None))

@@ -1,5 +1,6 @@
 """The allocator on one process: budget, freezing, skipped and missing gradients, what goes wrong and is said."""
 
+import itertools
 import shutil
 import subprocess
 import sys
@@ -104,9 +105,14 @@ def test_budget_equal_to_the_initial_one_and_budget_zero():
     assert active(model) == 0
 
 
-@pytest.mark.parametrize("importance", ["sensitivity_uncertainty", "sensitivity", "magnitude"])
 @pytest.mark.parametrize("scope", ["global", "local"])
-@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize(
+    ("importance", "order"),
+    [
+        *itertools.product(["sensitivity_uncertainty", "sensitivity"], ["before", "after"]),
+        ("magnitude", "before"),  # which averages nothing
+    ],
+)
 def test_every_variant_meets_its_budget(importance, scope, order):
     settings = config(importance=importance, budget_scope=scope, importance_order=order, budget_schedule="linear")
     model, hooks, optimizer = attached(settings)

@@ -86,6 +86,8 @@ def settings_from_peft(peft_config: Any, given: dict[str, Any], carried: Carried
         settings["targets"] = _targets(peft_config.target_modules)
     if given.get("start") == "matched":  # its own regulariser
         settings.pop("orthogonality_form", None)
+    if given.get("importance") == "magnitude":  # which has no averages
+        settings.pop("importance_order", None)
     if (rank := given.get("init_rank", carried and carried.rank)) and "alpha" not in given:  # at the same scale
         ratio = rank / settings["init_rank"]
         settings |= {"init_rank": rank, "alpha": settings["alpha"] * ratio ** (0.5 if settings.get("rslora") else 1)}
