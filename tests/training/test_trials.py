@@ -31,14 +31,14 @@ def refused(project: Path, output: Path, words: str, engine: str) -> tuple[str, 
     return said, errors
 
 
-@pytest.mark.parametrize("engine", ["single", "fsdp2", "zero3"])
+@pytest.mark.parametrize("engine", ["single", pytest.param("fsdp2", marks=pytest.mark.slow), "zero3"])
 def test_chunks_of_logits_that_are_changed_behind_the_head(project: Path, tmp_path: Path, engine: str) -> None:
     """BART adds a bias to them."""
     _, errors = refused(project, tmp_path / "run", "--logits-chunk 5", engine)
     assert "logits_chunk=5: BartForConditionalGeneration does something to its logits behind its head" in errors
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_weights_that_no_process_has_are_not_merged(project: Path, tmp_path: Path, engine: str) -> None:
     """Before rows and model are read."""
     said, errors = refused(project, tmp_path / "run", "--merge-to-generate", engine)
@@ -49,7 +49,7 @@ def test_weights_that_no_process_has_are_not_merged(project: Path, tmp_path: Pat
 SELECTIVE = "--gradient-checkpointing --checkpoint-activations selective"
 
 
-@pytest.mark.parametrize("more", ["", " --quantization nf4"])
+@pytest.mark.parametrize("more", [pytest.param("", marks=pytest.mark.slow), " --quantization nf4"])
 def test_selective_recomputation_under_zero3(project: Path, tmp_path: Path, more: str) -> None:
     """Quantised weights, too, which DeepSpeed takes over after blocks have been told what to keep."""
     said, errors = refused(project, tmp_path / "run", SELECTIVE + more, "zero3")
