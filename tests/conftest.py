@@ -21,6 +21,16 @@ def _own_surroundings() -> Iterator[None]:
     os.environ.update({name: value for name, value in environment.items() if name != "PYTEST_CURRENT_TEST"})
 
 
+@pytest.fixture(scope="module")
+def summaries(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny BART and tiny reports, of the tests of one file."""
+    from tests.support.tiny_text_project import write_summarization  # torch, which many tests do without
+
+    folder = tmp_path_factory.mktemp("summaries")
+    write_summarization(folder)
+    return folder
+
+
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The package's cache, the test's own; not there yet."""

@@ -11,6 +11,7 @@ from torch import nn
 
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.foreign_files import read_object
+from adalora_dist.sharding.tensors import class_name
 
 FORMAT = 2
 """Of folders that hold triplets."""
@@ -81,8 +82,7 @@ def read_description(folder: Path) -> AdapterDescription:
 def task_settings(model: nn.Module) -> dict[str, Any]:
     """Of a model's config.json, what makes it one of its task: its class, its labels, what else its head asks for."""
     own = cast(Any, model).config.to_dict()
-    name = type(model).__name__.removeprefix("FSDP")  # which fully_shard puts before it
-    return {"architectures": [name]} | {
+    return {"architectures": [class_name(model)]} | {
         key: own[key] for key in TaskSettings.model_fields if key != "architectures" and own.get(key) is not None
     }
 

@@ -31,7 +31,7 @@ from adalora_dist.config.presets import PresetTable
 from adalora_dist.config.run_file import Origins, RunFile
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.config.settings import Setting, settings_by_flag
-from adalora_dist.config.words import is_union, legal, near, remedy
+from adalora_dist.config.words import is_union, legal, must_be, near
 from adalora_dist.io.ending import EXIT_PREEMPTED, leave, repeat_last, tell_error
 from adalora_dist.io.errors import UserError
 from adalora_dist.io.launchers import OWN_OPTIONS, follow, unfollow
@@ -288,5 +288,4 @@ def _explain_one(detail: ErrorDetails, infos: Mapping[tuple[str, str], FieldInfo
         return f"{origin}: no method has such a setting; correct the table of presets"
     info = infos[section, name]
     element = f"{detail['input']} is wrong, " if len(location) > 2 and not is_union(info) else ""
-    finite = "finite, " if detail["type"] == "finite_number" else ""
-    return f"{origin}: {element}must be {finite}{legal(info)}; {remedy(info, detail['input'])}"
+    return f"{origin}: {element}{must_be(info, detail)}"

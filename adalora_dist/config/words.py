@@ -84,6 +84,12 @@ def choices_of(info: FieldInfo) -> list[str]:
     return [str(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []
 
 
+def must_be(info: FieldInfo, detail: ErrorDetails) -> str:
+    """What a setting must be, and what to do about the value that pydantic has refused."""
+    finite = "finite, " if detail["type"] == "finite_number" else ""
+    return f"must be {finite}{legal(info)}; {remedy(info, detail['input'])}"
+
+
 def mistake(section: str, infos: Mapping[str, FieldInfo], error: ValidationError) -> str:
     """The first mistake in the arguments of a class of settings, in one line, and how many more there are.
 
@@ -113,5 +119,4 @@ def _mistake(section: str, infos: Mapping[str, FieldInfo], detail: ErrorDetails,
     value = f"{name}={printable(repr(detail['input']), 80)}"
     if reason or name not in infos:  # of a method
         return f"{value}: {reason or detail['msg']}"
-    finite = "finite, " if detail["type"] == "finite_number" else ""
-    return f"{value}: must be {finite}{legal(infos[name])}; {remedy(infos[name], detail['input'])}"
+    return f"{value}: {must_be(infos[name], detail)}"

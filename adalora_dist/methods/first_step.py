@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from adalora_dist.io.errors import UserError
 from adalora_dist.methods.adapter import Adapter
+from adalora_dist.sharding.tensors import class_name
 
 
 @dataclass
@@ -78,7 +79,7 @@ class FirstStep:
     """
 
     def __init__(self, model: nn.Module, adapters: Sequence[Adapter]) -> None:
-        self._model_class = type(model).__name__.removeprefix("FSDP")  # as fully_shard renames it
+        self._model_class = class_name(model)
         self._adapters = [a for a in adapters if any(p.requires_grad for p in a.trained().values())]
         self._noted = noted = Noted()
         self._handles = [

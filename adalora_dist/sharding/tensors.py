@@ -21,6 +21,11 @@ from adalora_dist.sharding.packing import holder, pack_of, part_of
 from adalora_dist.sharding.spans import Span
 
 
+def class_name(model: nn.Module) -> str:
+    """As it is without what ``fully_shard`` puts before it."""
+    return type(model).__name__.removeprefix("FSDP")
+
+
 def is_whole(tensor: torch.Tensor) -> bool:
     """Whether no engine shards this tensor. What a sharding engine has gathered for a moment does not count."""
     tensor = holder(tensor)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from adalora_dist.io.errors import UserError
+from adalora_dist.sharding.tensors import class_name
 from adalora_dist.tasks.evaluation.batches import evaluating
 from adalora_dist.tasks.padding import is_purely_causal, unwrapped
 
@@ -40,7 +41,7 @@ def refuse_reading_ahead(model: nn.Module, is_precise: bool) -> None:
     if float((logits[0] - logits[1]).abs().max()) > limit * float(logits.abs().max()):
         has_switch = getattr(inner.config, "is_decoder", None) is False
         remedy = "set is_decoder to true in its config.json, or take" if has_switch else "take"
-        name = type(inner).__name__.removeprefix("FSDP")  # which fully_shard puts before it
+        name = class_name(inner)
         raise UserError(
             f"{name} reads a text both ways, so it sees the tokens that it is to predict, and learns "
             f"nothing: {remedy} a model that was trained to write"

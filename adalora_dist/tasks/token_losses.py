@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from adalora_dist.backbones.merging import forward_of
 from adalora_dist.io.errors import UserError
+from adalora_dist.sharding.tensors import class_name
 from adalora_dist.tasks.evaluation.batches import evaluating
 from adalora_dist.tasks.padding import unwrapped
 from adalora_dist.tasks.rows.tokens import IGNORED
@@ -127,7 +128,7 @@ def refuse_chunks(model: nn.Module, logits_chunk: LogitsChunk) -> None:
 
 
 def _no_chunks(model: nn.Module, logits_chunk: LogitsChunk) -> UserError:
-    name = type(unwrapped(model)).__name__.removeprefix("FSDP")  # which fully_shard puts before it
+    name = class_name(unwrapped(model))
     return UserError(
         f"logits_chunk={logits_chunk}: {name} does something to its logits behind its head, so they cannot be made in "
         "chunks: set logits_chunk to auto or 0"

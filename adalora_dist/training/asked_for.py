@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from adalora_dist.io.errors import UserError
 from adalora_dist.training.deepspeed_settings import is_deepspeed, precision_of, settings_asked_for
+from adalora_dist.training.launch import is_true
 
 PARALLELISM = "PARALLELISM_CONFIG_"
 """How accelerate's variables with the sizes of its parallelism_config begin."""
@@ -113,8 +114,3 @@ def check_asked_for(environment: Mapping[str, str] = os.environ) -> None:
         )
     if is_true(environment, "ACCELERATE_USE_MEGATRON_LM"):
         raise UserError("Megatron-LM of the launcher: there are ddp, fsdp2, hsdp, zero1, zero2 and zero3; choose one")
-
-
-def is_true(environment: Mapping[str, str], name: str) -> bool:
-    """Whether accelerate takes the variable for set."""
-    return environment.get(name, "false").lower() == "true"

@@ -93,7 +93,6 @@ KEYS: dict[str, dict[Kind, str]] = {
 """What is known, by section and kind; "" is outside of all. Into other sections DeepSpeed looks itself."""
 
 _REMOVED = "DeepSpeed has removed it, and does not train with it"
-_STALE = "the second copy of the weights would be one that nothing was written to"
 _ROUNDED = "ranks would be allocated by rounded numbers; --quantization of a recipe quantises frozen weights"
 _AS_ONE = "what is gathered as one is done with its backward before its adapters have their gradients"
 _NO_STAGES = "processes share out rows, and hold shards of weights (stage 3), not parts of a layer or of a sequence"
@@ -123,7 +122,8 @@ REFUSED = {
     "fp16.fp16_master_weights_and_grads": "what is trained is held in float32",
     "bf16.bf16_master_weights_and_grads": "what is trained is held in float32",
     "bf16.bf16_optimizer_states": "what is trained is held in float32",
-    "zero_optimization.zero_hpz_partition_size": _STALE,
+    "zero_optimization.zero_hpz_partition_size": "the second copy of the weights would be one that nothing "
+    "was written to",
     "zero_optimization.zero_quantized_weights": _ROUNDED,
     "zero_optimization.zero_quantized_nontrainable_weights": _ROUNDED,
     "zero_optimization.zero_quantized_gradients": _ROUNDED,
@@ -160,16 +160,23 @@ NOT_USED = {
 _FAR = 'moments would lie where ranks cannot be allocated in them; use "cpu" or "none"'
 _ZERO = "zero_optimization"
 IN_ANY_LOOP = {
-    f"{_ZERO}.zero_hpz_partition_size": _STALE,
-    f"{_ZERO}.zero_quantized_weights": _ROUNDED,
-    f"{_ZERO}.zero_quantized_nontrainable_weights": _ROUNDED,
-    f"{_ZERO}.zero_quantized_gradients": _ROUNDED,
-    **{place: REFUSED[place] for place in (f"{_ZERO}.zenflow", f"{_ZERO}.offload_optimizer.super_offload")},
+    place: REFUSED[place]
+    for place in (
+        f"{_ZERO}.zero_hpz_partition_size",
+        f"{_ZERO}.zero_quantized_weights",
+        f"{_ZERO}.zero_quantized_nontrainable_weights",
+        f"{_ZERO}.zero_quantized_gradients",
+        f"{_ZERO}.zenflow",
+        f"{_ZERO}.offload_optimizer.super_offload",
+        "tensor_parallel",
+        "sequence_parallel_size",
+        "expert_parallel",
+        "hybrid_engine",
+    )
+} | {
     f"{_ZERO}.offload_optimizer.device": _FAR,
     f"{_ZERO}.offload_param.device": _FAR,
     f"{_ZERO}.offload_optimizer.ratio": "DeepSpeed would step the rest with an optimizer of its own",
-    **{place: REFUSED[place] for place in ("tensor_parallel", "sequence_parallel_size", "expert_parallel")},
-    "hybrid_engine": REFUSED["hybrid_engine"],
 }
 """What is refused in loops that are not the recipes', too."""
 BESIDE = frozenset(

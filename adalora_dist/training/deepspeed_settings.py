@@ -17,17 +17,17 @@ from typing import Any
 
 from adalora_dist.config.sections import TrainConfig
 from adalora_dist.io.errors import UserError, printable
-from adalora_dist.io.foreign_files import read_bytes, read_object
+from adalora_dist.io.foreign_files import read_bytes
 from adalora_dist.io.shipped import did_you_mean
 from adalora_dist.training.deepspeed_keys import BESIDE, FILLED, IN_ANY_LOOP, KEYS, NOT_USED, REFUSED
-from adalora_dist.training.launch import deepspeed_file, zero_stage
+from adalora_dist.training.launch import deepspeed_file, is_true, read_configuration
 
 Settings = dict[str, Any]
 
 
 def is_deepspeed(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether the launcher asks for DeepSpeed."""
-    return environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    return is_true(environment, "ACCELERATE_USE_DEEPSPEED")
 
 
 def settings_asked_for(environment: Mapping[str, str] = os.environ) -> Settings:
@@ -162,9 +162,9 @@ def _read(environment: Mapping[str, str]) -> tuple[str, Settings]:
             f"{name}: say it in that file, and leave it out here"
         )
     path = deepspeed_file(name)
-    zero_stage(path)  # it can be read
+    settings = read_configuration(path)
     _refuse_twice(path)
-    return f"DeepSpeed configuration {path.name}", read_object(path)
+    return f"DeepSpeed configuration {path.name}", settings
 
 
 def _of_variables(environment: Mapping[str, str]) -> Settings:

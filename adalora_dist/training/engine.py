@@ -38,8 +38,9 @@ from adalora_dist.io.errors import UserError
 from adalora_dist.io.launchers import OWN_COMMAND
 from adalora_dist.io.redaction import redacted, redacted_command
 from adalora_dist.io.terminal import keep_from_listeners
-from adalora_dist.training.asked_for import check_asked_for, is_true, precision_asked_for
-from adalora_dist.training.deepspeed_settings import fill_sizes, filled, not_used, settings_asked_for
+from adalora_dist.training.asked_for import check_asked_for, precision_asked_for
+from adalora_dist.training.deepspeed_settings import fill_sizes, filled, is_deepspeed, not_used, settings_asked_for
+from adalora_dist.training.launch import is_true
 from adalora_dist.training.rendezvous import init_method
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
@@ -83,7 +84,7 @@ def build_accelerator(train: TrainConfig, environment: Mapping[str, str] = os.en
     """
     world_size = int(environment.get("WORLD_SIZE", 1))
     use_fsdp = is_true(environment, "ACCELERATE_USE_FSDP")
-    use_deepspeed = is_true(environment, "ACCELERATE_USE_DEEPSPEED")
+    use_deepspeed = is_deepspeed(environment)
     on_cpu = not _has_gpu() or is_true(environment, "ACCELERATE_USE_CPU")
     _refuse_missing_processes(environment)
     check_asked_for(environment)

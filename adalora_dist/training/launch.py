@@ -10,7 +10,9 @@ from __future__ import annotations
 import os
 import runpy
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from adalora_dist.config.flags import user_errors
 from adalora_dist.io.errors import UserError
@@ -99,12 +101,26 @@ def zero_stage(path: Path) -> int:
     Raises:
         UserError: ``path`` is no JSON.
     """
+    zero = read_configuration(path).get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else 0
+    return stage if isinstance(stage, int) else 0  # what else stands there, deepspeed_settings refuses
+
+
+def read_configuration(path: Path) -> dict[str, Any]:
+    """A DeepSpeed configuration, as it stands there.
+
+    Raises:
+        UserError: ``path`` is no JSON.
+    """
     try:
-        zero = read_object(path).get("zero_optimization")
+        return read_object(path)
     except UserError as error:
         raise UserError(
             f"{CONFIG_FLAG} {path}: no DeepSpeed configuration ({error}); give a JSON file, such as "
             "ds_configs/zero3.json"
         ) from error
-    stage = zero.get("stage") if isinstance(zero, dict) else 0
-    return stage if isinstance(stage, int) else 0  # what else stands there, deepspeed_settings refuses
+
+
+def is_true(environment: Mapping[str, str], name: str) -> bool:
+    """Whether accelerate takes the variable for set."""
+    return environment.get(name, "false").lower() == "true"

@@ -8,7 +8,7 @@ from typing import Any
 from adalora_dist.artifacts.tables import aligned, rank_table
 from adalora_dist.config.sections import RunConfig
 from adalora_dist.methods.shares import shares_line, weight_shares
-from adalora_dist.sharding.tensors import full_numel
+from adalora_dist.sharding.tensors import class_name, full_numel
 from adalora_dist.tasks.commonsense.results import TaskResult
 from adalora_dist.tasks.rows.bad_rows import BadRows
 from adalora_dist.training.asked_for import engine_said
@@ -30,7 +30,7 @@ def run_facts(
     model = getattr(prepared.model, "module", prepared.model)  # inside DDP and DeepSpeed
     facts["weight_shares"] = weight_shares(model)
     facts["num_rows_left_out"] = dict(bad_rows.counts) if bad_rows else {}
-    facts["model_class"] = type(model).__name__.removeprefix("FSDP")  # fully_shard renames classes
+    facts["model_class"] = class_name(model)
     facts["base_commit"] = getattr(getattr(model, "config", None), "_commit_hash", None)  # None: a local folder
     return facts | prepared.hooks.method_step.facts()
 

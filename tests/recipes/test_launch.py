@@ -25,15 +25,8 @@ RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 FLAGS = "--max-steps 4 --batch-size 4 --init-rank 2 --target-rank 1 --max-new-tokens 6 --max-source-length 64"
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("launch")
-    write_summarization(folder)
-    return folder
-
-
-def arguments(project: Path, output: Path) -> list[str]:
-    where = ["--model", project / "model", "--data", project / "data", "--output-dir", output]
+def arguments(summaries: Path, output: Path) -> list[str]:
+    where = ["--model", summaries / "model", "--data", summaries / "data", "--output-dir", output]
     return [*map(str, where), *FLAGS.split()]
 
 
@@ -45,19 +38,19 @@ def finished(process: subprocess.CompletedProcess[str], folder: Path, num_proces
     assert set(read_json(folder, "results.json")["after"]) == {"rouge1", "rouge2", "rougeL", "rougeLsum"}
 
 
-def test_deepspeed_with_two_processes_and_zero3(project: Path, tmp_path: Path) -> None:
+def test_deepspeed_with_two_processes_and_zero3(summaries: Path, tmp_path: Path) -> None:
     process = run_command(
         "deepspeed", "--num_accelerators", 2, "--master_port", free_port(), "launch/summarize_bart.sh",
-        *arguments(project, tmp_path / "run"), "--deepspeed-config", "ds_configs/zero3.json",
+        *arguments(summaries, tmp_path / "run"), "--deepspeed-config", "ds_configs/zero3.json",
     )  # fmt: skip
     finished(process, tmp_path / "run", 2, "zero3")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [1, 2])
-def test_deepspeed_as_typed(project: Path, tmp_path: Path, num_processes: int) -> None:
+def test_deepspeed_as_typed(summaries: Path, tmp_path: Path, num_processes: int) -> None:
     environment = {"LOCAL_SIZE": "2"} if num_processes == 2 else {}
-    command = ["deepspeed", "launch/summarize_bart.sh", *arguments(project, tmp_path / "run")]
+    command = ["deepspeed", "launch/summarize_bart.sh", *arguments(summaries, tmp_path / "run")]
     finished(run_command(*command, **environment), tmp_path / "run", num_processes, "zero2")
 
 
@@ -75,8 +68,8 @@ def test_deepspeed_with_a_t5(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [["bash", "launch/summarize_bart.sh"], ["./launch/summarize_bart.sh"]])
-def test_bash_as_typed(project: Path, tmp_path: Path, command: list[str]) -> None:
-    process = run_command(*command, *arguments(project, tmp_path / "run"), LOCAL_SIZE="2")
+def test_bash_as_typed(summaries: Path, tmp_path: Path, command: list[str]) -> None:
+    process = run_command(*command, *arguments(summaries, tmp_path / "run"), LOCAL_SIZE="2")
     finished(process, tmp_path / "run", 2, "zero2")
 
 

@@ -33,17 +33,10 @@ from tests.support.ranks import import_deepspeed, import_package, run_ranks
 from tests.support.recipe_runs import ENGINES, losses_of, read_json, run_recipe
 from tests.support.settings import adapter_flags
 from tests.support.summarization_runs import ADAPTER, FLAGS, MATRICES, STEPS, arguments
-from tests.support.tiny_text_project import NUM_TEST, NUM_TRAIN, tiny_bart, write_jsonl, write_summarization
+from tests.support.tiny_text_project import NUM_TEST, NUM_TRAIN, tiny_bart, write_jsonl
 
 import_deepspeed()
 import_package()
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("summaries")
-    write_summarization(folder)
-    return folder
 
 
 # ----------------------------------------------------------------------------------------------------------- the loss
@@ -190,42 +183,42 @@ def test_rouge_is_the_mean_over_rows_whoever_scores_them(world_size: int) -> Non
         assert scores == pytest.approx(expected)
 
 
-def _texts(rank: int, world_size: int, project: Path) -> list[str]:
-    model = AutoModelForSeq2SeqLM.from_pretrained(project / "model")
-    tokenizer = AutoTokenizer.from_pretrained(project / "model")
+def _texts(rank: int, world_size: int, summaries: Path) -> list[str]:
+    model = AutoModelForSeq2SeqLM.from_pretrained(summaries / "model")
+    tokenizer = AutoTokenizer.from_pretrained(summaries / "model")
     sources = [[1, *range(5, 5 + length), 2] for length in (3, 30, 7, 12, 1)]
     settings = GenerationConfig(num_beams=3, max_new_tokens=8, eval_batch_size=2)
     ranks: Any = {"rank": rank, "world_size": world_size, "synced_gpus": world_size > 1}
     return generate_texts(model, tokenizer, sources, [len(source) for source in sources], settings, **ranks)
 
 
-def test_texts_do_not_depend_on_the_number_of_processes(project: Path) -> None:
-    [one] = run_ranks(1, _texts, project)
+def test_texts_do_not_depend_on_the_number_of_processes(summaries: Path) -> None:
+    [one] = run_ranks(1, _texts, summaries)
     assert len(one) == 5 and len(set(one)) > 1
     for world_size in (2, 3):
-        assert run_ranks(world_size, _texts, project) == [one] * world_size
+        assert run_ranks(world_size, _texts, summaries) == [one] * world_size
 
 
 # --------------------------------------------------------------------------------------------------------- the recipe
 
 
 @pytest.fixture(scope="module")
-def single(project: Path) -> Path:
-    folder = project / "single"
-    code, output, errors = run_recipe("summarize_bart", 1, arguments(project, folder))
+def single(summaries: Path) -> Path:
+    folder = summaries / "single"
+    code, output, errors = run_recipe("summarize_bart", 1, arguments(summaries, folder))
     assert code == 0, errors
     assert f"{NUM_TRAIN} training rows, {NUM_TEST} evaluation rows" in output and "Total rank 64, budget 64" in output
     return folder
 
 
-def test_recipe_learns_meets_its_budget_and_exports(project: Path, single: Path) -> None:
+def test_recipe_learns_meets_its_budget_and_exports(summaries: Path, single: Path) -> None:
     losses, pattern = losses_of(single), read_json(single, "rank_pattern.json")
     assert len(losses) == STEPS and sum(losses[-3:]) < sum(losses[:3]) - 1
     assert len(pattern) == MATRICES and sum(pattern.values()) == 2 * MATRICES and len(set(pattern.values())) > 1
     assert len(read_json(single, "texts.json")) == NUM_TEST
     merged = AutoModelForSeq2SeqLM.from_pretrained(single / "merged")
-    adapted = AutoModelForSeq2SeqLM.from_pretrained(project / "model")
-    plain = AutoModelForSeq2SeqLM.from_pretrained(project / "model")
+    adapted = AutoModelForSeq2SeqLM.from_pretrained(summaries / "model")
+    plain = AutoModelForSeq2SeqLM.from_pretrained(summaries / "model")
     load_adapter(adapted, single / "adapter")
     with torch.no_grad():
         ids = {"input_ids": torch.tensor([[1, 5, 6, 7, 2]]), "decoder_input_ids": torch.tensor([[2, 1, 8]])}
@@ -236,9 +229,9 @@ def test_recipe_learns_meets_its_budget_and_exports(project: Path, single: Path)
 @pytest.mark.parametrize(
     "engine", ["zero3", *(pytest.param(e, marks=pytest.mark.slow) for e in ("ddp", "fsdp2", "zero2"))]
 )
-def test_two_processes_do_what_one_does(project: Path, single: Path, engine: str) -> None:
-    folder = project / engine
-    code, _, errors = run_recipe("summarize_bart", 2, arguments(project, folder), ENGINES[engine])
+def test_two_processes_do_what_one_does(summaries: Path, single: Path, engine: str) -> None:
+    folder = summaries / engine
+    code, _, errors = run_recipe("summarize_bart", 2, arguments(summaries, folder), ENGINES[engine])
     assert code == 0, errors
     facts = read_json(folder, "run.json")
     assert (facts["engine"], facts["num_processes"]) == (engine, 2)
@@ -249,16 +242,16 @@ def test_two_processes_do_what_one_does(project: Path, single: Path, engine: str
     assert read_json(folder, "texts.json") == read_json(single, "texts.json") and results == expected
 
 
-def test_full_fine_tuning_and_its_export(project: Path, tmp_path: Path) -> None:
+def test_full_fine_tuning_and_its_export(summaries: Path, tmp_path: Path) -> None:
     flags = ["--method", "full", "--learning-rate", "1e-3", "--no-evaluate-before", "--max-steps", "3"]
-    code, output, errors = run_recipe("summarize_bart", 1, arguments(project, tmp_path / "run", *flags))
+    code, output, errors = run_recipe("summarize_bart", 1, arguments(summaries, tmp_path / "run", *flags))
     assert code == 0, errors
     assert "Merged model in plain transformers" in output and not (tmp_path / "run" / "adapter").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "source", "target"), [("xsum", 256, 48), ("cnn_dailymail", 384, 80)])
-def test_slices_of_the_real_data(project: Path, tmp_path: Path, task: str, source: int, target: int) -> None:
+def test_slices_of_the_real_data(summaries: Path, tmp_path: Path, task: str, source: int, target: int) -> None:
     """Real articles, read, cut, trained on and summarised; a tiny model has nothing to say about ROUGE."""
     file = shared(f"data/summarization/{task}/train.jsonl")
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
