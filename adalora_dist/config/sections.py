@@ -22,6 +22,7 @@ from adalora_dist.config.hub_names import check_branch, check_repo_id
 from adalora_dist.config.merging import check_merging
 from adalora_dist.config.methods import METHODS, AdaLoraConfig, AnyMethodConfig
 from adalora_dist.config.section import Section, Switch
+from adalora_dist.config.unread import check_unread
 
 
 class ModelConfig(Section):
@@ -302,6 +303,7 @@ class RunConfig(Section):
         self.adapter.check(self)
         check_compile(self)
         check_merging(self)
+        check_unread(self)
         return self
 
     def _default_formats(self) -> None:

@@ -34,7 +34,7 @@ KINDS = {
     "recipe": Kind("Recipes: adalora-dist run NAME", "recipes/*.py"),
     "config": Kind("Experiments: adalora-dist run RECIPE --config NAME", "recipes/configs/*.yaml"),
     "engine": Kind("Engines: adalora-dist run RECIPE --engine NAME -n PROCESSES", "launch/accelerate/*.yaml"),
-    "deepspeed": Kind("DeepSpeed configurations: --engine zero2 --deepspeed-config FILE", "ds_configs/*.json"),
+    "deepspeed": Kind("DeepSpeed configurations: --engine zero3 --deepspeed-config FILE", "ds_configs/*.json"),
     "script": Kind("Launch scripts: bash FILE, or sbatch FILE", "launch/*.sh"),
     "image": Kind("Image of a container, without a GPU or with CUDA: docker build --file FILE", "launch/docker/*"),
 }

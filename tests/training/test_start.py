@@ -115,9 +115,23 @@ def test_what_does_not_say_where_is_refused(placement: Placement, says: str) -> 
 
 def test_a_configuration_of_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    own = engine_environment("zero3", Path("ds_configs/zero1.json"))
-    assert own["ACCELERATE_DEEPSPEED_ZERO3_INIT"] == "false"
-    assert own["ACCELERATE_DEEPSPEED_CONFIG_FILE"] == str(DS_CONFIGS / "zero1.json")
+    for engine, name, starts_sharded in (("zero2", "zero1.json", "false"), ("zero3", "zero3_offload.json", "true")):
+        own = engine_environment(engine, Path("ds_configs") / name)
+        assert own["ACCELERATE_DEEPSPEED_ZERO3_INIT"] == starts_sharded
+        assert own["ACCELERATE_DEEPSPEED_CONFIG_FILE"] == str(DS_CONFIGS / name)
+
+
+@pytest.mark.parametrize(
+    ("engine", "name", "says"),
+    [
+        ("zero2", "zero3.json", "zero3.json, whose zero_optimization.stage is 3: choose zero3, or another file"),
+        ("zero3", "zero2.json", "zero2.json, whose zero_optimization.stage is not 3: set it, or choose zero2"),
+        ("fsdp2", "zero3.json", "choose zero2 or zero3"),
+    ],
+)
+def test_a_configuration_of_another_engine_is_refused(engine: str, name: str, says: str) -> None:
+    said = refusal(engine_environment, engine, DS_CONFIGS / name)
+    assert f"--engine {engine}" in said and said.endswith(says)
 
 
 def test_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,64 @@
+"""Settings that nothing reads because of the value of another one. Never imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+
+class _Unread(NamedTuple):
+    section: str
+    names: str
+    why: str
+    remedy: str
+
+
+def check_unread(run: Any) -> None:
+    """Raise where a setting that nothing would read is another than the recipe's default.
+
+    Args:
+        run: the ``RunConfig``.
+
+    Raises:
+        ValueError: one line with the settings, the reason and the remedy.
+    """
+    for rule in _rules(run):
+        section, defaults = getattr(run, rule.section), type(run).model_fields[rule.section].default
+        for name in rule.names.split():
+            value, default = getattr(section, name, None), getattr(defaults, name, None)
+            if value != default:
+                raise ValueError(
+                    f"{name} {_text(value)} {rule.why}; {rule.remedy}, or {name} to its default, {_text(default)}"
+                )
+
+
+def _rules(run: Any) -> Iterator[_Unread]:
+    train, evaluation, data = run.train, run.evaluation, getattr(run, "data", None)
+    if train.lr_schedule == "constant":
+        why = "with lr_schedule constant: the learning rate does not decay"
+        yield _Unread("train", "lr_end_ratio", why, "set lr_schedule to linear or cosine")
+    if not train.checkpoint_every:
+        writes_none = train.async_checkpoints == "on" and not evaluation.keep_best  # which is written in the same way
+        names = "keep_checkpoints async_checkpoints" if writes_none else "keep_checkpoints"
+        why = "with checkpoint_every 0: no checkpoint is written"
+        yield _Unread("train", names, why, "set checkpoint_every to a number of steps")
+    if not run.export.push_to_hub:
+        why = "without push_to_hub: nothing is uploaded"
+        yield _Unread("export", "push_public push_revision", why, "set push_to_hub to a repository")
+    if getattr(evaluation, "num_beams", None) == 1:
+        why = "with num_beams 1: one beam is compared with no other"
+        yield _Unread("evaluation", "length_penalty", why, "set num_beams to 2 or more")
+    if getattr(data, "task", None) == "v1.1":
+        why = "with task v1.1: every question has an answer"
+        yield _Unread("data", "null_threshold", why, "set task to v2.0")
+    if not getattr(evaluation, "answer", "a file"):
+        why = "without answer: there are no questions to be answered"
+        yield _Unread("evaluation", "answer_tokens", why, "set answer to a file")
+        if not evaluation.show_samples:
+            names = "merge_to_generate num_beams max_new_tokens min_new_tokens no_repeat_ngram_size"
+            why = "with show_samples 0 and no answer: no text is generated"
+            yield _Unread("evaluation", names, why, "set show_samples to 1 or more")
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
