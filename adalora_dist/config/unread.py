@@ -1,4 +1,7 @@
-"""Settings that nothing reads because of the value of another one. Never imports torch."""
+"""Settings that nothing reads because of the value of another one. Never imports torch.
+
+Those of sample texts are no such: who leaves samples out, ``--show-samples 0``, may leave their length where it stands.
+"""
 
 from __future__ import annotations
 
@@ -55,9 +58,8 @@ def _rules(run: Any) -> Iterator[_Unread]:
         why = "without answer: there are no questions to be answered"
         yield _Unread("evaluation", "answer_tokens", why, "set answer to a file")
         if not evaluation.show_samples:
-            names = "merge_to_generate num_beams max_new_tokens min_new_tokens no_repeat_ngram_size"
             why = "with show_samples 0 and no answer: no text is generated"
-            yield _Unread("evaluation", names, why, "set show_samples to 1 or more")
+            yield _Unread("evaluation", "merge_to_generate", why, "set show_samples to 1 or more")
 
 
 def _text(value: Any) -> str:

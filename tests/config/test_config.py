@@ -381,7 +381,6 @@ def test_samples_of_replies_that_are_not_generated_are_refused(capsys: pytest.Ca
         (GlueConfig, "--logits-chunk 7", "logits_chunk 7: the task's head has no logits of words"),
         (SquadConfig, "--logits-chunk 7", "logits_chunk 7: the task's head has no logits of words"),
         (SftConfig, "--show-samples 0 --merge-to-generate", "merge_to_generate true with show_samples 0 and no answer"),
-        (SftConfig, "--show-samples 0 --max-new-tokens 9", "max_new_tokens 9 with show_samples 0 and no answer"),
         (SftConfig, "--length-penalty 2", "length_penalty 2.0 with num_beams 1"),
         (SftConfig, "--answer-tokens 9", "answer_tokens 9 without answer"),
         (E2EConfig, "--length-penalty 2 --num-beams 1", "length_penalty 2.0 with num_beams 1: one beam"),
@@ -407,3 +406,4 @@ def test_what_recipes_have_a_use_for_is_read() -> None:
     parse_config(PretrainConfig, ["--lr-schedule", "constant"])
     parse_config(SquadConfig, ["--null-threshold", "1", "--task", "v2.0"])
     parse_config(SftConfig, ["--show-samples", "0", "--answer", "questions.jsonl", "--answer-tokens", "9"])
+    parse_config(SftConfig, ["--show-samples", "0", "--max-new-tokens", "9", "--num-beams", "2"])
