@@ -1,6 +1,7 @@
 """Settings that nothing reads because of the value of another one. Never imports torch.
 
-Those of sample texts are no such: who leaves samples out, ``--show-samples 0``, may leave their length where it stands.
+Whoever turns off what is on by default (``orthogonality`` 0, ``checkpoint_every`` 0, ``show_samples`` 0, beams)
+may leave its details where they stand: in a shipped file, for one. What is refused was set for what does not happen.
 """
 
 from __future__ import annotations
@@ -40,15 +41,11 @@ def _rules(run: Any) -> Iterator[_Unread]:
     if train.lr_schedule == "constant":
         why = "with lr_schedule constant: the learning rate does not decay"
         yield _Unread("train", "lr_end_ratio", why, "set lr_schedule to linear or cosine")
-    if not train.checkpoint_every:
-        writes_none = train.async_checkpoints == "on" and not evaluation.keep_best  # which is written in the same way
-        names = "keep_checkpoints async_checkpoints" if writes_none else "keep_checkpoints"
-        why = "with checkpoint_every 0: no checkpoint is written"
-        yield _Unread("train", names, why, "set checkpoint_every to a number of steps")
     if not run.export.push_to_hub:
         why = "without push_to_hub: nothing is uploaded"
         yield _Unread("export", "push_public push_revision", why, "set push_to_hub to a repository")
-    if getattr(evaluation, "num_beams", None) == 1:
+    usual = type(run).model_fields["evaluation"].default
+    if getattr(evaluation, "num_beams", None) == getattr(usual, "num_beams", None) == 1:
         why = "with num_beams 1: one beam is compared with no other"
         yield _Unread("evaluation", "length_penalty", why, "set num_beams to 2 or more")
     if getattr(data, "task", None) == "v1.1":

@@ -230,10 +230,7 @@ BAD_FLAGS = [
     ("--importance-kernel compiled --importance magnitude", ["compiled with importance magnitude", "default, eager"]),
     ("--importance-order after --importance magnitude", ["after with importance magnitude", "default, before"]),
     ("--beta2 0.5 --importance sensitivity", ["beta2 0.5 with importance sensitivity", "set beta2 to its default"]),
-    ("--orthogonality-form norm --orthogonality 0", ["orthogonality_form norm with orthogonality 0", "leave orth"]),
     ("--lr-end-ratio 0.1 --lr-schedule constant", ["lr_end_ratio 0.1 with lr_schedule constant", "default, 0.0"]),
-    ("--keep-checkpoints 3 --checkpoint-every 0", ["keep_checkpoints 3 with checkpoint_every 0", "default, 2"]),
-    ("--async-checkpoints on --checkpoint-every 0", ["async_checkpoints on with checkpoint_every 0", "default, auto"]),
     ("--push-public", ["push_public true without push_to_hub", "to its default, false"]),
     ("--push-revision next", ["push_revision next without push_to_hub", "to its default, main"]),
     ("--evaluate-by likelihood --merge-to-generate", ["merge_to_generate true with evaluate_by likelihood", "leave"]),
@@ -381,9 +378,8 @@ def test_samples_of_replies_that_are_not_generated_are_refused(capsys: pytest.Ca
         (GlueConfig, "--logits-chunk 7", "logits_chunk 7: the task's head has no logits of words"),
         (SquadConfig, "--logits-chunk 7", "logits_chunk 7: the task's head has no logits of words"),
         (SftConfig, "--show-samples 0 --merge-to-generate", "merge_to_generate true with show_samples 0 and no answer"),
-        (SftConfig, "--length-penalty 2", "length_penalty 2.0 with num_beams 1"),
+        (SftConfig, "--length-penalty 2", "length_penalty 2.0 with num_beams 1: one beam is compared with no other"),
         (SftConfig, "--answer-tokens 9", "answer_tokens 9 without answer"),
-        (E2EConfig, "--length-penalty 2 --num-beams 1", "length_penalty 2.0 with num_beams 1: one beam"),
         (SquadConfig, "--null-threshold 1", "null_threshold 1.0 with task v1.1: every question has an answer"),
         (PretrainConfig, "--lr-schedule constant --lr-end-ratio 0.2", "to its default, 0.1"),
     ],
@@ -401,9 +397,10 @@ def test_what_recipes_have_a_use_for_is_read() -> None:
     parse_config(SftConfig, ["--show-samples", "0", "--merge-to-generate", "--answer", "questions.jsonl"])
     parse("--quantization", "nf4", "--no-double-quant", "--quant-storage", "uint8")
     parse("--importance", "sensitivity", "--beta1", "0.5", "--importance-order", "after")
-    parse("--checkpoint-every", "0", "--async-checkpoints", "off")
-    parse("--checkpoint-every", "0", "--async-checkpoints", "on", "--eval-every", "5", "--keep-best", "loss")
+    parse("--checkpoint-every", "0", "--async-checkpoints", "on", "--keep-checkpoints", "3")
+    parse("--orthogonality", "0", "--orthogonality-form", "norm")
     parse_config(PretrainConfig, ["--lr-schedule", "constant"])
     parse_config(SquadConfig, ["--null-threshold", "1", "--task", "v2.0"])
     parse_config(SftConfig, ["--show-samples", "0", "--answer", "questions.jsonl", "--answer-tokens", "9"])
     parse_config(SftConfig, ["--show-samples", "0", "--max-new-tokens", "9", "--num-beams", "2"])
+    parse_config(E2EConfig, ["--length-penalty", "2", "--num-beams", "1"])

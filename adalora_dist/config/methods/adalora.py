@@ -83,15 +83,6 @@ class AdaptiveConfig(TripletConfig):
         return self
 
     @model_validator(mode="after")
-    def _regulariser_is_added(self) -> Self:
-        if self.orthogonality_form is not None and self.orthogonality == 0:
-            raise ValueError(
-                f"orthogonality_form {self.orthogonality_form} with orthogonality 0: nothing is added to the loss; "
-                "leave orthogonality_form out, or set orthogonality above 0"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _averages_are_read(self) -> Self:
         unread: tuple[str, ...] = ()
         if self.importance == "magnitude":

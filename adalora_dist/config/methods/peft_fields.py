@@ -84,7 +84,7 @@ def settings_from_peft(peft_config: Any, given: dict[str, Any], carried: Carried
         settings |= {"targets": tuple(carried.names)}
     elif "targets" not in given:
         settings["targets"] = _targets(peft_config.target_modules)
-    if given.get("start") == "matched" or (settings | given).get("orthogonality") == 0:  # its own regulariser, or none
+    if given.get("start") == "matched":  # its own regulariser
         settings.pop("orthogonality_form", None)
     if given.get("importance") == "magnitude":  # which has no averages
         settings.pop("importance_order", None)
