@@ -27,7 +27,7 @@ def check_unread(run: Any) -> None:
         ValueError: one line with the settings, the reason and the remedy.
     """
     for rule in _rules(run):
-        section, defaults = getattr(run, rule.section), type(run).model_fields[rule.section].default
+        section, defaults = getattr(run, rule.section), _defaults(run, rule.section)
         for name in rule.names.split():
             value, default = getattr(section, name, None), getattr(defaults, name, None)
             if value != default:
@@ -44,8 +44,7 @@ def _rules(run: Any) -> Iterator[_Unread]:
     if not run.export.push_to_hub:
         why = "without push_to_hub: nothing is uploaded"
         yield _Unread("export", "push_public push_revision", why, "set push_to_hub to a repository")
-    usual = type(run).model_fields["evaluation"].default
-    if getattr(evaluation, "num_beams", None) == getattr(usual, "num_beams", None) == 1:
+    if getattr(evaluation, "num_beams", None) == getattr(_defaults(run, "evaluation"), "num_beams", None) == 1:
         why = "with num_beams 1: one beam is compared with no other"
         yield _Unread("evaluation", "length_penalty", why, "set num_beams to 2 or more")
     if getattr(data, "task", None) == "v1.1":
@@ -54,9 +53,10 @@ def _rules(run: Any) -> Iterator[_Unread]:
     if not getattr(evaluation, "answer", "a file"):
         why = "without answer: there are no questions to be answered"
         yield _Unread("evaluation", "answer_tokens", why, "set answer to a file")
-        if not evaluation.show_samples:
-            why = "with show_samples 0 and no answer: no text is generated"
-            yield _Unread("evaluation", "merge_to_generate", why, "set show_samples to 1 or more")
+
+
+def _defaults(run: Any, section: str) -> Any:
+    return type(run).model_fields[section].default
 
 
 def _text(value: Any) -> str:

@@ -24,7 +24,7 @@ from adalora_dist.io.shipped import own_or_shipped, shipped
 from adalora_dist.io.signals import SIGNALS
 from adalora_dist.io.yaml_file import read_yaml
 from adalora_dist.training.asked_for import PARALLELISM
-from adalora_dist.training.launch import deepspeed_environment, threads_of_each, zero_stage
+from adalora_dist.training.launch import deepspeed_environment, threads_of_each
 from adalora_dist.training.recipe_file import check_flags, recipe_file
 
 DEFAULT_PORT = 29500
@@ -148,14 +148,11 @@ def engine_environment(engine: str, deepspeed_config: Path | None = None) -> dic
         raise UserError(f"--deepspeed-config {deepspeed_config} with --engine {engine}: choose zero2 or zero3")
     if kind == "DEEPSPEED":
         given = deepspeed_config or Path(config["deepspeed_config"]["deepspeed_config_file"])
-        path = own_or_shipped(given, "deepspeed")
-        if (zero_stage(path) == 3) != (engine == "zero3"):
-            remedy = "set it, or choose zero2" if engine == "zero3" else "choose zero3, or another file"
-            verb = "is not" if engine == "zero3" else "is"
-            raise UserError(
-                f"--engine {engine} with --deepspeed-config {given}, whose zero_optimization.stage {verb} 3: {remedy}"
-            )
-        return deepspeed_environment(path)
+        own = deepspeed_environment(own_or_shipped(given, "deepspeed"))
+        if (own["ACCELERATE_DEEPSPEED_ZERO3_INIT"] == "true") != (engine == "zero3"):
+            found = "is not 3: set it, or choose zero2" if engine == "zero3" else "is 3: choose zero3, or another file"
+            raise UserError(f"--engine {engine} with --deepspeed-config {given}, whose zero_optimization.stage {found}")
+        return own
     if kind == "FSDP":
         settings = {key.upper(): value for key, value in config["fsdp_config"].items()}
         words = {key: str(v).lower() if isinstance(v, bool) else str(v) for key, v in settings.items()}

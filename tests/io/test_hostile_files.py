@@ -1,7 +1,7 @@
 """Every file that is read x everything that may lie in its place: one line or a clean way round, of few bytes.
 
-A child process with limited memory reads each, and counts the bytes that it has read; what hangs, fills memory or
-reads on without end fails there.
+A child process with limited memory reads each, and counts the bytes that it has read; what hangs, fills memory,
+computes or reads on without end fails there.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ from tests.support.limits import HANG_SECONDS
 from tests.support.tiny_language_model import byte_tokenizer, tiny_llama
 
 MEMORY_BYTES = READ_BYTES = 500 << 20
+BUSY_SECONDS = 60
+"""Of the processor: ten times what a slow one needs for the longest."""
 SPARSE_BYTES = 100 << 30
 
 
@@ -220,6 +222,7 @@ def ending(action: Callable[[], Any], told: Path) -> str:
         signal.alarm(int(HANG_SECONDS))
         with open("/proc/self/statm") as statm:
             used = int(statm.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_CPU, (BUSY_SECONDS,) * 2)
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES,) * 2)
         before = bytes_read()
         try:

@@ -46,10 +46,7 @@ def test_nor_in_any_quotes_or_of_another_service(shape: str) -> None:
 
 @pytest.mark.parametrize("beginning", BEGINNINGS)
 def test_many_beginnings_of_secrets_take_no_longer_than_text(beginning: str) -> None:
-    """What is printed is anybody's: of a search that begins at each, and goes to the end, 200 kB took two minutes.
-
-    60 kB take at most twice as long as plain text now, so that 20 is no matter of a busy machine.
-    """
+    """What is printed is anybody's: of a search that begins at each, and goes to the end, 200 kB took two minutes."""
 
     def seconds(text: str) -> float:
         start = time.thread_time()
@@ -59,7 +56,7 @@ def test_many_beginnings_of_secrets_take_no_longer_than_text(beginning: str) -> 
 
     size = 60_000
     plain = min(seconds("a word, " * (size // 8)) for _ in range(2))
-    assert min(seconds(beginning * (size // len(beginning))) for _ in range(2)) < 20 * plain
+    assert min(seconds(beginning * (size // len(beginning))) for _ in range(2)) < 8 * plain
 
 
 @pytest.mark.parametrize("text", INNOCENT)

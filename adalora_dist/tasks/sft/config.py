@@ -74,7 +74,12 @@ class SftEvaluationConfig(GenerationConfig):
 
     @model_validator(mode="after")
     def _samples_are_shown(self) -> SftEvaluationConfig:
-        """Before and after the training, too."""
+        """Samples are shown before and after the training, too."""
+        if self.merge_to_generate and not self.show_samples and not self.answer:
+            raise ValueError(
+                "merge_to_generate true with show_samples 0 and no answer: no text is generated; leave "
+                "merge_to_generate out, or set show_samples"
+            )
         return self
 
 
